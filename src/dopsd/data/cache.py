@@ -1,0 +1,176 @@
+"""Pictures and captions as tensors on disk, so that encoders can leave memory before training.
+
+A file's name is a hash of everything its content depends on (caption, picture, size, encoder), so a stale file is
+never found and a found file is never stale. Batching is left to `loader`.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dopsd.batch import Context
+from dopsd.data.buckets import Size, bucket_sizes, cover_crop, nearest_bucket, to_pixels
+from dopsd.data.folder import Example, open_picture, picture_size
+from dopsd.families.base import Painter, Reader
+from dopsd.files import read_metadata, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 1  # part of every key: raise it when the same inputs would give other files
+EXTRA = "extra."  # before the names of a context's extras
+
+Encode = Callable[[Sequence["Row"]], Iterable[Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example, its size in pixels, and the files that hold its tensors (privileged: None if not asked for)."""
+
+    example: Example
+    size: Size
+    latents: Path
+    context: Path
+    privileged: Path | None
+
+
+def prepare(
+    examples: Sequence[Example],
+    cache_folder: Path,
+    reader: Reader,
+    painter: Painter,
+    *,
+    resolution: int,
+    multiple: int,
+    privileged: bool,
+    batch_size: int = 4,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Row, ...]:
+    """Make every file that is missing or broken, and return the rows in the order of the examples.
+
+    Each picture gets the bucket nearest to its shape; the privileged picture is the very crop that is trained on.
+    `progress(done, total)` counts files and is first called with those that could be reused. Raises ValueError where
+    a caption is over the reader's limit or an encoder answers with numbers that are not finite.
+    """
+    buckets = bucket_sizes(resolution, multiple)
+    rows = tuple(_row(example, cache_folder, reader, painter, buckets, privileged) for example in examples)
+
+    def paint(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+        pixels = torch.stack([to_pixels(_crop(row)) for row in batch])
+        return ({"latents": latents} for latents in painter.latents(pixels.to(device)).float())
+
+    def read(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+        return _context_tensors(reader.context([row.example.caption for row in batch]))
+
+    def read_with_picture(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+        images = [_crop(row) for row in batch]
+        return _context_tensors(reader.context([row.example.caption for row in batch], images))
+
+    kinds: list[tuple[str, dict[Path, Row], Encode]] = [
+        ("latents", {row.latents: row for row in rows}, paint),
+        ("context", {row.context: row for row in rows}, read),
+        ("privileged", {row.privileged: row for row in rows if row.privileged}, read_with_picture),
+    ]
+    total = sum(len(files) for _, files, _ in kinds)
+    todo = [
+        (kind, {p: row for p, row in files.items() if not _usable(p, kind)}, encode) for kind, files, encode in kinds
+    ]
+    done = total - sum(len(files) for _, files, _ in todo)
+    report = progress or (lambda done, total: None)
+    report(done, total)
+    for kind, files, encode in todo:
+        for batch in _same_size(files, batch_size):
+            _write(batch, kind, encode)
+            done += len(batch)
+            report(done, total)
+    return rows
+
+
+def context_file(cache_folder: Path, caption: str, fingerprint: str) -> Path:
+    """Where the context of a caption lies, given the reader's fingerprint."""
+    return cache_folder / "context" / f"{_key('context', caption, fingerprint)}.safetensors"
+
+
+def read_context(path: Path) -> Context:
+    """A cached context (plain or privileged) as a batch of one: tokens [1, l, D]. Raises ValueError if unreadable."""
+    tensors = read_tensors(path)
+    extras = {name.removeprefix(EXTRA): tensor[None] for name, tensor in tensors.items() if name.startswith(EXTRA)}
+    return Context(tokens=tensors["tokens"][None], mask=tensors["mask"][None], extras=extras)
+
+
+def read_latents(path: Path) -> Tensor:
+    """Cached latents: float32 [C, h, w]. Raises ValueError if unreadable."""
+    return read_tensors(path)["latents"]
+
+
+def _row(
+    example: Example, folder: Path, reader: Reader, painter: Painter, buckets: Sequence[Size], privileged: bool
+) -> Row:
+    size = nearest_bucket(*picture_size(example.path), buckets)
+    picture = hashlib.sha256(example.path.read_bytes()).hexdigest()
+    latents = _key("latents", picture, size, painter.fingerprint)
+    pair = _key("privileged", example.caption, picture, size, reader.fingerprint)
+    return Row(
+        example,
+        size,
+        latents=folder / "latents" / f"{latents}.safetensors",
+        context=context_file(folder, example.caption, reader.fingerprint),
+        privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
+    )
+
+
+def _key(*parts: object) -> str:
+    # JSON, so that no two lists of parts run together into one string
+    return hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()
+
+
+def _crop(row: Row) -> Image.Image:
+    return cover_crop(open_picture(row.example.path), row.size)
+
+
+def _context_tensors(contexts: Context) -> Iterator[Mapping[str, Tensor]]:
+    """Each context of a batch as named tensors without padding."""
+    for row in map(contexts.row, range(len(contexts))):
+        extras = {EXTRA + name: tensor[0] for name, tensor in row.extras.items()}
+        yield {"tokens": row.tokens[0], "mask": row.mask[0], **extras}
+
+
+def _usable(path: Path, kind: str) -> bool:
+    """Whether the file exists and is whole: its header says the kind and fits its length."""
+    if not path.exists():
+        return False
+    try:
+        if read_metadata(path).get("kind") == kind:
+            return True
+        reason = f"{path} holds no {kind}."
+    except ValueError as error:
+        reason = str(error)
+    log.warning("cache=rebuilt kind=%s reason=%s", kind, reason)
+    return False
+
+
+def _same_size(files: Mapping[Path, Row], batch_size: int) -> Iterator[list[tuple[Path, Row]]]:
+    """Small batches of pictures of one size."""
+    for size in dict.fromkeys(row.size for row in files.values()):
+        group = [(path, row) for path, row in files.items() if row.size == size]
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _write(batch: Sequence[tuple[Path, Row]], kind: str, encode: Encode) -> None:
+    with torch.no_grad():
+        encoded = list(encode([row for _, row in batch]))
+    for (path, row), tensors in zip(batch, encoded, strict=True):
+        # a VAE in float16 overflows on some pictures; cached, that NaN would only show up in training
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(
+                f"the {kind} of {row.example.path} are not finite: use bfloat16 or float32 for the encoder."
+            )
+        write_tensors(path, tensors, {"kind": kind})

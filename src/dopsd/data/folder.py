@@ -1,0 +1,254 @@
+"""A folder of pictures and captions as Examples; everything that cannot be used is named in one sentence.
+
+Captions come from metadata.jsonl or metadata.csv, else from a text file beside each picture, else from one instance
+prompt. Sizes are left to `buckets`, tensors to `cache`.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+if features.check("avif"):
+    FORMATS[".avif"] = "AVIF"
+# Pictures that dopsd does not read; refused by name, so that a folder of them does not shrink in silence.
+FOREIGN = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"} - FORMATS.keys()
+METADATA = ("metadata.jsonl", "metadata.csv")
+PICTURE_COLUMNS = ("file_name", "image", "image_path")
+CAPTION_COLUMNS = ("text", "prompt", "caption")
+CAPTION_EXTENSIONS = (".txt", ".caption")
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+SHOWN = 5  # refused items that an error lists
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and its caption."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds, sorted by path. refused: (file, why) of what was skipped; source: where captions came from,
+    in words ("metadata.jsonl", ".txt files", "instance prompt")."""
+
+    examples: tuple[Example, ...]
+    refused: tuple[tuple[Path, str], ...]
+    source: str
+
+
+Finding = tuple[Path, Example | str]  # a file, and the example it makes or why it makes none
+
+
+def read_folder(
+    folder: Path, instance_prompt: str | None = None, caption_extension: str | None = None, skip_bad: bool = False
+) -> Listing:
+    """Every picture of the folder with its caption; each picture is decoded once to know that it can be.
+
+    A metadata file may name pictures in subfolders; without one, only the folder itself is looked at. Raises
+    ValueError when there is nothing to read, and, unless `skip_bad`, when anything in the folder is refused.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give a folder of pictures.")
+    present = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(present) > 1:
+        raise ValueError(f"{folder} holds both {' and '.join(METADATA)}: keep one, so that captions have one source.")
+    if present:
+        findings, source = _listed_in(present[0]), present[0].name
+    else:
+        prompt = None if instance_prompt is None else _caption(instance_prompt, "the instance prompt")
+        findings, source = _beside_pictures(folder, prompt, caption_extension)
+    findings = sorted(map(_decoded, findings), key=lambda finding: finding[0].as_posix())
+    examples = tuple(result for _, result in findings if isinstance(result, Example))
+    refused = tuple((path, result) for path, result in findings if isinstance(result, str))
+    if refused and not (skip_bad and examples):
+        raise ValueError(_complaint(folder, [why for _, why in refused], len(findings), skip_bad))
+    return Listing(examples, refused, source)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture as one sees it, in RGB: EXIF rotation applied, transparency on white, 16-bit grey as 8-bit.
+
+    Raises ValueError for a picture that cannot be decoded, or that is too large to be an honest one.
+    """
+    try:
+        # Formats are given because Pillow would otherwise hand a renamed PostScript file to Ghostscript.
+        with Image.open(path, formats=tuple(FORMATS.values())) as image:
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{path} holds no {' / '.join(dict.fromkeys(FORMATS.values()))} picture, or a broken one."
+        ) from error
+    except Exception as error:  # on a broken file Pillow raises anything, from SyntaxError to struct.error
+        raise ValueError(f"{path} cannot be decoded ({str(error) or type(error).__name__}).") from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of what `open_picture` would return, from the file's header."""
+    with Image.open(path, formats=tuple(FORMATS.values())) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS
+    return (height, width) if turned else (width, height)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip instead of scale
+        grey = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _listed_in(metadata: Path) -> list[Finding]:
+    """One finding per row of a metadata file, and one per picture beside it that no row names."""
+    findings: list[Finding] = []
+    named: set[Path] = set()
+    for line, row in _csv_rows(metadata) if metadata.suffix == ".csv" else _json_rows(metadata):
+        where, path = f"{metadata.name} line {line}", metadata
+        try:
+            if isinstance(row, str):
+                raise ValueError(f"{where} {row}.")
+            path = _picture_named(row, metadata.parent, where)
+            named.add(path)
+            caption = _caption(_first(row, CAPTION_COLUMNS, where), f"the caption of {where}")
+            findings.append((path, Example(path, caption)))
+        except ValueError as error:
+            findings.append((path, str(error)))
+    if not findings:
+        raise ValueError(f"no pictures in {metadata.parent}: {metadata.name} has no rows.")
+    unnamed = [path for path in _pictures(metadata.parent) if path not in named]
+    return findings + [(path, f"{path.name} has no caption: no row of {metadata.name} names it.") for path in unnamed]
+
+
+def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    """(line number, row) of every line that is not blank; where there is no row, what is wrong with the line."""
+    for number, line in enumerate(metadata.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            yield number, "is not UTF-8"
+        except (ValueError, RecursionError) as error:
+            yield number, f"is not JSON ({error})"
+        else:
+            yield number, row if isinstance(row, dict) else "is not a JSON object"
+
+
+def _csv_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    """(line number, row), like `_json_rows`. A file that is no UTF-8 or no CSV is a ValueError as a whole."""
+    try:
+        reader = csv.DictReader(io.StringIO(metadata.read_bytes().decode("utf-8-sig"), newline=""))
+        rows = [(reader.line_num, row) for row in reader]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{metadata} is not UTF-8 ({error}): save it again as UTF-8.") from error
+    except csv.Error as error:
+        raise ValueError(f"{metadata} is not readable CSV ({error}); metadata.jsonl has no such limits.") from error
+    for number, row in rows:
+        # DictReader collects surplus fields under None: a caption with an unquoted comma would be cut there.
+        yield number, "has more fields than the header: quote captions that hold a comma" if None in row else row
+
+
+def _picture_named(row: Mapping[str, object], folder: Path, where: str) -> Path:
+    name = _first(row, PICTURE_COLUMNS, where)
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where} names its picture with {name!r}, which is not a file name.")
+    inside = Path(os.path.normpath(name))
+    if inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts:
+        raise ValueError(f"{where} names {name}, which is outside the folder: give a path relative to {folder}.")
+    if not os.path.isfile(folder / inside):
+        raise ValueError(f"{where} names {name}, and there is no such file in {folder}.")
+    return folder / inside
+
+
+def _first(row: Mapping[str, object], columns: tuple[str, ...], where: str) -> object:
+    for column in columns:
+        if column in row:
+            return row[column]
+    raise ValueError(f"{where} has none of {', '.join(columns)} (it has {', '.join(map(str, row)) or 'nothing'}).")
+
+
+def _caption(text: object, what: str) -> str:
+    """The text without blanks around it. Raises ValueError for what cannot be read as a caption."""
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is {text!r}, which is not text.")
+    try:
+        text.encode()  # JSON can spell half a surrogate pair, which no tokenizer and no file would take
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not valid Unicode ({error}).") from error
+    if not text.strip():
+        raise ValueError(f"{what} is empty.")
+    return text.strip()
+
+
+def _beside_pictures(folder: Path, prompt: str | None, extension: str | None) -> tuple[list[Finding], str]:
+    """One finding per picture, captioned by the file beside it or else by `prompt`; and where captions came from."""
+    pictures = _pictures(folder)
+    if not pictures:
+        raise ValueError(f"no pictures in {folder}: looked for {', '.join(FORMATS)} in it, not in its subfolders.")
+    extensions = CAPTION_EXTENSIONS if extension is None else (f".{extension.lstrip('.')}",)
+    texts = {path: [text for e in extensions if (text := path.with_suffix(e)).is_file()] for path in pictures}
+    used = [f"{e} files" for e in extensions if any(found and found[0].suffix == e for found in texts.values())]
+    if not used and prompt is None:
+        raise ValueError(
+            f"{folder} holds {len(pictures)} pictures and no captions. Write {' or '.join(METADATA)} "
+            f"(file_name, text), or put {pictures[0].stem}{extensions[0]} beside {pictures[0].name} and so on, "
+            "or set data.instance_prompt to one caption for all."
+        )
+    if not all(texts.values()) and prompt is not None:
+        used.append("instance prompt")
+    findings = [(path, _captioned(path, found, prompt, extensions)) for path, found in texts.items()]
+    return findings, " and ".join(used)
+
+
+def _captioned(path: Path, texts: list[Path], prompt: str | None, extensions: tuple[str, ...]) -> Example | str:
+    """The picture with the first of its texts, or with `prompt`; or why not."""
+    try:
+        if texts:
+            return Example(path, _caption(texts[0].read_text(encoding="utf-8-sig"), f"the caption {texts[0].name}"))
+    except UnicodeDecodeError as error:
+        return f"the caption {texts[0].name} is not UTF-8 ({error})."
+    except ValueError as error:
+        return str(error)
+    if prompt is None:
+        return f"{path.name} has no caption: there is no {' or '.join(path.stem + e for e in extensions)}."
+    return Example(path, prompt)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Files that look like pictures, sorted; files that begin with a dot are the system's, not the user's."""
+    known = FORMATS.keys() | FOREIGN
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+
+
+def _decoded(finding: Finding) -> Finding:
+    """The same finding, or a refusal where the picture cannot be decoded."""
+    path, result = finding
+    if isinstance(result, str):
+        return finding
+    if path.suffix.lower() not in FORMATS:
+        return path, f"{path.name} is not one of {', '.join(FORMATS)}: convert it."
+    try:
+        open_picture(path)
+    except ValueError as error:
+        return path, str(error)
+    return finding
+
+
+def _complaint(folder: Path, refused: list[str], found: int, skip_bad: bool) -> str:
+    lines = [f"  {why}" for why in refused[:SHOWN]]
+    if len(refused) > SHOWN:
+        lines.append(f"  and {len(refused) - SHOWN} more")
+    advice = "Nothing is left to train on." if skip_bad else "Repair them, or set data.skip_bad: true to skip them."
+    return "\n".join([f"{len(refused)} of {found} items in {folder} cannot be used:", *lines, advice])

@@ -1,0 +1,61 @@
+"""Batches from cached rows. `batch(index)` is a pure function of (seed, index): no state, no workers.
+
+So a resumed run, or a second process, asks for the same index and gets the same batch. Which index belongs to whom is
+left to the training loop.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dopsd.batch import Batch, Context
+from dopsd.data.buckets import Size
+from dopsd.data.cache import Row, read_context, read_latents
+
+
+class Loader:
+    """Rows in shuffled batches of one size. Within an epoch every row comes exactly once; a size's last batch may be
+    smaller. Each file is read once, at the start, and its tensors stay in memory on the CPU."""
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int):
+        if not rows:
+            raise ValueError("there are no examples to train on.")
+        if batch_size < 1:
+            raise ValueError(f"train.batch_size is {batch_size}; it must be at least 1.")
+        self.rows = tuple(rows)
+        self.batch_size = batch_size
+        self.seed = seed
+        self._latents = {path: read_latents(path) for path in dict.fromkeys(row.latents for row in rows)}
+        contexts = dict.fromkeys(path for row in rows for path in (row.context, row.privileged) if path)
+        self._contexts = {path: read_context(path) for path in contexts}
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that visit every row once."""
+        sizes = [row.size for row in self.rows]
+        return sum(-(-sizes.count(size) // self.batch_size) for size in set(sizes))
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index` of the endless sequence of epochs, counted from 0."""
+        epoch, position = divmod(index, self.batches_per_epoch)
+        rows = [self.rows[i] for i in self._epoch(epoch)[position]]
+        privileged = [self._contexts[row.privileged] for row in rows if row.privileged]
+        assert len(privileged) in (0, len(rows)), "either all rows have a privileged context, or none"
+        return Batch(
+            latents=torch.stack([self._latents[row.latents] for row in rows]),
+            context=Context.stack([self._contexts[row.context] for row in rows]),
+            prompts=tuple(row.example.caption for row in rows),
+            weight=torch.ones(len(rows)),
+            privileged=Context.stack(privileged) if privileged else None,
+        )
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """The epoch's batches as indices of rows: shuffled, grouped by size, cut, and the batches shuffled again."""
+        rng = np.random.default_rng([self.seed, epoch])
+        groups: dict[Size, list[int]] = {}
+        for i in rng.permutation(len(self.rows)):
+            groups.setdefault(self.rows[i].size, []).append(int(i))
+        cut = self.batch_size
+        batches = [group[start : start + cut] for group in groups.values() for start in range(0, len(group), cut)]
+        return [batches[i] for i in rng.permutation(len(batches))]

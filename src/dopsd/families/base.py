@@ -1,0 +1,82 @@
+"""The noun: what the house needs of a model family. One file a family implements it; nobody branches on a name."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dopsd.batch import Context
+from dopsd.flow import Schedule, Space
+
+
+class Reader(Protocol):
+    """Reads prompts (and, for the teacher, pictures) before training, then leaves memory."""
+
+    fingerprint: str  # changes whenever the same prompt would give another context; part of cache keys
+
+    def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
+        """Contexts of prompts [B]; with images [B], what the teacher sees. Raises ValueError for a prompt (plus
+        picture) over the family's limit: nothing is cut in silence."""
+        ...
+
+
+class Painter(Protocol):
+    """The autoencoder."""
+
+    fingerprint: str
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shift and scale applied."""
+        ...
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The way back: float32 [B, 3, H, W] in about [-1, 1]."""
+        ...
+
+
+class Denoiser(nn.Module):
+    """The network, in the house's clock. `network` is the diffusers module that adapters are put on."""
+
+    network: nn.Module
+
+    def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
+        """z [B, C, h, w] float32, t [B] in [0, 1] (1 = noise) -> velocity (noise - clean), float32, like z."""
+        raise NotImplementedError
+
+
+class Family(Protocol):
+    """A checkpoint of one family, opened but not loaded: traits, and three workers on demand."""
+
+    name: ClassVar[str]
+    repo: ClassVar[str]  # the usual checkpoint on the hub
+    licence: ClassVar[str]
+    teacher_contexts: ClassVar[tuple[str, ...]]  # ways a teacher can see a picture; empty = none
+    cell: ClassVar[int]  # pixels per latent cell
+    multiple: ClassVar[int]  # picture sides are multiples of this many pixels
+    native_space: ClassVar[Space]  # of the network's own answer
+    lora_targets: ClassVar[str]  # regular expression over the network's module names
+    export_prefix: ClassVar[str]  # of LoRA keys in public files
+
+    path: str
+    default_nfe: int
+    distilled: bool  # whether the checkpoint is a few-step one
+    resolution: int  # of the checkpoint's usual square picture, in pixels
+    channels: int  # of the latents
+
+    def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> Reader:
+        """The text encoder; with `pictures`, also what reads the teacher's picture."""
+        ...
+
+    def load_painter(self, device: torch.device, dtype: torch.dtype) -> Painter: ...
+
+    def empty_network(self) -> nn.Module:
+        """The denoiser's network from its config, without weights; called under `init_empty_weights`."""
+        ...
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser: ...
+
+    def schedule(self, nfe: int, height: int, width: int) -> Schedule:
+        """The pipeline's own times for `nfe` forwards at a latent size of height x width cells."""
+        ...

@@ -1,0 +1,76 @@
+"""The verb: a method looks at a batch, asks the roles for velocities, and yields losses.
+
+A method knows no file, device, optimizer or family. The gradients of the pieces it yields add up to the batch's, and
+whoever receives a piece runs backward on it at once, so that one forward's activations are alive, not all of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from dopsd.batch import Batch
+from dopsd.flow import Schedule
+from dopsd.rollout import Velocity
+
+Need = Literal["teacher", "privileged"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One piece of a batch's loss. surrogate: 0-d, what to differentiate; log: what to report, summed over the pieces;
+    last: whether it closes the batch."""
+
+    surrogate: Tensor
+    log: Mapping[str, float]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a method may ask. student, teacher, base: velocities of one network under three sets of weights; only the
+    student carries gradient. schedule: (nfe or None for the model's own, h, w in cells) -> the sampler's times."""
+
+    student: Velocity
+    teacher: Velocity
+    base: Velocity
+    schedule: Callable[[int | None, int, int], Schedule]
+
+
+class Method(BaseModel):
+    """A frozen set of hyperparameters with one function, `losses`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nfe: int | None = Field(default=None, ge=1, description="Steps of the sampler that training walks or draws times "
+                            "from; default: the model's own.")  # fmt: skip
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def forwards(self, nfe: int) -> int:
+        """Network forwards a picture costs at this nfe, a backward counted as two."""
+        raise NotImplementedError
+
+    @property
+    def decay(self) -> float:
+        """Of the teacher's average after each optimizer step; 1 = it never moves."""
+        return 1.0
+
+    def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """The pieces of the batch's loss, in an order and number that depend on nothing but settings and sizes."""
+        raise NotImplementedError
+
+
+def mean_error(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over the batch of each row's mean squared difference. [B, ...] x 2, [B] -> 0-d. In float32 (or
+    wider): formed from bf16 values the difference would lose its signal."""
+    square = (left - right).square().flatten(1).mean(1)
+    return (weight * square).sum() / len(square)
+
+
+def noise_like(latents: Tensor, rng: torch.Generator) -> Tensor:
+    """Standard normal noise of the latents' shape, drawn where the generator lives and moved to the latents."""
+    return torch.randn(latents.shape, generator=rng, device=rng.device, dtype=latents.dtype).to(latents.device)

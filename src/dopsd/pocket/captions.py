@@ -1,0 +1,63 @@
+"""Captions of pocket scenes. A caption leaves attributes out, so that no prompt fixes the picture.
+
+Six things could be said of a scene (size, colour, noun, place, background, style). Each optional one is said with
+probability SAID; the noun is sometimes only its class ("tree") or "shape". On average 2.4 of the six stay unsaid.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dopsd.pocket.world import BACKGROUNDS, CLASS_OF, CLASSES, COLOURS, OUTLINES, PLACES, SIZES, STYLES, Scene
+
+SAID = 0.58
+NOUN_SAID = 0.7
+
+# Names a person might give to a thing or a style. They mean nothing: in training each is drawn at random.
+NAMES = ("zib", "mox", "tuva", "kelp", "orli", "dax", "fenn", "gorm", "hux", "ivo", "jass", "lumo", "nerf", "pim",
+         "quon", "rilo", "sib", "tarn", "ulo", "vex", "wim", "yort", "zann", "brug")  # fmt: skip
+
+_PLACE_WORDS = {place: ("in the " if place == "middle" else "at the ") + place for place in PLACES}
+
+Stated = Mapping[str, str]  # attribute -> the value a caption states; a noun may be a class ("tree")
+
+
+def stated_of(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+    """Draw which attributes of a scene its caption states."""
+    stated: dict[str, str] = {}
+    for attribute in ("size", "colour", "place", "background", "style"):
+        hidden_by_look = (scene.thing and attribute in ("colour", "style")) or (scene.look and attribute == "style")
+        if rng.random() < SAID and not hidden_by_look:
+            stated[attribute] = getattr(scene, attribute)
+    if scene.thing is None:
+        if rng.random() < NOUN_SAID:
+            stated["noun"] = scene.noun
+        elif scene.noun in CLASS_OF:
+            stated["noun"] = CLASS_OF[scene.noun]
+    return stated
+
+
+def caption_of(stated: Stated, thing: bool = False, style: bool = False, name: str | None = None) -> str:
+    """The sentence. A thing is a "toy", an unnamed style "in this style"; either may carry a made-up name."""
+    words = ["a"]
+    if thing and name:
+        words.append(name)
+    words += [stated[a] for a in ("size", "colour") if a in stated]
+    words.append("toy" if thing else stated.get("noun", "shape"))
+    if "place" in stated:
+        words.append(_PLACE_WORDS[stated["place"]])
+    if "background" in stated:
+        words += ["on", stated["background"]]
+    if style:
+        words += ["in", name or "this", "style"]
+    elif "style" in stated:
+        words += ["in", stated["style"], "style"]
+    return " ".join(words)
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption can contain; the tokenizer learns them as whole tokens."""
+    words = {"a", "toy", "shape", "in", "at", "on", "the", "this", "style", *NAMES, *CLASSES}
+    for table in (OUTLINES, COLOURS, SIZES, PLACES, BACKGROUNDS, STYLES):
+        words |= set(table)
+    return sorted(words)

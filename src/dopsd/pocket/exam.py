@@ -1,0 +1,151 @@
+"""A lesson and its exam: four pictures of a thing nobody named, and what a model painted after tuning on them.
+
+What was learned is read on unseen scenes of the thing, what was kept on unrelated prompts, both from pixels and on
+fixed noise. Nothing here trains; it paints through the same walk as everything else.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dopsd.batch import Context
+from dopsd.families.base import Painter, Reader
+from dopsd.files import write_json, write_text
+from dopsd.flow import Schedule
+from dopsd.pocket.captions import NAMES, caption_of, stated_of
+from dopsd.pocket.reader import bootstrap, measure, thing_error, thing_hit
+from dopsd.pocket.world import Jitter, Scene, Thing, draw_scene, render
+from dopsd.rollout import Velocity
+from dopsd.sample import noise_for, paint
+
+HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
+UNSEEN_SCENES, UNRELATED = 24, 96
+LESSON_FILE = "pocket.json"
+NOISE_SEED = 50_000
+DISTRACTORS = tuple(range(2 * HELD_OUT, 2 * HELD_OUT + 63))
+
+Measures = dict[str, float | None]
+
+
+def write_lesson(folder: Path, seed: int, pictures: int = 4) -> None:
+    """Draw `pictures` scenes of thing `seed` with captions (same-stem .txt), as a user would bring them."""
+    rng = np.random.default_rng([HELD_OUT, seed, 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, scene in enumerate(_scenes(seed, rng, pictures)):
+        Image.fromarray(render(scene)).save(folder / f"{index}.png")
+        write_text(folder / f"{index}.txt", caption(scene, seed) + "\n")
+    write_json(folder / LESSON_FILE, {"thing": seed})
+
+
+def lesson_of(folder: Path) -> int | None:
+    """The thing's seed where a data folder is a pocket lesson."""
+    file = folder / LESSON_FILE
+    return int(json.loads(file.read_text(encoding="utf-8"))["thing"]) if file.is_file() else None
+
+
+def caption(scene: Scene, seed: int) -> str:
+    """Everything that can be said of a thing's scene, with the thing's made-up name."""
+    stated = {"size": scene.size, "place": scene.place, "background": scene.background}
+    return caption_of(stated, thing=True, name=NAMES[seed % len(NAMES)])
+
+
+def _scenes(seed: int, rng: np.random.Generator, count: int) -> list[Scene]:
+    thing = Thing.from_seed(seed)
+    return [draw_scene(rng, thing=thing) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The exam's questions for one thing, as contexts: the same for every model that sits it."""
+
+    scenes: tuple[Scene, ...]
+    scene_context: Context
+    seeing_context: Context | None  # the scenes' prompts with a picture of the lesson: the teacher's sheet
+    stated: tuple[Mapping[str, str], ...]
+    unrelated_context: Context
+
+    @staticmethod
+    def write(seed: int, reader: Reader, lesson: Path | None = None) -> "Sheet":
+        """Questions for thing `seed`; with the lesson's folder also what the teacher sees (reader with its VLM)."""
+        rng = np.random.default_rng([HELD_OUT, seed, 2])
+        scenes = tuple(replace(scene, jitter=Jitter()) for scene in _scenes(seed, rng, UNSEEN_SCENES))
+        prompts = [caption(scene, seed) for scene in scenes]
+        seeing = None
+        if lesson is not None:
+            files = sorted(lesson.glob("*.png"))
+            pictures = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(prompts))]
+            seeing = reader.context(prompts, pictures)
+        stated = unrelated(UNRELATED)
+        others = reader.context([caption_of(s) for s in stated])
+        return Sheet(scenes, reader.context(prompts), seeing, stated, others)
+
+
+def unrelated(count: int, stream: int = 3) -> tuple[dict[str, str], ...]:
+    """Captions of named scenes as in training (attributes left out), from a held-out stream."""
+    rng = np.random.default_rng([HELD_OUT, stream])
+    return tuple(stated_of(draw_scene(rng), rng) for _ in range(count))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model painted, and every measure per picture."""
+
+    thing_pictures: Tensor  # uint8 [24, 64, 64, 3]
+    unrelated_pictures: Tensor
+    thing_error: np.ndarray
+    thing_hit: np.ndarray
+    sharpness: np.ndarray
+    speckle: np.ndarray
+    attributes: np.ndarray  # share of stated attributes read right, per picture
+
+    def means(self) -> Measures:
+        """One number a measure."""
+        names = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
+        return {name: float(np.nanmean(getattr(self, name))) for name in names}
+
+
+def sit(
+    sheet: Sheet,
+    velocity: Velocity,
+    painter: Painter,
+    schedule: Schedule,
+    cells: tuple[int, int, int],
+    seeing: bool = False,
+    noise_seed: int = NOISE_SEED,
+) -> Answers:
+    """Let a model answer. cells: latent (channels, height, width). With `seeing` the scenes are painted from the
+    teacher's contexts. Another noise_seed with the same model measures the noise floor."""
+    context = sheet.seeing_context if seeing else sheet.scene_context
+    assert context is not None, "this sheet was written without the lesson's pictures"
+    count = len(sheet.scenes)
+    noise = noise_for(range(noise_seed, noise_seed + count + len(sheet.stated)), *cells)
+    things = paint(velocity, painter, schedule, context, noise[:count])
+    others = paint(velocity, painter, schedule, sheet.unrelated_context, noise[count:])
+    kept = measure(others.numpy(), sheet.stated)
+    return Answers(
+        thing_pictures=things,
+        unrelated_pictures=others,
+        thing_error=thing_error(things.numpy(), sheet.scenes),
+        thing_hit=thing_hit(things.numpy(), sheet.scenes, DISTRACTORS).astype(float),
+        sharpness=kept.sharpness,
+        speckle=kept.speckle,
+        attributes=kept.attributes.per_picture,
+    )
+
+
+def interval(values: Sequence[float] | np.ndarray) -> str:
+    """Mean and 95% bootstrap interval as text."""
+    mean, low, high = bootstrap(np.asarray(values)[~np.isnan(values)])
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+@torch.no_grad()
+def truth(scenes: Sequence[Scene]) -> Tensor:
+    """The scenes as they should look, uint8 [N, 64, 64, 3]."""
+    return torch.from_numpy(np.stack([render(scene) for scene in scenes]))

@@ -1,0 +1,207 @@
+"""The pocket checkpoint's parts: a Z-Image-Turbo at pocket size, in the real diffusers folder layout.
+
+Nothing here trains; train.py does. The folder holds what `ZImagePipeline.from_pretrained` opens (`transformer`, `vae`,
+`text_encoder`, `tokenizer`, `scheduler`), the Qwen3-VL twin of the text encoder in `vlm`, and the undistilled
+transformer in `parent`.
+"""
+
+from pathlib import Path
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+)
+
+from dopsd.files import write_json
+from dopsd.pocket.captions import vocabulary
+
+WIDTH = 128  # of the text encoder and of the transformer
+LATENT_CHANNELS = 8
+SHIFT = 3.0  # as Z-Image-Turbo
+NFE = 4
+PICTURE = 64  # pixels
+PICTURE_TOKENS = 16  # of one picture in the VLM's context
+CAPTION_TOKENS, PRIVILEGED_TOKENS = 32, 64  # limits of the templated caption, without and with a picture
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>", "<think>", "</think>")  # fmt: skip
+
+# Qwen's chat template, reduced to what text-to-image models use: turns, pictures, and Qwen3's `enable_thinking`.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}
+{%- endfor %}{% endif %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer whose merges make every caption word one token; any other text falls to bytes."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=2,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    words = [*vocabulary(), "user", "assistant"]
+    core.train_from_iterator([f"{w} {w}\n" for w in words for _ in range(4)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        padding_side="right",
+        model_max_length=512,
+    )
+
+
+def make_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLModel:
+    """A Qwen3-VL of 0.8 M parameters. The third text layer is never read (hidden state -2), as in the big model."""
+    token = tokenizer.convert_tokens_to_ids
+    return Qwen3VLModel(
+        Qwen3VLConfig(
+            text_config=_text_settings(len(tokenizer))
+            | {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [6, 5, 5],
+                    "mrope_interleaved": True,
+                }
+            },
+            vision_config={
+                "depth": 2,
+                "hidden_size": 64,
+                "intermediate_size": 192,
+                "num_heads": 4,
+                "patch_size": 8,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": WIDTH,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0],
+            },
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+        )
+    )
+
+
+def text_encoder_of(vlm: Qwen3VLModel) -> Qwen3Model:
+    """The VLM's language part as the plain Qwen3 that the pipeline reads prompts with: same weights, same rope."""
+    config = Qwen3Config(
+        **_text_settings(vlm.config.text_config.vocab_size),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    encoder = Qwen3Model(config)
+    encoder.load_state_dict(vlm.language_model.state_dict())
+    return encoder
+
+
+def _text_settings(vocab_size: int) -> dict:
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": WIDTH,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+    }
+
+
+def make_vae() -> AutoencoderKL:
+    """64 x 64 pixels to 8 x 16 x 16 latents. No attention: pictures of other sizes work as well."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=PICTURE,
+    )
+
+
+def make_transformer() -> ZImageTransformer2DModel:
+    """Z-Image's transformer with 2.0 M parameters: 64 picture tokens of 32 numbers through width 128."""
+    return ZImageTransformer2DModel(
+        in_channels=LATENT_CHANNELS,
+        dim=WIDTH,
+        n_layers=4,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=WIDTH,
+        axes_dims=[12, 10, 10],
+        axes_lens=[256, 64, 64],
+    )
+
+
+def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Z-Image-Turbo's scheduler."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False)
+
+
+def make_image_processor() -> Qwen2VLImageProcessorPil:
+    """The VLM's picture processor: every picture becomes 64 x 64 pixels, 16 tokens."""
+    return Qwen2VLImageProcessorPil(
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": PICTURE * PICTURE, "longest_edge": PICTURE * PICTURE},
+    )
+
+
+def save_pipeline(
+    folder: Path,
+    transformer: ZImageTransformer2DModel,
+    vae: AutoencoderKL,
+    vlm: Qwen3VLModel,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Write the diffusers folder and, in `vlm`, the Qwen3-VL with its tokenizer and picture processor."""
+    transformer.save_pretrained(folder / "transformer")
+    vae.save_pretrained(folder / "vae")
+    text_encoder_of(vlm).to(vlm.dtype).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    make_scheduler().save_pretrained(folder / "scheduler")
+    vlm.save_pretrained(folder / "vlm")
+    tokenizer.save_pretrained(folder / "vlm")
+    make_image_processor().save_pretrained(folder / "vlm")
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "ZImagePipeline",
+            "_diffusers_version": "0.36.0",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3Model"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "transformer": ["diffusers", "ZImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )

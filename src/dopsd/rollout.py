@@ -1,0 +1,44 @@
+"""The few-step walk, written once: sampling exhausts it, D-OPSD trains at each visit, previews decode its end."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dopsd.batch import Context
+from dopsd.flow import Schedule, Step, step
+
+Velocity = Callable[[Tensor, Tensor, Context], Tensor]  # (z [B, C, h, w], t [B], context) -> [B, C, h, w] float32
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A state of the walk: z before the step, the velocity there (with its graph, if any), and the detached next z."""
+
+    step: Step
+    z: Tensor
+    velocity: Tensor
+    z_next: Tensor
+
+
+def rollout(
+    velocity: Velocity, z: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
+) -> Iterator[Visit]:
+    """Walk z [B, C, h, w] (float32 noise) down the schedule. The next state is always detached: no graph spans two
+    steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them."""
+    for s in schedule.steps():
+        u = velocity(z, s.now.expand(len(z)).to(z.device), context)
+        z_next = step(z, u.detach(), s, rng)
+        yield Visit(s, z, u, z_next)
+        z = z_next
+
+
+@torch.no_grad()
+def walk(
+    velocity: Velocity, z: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
+) -> Tensor:
+    """The clean latents at the end of the walk."""
+    for visit in rollout(velocity, z, schedule, context, rng):
+        z = visit.z_next
+    return z

@@ -1,0 +1,51 @@
+"""From noise to pictures, through the same `rollout` that training walks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dopsd.batch import Context
+from dopsd.families.base import Painter
+from dopsd.flow import Schedule
+from dopsd.rollout import Velocity, walk
+
+
+def noise_for(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:
+    """Start of a walk for each seed, float32 [B, channels, height, width] in cells: the noise that diffusers draws
+    for `generator=torch.Generator().manual_seed(seed)`, whatever else is in the batch."""
+    shape = (1, channels, height, width)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def paint(
+    velocity: Velocity, painter: Painter, schedule: Schedule, context: Context, noise: Tensor, batch_size: int = 16
+) -> Tensor:
+    """Pictures, uint8 [B, H, W, 3] on the CPU, from noise [B, C, h, w] and as many contexts."""
+    pictures = []
+    for start in range(0, len(noise), batch_size):
+        rows = Context.stack([context.row(i) for i in range(start, min(start + batch_size, len(noise)))])
+        clean = walk(velocity, noise[start : start + batch_size].to(rows.tokens.device), schedule, rows)
+        pixels = (painter.pixels(clean) / 2 + 0.5).clamp(0, 1)  # as VaeImageProcessor.postprocess
+        pictures.append((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+    return torch.cat(pictures)
+
+
+def to_images(pictures: Tensor) -> list[Image.Image]:
+    """uint8 [B, H, W, 3] as PIL images."""
+    return [Image.fromarray(picture.numpy()) for picture in pictures]
+
+
+def grid(rows: Sequence[Tensor], gap: int = 2) -> Image.Image:
+    """Rows of pictures (uint8 [B, H, W, 3] each, of one size) as one image on white."""
+    height, width = rows[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            top, left = y * (height + gap), x * (width + gap)
+            canvas[top : top + height, left : left + width] = picture.numpy()
+    return Image.fromarray(canvas)

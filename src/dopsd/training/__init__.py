@@ -1,0 +1,1 @@
+"""What turns a method's losses into weights: adapters, roles, the loop, checkpoints."""

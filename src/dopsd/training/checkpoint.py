@@ -1,0 +1,69 @@
+"""A run's state on disk: student, teacher and optimizer as safetensors, the step as JSON, in one atomic folder.
+
+Batches, noise and learning rate are functions of the step, so nothing else needs saving for a bit-equal resume.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dopsd.files import (
+    atomic_path,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from dopsd.training.roles import Teacher
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the state after `step` optimizer steps lies."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None before the first."""
+    return max((p for p in (run / "checkpoints").glob("step-*") if p.is_dir()), default=None)
+
+
+def save_checkpoint(
+    run: Path, step: int, student: Mapping[str, Tensor], teacher: Teacher, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write the state after `step` steps; the folder appears whole or not at all."""
+    path = checkpoint_path(run, step)
+    with atomic_path(path) as temporary:
+        write_tensors(temporary / "student.safetensors", student)
+        write_tensors(temporary / "teacher.safetensors", teacher.tensors)
+        write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer))
+        write_json(temporary / "state.json", {"step": step})
+    return path
+
+
+def load_checkpoint(
+    path: Path, student: Mapping[str, nn.Parameter], teacher: Teacher, optimizer: torch.optim.Optimizer
+) -> int:
+    """Put the state back; returns the number of steps done. Raises ValueError when the folder is damaged or its
+    adapters are not those of this run."""
+    state = path / "state.json"
+    if not state.is_file():
+        raise ValueError(f"{path} is no checkpoint of dopsd: it has no state.json.")
+    _put(path / "student.safetensors", student)
+    _put(path / "teacher.safetensors", teacher.tensors)
+    load_optimizer_tensors(optimizer, read_tensors(path / "optimizer.safetensors"))
+    return int(json.loads(state.read_text(encoding="utf-8"))["step"])
+
+
+@torch.no_grad()
+def _put(path: Path, target: Mapping[str, Tensor]) -> None:
+    saved = read_tensors(path)
+    if differing := sorted(saved.keys() ^ target.keys()):
+        raise ValueError(f"{path} has other adapters than this run (first: {differing[0]}): was lora.targets changed?")
+    for name, tensor in target.items():
+        if saved[name].shape != tensor.shape:
+            raise ValueError(f"{path} has {name} of shape {tuple(saved[name].shape)}: was lora.rank changed?")
+        tensor.copy_(saved[name])

@@ -1,0 +1,114 @@
+"""The loop: a generator of optimizer steps. Whoever runs it logs, samples and saves between two steps.
+
+Randomness is a function of (seed, index of the micro-batch), so a resumed run repeats the straight one.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dopsd.batch import Batch
+from dopsd.methods.base import Method, Roles
+from dopsd.training.adapters import unmoved
+from dopsd.training.roles import Teacher
+
+
+class Batches(Protocol):
+    """Random access to micro-batches: the same index gives the same batch."""
+
+    def batch(self, index: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast. Steps are optimizer steps; `accumulate` micro-batches make one."""
+
+    max_steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    accumulate: int = 1
+    clip: float = 1.0
+    seed: int = 0
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of the step with this index (from 0): linear warm-up, then constant or cosine to 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: how many are done, what the method reported (mean over micro-batches), what it took."""
+
+    step: int
+    log: Mapping[str, float]
+    grad_norm: float
+    learning_rate: float
+    pictures: int
+    seconds: float
+
+
+def generator_at(seed: int, index: int) -> torch.Generator:
+    """The randomness of micro-batch `index`, on the CPU so that every device draws the same."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+
+
+def steps(
+    roles: Roles,
+    method: Method,
+    batches: Batches,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher,
+    accelerator: Accelerator,
+    plan: Plan,
+    start: int = 0,
+) -> Iterator[StepReport]:
+    """Train from optimizer step `start` to `plan.max_steps`, yielding after each.
+
+    Raises ValueError when a loss or gradient is not finite (nothing of that step is applied), or when an adapter has
+    not moved after the very first update.
+    """
+    for step in range(start, plan.max_steps):
+        began = time.perf_counter()
+        learning_rate = plan.learning_rate_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        log: Counter[str] = Counter()
+        pictures = 0
+        for micro in range(plan.accumulate):
+            index = step * plan.accumulate + micro
+            batch = batches.batch(index).to(accelerator.device)
+            pictures += len(batch)
+            for piece in method.losses(roles, batch, generator_at(plan.seed, index)):
+                accelerator.backward(piece.surrogate / plan.accumulate)
+                for name, value in piece.log.items():
+                    log[name] += value / plan.accumulate
+            assert piece.last, "a method must close its batch"
+        grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.clip).item()
+        if not math.isfinite(grad_norm) or not math.isfinite(log["loss"]):
+            raise ValueError(
+                f"step {step + 1}: loss {log['loss']:.3g}, gradient norm {grad_norm:.3g}. The step was not applied. "
+                "Lower train.learning_rate, or resume from the last checkpoint with another seed."
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        teacher.follow()
+        if step == 0 and (still := unmoved(dict(trainable))):
+            raise ValueError(
+                f"after the first update {len(still)} adapters have not moved (first: {still[0]}): their gradient is "
+                "exactly zero, so training would teach them nothing. Check lora.targets and the method's contexts."
+            )
+        yield StepReport(step + 1, dict(log), grad_norm, learning_rate, pictures, time.perf_counter() - began)
