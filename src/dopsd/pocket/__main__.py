@@ -31,8 +31,8 @@ def vae(work: Work = WORK, steps: int = 1500) -> None:
 
 
 @app.command()
-def flow(work: Work = WORK, steps: int = 2300, compiled: Compiled = True) -> None:
-    """Train transformer and VLM by flow matching: the undistilled parent (45 minutes)."""
+def flow(work: Work = WORK, steps: int = 1900, compiled: Compiled = True) -> None:
+    """Train transformer and VLM by flow matching: the undistilled parent (40 minutes)."""
     from dopsd.pocket import train
 
     train.train_flow(work, steps, compiled)
@@ -52,6 +52,24 @@ def assemble(work: Work = WORK, target: Path = PACKAGED) -> None:
     from dopsd.pocket import train
 
     train.assemble(work, target)
+
+
+@app.command()
+def gates(checkpoint: Path = PACKAGED) -> None:
+    """Measure the gates of a checkpoint and write them into it (4 minutes)."""
+    from dopsd.pocket.gates import measure_gates
+
+    for gate in measure_gates(checkpoint):
+        mark = "passed" if gate.passed else "MISSED"
+        print(f"{mark}  {gate.name}: {gate.value:.3f} [{gate.low:.3f}, {gate.high:.3f}], wanted {gate.wanted}")
+
+
+@app.command()
+def pictures(folder: Path, thing: int = 1_000_003, count: int = 4) -> None:
+    """Draw `count` captioned pictures of a thing the pocket model never saw: data for a recipe."""
+    from dopsd.pocket.exam import write_lesson
+
+    write_lesson(folder, thing, count)
 
 
 if __name__ == "__main__":

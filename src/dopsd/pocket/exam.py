@@ -71,7 +71,7 @@ class Sheet:
     unrelated_context: Context
 
     @staticmethod
-    def write(seed: int, reader: Reader, lesson: Path | None = None) -> "Sheet":
+    def write(seed: int, reader: Reader, lesson: Path | None = None, unrelated_count: int = UNRELATED) -> "Sheet":
         """Questions for thing `seed`; with the lesson's folder also what the teacher sees (reader with its VLM)."""
         rng = np.random.default_rng([HELD_OUT, seed, 2])
         scenes = tuple(replace(scene, jitter=Jitter()) for scene in _scenes(seed, rng, UNSEEN_SCENES))
@@ -81,7 +81,7 @@ class Sheet:
             files = sorted(lesson.glob("*.png"))
             pictures = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(prompts))]
             seeing = reader.context(prompts, pictures)
-        stated = unrelated(UNRELATED)
+        stated = unrelated(unrelated_count)
         others = reader.context([caption_of(s) for s in stated])
         return Sheet(scenes, reader.context(prompts), seeing, stated, others)
 

@@ -349,8 +349,8 @@ def fresh_painter(compiled: bool) -> Painter:
     return painter
 
 
-def train_flow(folder: Path, steps: int = 2300, compiled: bool = True, half_batch: int = 64) -> Painter:
-    """Flow matching of transformer and VLM together; half of the contexts hold a picture. About 45 minutes."""
+def train_flow(folder: Path, steps: int = 1900, compiled: bool = True, half_batch: int = 64) -> Painter:
+    """Flow matching of transformer and VLM together; half of the contexts hold a picture. About 40 minutes."""
     corpus, painter = Corpus.read(folder), fresh_painter(compiled)
 
     def loss_at(step: int) -> Tensor:

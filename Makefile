@@ -1,0 +1,39 @@
+# One environment in .venv, and what is run in it. `make` alone lists the targets.
+#   make demo PYTHON=python3.12                    another interpreter
+#   make demo PIP_ARGS="--index-url <address>"     another package index, e.g. PyTorch's one with CPU-only builds
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PIP := .venv/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
+
+.PHONY: help env demo test test-all lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+env: .venv/.ready  ## make the environment in .venv, or bring it up to date
+
+.venv/.ready: pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "dopsd needs Python 3.11 or newer; name one with: make $(or $(MAKECMDGOALS),env) PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making the environment in .venv (a few minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) "$$(grep '^torch==' constraints-cpu.txt)"
+	@$(PIP) -c constraints-cpu.txt -e ".[dev]"
+	@touch $@
+
+demo: env  ## tune the pocket model on a thing it never saw, with D-OPSD and with SFT
+	@.venv/bin/dopsd demo
+
+test: env  ## the fast tests
+	@.venv/bin/python -m pytest -q -m "not slow"
+
+test-all: env  ## all tests
+	@.venv/bin/python -m pytest -q
+
+lint: env  ## ruff and pyright
+	@.venv/bin/ruff check .
+	@.venv/bin/pyright
+
+clean:  ## remove the environment and caches, not the runs
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

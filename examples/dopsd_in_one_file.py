@@ -1,0 +1,122 @@
+"""D-OPSD (arXiv:2605.05204) in one file: plain torch and peft, on the pocket model, in a few minutes on a CPU.
+
+The model is its own teacher. The student walks its own few steps from noise, reading only the prompt; at each state it
+visits, the teacher (an average of the student's past weights) is asked for its velocity while it also sees the target
+picture; the student's velocity is pulled to the teacher's. No target is ever noised, so the student stays where its
+few steps take it, and keeps them.
+
+From dopsd come the model (its reader of prompts, its painter of pixels, its velocity) and the pictures; the
+algorithm is all here. `src/dopsd/methods/dopsd.py` and `src/dopsd/training` are the same with the corners rounded.
+
+    python examples/dopsd_in_one_file.py        # writes runs/one_file/before_and_after.png and zib.safetensors
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from safetensors.torch import save_file
+from torch.func import functional_call
+
+from dopsd.families import load_family
+from dopsd.pocket.captions import caption_of
+from dopsd.pocket.world import Thing, draw_scene, render
+
+MODEL = "pocket"
+UPDATES = 240
+NFE = 4  # steps of the walk: those that the model is deployed with
+LEARNING_RATE = 1e-3
+RANK = 16
+TEACHER_DECAY = 0.9999  # the paper's
+OUT = Path("runs/one_file")
+
+torch.manual_seed(0)
+
+# --- Four captioned pictures of a thing that no word describes, so only a picture can teach it. -----------------------
+
+drawing = np.random.default_rng(0)
+thing = Thing.from_seed(1_000_003)  # things from 1,000,000 on were never in the pocket model's training
+scenes = [draw_scene(drawing, thing=thing) for _ in range(4)]
+pictures = [Image.fromarray(render(scene)) for scene in scenes]
+captions = [
+    caption_of({"size": s.size, "place": s.place, "background": s.background}, thing=True, name="zib") for s in scenes
+]
+unseen = ["a zib big toy in the middle on mint", "a zib small toy at the left on night"]
+unrelated = ["a big red boat in the middle on paper", "a small green star at the top on slate"]
+OUT.mkdir(parents=True, exist_ok=True)
+
+# --- The model. z [B, C, h, w] is a state of the walk, t [B] its time, 1 = noise; the velocity is noise - clean. ------
+
+device = torch.device("cpu")
+family = load_family(MODEL)
+reader = family.load_reader(device, torch.float32, pictures=True)
+student_context = reader.context(captions)  # what the student reads: the prompt
+teacher_context = reader.context(captions, pictures)  # what the teacher reads: the prompt and the target picture
+prompts = [*captions[:2], *unseen, *unrelated]
+sample_context = reader.context(prompts)
+del reader  # nothing is encoded while training
+
+painter = family.load_painter(device, torch.float32)
+denoiser = family.load_denoiser(device, torch.float32)  # denoiser(z, t, context) -> velocity
+side = family.resolution // family.cell
+times = family.schedule(NFE, side, side).times  # [NFE + 1], from 1 to 0, as the pipeline's scheduler has them
+sample_noise = torch.randn(len(prompts), family.channels, side, side)
+
+
+@torch.no_grad()
+def paint() -> torch.Tensor:
+    """The prompts as deployed: NFE Euler steps, always from the same noise. uint8 [B, H, W, 3]."""
+    z = sample_noise
+    for now, after in pairwise(times):
+        z = z + (after - now) * denoiser(z, now.expand(len(z)), sample_context)
+    pixels = (painter.pixels(z) / 2 + 0.5).clamp(0, 1)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+before = paint()
+
+# --- The student is a LoRA; the teacher is a copy of its few tensors, kept in float32. --------------------------------
+
+network = denoiser.network.requires_grad_(False)
+lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=family.lora_targets)  # B is zero: starts unchanged
+inject_adapter_in_model(lora, network, adapter_name="student")
+student = {name: p for name, p in network.named_parameters() if p.requires_grad}
+teacher = {name: p.detach().clone() for name, p in student.items()}
+optimizer = torch.optim.AdamW(student.values(), lr=LEARNING_RATE, weight_decay=0.0)
+
+# --- The algorithm. ---------------------------------------------------------------------------------------------------
+
+for update in range(1, UPDATES + 1):
+    z = torch.randn(len(pictures), family.channels, side, side)
+    total = 0.0
+    for now, after in pairwise(times):  # the student's own walk
+        t = now.expand(len(z))
+        u_student = denoiser(z, t, student_context)
+        with torch.no_grad():  # the same network under the teacher's tensors: no adapter is switched
+            under_teacher = {f"network.{name}": tensor for name, tensor in teacher.items()}
+            u_teacher = functional_call(denoiser, under_teacher, (z, t, teacher_context))
+        loss = (u_student - u_teacher).square().mean() / NFE  # eq. 7
+        loss.backward()  # at once: gradients add up, and one forward's activations are alive, not NFE
+        total += loss.item()
+        z = z + (after - now) * u_student.detach()  # on policy: along the student, whatever the teacher says
+    torch.nn.utils.clip_grad_norm_(student.values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for name, tensor in teacher.items():
+            tensor.lerp_(student[name], 1 - TEACHER_DECAY)
+    if update == 1 or update % 20 == 0:
+        print(f"update {update}/{UPDATES}  loss {total:.4f}", flush=True)
+
+# --- What it learned, and a file for ZImagePipeline.load_lora_weights (alpha = rank: there is no scale to bake in). ---
+
+rows = [np.concatenate(list(batch.numpy()), axis=1) for batch in (before, paint())]
+Image.fromarray(np.concatenate(rows)).resize((256 * len(prompts), 512), Image.Resampling.NEAREST).save(
+    OUT / "before_and_after.png"
+)
+tensors = {f"transformer.{name.replace('.student', '')}": p.detach().contiguous() for name, p in student.items()}
+save_file(tensors, OUT / "zib.safetensors", metadata={"format": "pt"})
+print(f"{OUT / 'before_and_after.png'}: {'; '.join(prompts)}")

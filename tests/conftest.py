@@ -1,0 +1,41 @@
+"""Shared ground for the tests: the pocket checkpoint, small random checkpoints, and plain denoisers."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dopsd.families import load_family
+from dopsd.families.base import Family
+from dopsd.pocket.exam import write_lesson
+
+CPU = torch.device("cpu")
+THING = 1_000_100
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from two threads, and spinning threads starve each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pocket() -> Family:
+    return load_family("pocket")
+
+
+@pytest.fixture(scope="session")
+def pocket_reader(pocket: Family):
+    return pocket.load_reader(CPU, torch.float32, pictures=True)
+
+
+@pytest.fixture()
+def lesson(tmp_path: Path) -> Path:
+    """Four captioned pictures of a thing."""
+    folder = tmp_path / "lesson"
+    write_lesson(folder, THING)
+    return folder

@@ -1,0 +1,149 @@
+"""Z-Image against ZImagePipeline on the same folder: contexts, times and latents; and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+from transformers import Qwen3VLModel
+
+from dopsd.families import load_family
+from dopsd.families.zimage import transplant
+from dopsd.rollout import rollout, walk
+from dopsd.run import sample
+from dopsd.sample import noise_for
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "a star",
+    "a big red heart at the left on night in striped style",
+    "two words that the tokenizer has never seen: kaleidoscope, zeppelin",
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline(pocket) -> ZImagePipeline:
+    pipeline = ZImagePipeline.from_pretrained(pocket.path, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_student_contexts_are_bitwise_what_the_pipeline_feeds(pocket_reader, pipeline):
+    theirs, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+    mine = pocket_reader.context(PROMPTS)
+    for index, row in enumerate(theirs):
+        torch.testing.assert_close(mine.row(index).tokens[0], row, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("nfe", "width", "height"), [(4, 64, 64), (8, 64, 64), (4, 96, 48), (8, 48, 96)])
+def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pipeline, nfe, width, height):
+    noise = noise_for(range(3), pocket.channels, height // pocket.cell, width // pocket.cell)
+    theirs = pipeline(
+        list(PROMPTS), height=height, width=width, num_inference_steps=nfe, guidance_scale=0.0,
+        latents=noise.clone(), output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+    mine = sample(pocket.path, PROMPTS, nfe=nfe, width=width, height=height, noise=noise, latents_only=True)
+    assert (mine - theirs).abs().max() <= 1e-4
+
+
+def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
+    noise = noise_for(range(3), pocket.channels, 16, 16)
+    theirs = pipeline(list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.clone())
+    mine = sample(pocket.path, PROMPTS, nfe=4, noise=noise)
+    for left, right in zip(theirs.images, mine, strict=True):
+        assert max(abs(a - b) for a, b in zip(left.tobytes(), right.tobytes(), strict=True)) <= 1
+
+
+@pytest.mark.parametrize("nfe", [1, 4, 8])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 12)])
+def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_reader, nfe, height, width):
+    seen = []
+
+    def velocity(z, t, context):
+        seen.append(t[0].clone())
+        return torch.zeros_like(z)
+
+    context = pocket_reader.context(PROMPTS[:1])
+    list(rollout(velocity, noise_for([0], pocket.channels, height, width), pocket.schedule(nfe, height, width), context))
+    pipeline(
+        PROMPTS[0], height=height * pocket.cell, width=width * pocket.cell, num_inference_steps=nfe,
+        guidance_scale=0.0, output_type="latent",
+    )  # fmt: skip
+    assert torch.equal(torch.stack(seen), pipeline.scheduler.sigmas[:-1])
+
+
+def test_turbo_walks_the_documented_times(pocket):
+    four, eight = pocket.schedule(4, 16, 16).times, pocket.schedule(8, 16, 16).times
+    torch.testing.assert_close(four, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
+    torch.testing.assert_close(eight[:-1], torch.tensor([1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]), atol=1e-4, rtol=0)
+    assert all((eight - t).abs().min() < 1e-6 for t in four)
+
+
+def test_a_batch_of_other_captions_does_not_change_a_picture(pocket, pocket_reader):
+    denoiser = pocket.load_denoiser(CPU, torch.float32)
+    noise, schedule = noise_for(range(3), pocket.channels, 16, 16), pocket.schedule(4, 16, 16)
+    together = walk(denoiser, noise, schedule, pocket_reader.context(PROMPTS))
+    alone = walk(denoiser, noise[1:2], schedule, pocket_reader.context(PROMPTS[1:2]))
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, pocket_reader):
+    picture = Image.new("RGB", (64, 64), "red")
+    context = pocket_reader.context(["a star"], [picture])
+    text = pocket_reader.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a star"}], tokenize=True, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert context.tokens.shape[1] == len(text) + 16 + 2  # 16 picture tokens between two marks
+    other = pocket_reader.context(["a star"], [Image.new("RGB", (64, 64), "blue")])
+    assert (context.tokens - other.tokens).abs().max() > 1e-3
+
+
+def test_text_only_states_of_encoder_and_vlm_are_equal(pocket_reader):
+    assert pocket_reader.text_gap == 0
+
+
+def copied(pocket, tmp_path: Path) -> Path:
+    shutil.copytree(pocket.path, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_without_a_part_is_refused(pocket, tmp_path):
+    folder = copied(pocket, tmp_path)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ValueError, match="lacks the folder vae"):
+        load_family(str(folder))
+
+
+def test_a_folder_of_another_family_is_refused(pocket, tmp_path):
+    folder = copied(pocket, tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="FluxPipeline.*dopsd knows"):
+        load_family(str(folder))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "missing"])
+def test_a_missing_folder_is_refused(path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_family(path)
+
+
+def test_a_vlm_of_another_size_is_refused_and_the_keys_listed(pocket, pocket_reader):
+    config = pocket_reader.vlm.config.__class__.from_dict(pocket_reader.vlm.config.to_dict())
+    config.text_config.num_hidden_layers = 4
+    with pytest.raises(ValueError, match=r"layers\.3.*\(missing\)"):
+        transplant(pocket_reader.encoder, Qwen3VLModel(config), "bigger")
+    config = config.__class__.from_dict(pocket_reader.vlm.config.to_dict())
+    config.text_config.intermediate_size = 64
+    with pytest.raises(ValueError, match=r"\(shape\)"):
+        transplant(pocket_reader.encoder, Qwen3VLModel(config), "narrower")
+
+
+def test_a_caption_over_the_limit_is_said_not_cut(pocket_reader):
+    with pytest.raises(ValueError, match="the limit is 512"):
+        pocket_reader.context(["star " * 600])
+    with pytest.raises(ValueError, match="16 of them the picture's; the limit is 1024"):
+        pocket_reader.context(["star " * 1100], [Image.new("RGB", (64, 64))])
