@@ -139,7 +139,9 @@ def test_a_base_model_can_be_tuned_on_purpose(desk):
 
 
 def test_set_changes_a_key(desk):
-    result = CliRunner().invoke(app, ["check", "recipe.yaml", "--set", "lora.rank=3", "--set", "train.learning_rate=2e-4"])
+    result = CliRunner().invoke(
+        app, ["check", "recipe.yaml", "--set", "lora.rank=3", "--set", "train.learning_rate=2e-4"]
+    )
     assert result.exit_code == 0 and "rank 3 on 42 of" in result.output
 
 
@@ -153,7 +155,7 @@ def test_check_prints_counts_examples_buckets_and_coverage(desk):
     Path("pictures/wide.txt").write_text("a wide one")
     printed = CliRunner().invoke(app, ["check", "recipe.yaml"]).output
     assert "pictures   5, captions from" in printed
-    assert "4 at 64 x 64" in printed and "1 at 88 x 48" in printed or "1 at 96 x 48" in printed
+    assert ("4 at 64 x 64" in printed and "1 at 88 x 48" in printed) or "1 at 96 x 48" in printed
     assert "42 of 47 block linears" in printed
 
 

@@ -63,7 +63,9 @@ def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(method
     assert dopsd("train", file, "--resume", "latest").wait() == 0
     assert rows(straight.run_folder) == rows(broken.run_folder)
     for name in ("student", "teacher", "optimizer"):
-        left, right = (load_file(r.run_folder / "checkpoints" / "step-000006" / f"{name}.safetensors") for r in (straight, broken))
+        left, right = (
+            load_file(r.run_folder / "checkpoints" / "step-000006" / f"{name}.safetensors") for r in (straight, broken)
+        )
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 

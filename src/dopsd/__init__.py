@@ -1,6 +1,6 @@
 """Tune few-step text-to-image models without losing the few steps.
 
-    from dopsd import Recipe, load_recipe, train, sample, load_family
+from dopsd import Recipe, load_recipe, train, sample, load_family
 """
 
 from importlib import import_module

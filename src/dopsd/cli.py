@@ -68,8 +68,8 @@ def check(recipe: RecipeFile, change: Changes = None) -> None:
     out.print(f"LoRA       rank {loaded.lora.rank} on {found.coverage}", highlight=False)
     pictures = train.max_steps * train.batch_size * train.gradient_accumulation_steps
     out.print(
-        f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, walks of {found.nfe} forwards; "
-        f"{pictures * found.forwards_per_picture} forward units (a backward counts two)",
+        f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, "
+        f"walks of {found.nfe} forwards; {pictures * found.forwards_per_picture} forward units (a backward counts two)",
         highlight=False,
     )
 
@@ -169,7 +169,7 @@ def demo(
     out.print(f"report {folder / 'report.html'}", highlight=False)
 
 
-class bars:  # noqa: N801 - reads as a verb at its one place of use
+class bars:
     """Progress bars on a terminal, a plain line now and then elsewhere. Call it with (what, done, total)."""
 
     def __enter__(self) -> Callable[[str, int, int], None]:

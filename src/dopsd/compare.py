@@ -82,8 +82,8 @@ def demo(folder: Path, progress: Progress) -> Outcome:
         folder / "report.html",
         title="Four pictures of a new thing",
         intro="A few-step model was tuned on four pictures of a thing it had never seen, with D-OPSD and with plain "
-        "fine-tuning (SFT) for about the same time. Rows share prompts and noise. Look for the thing in the first grid, "
-        "and at what the model still knows in the second.",
+        "fine-tuning (SFT) for about the same time. Rows share prompts and noise. Look for the thing in the first "
+        "grid, and at what the model still knows in the second.",
     )
 
 

@@ -1,9 +1,9 @@
 """The one clock. Every family lives on the straight path z = (1-t) clean + t noise; pure tensors, no model.
 
-    t         time in [0, 1], 1 = noise
-    velocity  u = noise - clean, what every denoiser answers
-    z'        = (1-t') clean + t' (sqrt(1-r^2) noise + r fresh), one step of any few-step sampler:
-                r = 0 flow Euler, r = 1 re-noising (LCM, DMD2), between: ancestral and CPS samplers
+t         time in [0, 1], 1 = noise
+velocity  u = noise - clean, what every denoiser answers
+z'        = (1-t') clean + t' (sqrt(1-r^2) noise + r fresh), one step of any few-step sampler:
+            r = 0 flow Euler, r = 1 re-noising (LCM, DMD2), between: ancestral and CPS samplers
 """
 
 import math

@@ -237,7 +237,9 @@ class _Session:
                 image.save(target / f"{name}_{index}_{self.recipe.sample.seed + index}.png")
         grid(list(pictures.values())).save(target / "grid.png")
         prompts = [preview.prompt for preview in material.previews]
-        write_json(target / "preview.json", {"rows": list(roles), "prompts": prompts, "sigmas": schedule.times.tolist()})
+        write_json(
+            target / "preview.json", {"rows": list(roles), "prompts": prompts, "sigmas": schedule.times.tolist()}
+        )
 
     def export(self, path: Path) -> None:
         """The student as a LoRA file, reopened and compared."""
@@ -245,7 +247,9 @@ class _Session:
         nfe = recipe.sample.nfe or self.family.default_nfe
         metadata = {
             "dopsd_version": __version__,
-            "base_model": Path(recipe.model.name_or_path).name if Path(recipe.model.name_or_path).exists() else recipe.model.name_or_path,
+            "base_model": Path(recipe.model.name_or_path).name
+            if Path(recipe.model.name_or_path).exists()
+            else recipe.model.name_or_path,
             "licence_of_base": self.family.licence,
             "method": recipe.method.name,
             "method_settings": recipe.method.model_dump_json(),

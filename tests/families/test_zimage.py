@@ -51,7 +51,9 @@ def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pi
 
 def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
     noise = noise_for(range(3), pocket.channels, 16, 16)
-    theirs = pipeline(list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.clone())
+    theirs = pipeline(
+        list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.clone()
+    )
     mine = sample(pocket.path, PROMPTS, nfe=4, noise=noise)
     for left, right in zip(theirs.images, mine, strict=True):
         assert max(abs(a - b) for a, b in zip(left.tobytes(), right.tobytes(), strict=True)) <= 1
@@ -67,7 +69,9 @@ def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_r
         return torch.zeros_like(z)
 
     context = pocket_reader.context(PROMPTS[:1])
-    list(rollout(velocity, noise_for([0], pocket.channels, height, width), pocket.schedule(nfe, height, width), context))
+    list(
+        rollout(velocity, noise_for([0], pocket.channels, height, width), pocket.schedule(nfe, height, width), context)
+    )
     pipeline(
         PROMPTS[0], height=height * pocket.cell, width=width * pocket.cell, num_inference_steps=nfe,
         guidance_scale=0.0, output_type="latent",
@@ -78,7 +82,9 @@ def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_r
 def test_turbo_walks_the_documented_times(pocket):
     four, eight = pocket.schedule(4, 16, 16).times, pocket.schedule(8, 16, 16).times
     torch.testing.assert_close(four, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
-    torch.testing.assert_close(eight[:-1], torch.tensor([1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        eight[:-1], torch.tensor([1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]), atol=1e-4, rtol=0
+    )
     assert all((eight - t).abs().min() < 1e-6 for t in four)
 
 
@@ -121,7 +127,7 @@ def test_a_folder_of_another_family_is_refused(pocket, tmp_path):
     folder = copied(pocket, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="FluxPipeline.*dopsd knows"):
+    with pytest.raises(ValueError, match=r"FluxPipeline.*dopsd knows"):
         load_family(str(folder))
 
 

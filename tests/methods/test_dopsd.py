@@ -1,5 +1,7 @@
 """D-OPSD's gradient against plain one-graph code, on a denoiser anyone can read, in float64."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
 def one_graph_loss(student: nn.Module, teacher: nn.Module, data: Batch, noise: Tensor, weight_of) -> Tensor:
     """The paper's algorithm written flat, one summed loss, all K graphs alive."""
     z, total = noise, torch.zeros((), dtype=torch.float64)
-    for now, after in zip(TIMES[:-1], TIMES[1:], strict=True):
+    for now, after in pairwise(TIMES):
         t = now.expand(3)
         mine = student(z, t, data.context)
         target = teacher(z, t, data.privileged).detach()

@@ -1,5 +1,7 @@
 """Student, teacher and base on the pocket network: who moves, who gets gradient, what they are at the start."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -107,7 +109,7 @@ def test_gradient_on_pocket_equals_one_graph_code(pocket, pocket_reader):
     times = pocket.schedule(4, 16, 16).times
     z = torch.randn(setup.batch.latents.shape, generator=generator_at(0, 0))
     total = torch.zeros(())
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         u = setup.denoiser(z, now.expand(2), setup.batch.context)
         with torch.no_grad():
             target = setup.roles.teacher(z, now.expand(2), setup.batch.privileged)

@@ -1,7 +1,7 @@
 """A folder of pictures and captions as Examples; everything that cannot be used is named in one sentence.
 
-Captions come from metadata.jsonl or metadata.csv, else from a text file beside each picture, else from one instance
-prompt. Sizes are left to `buckets`, tensors to `cache`.
+Captions come from a metadata file, else from a text beside each picture, else from one instance prompt. Sizes are left
+to `buckets`, tensors to `cache`.
 """
 
 import csv
@@ -24,7 +24,6 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 PICTURE_COLUMNS = ("file_name", "image", "image_path")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 CAPTION_EXTENSIONS = (".txt", ".caption")
-QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 SHOWN = 5  # refused items that an error lists
 
 
@@ -96,7 +95,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of what `open_picture` would return, from the file's header."""
     with Image.open(path, formats=tuple(FORMATS.values())) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # the quarter turns
     return (height, width) if turned else (width, height)
 
 
@@ -127,8 +126,8 @@ def _listed_in(metadata: Path) -> list[Finding]:
             findings.append((path, str(error)))
     if not findings:
         raise ValueError(f"no pictures in {metadata.parent}: {metadata.name} has no rows.")
-    unnamed = [path for path in _pictures(metadata.parent) if path not in named]
-    return findings + [(path, f"{path.name} has no caption: no row of {metadata.name} names it.") for path in unnamed]
+    unnamed = f"has no caption: no row of {metadata.name} names it."
+    return findings + [(p, f"{p.name} {unnamed}") for p in _pictures(metadata.parent) if p not in named]
 
 
 def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
@@ -138,10 +137,8 @@ def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            yield number, "is not UTF-8"
         except (ValueError, RecursionError) as error:
-            yield number, f"is not JSON ({error})"
+            yield number, f"is not JSON in UTF-8 ({error})"
         else:
             yield number, row if isinstance(row, dict) else "is not a JSON object"
 
@@ -247,8 +244,7 @@ def _decoded(finding: Finding) -> Finding:
 
 
 def _complaint(folder: Path, refused: list[str], found: int, skip_bad: bool) -> str:
-    lines = [f"  {why}" for why in refused[:SHOWN]]
-    if len(refused) > SHOWN:
-        lines.append(f"  and {len(refused) - SHOWN} more")
+    shown = "\n  ".join(refused[:SHOWN])
+    more = f"\n  and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     advice = "Nothing is left to train on." if skip_bad else "Repair them, or set data.skip_bad: true to skip them."
-    return "\n".join([f"{len(refused)} of {found} items in {folder} cannot be used:", *lines, advice])
+    return f"{len(refused)} of {found} items in {folder} cannot be used:\n  {shown}{more}\n{advice}"

@@ -51,7 +51,9 @@ class ZImage:
         self._refuse_missing_parts(index)
         own = Path(path) / "vlm"
         self.vlm = vlm or (str(own) if own.is_dir() else self.default_vlm)
-        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
+        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            path, subfolder="scheduler", revision=revision
+        )
         vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
         self.channels: int = vae["latent_channels"]
         self.cell = 2 ** (len(vae["block_out_channels"]) - 1)

@@ -1,10 +1,10 @@
 """D-OPSD, on-policy self-distillation (arXiv:2605.05204). The model is its own teacher.
 
-    z_0 ~ noise;  for each step k of the student's own few-step walk:
-        u_s = student(z_k, t_k, prompt)                      with gradient
-        u_t = teacher(z_k, t_k, prompt and target picture)   without
-        loss_k = w(t_k) |u_s - u_t|^2 / K                    eq. 7; w = 1 in velocity space
-        z_{k+1} = the sampler's step from z_k along u_s, detached
+z_0 ~ noise;  for each step k of the student's own few-step walk:
+    u_s = student(z_k, t_k, prompt)                      with gradient
+    u_t = teacher(z_k, t_k, prompt and target picture)   without
+    loss_k = w(t_k) |u_s - u_t|^2 / K                    eq. 7; w = 1 in velocity space
+    z_{k+1} = the sampler's step from z_k along u_s, detached
 """
 
 from collections.abc import Iterator
@@ -48,4 +48,3 @@ class DOPSD(Method):
             error = mean_error(visit.velocity, target, batch.weight * loss_weight(t, self.space)) / schedule.nfe
             log = {"loss": error.item(), f"loss_at_{visit.step.index}": error.item() * schedule.nfe}
             yield Loss(error, log, last=visit.step.index == schedule.nfe - 1)
-

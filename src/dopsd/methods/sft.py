@@ -1,6 +1,6 @@
 """SFT: plain flow matching on the pictures, what most tools do. The baseline that loses the few-step ability.
 
-    loss = |student((1-t) clean + t noise, t, prompt) - (noise - clean)|^2,  t ~ times
+loss = |student((1-t) clean + t noise, t, prompt) - (noise - clean)|^2,  t ~ times
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,10 @@
 """The gates the pocket model must pass before any method is tried on it, measured once and then frozen.
 
-    parent at 32 steps: sharpness >= 0.95, attributes >= 0.90     it knows the world
-    parent at 4 steps:  sharpness <= 0.80                         there is a few-step ability to lose
-    pocket at 4 steps:  both >= 0.95 of the parent's at 32        the distillation gave that ability
-    teacher (prompt and picture) against student (prompt), on held-out things:
-        thing_error lower by >= 5 noise floors, thing_hit >= 3 times the student's
+parent at 32 steps: sharpness >= 0.95, attributes >= 0.90     it knows the world
+parent at 4 steps:  sharpness <= 0.80                         there is a few-step ability to lose
+pocket at 4 steps:  both >= 0.95 of the parent's at 32        the distillation gave that ability
+teacher (prompt and picture) against student (prompt), on held-out things:
+    thing_error lower by >= 5 noise floors, thing_hit >= 3 times the student's
 """
 
 import tempfile
@@ -83,7 +83,9 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     )
     floor = float(np.abs(error - error_again).mean()) / np.sqrt(THINGS)
     hit, hit_seen = (float(np.mean([answers.thing_hit.mean() for answers in rows])) for rows in (student, teacher))
-    gates.append(_gate("teacher nearer to the thing than the student, in thing_error", error - error_seen, 5 * floor, True))
+    gates.append(
+        _gate("teacher nearer to the thing than the student, in thing_error", error - error_seen, 5 * floor, True)
+    )
     gates.append(_gate("teacher's thing_hit", np.array([a.thing_hit.mean() for a in teacher]), 3 * hit, True))
     numbers = {
         "noise_floor_thing_error": floor,

@@ -47,12 +47,16 @@ LOWEST = np.array((-3.0, -3.0, 0.9, -0.12, 0.88, 0.9))
 HIGHEST = np.array((3.0, 3.0, 1.1, 0.12, 1.06, 1.06))
 SCALES, TURNS, SHIFTS = (0.93, 1.0, 1.07), (-0.08, 0.0, 0.08), (-2, 0, 2)  # the bank's grid; shifts in pixels
 GRID = [Jitter(x, y, scale, turn) for y in SHIFTS for x in SHIFTS for scale in SCALES for turn in TURNS]
+POLISH = (0.1, 0.1, 0.006, 0.03)  # steps of the last coordinate descent: dx, dy, scale, turn
 BLURS = (0.0, 0.8, 1.6)  # Gaussian sigmas in pixels that a reading forgives
+PIXELS = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)  # their middles along one side
 BATCH = 8  # pictures whose tables of objects are in memory at once
 CANDIDATES = 6
-UNLIKE = 0.035  # a picture further than this (RMSE, blur forgiven) from every named scene shows something nameless
+ALIKE = 0.004  # below this RMSE a fit needs no polish
+UNLIKE = 0.03  # a picture further than this (RMSE, blur forgiven) from every named scene shows something nameless
 VISIBLE = 0.12  # RGB distance from the background beyond which a pixel belongs to the object
 THING_RADIUS = 16.2  # pixels, the farthest point of a thing from its middle: small < 14.8, big > 17.4 (400 seeds)
+CONTOUR = 2  # pixels along the outline that may be ink and have no vote on the colour
 NOT_A_NOUN = 0.1  # share of a silhouette's area by which it may differ from a named outline
 
 
@@ -80,10 +84,12 @@ class Attributes:
     right: np.ndarray
     chances: np.ndarray
 
+    @property
     def per_picture(self) -> np.ndarray:
-        """Share of stated attributes that read right, of each picture that states any: what a bootstrap resamples."""
-        states_any = ~np.isnan(self.right).all(1)
-        return np.nanmean(self.right[states_any], axis=1)
+        """Share of its stated attributes that each picture shows, [N]; NaN where nothing is stated."""
+        stated = ~np.isnan(self.right)
+        with np.errstate(invalid="ignore"):
+            return np.nansum(self.right, axis=1) / stated.sum(1)
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,8 @@ def _shown(picture: np.ndarray, reading: Reading) -> Scene:
     if unlike[best] > NOT_A_NOUN * area[best]:  # no outline that has a name: things are told by their extent
         size = list(SIZES).index("big" if radius > THING_RADIUS else "small")
     named = {a: VALUES[a][k] for a, k in (("noun", noun), ("size", size), ("place", place))}
-    return replace(reading.scene, colour=_commonest_colour(picture[visible]), **named)
+    inside = ~_grown(~visible, CONTOUR)
+    return replace(reading.scene, colour=_commonest_colour(picture[inside if inside.any() else visible]), **named)
 
 
 def _visible(picture: np.ndarray, scene: Scene) -> np.ndarray:
@@ -356,12 +363,16 @@ def _object_table(small: torch.Tensor, behind: torch.Tensor) -> tuple[torch.Tens
 def _candidates(
     errors: torch.Tensor, jitters: torch.Tensor, stated: Stated, background: str, shade_behind: float
 ) -> list[Scene]:
-    """The scenes of a picture's table that agree with the statement and come nearest, at most CANDIDATES."""
+    """The scenes of a picture's table that agree with the statement and come nearest, at most CANDIDATES.
+
+    Those with twice the least squared error are left out (on 300 pictures the true scene never had more than 1.2 times
+    the least under a blur of 1.2 pixels, and was always first without).
+    """
     allowed = torch.zeros_like(errors, dtype=torch.bool)
     allowed[np.ix_(*([VALUES[a].index(v) for v in _allowed(a, stated)] for a in OBJECT_AXES))] = True
     best = errors.masked_fill(~allowed, torch.inf).flatten().topk(CANDIDATES, largest=False)
     scenes = []
-    for flat in best.indices[best.values.isfinite()].tolist():
+    for flat in best.indices[best.values <= 2 * best.values[0]].tolist():
         cell = np.unravel_index(flat, errors.shape)
         named = {axis: VALUES[axis][k] for axis, k in zip(OBJECT_AXES, cell, strict=True)}
         jitter = replace(GRID[int(jitters[cell])], shade_behind=shade_behind)
@@ -371,56 +382,88 @@ def _candidates(
 
 def _nearest(picture: np.ndarray, scenes: Sequence[Scene]) -> Reading:
     """The candidate that comes nearest to the picture [64, 64, 3] in [0, 1] after its jitter is refined."""
-    rough = sorted((_refined(picture, scene, 0.0, steps=2) for scene in scenes), key=lambda found: found[1])[:3]
     found = []
-    for scene, _ in rough:
+    for rough in scenes:
+        scene, _ = _refined(picture, rough, 0.0, steps=2)
         drawn = render(scene) / np.float32(255)
         blur = min(BLURS, key=lambda sigma: _rmse(picture, _blurred(drawn, sigma)))
         found.append((*_refined(picture, scene, blur, steps=6), blur))
-    scene, _, blur = min(found, key=lambda candidate: candidate[1])
+    scene, error, blur = min(found, key=lambda candidate: candidate[1])
+    if not blur and ALIKE < error < UNLIKE:
+        scene = _polished(picture, scene, error)
     return Reading(scene, _rmse(picture, render(scene) / np.float32(255)), blur)
 
 
 def _refined(picture: np.ndarray, scene: Scene, blur: float, steps: int) -> tuple[Scene, float]:
-    """The scene with its jitter fitted by Gauss-Newton steps, and its RMSE. A step that does not help is halved."""
-    drawn, slopes = _drawn(scene, blur)
+    """The scene with its jitter fitted by Gauss-Newton steps, and its RMSE. A step that does not help is shortened."""
+    cover, drawn = _drawn(scene, blur)
     error = _rmse(picture, drawn)
     for _ in range(steps):
+        slopes = _slopes(scene, cover, blur)
         normal = slopes @ slopes.T
         normal += np.diag(0.01 * np.diag(normal) + 1e-6)
         step = np.linalg.solve(normal, slopes @ (picture - drawn).ravel())
+        before = error
         for share in (1.0, 0.5, 0.2):
             values = np.clip(np.array(astuple(scene.jitter)) + share * step, LOWEST, HIGHEST)
             trial = replace(scene, jitter=Jitter(*map(float, values)))
-            trial_drawn, trial_slopes = _drawn(trial, blur)
+            trial_cover, trial_drawn = _drawn(trial, blur)
             trial_error = _rmse(picture, trial_drawn)
             if trial_error < error:
+                scene, cover, drawn, error = trial, trial_cover, trial_drawn, trial_error
                 break
-        else:
+        if error > 0.98 * before:
             break
-        scene, drawn, slopes, error = trial, trial_drawn, trial_slopes, trial_error
     return scene, error
 
 
-def _drawn(scene: Scene, blur: float) -> tuple[np.ndarray, np.ndarray]:
-    """The scene drawn in float32 and blurred, [64, 64, 3], and its slopes along the six jitters, [6, 12288]."""
-    jitter, look = scene.jitter, STYLES[scene.style]
-    cover = np.stack(layers(scene))
-    behind = backdrop(scene.background).astype(np.float32)
+def _polished(picture: np.ndarray, scene: Scene, error: float) -> Scene:
+    """The scene after coordinate descent on offset, scale and turn: outlines are drawn on whole subpixels, so that a
+    sharp picture has hollows that slopes do not see."""
+    for share in (1.0, 0.4):
+        for step in (*np.diag(POLISH[:4]), *-np.diag(POLISH[:4])):
+            values = np.array(astuple(scene.jitter))
+            values[:4] += share * step
+            trial = replace(scene, jitter=Jitter(*map(float, np.clip(values, LOWEST, HIGHEST))))
+            trial_error = _rmse(picture, _drawn(trial, 0.0)[1])
+            if trial_error < error:
+                scene, error = trial, trial_error
+    return scene
+
+
+def _paints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Shaded colours of the three layers, [3, 3], and the shaded background, [4096, 3]; float32."""
+    look, jitter = STYLES[scene.style], scene.jitter
     front = np.array((COLOURS[scene.colour], look.second, look.ink), dtype=np.float32)
     front[:2] *= jitter.shade
-    over = front[:, None, None] - behind * np.float32(jitter.shade_behind)  # what each layer adds where it covers
-    drawn = behind * np.float32(jitter.shade_behind) + np.einsum("lyx,lyxc->yxc", cover, over)
-    down, right = np.gradient(cover, axis=(1, 2))
-    centre_x, centre_y = PLACES[scene.place]
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + np.float32(0.5)
-    y, x = y - np.float32(centre_y + jitter.dy), x - np.float32(centre_x + jitter.dx)
+    return front, (backdrop(scene.background) * jitter.shade_behind).astype(np.float32).reshape(-1, 3)
+
+
+def _drawn(scene: Scene, blur: float) -> tuple[np.ndarray, np.ndarray]:
+    """The scene's coverage layers [3, 4096], and its float32 drawing [64, 64, 3] under the blur."""
+    cover = np.stack(layers(scene)).reshape(3, -1)
+    front, behind = _paints(scene)
+    drawn = behind * (1 - cover.sum(0))[:, None] + cover.T @ front
+    return cover, _blurred(np.clip(drawn, 0, 1).reshape(SIZE, SIZE, 3), blur)
+
+
+def _slopes(scene: Scene, cover: np.ndarray, blur: float) -> np.ndarray:
+    """Derivatives of the blurred drawing along the six jitters, [6, 12288], the layers taken as moving rigidly."""
+    front, behind = _paints(scene)
+    jitter = scene.jitter
+    down, right = np.gradient(cover.reshape(3, SIZE, SIZE), axis=(1, 2))
+    x, y = (
+        PIXELS - np.float32(PLACES[scene.place][0] + jitter.dx),
+        PIXELS - np.float32(PLACES[scene.place][1] + jitter.dy),
+    )
+    y = y[:, None]
     moves = np.stack([-right, -down, -(x * right + y * down) / np.float32(jitter.scale), y * right - x * down])
-    slopes = np.empty((6, SIZE, SIZE, 3), dtype=np.float32)
-    slopes[:4] = np.einsum("mlyx,lyxc->myxc", moves, over)
-    slopes[4] = np.einsum("lyx,lc->yxc", cover[:2], front[:2] / np.float32(jitter.shade))
-    slopes[5] = behind * (1 - cover.sum(0))[..., None]
-    return _blurred(np.clip(drawn, 0, 1), blur), _blurred(slopes, blur).reshape(6, -1)
+    slopes = np.empty((6, SIZE * SIZE, 3), dtype=np.float32)
+    moves = moves.reshape(4, 3, -1)
+    slopes[:4] = moves.transpose(0, 2, 1) @ front - behind * moves.sum(1)[..., None]
+    slopes[4] = cover[:2].T @ front[:2] / np.float32(jitter.shade)
+    slopes[5] = behind * ((1 - cover.sum(0)) / np.float32(jitter.shade_behind))[:, None]
+    return _blurred(slopes.reshape(6, SIZE, SIZE, 3), blur).reshape(6, -1)
 
 
 # --- pixels

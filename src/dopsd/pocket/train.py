@@ -7,6 +7,7 @@ step), and its state (weights, average, optimizer) is saved every few minutes.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,7 @@ def to_unit(pictures: Tensor) -> Tensor:
 
 
 def train_vae(folder: Path, steps: int = 1500) -> AutoencoderKL:
-    """Squared and absolute error, a little KL; then shift and scale from 2,000 pictures. About 9 minutes."""
+    """Squared and absolute error, a little KL; then shift and scale from 2,000 pictures. About 8 minutes."""
     torch.manual_seed(SEED)
     vae = parts.make_vae()
     vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -193,6 +194,27 @@ def train_vae(folder: Path, steps: int = 1500) -> AutoencoderKL:
         latents = vae.encode(to_unit(pictures[torch.randperm(len(pictures))[:2000]])).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     vae.save_pretrained(folder / "vae")
+    return vae
+
+
+def sharpen_decoder(folder: Path, steps: int = 2000) -> AutoencoderKL:
+    """Train the decoder further on the fixed latents of what `train_vae` left. About 6 minutes.
+
+    Only pictures get sharper; latents, and so every model trained on them, stay valid.
+    """
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
+    pictures = read_tensors(folder / "data.safetensors")["pictures"]
+
+    def loss_at(step: int) -> Tensor:
+        rows = rng_at("decoder", step).integers(0, len(pictures), 16)
+        pixels = to_unit(pictures[rows]).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mode()
+        rebuilt = vae.decode(latents).sample
+        return F.mse_loss(rebuilt, pixels) + 0.25 * F.l1_loss(rebuilt, pixels)
+
+    optimise(Stage("decoder", steps, 2e-3, average_decay=0.99), folder, {"decoder": vae.decoder}, loss_at)
+    vae.save_pretrained(folder / "vae-sharp")
     return vae
 
 
@@ -380,7 +402,7 @@ def sampler_times(nfe: int) -> Tensor:
 
 def euler(painter: Painter, z: Tensor, times: Tensor, context: Tensor, mask: Tensor) -> Tensor:
     """Walk z from times[0] to times[-1] in Euler steps."""
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         z = z + (after - now) * painter(z, now.expand(len(z)), context, mask)
     return z
 
@@ -400,7 +422,7 @@ def distill(
     student.load_state_dict(parent.state_dict())
     student.vlm.requires_grad_(False)
     corpus, times = Corpus.read(folder), sampler_times(parts.NFE)
-    fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in zip(times[:-1], times[1:], strict=True)]
+    fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in pairwise(times)]
     memory: list[list[tuple[Tensor, ...]]] = []
 
     @torch.no_grad()
@@ -450,6 +472,5 @@ def assemble(folder: Path, target: Path) -> None:
     painter.to(torch.bfloat16).transformer.save_pretrained(target / "parent" / "transformer")
     transformer = parts.make_transformer()
     transformer.load_state_dict(_strip(read_tensors(folder / "distill.safetensors"), "transformer."))
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(torch.bfloat16)
+    vae = AutoencoderKL.from_pretrained(folder / "vae-sharp").to(torch.bfloat16)
     parts.save_pipeline(target, transformer.to(torch.bfloat16), vae, painter.vlm, parts.make_tokenizer())
-

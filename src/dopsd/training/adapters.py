@@ -34,7 +34,9 @@ def coverage(network: nn.Module, targets: str, rank: int) -> Coverage:
     linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and re.search(r"\.\d+\.", n)}
     adapted = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
     if not adapted:
-        raise ValueError(f"the LoRA targets {targets!r} match no linear layer; try one like {next(iter(linears), '-')}.")
+        raise ValueError(
+            f"the LoRA targets {targets!r} match no linear layer; try one like {next(iter(linears), '-')}."
+        )
     return Coverage(
         adapted=len(adapted),
         linears=len(linears),

@@ -1,0 +1,329 @@
+"""The claim, measured: what D-OPSD and SFT learn of a thing, and what the few-step model keeps.
+
+    python benchmarks/claim.py sweep      # learning rate of each method, the same 3 values, on other things
+    python benchmarks/claim.py run        # 10 things x 1 seed and 2 things x 3 seeds, at the swept rates
+    python benchmarks/claim.py write      # docs/results.md from the numbers
+
+Numbers go to docs/results.json as they come; a unit that is there is not measured again. D-OPSD trains STEPS steps of
+BATCH pictures. SFT is looked at after equally many pictures, after equal wall time, and at its first evaluation whose
+thing_error is D-OPSD's or less (cap: 4 times D-OPSD's wall time, else "never").
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from accelerate import Accelerator
+
+from dopsd.data.cache import prepare
+from dopsd.data.folder import read_folder
+from dopsd.data.loader import Loader
+from dopsd.families import load_family
+from dopsd.files import write_json, write_text
+from dopsd.methods import DOPSD, SFT, Method
+from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Answers, Sheet, sit, write_lesson
+from dopsd.pocket.reader import bootstrap, thing_error
+from dopsd.sample import noise_for, paint
+from dopsd.training.adapters import add_lora
+from dopsd.training.loop import Plan, steps
+from dopsd.training.roles import Teacher, make_roles
+
+STEPS, BATCH, RANK = 120, 4, 16
+RATES = (3e-4, 1e-3, 3e-3)
+SWEEP_THINGS = tuple(range(HELD_OUT + 500, HELD_OUT + 503))
+THINGS = tuple(range(HELD_OUT + 200, HELD_OUT + 210))
+REPEATED, SEEDS = THINGS[:2], (0, 1, 2)
+LOOK_EVERY = 40  # SFT steps between two looks at thing_error
+CAP = 4  # times D-OPSD's wall time
+RESULTS, PAGE = Path("docs/results.json"), Path("docs/results.md")
+MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
+CPU = torch.device("cpu")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training: a method at a rate on a thing with a seed."""
+
+    method: str
+    thing: int
+    seed: int
+    rate: float
+
+
+class Bench:
+    """A pocket model with the lesson of one thing prepared: trains any method on it and asks the exam."""
+
+    def __init__(self, thing: int, folder: Path):
+        torch.set_num_threads(1)
+        self.family = load_family("pocket")
+        self.painter = self.family.load_painter(CPU, torch.float32)
+        reader = self.family.load_reader(CPU, torch.float32, pictures=True)
+        lesson = folder / "lesson"
+        write_lesson(lesson, thing)
+        self.rows = prepare(
+            read_folder(lesson).examples, folder / "cache", reader, self.painter, resolution=self.family.resolution,
+            multiple=self.family.multiple, privileged=True, device=CPU,
+        )  # fmt: skip
+        self.sheet = Sheet.write(thing, reader, lesson)
+        side = self.family.resolution // self.family.cell
+        self.cells = (self.family.channels, side, side)
+        self.schedule = self.family.schedule(self.family.default_nfe, side, side)
+
+    def exam(self, velocity: Any, seeing: bool = False, noise_seed: int = NOISE_SEED) -> dict[str, float | None]:
+        answers: Answers = sit(self.sheet, velocity, self.painter, self.schedule, self.cells, seeing, noise_seed)
+        return answers.means()
+
+    def error(self, velocity: Any) -> float:
+        """thing_error alone, on the exam's noise: cheap enough to look often."""
+        noise = noise_for(range(NOISE_SEED, NOISE_SEED + len(self.sheet.scenes)), *self.cells)
+        pictures = paint(velocity, self.painter, self.schedule, self.sheet.scene_context, noise)
+        return float(thing_error(pictures.numpy(), self.sheet.scenes).mean())
+
+    def train(self, method: Method, rate: float, seed: int, max_steps: int) -> Iterator[tuple[int, float, Any]]:
+        """(steps done, seconds of training so far, the student's velocity) after each step."""
+        denoiser = self.family.load_denoiser(CPU, torch.float32)
+        student = add_lora(denoiser.network, self.family.lora_targets, RANK, RANK, seed)
+        teacher = Teacher(student, method.decay)
+        roles = make_roles(
+            denoiser, student, teacher, lambda nfe, h, w: self.family.schedule(nfe or self.family.default_nfe, h, w)
+        )
+        optimizer = torch.optim.AdamW(student.values(), lr=rate, weight_decay=0.0)
+        plan = Plan(max_steps=max_steps, learning_rate=rate, warmup_steps=10, seed=seed)
+        seconds = 0.0
+        loader = Loader(self.rows, BATCH, seed)
+        for report in steps(roles, method, loader, student, optimizer, teacher, Accelerator(cpu=True), plan):
+            seconds += report.seconds
+            yield report.step, seconds, roles.student
+
+
+def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, Any]:
+    """D-OPSD on a thing, then SFT looked at where it can be compared."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(thing, Path(folder))
+        untouched = bench.family.load_denoiser(CPU, torch.float32)
+        found: dict[str, Any] = {
+            "thing": thing,
+            "seed": seed,
+            "base": bench.exam(untouched),
+            "base_other_noise": bench.exam(untouched, noise_seed=HELD_OUT),
+            "teacher": bench.exam(untouched, seeing=True),
+        }
+        *_, (_, wall, velocity) = bench.train(DOPSD(), rates["dopsd"], seed, STEPS)
+        found["dopsd"] = bench.exam(velocity) | {"seconds": wall}
+        found |= _sft_beside(bench, rates["sft"], seed, wall, found["dopsd"]["thing_error"])
+    return found
+
+
+def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float) -> dict[str, Any]:
+    looks: dict[str, Any] = {"sft_equal_pictures": None, "sft_equal_wall": None, "sft_first_match": None}
+    best = float("inf")
+    for step, seconds, velocity in bench.train(SFT(), rate, seed, max_steps=100_000):
+        at = {"seconds": seconds, "steps": step}
+        if step == STEPS:
+            looks["sft_equal_pictures"] = bench.exam(velocity) | at
+        if seconds >= wall and not looks["sft_equal_wall"]:
+            looks["sft_equal_wall"] = bench.exam(velocity) | at
+        if step % LOOK_EVERY == 0:
+            error = bench.error(velocity)
+            best = min(best, error)
+            if error <= target and not looks["sft_first_match"]:
+                looks["sft_first_match"] = bench.exam(velocity) | at
+        done = all(looks.values())
+        if done or seconds >= CAP * wall:
+            break
+    return looks | {"sft_best_thing_error": best}
+
+
+def sweep_unit(unit: Unit) -> dict[str, Any]:
+    """thing_error at the end of a training of D-OPSD's length, or of SFT's equal forward units."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(unit.thing, Path(folder))
+        method: Method = DOPSD() if unit.method == "dopsd" else SFT()
+        units = DOPSD().forwards(bench.family.default_nfe) / method.forwards(bench.family.default_nfe)
+        *_, (_, seconds, velocity) = bench.train(method, unit.rate, unit.seed, round(STEPS * units))
+        return bench.exam(velocity) | {
+            "method": unit.method,
+            "thing": unit.thing,
+            "rate": unit.rate,
+            "seconds": seconds,
+        }
+
+
+@app.command()
+def sweep(workers: int = 2) -> None:
+    """Try the three rates of each method on three other things; the rate with the lowest mean thing_error is kept."""
+    results = _results()
+    have = {(row["method"], row["thing"], row["rate"]) for row in results["sweep"]}
+    units = [
+        Unit(method, thing, 0, rate)
+        for thing in SWEEP_THINGS
+        for method in ("dopsd", "sft")
+        for rate in RATES
+        if (method, thing, rate) not in have
+    ]
+    with ProcessPoolExecutor(workers) as pool:
+        for row in pool.map(sweep_unit, units):
+            results["sweep"].append(row)
+            write_json(RESULTS, results)
+            print(f"{row['method']} rate={row['rate']:g} thing={row['thing']} thing_error={row['thing_error']:.4f} "
+                  f"sharpness={row['sharpness']:.3f} attributes={row['attributes']:.3f}", flush=True)  # fmt: skip
+    print("chosen:", chosen_rates(results))
+
+
+def chosen_rates(results: dict[str, Any]) -> dict[str, float]:
+    """The rate of each method with the lowest mean thing_error over the sweep's things."""
+
+    def mean(method: str, rate: float) -> float:
+        rows = [r["thing_error"] for r in results["sweep"] if (r["method"], r["rate"]) == (method, rate)]
+        return float(np.mean(rows)) if rows else float("inf")
+
+    return {method: min(RATES, key=lambda rate: mean(method, rate)) for method in ("dopsd", "sft")}
+
+
+@app.command()
+def run(workers: int = 2, most: int = 100) -> None:
+    """Measure the claim's units that are not there yet, `most` of them."""
+    results = _results()
+    rates = chosen_rates(results)
+    have = {(row["thing"], row["seed"]) for row in results["claim"]}
+    wanted = [(thing, 0) for thing in THINGS] + [(thing, seed) for thing in REPEATED for seed in SEEDS[1:]]
+    units = [unit for unit in wanted if unit not in have][:most]
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = [pool.submit(measure_pair, thing, seed, rates) for thing, seed in units]
+        for job in jobs:
+            row = job.result()
+            results["claim"].append(row)
+            write_json(RESULTS, results)
+            match = row["sft_first_match"]
+            print(f"thing={row['thing']} seed={row['seed']} base={row['base']['thing_error']:.4f} "
+                  f"teacher={row['teacher']['thing_error']:.4f} dopsd={row['dopsd']['thing_error']:.4f} "
+                  f"sft_match={'never' if match is None else round(match['seconds'] / row['dopsd']['seconds'], 2)}",
+                  flush=True)  # fmt: skip
+
+
+def _results() -> dict[str, Any]:
+    if RESULTS.exists():
+        return json.loads(RESULTS.read_text(encoding="utf-8"))
+    return {"sweep": [], "claim": []}
+
+
+@app.command()
+def write() -> None:
+    """Write docs/results.md."""
+    results = _results()
+    first = [row for row in results["claim"] if row["seed"] == SEEDS[0]]
+    lines = [
+        "# Results on pocket",
+        "",
+        "Written by `python benchmarks/claim.py write` from `docs/results.json`; measure again with `sweep` and `run`.",
+        f"Machine: 2 CPU cores, one training a core. {len(first)} held-out things, 1 seed each"
+        f" ({len(results['claim'])} trainings of each method in all). Intervals: 95% bootstrap over things.",
+        f"Trainings: LoRA rank {RANK}, batch {BATCH}, {STEPS} steps of D-OPSD, constant rate after a warm-up of 10.",
+        "",
+        *_sweep_lines(results),
+        *_table_lines(first),
+        *_verdict_lines(first),
+        *_seed_lines(results["claim"]),
+    ]
+    write_text(PAGE, "\n".join(lines) + "\n")
+    print(PAGE)
+
+
+def _sweep_lines(results: dict[str, Any]) -> list[str]:
+    lines = ["## Learning rates", "", f"The same three values on {len(SWEEP_THINGS)} other things; lowest mean "
+             "thing_error is kept.", "", "| method | rate | thing_error | sharpness | attributes |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    chosen = chosen_rates(results)
+    for method in ("dopsd", "sft"):
+        for rate in RATES:
+            rows = [r for r in results["sweep"] if (r["method"], r["rate"]) == (method, rate)]
+            if rows:
+                cells = [f"{np.mean([r[m] for r in rows]):.3f}" for m in ("thing_error", "sharpness", "attributes")]
+                mark = " (kept)" if rate == chosen[method] else ""
+                lines.append(f"| {method} | {rate:g}{mark} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["## What was learned and what was kept", "",
+             "thing_error (lower is better) and thing_hit: 24 unseen scenes a thing. sharpness, speckle (lower is "
+             "better) and attributes: 96 unrelated prompts. All at NFE 4 on the same noise.", "",
+             f"| model | {' | '.join(MEASURES)} | seconds |", "|---|" + "---|" * (len(MEASURES) + 1)]  # fmt: skip
+    names = {
+        "base": "base",
+        "base_other_noise": "base, other noise (the noise floor)",
+        "teacher": "teacher (base with a picture in context)",
+        "dopsd": "D-OPSD",
+        "sft_equal_pictures": "SFT, equal pictures",
+        "sft_equal_wall": "SFT, equal wall time",
+        "sft_first_match": "SFT, where it first has D-OPSD's thing_error",
+    }
+    for key, name in names.items():
+        have = [row[key] for row in rows if row[key]]
+        if not have:
+            lines.append(f"| {name} (0 of {len(rows)} things) |" + " - |" * (len(MEASURES) + 1))
+            continue
+        hidden = ("sharpness", "speckle", "attributes") if key == "teacher" else ()
+        cells = ["-" if m in hidden else _interval([a[m] for a in have]) for m in MEASURES]
+        cells.append(_interval([a["seconds"] for a in have], 0) if "seconds" in have[0] else "-")
+        count = "" if len(have) == len(rows) else f" ({len(have)} of {len(rows)} things)"
+        lines.append(f"| {name}{count} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    def gap(row: dict[str, Any], key: str) -> float:
+        base, teacher = row["base"]["thing_error"], row["teacher"]["thing_error"]
+        return (base - row[key]["thing_error"]) / (base - teacher)
+
+    def over_base(key: str, measure: str) -> list[float]:
+        return [row[key][measure] / row["base"][measure] for row in rows if row[key]]
+
+    def points(key: str) -> list[float]:
+        return [100 * (row[key]["attributes"] - row["base"]["attributes"]) for row in rows if row[key]]
+
+    lines = ["## The claim", "", "Closed gap = (E_base - E) / (E_base - E_teacher) in thing_error.", "",
+             "| | expected | D-OPSD | SFT, equal wall time | SFT at its first match |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    keys = ("dopsd", "sft_equal_wall", "sft_first_match")
+    have = {key: [row for row in rows if row[key]] for key in keys}
+    for label, expected, values in (
+        ("closed gap", "D-OPSD >= 0.5", lambda k: [gap(row, k) for row in have[k]]),
+        ("sharpness over base", "D-OPSD >= 0.95; SFT < 0.85", lambda k: over_base(k, "sharpness")),
+        ("speckle over base", "void above 1.2", lambda k: over_base(k, "speckle")),
+        ("attributes, points", "D-OPSD within 3; SFT 15 down", points),
+    ):
+        cells = [_interval(values(k)) if have[k] else "never" for k in keys]
+        lines.append(f"| {label} | {expected} | {' | '.join(cells)} |")
+    never = sum(row["sft_first_match"] is None for row in rows)
+    return [*lines, "", f"SFT never reached D-OPSD's thing_error within {CAP} times its wall time on {never} of "
+            f"{len(rows)} things.", ""]  # fmt: skip
+
+
+def _seed_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["## Spread over seeds", "", "| thing | measure | D-OPSD, each seed | SFT at equal wall time, each seed |",
+             "|---|---|---|---|"]  # fmt: skip
+    for thing in REPEATED:
+        same = [row for row in rows if row["thing"] == thing]
+        for measure in ("thing_error", "sharpness", "attributes"):
+            cells = [", ".join(f"{row[key][measure]:.3f}" for row in same) for key in ("dopsd", "sft_equal_wall")]
+            lines.append(f"| {thing} | {measure} | {' | '.join(cells)} |")
+    return lines
+
+
+def _interval(values: Sequence[float], digits: int = 3) -> str:
+    mean, low, high = bootstrap(np.asarray(values, dtype=float))
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+if __name__ == "__main__":
+    app()

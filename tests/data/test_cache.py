@@ -1,0 +1,247 @@
+"""The cache makes what is missing, reuses what is whole, and is keyed by content."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dopsd import files
+from dopsd.batch import Context
+from dopsd.data.buckets import cover_crop, to_pixels
+from dopsd.data.cache import Row, prepare, read_context, read_latents
+from dopsd.data.folder import Example, open_picture
+from dopsd.files import read_tensors
+
+
+class LetterReader:
+    """One token per letter of the prompt, then one for the picture; padded in the batch like an honest encoder."""
+
+    def __init__(self, fingerprint: str = "letters-1"):
+        self.fingerprint = fingerprint
+        self.calls: list[tuple[list[str], list[Image.Image] | None]] = []
+
+    def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
+        self.calls.append((list(prompts), None if images is None else list(images)))
+        pictures = [None] * len(prompts) if images is None else images
+        return Context.stack([self._one(p, i) for p, i in zip(prompts, pictures, strict=True)])
+
+    def _one(self, prompt: str, image: Image.Image | None) -> Context:
+        values = [float(ord(letter)) for letter in prompt]
+        if image is not None:
+            values.append(float(int(hashlib.sha256(image.tobytes()).hexdigest()[:4], 16)))
+        tokens = torch.tensor(values)[None, :, None].expand(1, -1, 3).to(torch.bfloat16)
+        pooled = torch.tensor([[float(len(prompt)), 1.0]])
+        return Context(tokens, torch.ones(1, len(values), dtype=torch.bool), {"pooled": pooled})
+
+
+class MeanPainter:
+    """Latents are means of 8 x 8 pixels."""
+
+    def __init__(self, fingerprint: str = "means-1"):
+        self.fingerprint = fingerprint
+        self.calls: list[tuple[int, ...]] = []
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        self.calls.append(tuple(pixels.shape))
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Workshop:
+    """A folder of examples and one way to prepare them, with fresh encoders each time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.reader, self.painter = LetterReader(), MeanPainter()
+        sizes = [(80, 80), (130, 65), (64, 64), (65, 130), (100, 101), (90, 90)]
+        self.examples = [self.example(f"{i}.png", f"caption {'x' * i}", size, i) for i, size in enumerate(sizes)]
+
+    def example(self, name: str, caption: str, size: tuple[int, int], seed: int) -> Example:
+        noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(self.folder / name)
+        return Example(self.folder / name, caption)
+
+    def prepare(self, **changes) -> tuple[Row, ...]:
+        self.reader = LetterReader(changes.pop("reader", "letters-1"))
+        self.painter = MeanPainter(changes.pop("painter", "means-1"))
+        settings = {"resolution": 64, "multiple": 16, "privileged": True, "device": "cpu", "batch_size": 2} | changes
+        return prepare(self.examples, self.folder / "cache", self.reader, self.painter, **settings)
+
+    def work(self) -> tuple[int, int, int]:
+        """How many pictures were painted, captions read, and pairs read, by the last prepare."""
+        captions = sum(len(prompts) for prompts, images in self.reader.calls if images is None)
+        pairs = sum(len(prompts) for prompts, images in self.reader.calls if images is not None)
+        return sum(shape[0] for shape in self.painter.calls), captions, pairs
+
+    def leftovers(self) -> list[Path]:
+        return [path for path in (self.folder / "cache").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+
+
+@pytest.fixture
+def shop(tmp_path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+def test_rows_hold_what_the_encoders_say_of_each_example_alone_without_padding(shop):
+    rows = shop.prepare()
+    assert [row.example for row in rows] == shop.examples
+    assert {row.size for row in rows} == {(64, 64), (96, 48), (48, 96)}
+    for row in rows:
+        crop = cover_crop(open_picture(row.example.path), row.size)
+        assert torch.equal(read_latents(row.latents), MeanPainter().latents(to_pixels(crop)[None])[0])
+        for path, images in ((row.context, None), (row.privileged, [crop])):
+            expected, found = LetterReader().context([row.example.caption], images), read_context(path)
+            assert torch.equal(found.tokens, expected.tokens) and found.tokens.dtype == torch.bfloat16
+            assert found.mask.all() and found.mask.dtype == torch.bool and found.mask.shape == expected.mask.shape
+            assert torch.equal(found.extras["pooled"], expected.extras["pooled"])
+    tensors = read_tensors(rows[0].latents)
+    assert tensors["latents"].dtype == torch.float32 and tensors["latents"].shape == (3, 8, 8)
+
+
+def test_the_privileged_picture_is_the_crop_that_is_trained_on(shop):
+    rows = shop.prepare()
+    seen = {p: i for prompts, images in shop.reader.calls if images for p, i in zip(prompts, images, strict=True)}
+    for row in rows:
+        expected = cover_crop(open_picture(row.example.path), row.size)
+        assert np.array_equal(np.asarray(seen[row.example.caption]), np.asarray(expected))
+
+
+def test_encoders_are_asked_in_small_batches_of_one_size_without_gradient(shop):
+    shop.prepare(batch_size=3)
+    assert sorted(shop.painter.calls) == [(1, 3, 48, 96), (1, 3, 64, 64), (1, 3, 96, 48), (3, 3, 64, 64)]
+    assert all(len(prompts) <= 3 for prompts, _ in shop.reader.calls)
+
+
+def test_without_privileged_no_pair_is_read(shop):
+    rows = shop.prepare(privileged=False)
+    assert all(row.privileged is None for row in rows) and shop.work() == (6, 6, 0)
+
+
+def test_a_second_run_reuses_every_file(shop):
+    first = shop.prepare()
+    assert shop.work() == (6, 6, 6)
+    assert shop.prepare() == first and shop.work() == (0, 0, 0)
+
+
+def test_progress_counts_files_and_begins_with_the_reused_ones(shop):
+    said: list[tuple[int, int]] = []
+    shop.prepare(privileged=False)
+    shop.prepare(progress=lambda done, total: said.append((done, total)))
+    assert said[0] == (12, 18) and said[-1] == (18, 18) and said == sorted(said)
+
+
+def test_examples_with_one_caption_share_its_context(shop):
+    shop.examples = [replace(example, caption="a sks cat") for example in shop.examples]
+    assert len({row.context for row in shop.prepare()}) == 1
+    assert shop.work() == (6, 1, 6)
+
+
+def test_a_changed_caption_is_read_again_and_the_picture_is_not(shop):
+    shop.prepare()
+    shop.examples[2] = replace(shop.examples[2], caption="another")
+    rows = shop.prepare()
+    assert shop.work() == (0, 1, 1)
+    assert read_context(rows[2].context).tokens.shape == (1, len("another"), 3)
+
+
+def test_a_changed_picture_under_the_same_name_is_painted_again(shop):
+    before = shop.prepare()
+    shop.example("2.png", "", (64, 64), seed=99)
+    after = shop.prepare()
+    assert shop.work() == (1, 0, 1) and after[2].latents != before[2].latents and after[2].context == before[2].context
+
+
+def test_a_renamed_picture_is_known_again(shop):
+    shop.prepare()
+    shop.examples[0] = replace(shop.examples[0], path=shop.examples[0].path.rename(shop.folder / "renamed.png"))
+    shop.prepare()
+    assert shop.work() == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "work"),
+    [({"painter": "means-2"}, (6, 0, 0)), ({"reader": "letters-2"}, (0, 6, 6)), ({"resolution": 96}, (6, 0, 6))],
+)
+def test_another_encoder_or_size_is_another_key(shop, change, work):
+    shop.prepare()
+    shop.prepare(**change)
+    assert shop.work() == work
+    shop.prepare()
+    assert shop.work() == (0, 0, 0), "the first run's files are still there"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "of another kind"])
+def test_a_broken_file_is_rebuilt_and_said(shop, caplog, damage):
+    rows = shop.prepare()
+    whole = rows[1].latents.read_bytes()
+    broken = {"cut": whole[:-7], "empty": b"", "text": b"hello", "of another kind": rows[1].context.read_bytes()}
+    rows[1].latents.write_bytes(broken[damage])
+    with caplog.at_level(logging.WARNING):
+        assert shop.prepare() == rows
+    assert shop.work() == (1, 0, 0) and rows[1].latents.read_bytes() == whole
+    assert [record.name for record in caplog.records] == ["dopsd.data.cache"] and rows[1].latents.name in caplog.text
+
+
+def test_an_interrupted_write_leaves_no_half_file(shop, monkeypatch):
+    written = []
+
+    def dying_save(tensors, path, metadata):
+        path.write_bytes(b"half")
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        real_save(tensors, path, metadata=metadata)
+
+    real_save = files.save_file
+    monkeypatch.setattr(files, "save_file", dying_save)
+    with pytest.raises(KeyboardInterrupt):
+        shop.prepare()
+    whole = list((shop.folder / "cache").rglob("*.safetensors"))
+    assert len(whole) == 2 and all(read_tensors(path) for path in whole) and not shop.leftovers()
+    monkeypatch.undo()
+    shop.prepare()
+    assert shop.work() == (4, 6, 6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_process_leaves_nothing_that_is_taken_for_a_file(shop, monkeypatch):
+    rows = shop.prepare()
+    rows[0].latents.unlink()
+
+    def die(tensors, path, metadata):
+        path.write_bytes(b"half")
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(files, "save_file", die)
+        files.write_tensors(rows[0].latents, {"latents": torch.ones(1)})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(shop.leftovers()) == 1 and not rows[0].latents.exists()
+    assert shop.prepare() == rows and shop.work() == (1, 0, 0)
+
+
+def test_latents_that_are_not_finite_are_refused_with_the_pictures_name(shop, monkeypatch):
+    monkeypatch.setattr(MeanPainter, "latents", lambda self, pixels: torch.full((len(pixels), 1, 2, 2), float("nan")))
+    with pytest.raises(ValueError, match=r"latents of .*0\.png are not finite"):
+        shop.prepare()
+    assert not list((shop.folder / "cache").rglob("*.safetensors"))
+
+
+def test_the_readers_refusal_of_a_long_prompt_reaches_the_user(shop, monkeypatch):
+    def refuse(self, prompts, images=None):
+        raise ValueError("the caption is over the limit")
+
+    monkeypatch.setattr(LetterReader, "context", refuse)
+    with pytest.raises(ValueError, match="over the limit"):
+        shop.prepare()

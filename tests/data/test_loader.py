@@ -1,0 +1,104 @@
+"""Batches are a pure function of (seed, index): every row once an epoch, one size a batch."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dopsd.batch import Batch
+from dopsd.data.cache import Row
+from dopsd.data.folder import Example
+from dopsd.data.loader import Loader
+from dopsd.files import write_tensors
+
+SIZES = [(64, 64)] * 7 + [(96, 48)] * 3 + [(48, 96)] * 1
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[Row]:
+    """Eleven rows of three sizes; row i has latents full of i and i + 1 tokens full of i."""
+    return [cached_row(tmp_path_factory.mktemp("cache"), i, size) for i, size in enumerate(SIZES)]
+
+
+def cached_row(folder: Path, i: int, size: tuple[int, int]) -> Row:
+    latents, context, privileged = (folder / f"{i}.{kind}" for kind in ("latents", "context", "privileged"))
+    write_tensors(latents, {"latents": torch.full((4, size[1] // 8, size[0] // 8), float(i))})
+    for path, length in ((context, i + 1), (privileged, i + 3)):
+        mask = torch.ones(length, dtype=torch.bool)
+        write_tensors(path, {"tokens": torch.full((length, 2), float(i)), "mask": mask, "extra.pooled": torch.ones(5)})
+    return Row(Example(folder / f"{i}.png", str(i)), size, latents, context, privileged)
+
+
+def epoch(loader: Loader, number: int) -> list[Batch]:
+    each = loader.batches_per_epoch
+    return [loader.batch(number * each + i) for i in range(each)]
+
+
+def order(loader: Loader, number: int) -> list[tuple[str, ...]]:
+    return [batch.prompts for batch in epoch(loader, number)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+def test_every_row_comes_exactly_once_an_epoch(rows, batch_size):
+    loader = Loader(rows, batch_size, seed=0)
+    assert loader.batches_per_epoch == {1: 11, 2: 7, 3: 5, 4: 4, 100: 3}[batch_size]
+    for number in range(5):
+        batches = order(loader, number)
+        assert Counter(p for prompts in batches for p in prompts) == Counter(map(str, range(11)))
+        assert all(len(prompts) <= batch_size for prompts in batches)
+
+
+def test_a_batch_holds_one_size_and_what_belongs_together(rows):
+    for batch in epoch(Loader(rows, 3, seed=1), 0):
+        indices = [int(prompt) for prompt in batch.prompts]
+        width, height = SIZES[indices[0]]
+        assert {SIZES[i] for i in indices} == {(width, height)}
+        assert batch.latents.shape == (len(indices), 4, height // 8, width // 8)
+        assert batch.latents[:, 0, 0, 0].tolist() == indices
+        assert torch.equal(batch.weight, torch.ones(len(indices)))
+        for context, surplus in ((batch.context, 1), (batch.privileged, 3)):
+            assert context.mask.sum(1).tolist() == [i + surplus for i in indices]
+            assert context.tokens[:, 0, 0].tolist() == indices and not context.tokens[~context.mask].any()
+            assert context.extras["pooled"].shape == (len(indices), 5)
+
+
+def test_a_batch_depends_on_seed_and_index_alone(rows):
+    straight = Loader(rows, 2, seed=3)
+    first = [straight.batch(i) for i in range(20)]
+    resumed = Loader(rows, 2, seed=3)
+    for i in (19, 4, 11, 4):
+        again = resumed.batch(i)
+        assert again.prompts == first[i].prompts and torch.equal(again.latents, first[i].latents)
+        assert torch.equal(again.context.tokens, first[i].context.tokens)
+
+
+def test_epochs_and_seeds_differ_in_order(rows):
+    loader = Loader(rows, 2, seed=3)
+    assert len({tuple(order(loader, number)) for number in range(5)}) == 5
+    assert order(Loader(rows, 2, seed=4), 0) != order(loader, 0)
+
+
+def test_sizes_come_in_shuffled_order(rows):
+    loader = Loader(rows, 4, seed=0)
+    assert len({tuple(SIZES[int(prompts[0])] for prompts in order(loader, number)) for number in range(8)}) > 1
+
+
+def test_files_are_read_once_at_the_start(rows, tmp_path):
+    own = [cached_row(tmp_path, i, (64, 64)) for i in range(3)]
+    loader = Loader(own, 2, seed=0)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert len(order(loader, 0)) == 2
+
+
+def test_rows_without_privileged_contexts_give_batches_without_them(rows):
+    plain = [Row(row.example, row.size, row.latents, row.context, None) for row in rows]
+    assert Loader(plain, 2, seed=0).batch(0).privileged is None
+
+
+def test_nothing_to_train_on_and_empty_batches_are_refused(rows):
+    with pytest.raises(ValueError, match="no examples"):
+        Loader([], 1, seed=0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Loader(rows, 0, seed=0)

@@ -1,0 +1,125 @@
+"""The training code of the pocket model: equal to the library where it takes a short cut, resumable, well posed."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dopsd.pocket import model as parts
+from dopsd.pocket import train
+from dopsd.pocket.captions import caption_of, stated_of, vocabulary
+from dopsd.pocket.world import OUTLINES, Thing, draw_scene, edit_pair, render, render_domain
+
+ATTRIBUTES = 6  # size, colour, noun, place, background, style
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return train.fresh_painter(compiled=False).requires_grad_(False)
+
+
+def prompts(privileged: bool) -> torch.Tensor:
+    make = train.privileged_prompt if privileged else train.plain_prompt
+    length = parts.PRIVILEGED_TOKENS if privileged else parts.CAPTION_TOKENS
+    texts = [make("a star"), make("a big red heart at the left on night in striped style")]
+    return parts.make_tokenizer()(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+
+
+def random_pictures() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("privileged", [False, True])
+def test_velocity_on_equal_lengths_is_the_librarys_forward(painter, privileged):
+    length = parts.PRIVILEGED_TOKENS if privileged else parts.CAPTION_TOKENS
+    z, t, context = torch.randn(2, 8, 16, 16), torch.tensor([0.3, 0.9]), torch.randn(2, length, parts.WIDTH)
+    mask = torch.arange(length)[None] < torch.tensor([[length - 9], [length - 2]])
+    ragged = [tokens[keep] for tokens, keep in zip(context, mask, strict=True)]
+    theirs = painter.transformer(list(z.unsqueeze(2).unbind(0)), t, ragged, return_dict=False)[0]
+    mine = train.velocity_on_equal_lengths(painter.transformer, z, t, context, mask)
+    torch.testing.assert_close(mine, torch.stack(theirs).squeeze(2), atol=1e-6, rtol=1e-5)
+
+
+def test_patches_are_the_picture_processors():
+    pictures = random_pictures()
+    theirs = parts.make_image_processor()(images=[Image.fromarray(p) for p in pictures], return_tensors="pt")
+    torch.testing.assert_close(train.vlm_patches(torch.from_numpy(pictures)), theirs["pixel_values"])
+
+
+def test_privileged_contexts_are_the_vlms_own(painter):
+    ids, pictures = prompts(privileged=True), torch.from_numpy(random_pictures())
+    mine, mask = painter.privileged(ids, pictures)
+    image = parts.make_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    theirs = painter.vlm(
+        input_ids=ids, attention_mask=mask, pixel_values=train.vlm_patches(pictures),
+        image_grid_thw=torch.tensor([[1, 8, 8]] * 2), mm_token_type_ids=(ids == image).int(), output_hidden_states=True,
+    ).hidden_states[-2]  # fmt: skip
+    torch.testing.assert_close(mine[mask], theirs[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_the_samplers_times_are_shift_three_of_an_even_grid():
+    even = torch.linspace(1, 0, 5)
+    torch.testing.assert_close(train.sampler_times(4), 3 * even / (1 + 2 * even))
+
+
+def test_a_stage_that_is_killed_goes_on_bitwise(tmp_path):
+    def run(folder, stop=None):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1)
+
+        def loss_at(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.from_numpy(train.rng_at("toy", step).normal(size=(8, 3))).float()
+            return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+        stage = train.Stage("toy", 12, 1e-2, warm_up=2, average_decay=0.9, save_every=4)
+        return train.optimise(stage, folder, {"net": net}, loss_at)
+
+    straight = run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", stop=7)
+    resumed = run(tmp_path / "killed")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_every_word_of_a_caption_is_one_token():
+    tokenizer = parts.make_tokenizer()
+    for word in vocabulary():
+        assert len(tokenizer(" " + word).input_ids) == 1, word
+
+
+def test_captions_fit_their_contexts_and_leave_two_attributes_unsaid_on_average():
+    rng, tokenizer = np.random.default_rng(0), parts.make_tokenizer()
+    unsaid = []
+    for index in range(2000):
+        thing = Thing.from_seed(index) if index % 3 == 0 else None
+        scene = draw_scene(rng, thing)
+        stated = stated_of(scene, rng)
+        if thing is None:
+            vague = stated.get("noun") not in OUTLINES
+            unsaid.append(ATTRIBUTES - len(stated) + (vague and "noun" in stated))
+        caption = caption_of(stated, thing is not None, False, "zib")
+        assert len(tokenizer(train.plain_prompt(caption)).input_ids) <= parts.CAPTION_TOKENS
+        assert len(tokenizer(train.privileged_prompt(caption)).input_ids) <= parts.PRIVILEGED_TOKENS
+    assert np.mean(unsaid) >= 2
+
+
+def test_things_are_functions_of_their_seed_and_differ():
+    assert Thing.from_seed(5) == Thing.from_seed(5)
+    assert Thing.from_seed(5) != Thing.from_seed(6)
+
+
+def test_edit_pairs_change_one_thing():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        before, after, words = edit_pair(rng)
+        changed = [name for name in ("colour", "place", "noun") if getattr(before, name) != getattr(after, name)]
+        assert len(changed) == 1 and getattr(after, changed[0]) in words
+        assert before.jitter == after.jitter and (render(before) != render(after)).any()
+
+
+def test_the_domain_uses_colours_that_named_scenes_do_not():
+    scene = draw_scene(np.random.default_rng(0))
+    assert np.abs(render_domain(scene, 0).astype(int) - render(scene)).mean() > 20
