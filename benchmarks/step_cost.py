@@ -20,7 +20,7 @@ from PIL import Image
 from dopsd.batch import Batch
 from dopsd.families import load_family
 from dopsd.methods import DOPSD, SFT, Loss, Method, Roles
-from dopsd.sample import noise_for
+from dopsd.paint import noise_for
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.meter import LiveBytes

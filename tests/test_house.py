@@ -24,7 +24,7 @@ SOURCE = Path(dopsd.__file__).parent
 FLOORS = (
     ("files", "batch", "flow"),
     ("families", "rollout"),
-    ("methods", "sample"),
+    ("methods", "paint"),
     ("training", "data", "evaluation", "pocket"),
     ("recipe", "export"),
     ("run",),

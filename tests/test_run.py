@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import check, sample, train
-from dopsd.sample import noise_for
+from dopsd.paint import noise_for
 
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 

@@ -21,7 +21,7 @@ from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import preview_prompts, train
-from dopsd.sample import noise_for, paint, to_images
+from dopsd.paint import noise_for, paint, to_images
 
 Progress = Callable[[str, int, int], None]
 

@@ -31,7 +31,7 @@ from dopsd.methods import METHODS, missing
 from dopsd.methods.base import Roles
 from dopsd.recipe import Recipe
 from dopsd.rollout import Velocity, walk
-from dopsd.sample import grid, noise_for, paint, to_images
+from dopsd.paint import grid, noise_for, paint, to_images
 from dopsd.training.adapters import Coverage, add_lora, coverage
 from dopsd.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, steps

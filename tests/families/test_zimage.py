@@ -14,7 +14,7 @@ from dopsd.families import load_family
 from dopsd.families.zimage import transplant
 from dopsd.rollout import rollout, walk
 from dopsd.run import sample
-from dopsd.sample import noise_for
+from dopsd.paint import noise_for
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -105,6 +105,16 @@ def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, poc
     assert context.tokens.shape[1] == len(text) + 16 + 2  # 16 picture tokens between two marks
     other = pocket_reader.context(["a star"], [Image.new("RGB", (64, 64), "blue")])
     assert (context.tokens - other.tokens).abs().max() > 1e-3
+
+
+def test_the_teachers_picture_is_limited_to_576_tokens(pocket, tmp_path):
+    shutil.copytree(Path(pocket.path) / "vlm", tmp_path / "vlm")
+    file = tmp_path / "vlm" / "preprocessor_config.json"
+    wide = {"shortest_edge": 65536, "longest_edge": 16777216}  # Qwen3-VL's own
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": wide}))
+    reader = load_family(pocket.path, vlm=str(tmp_path / "vlm")).load_reader(CPU, torch.float32, pictures=True)
+    patches = reader.processor(images=[Image.new("RGB", (2000, 1000))], return_tensors="pt")
+    assert 500 <= int(patches["image_grid_thw"].prod()) // 4 <= 576
 
 
 def test_text_only_states_of_encoder_and_vlm_are_equal(pocket_reader):

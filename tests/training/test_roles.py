@@ -7,7 +7,7 @@ import torch
 
 from dopsd.batch import Batch
 from dopsd.methods import DOPSD
-from dopsd.sample import noise_for
+from dopsd.paint import noise_for
 from dopsd.training.adapters import ADAPTER, add_lora, coverage, lora_pairs, untouched
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 if features.check("avif"):
     FORMATS[".avif"] = "AVIF"
+OPENED = tuple(dict.fromkeys(FORMATS.values()))  # no others: Pillow hands a renamed PostScript file to Ghostscript
 # Pictures that dopsd does not read; refused by name, so that a folder of them does not shrink in silence.
 FOREIGN = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"} - FORMATS.keys()
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -80,20 +81,17 @@ def open_picture(path: Path) -> Image.Image:
     Raises ValueError for a picture that cannot be decoded, or that is too large to be an honest one.
     """
     try:
-        # Formats are given because Pillow would otherwise hand a renamed PostScript file to Ghostscript.
-        with Image.open(path, formats=tuple(FORMATS.values())) as image:
+        with Image.open(path, formats=OPENED) as image:
             return _as_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{path} holds no {' / '.join(dict.fromkeys(FORMATS.values()))} picture, or a broken one."
-        ) from error
+        raise ValueError(f"{path} holds no {' / '.join(OPENED)} picture, or a broken one.") from error
     except Exception as error:  # on a broken file Pillow raises anything, from SyntaxError to struct.error
         raise ValueError(f"{path} cannot be decoded ({str(error) or type(error).__name__}).") from error
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of what `open_picture` would return, from the file's header."""
-    with Image.open(path, formats=tuple(FORMATS.values())) as image:
+    with Image.open(path, formats=OPENED) as image:
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # the quarter turns
     return (height, width) if turned else (width, height)
@@ -225,8 +223,8 @@ def _captioned(path: Path, texts: list[Path], prompt: str | None, extensions: tu
 
 def _pictures(folder: Path) -> list[Path]:
     """Files that look like pictures, sorted; files that begin with a dot are the system's, not the user's."""
-    known = FORMATS.keys() | FOREIGN
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+    seen = (path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
+    return sorted(path for path in seen if path.suffix.lower() in FORMATS.keys() | FOREIGN)
 
 
 def _decoded(finding: Finding) -> Finding:

@@ -1,11 +1,286 @@
-"""Placeholder until the real one lands."""
+"""Pages that tell what happened: one of a run, one of a comparison. Self-contained HTML, no script, no network.
 
-Panel = tuple
+A page is a list of sections (words, table, panels of pictures, curves, text); report.html.jinja lays them out.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from dopsd.files import write_text
+
+EXACT_SIDE = 256  # pixels; a larger picture is embedded as a JPEG copy of at most COPY_SIDE, or pages grow to 100 MB
+COPY_SIDE = 640
+ENLARGED_SIDE = 128  # pixels; pictures up to here are enlarged without smoothing
+POINTS = 1000  # of a curve; in a longer run each point is the mean of consecutive steps
+ROLES = {
+    "base": "Base is the untouched model",
+    "student": "student is the tuned one",
+    "teacher": "teacher is the one that sees a picture beside the prompt",
+}
+COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "pictures", "seconds")  # of metrics.jsonl, whatever the method
+WIDE = 20  # highest over lowest value from which a curve is logarithmic
+
+Metrics = Sequence[Mapping[str, float]]
 
 
-def write_report(run):
-    return run
+@dataclass(frozen=True)
+class Panel:
+    """A grid of pictures: a caption for each column, and rows of (label, pictures)."""
+
+    title: str
+    captions: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Image.Image, ...]], ...]
 
 
-def write_comparison(*a):
-    return a
+def write_report(run: Path) -> Path:
+    """Write `report.html` of a run folder. Raises ValueError when config.yaml or metrics.jsonl is missing or broken;
+    whatever else is missing is left out of the page."""
+    settings, recipe = _read_settings(run / "config.yaml")
+    metrics = _read_metrics(run / "metrics.jsonl")
+    path = run / "env.json"
+    environment: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    refused = environment.pop("refused", [])
+    folder = f"{Path(settings['data']['folder'])}{os.sep}"
+    previews = _read_previews(run / "samples")
+    group = math.ceil(len(metrics) / POINTS)
+    thinning = [f"Each point is the mean of {group} steps."] if group > 1 else []
+    sections = [
+        *_picture_sections(previews),
+        _Section("Curves", words=thinning, curves=_curves(metrics)),
+        _Section("Sampler", words=[_walk_in_words(preview.sigmas) for preview in previews[-1:]]),
+        _Section("Recipe", text=recipe),
+        _Section("Environment", rows=[(key, str(value)) for key, value in environment.items()]),
+        _Section("Refused pictures", rows=[(name, why.replace(folder, "")) for name, why in refused]),
+    ]
+    headline = _headline(_without_folders(settings), metrics, environment)
+    return _write_page(
+        run / "report.html", settings["run_name"], "What a run did and what it cost.", sections, headline
+    )
+
+
+def write_comparison(
+    path: Path,
+    title: str,
+    intro: str,
+    header: Sequence[str],
+    table: Sequence[Sequence[str]],
+    panels: Sequence[Panel],
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write the page of a comparison. table: a row for each model, its name first and numbers after."""
+    sections = [
+        _Section("Measures", header=header, rows=table),
+        _Section("Pictures", words=["Pictures in a column share prompt and noise."] if panels else [], panels=panels),
+        _Section("Notes", words=notes),
+    ]
+    return _write_page(path, title, intro, sections, {})
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Lines over steps as (name, colour of CSS, points [N, 2]), points in the unit square, y downward. steps: at the
+    left and right end; values: at the bottom, in the middle and at the top."""
+
+    title: str
+    lines: Sequence[tuple[str, str, np.ndarray]]
+    steps: tuple[float, float]
+    values: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A part of a page, left out when it has nothing to show. With a header, the cells after the first are numbers."""
+
+    title: str
+    words: Sequence[str] = ()
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    panels: Sequence[Panel] = ()
+    curves: Sequence[_Curve] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class _Preview:
+    """One folder of samples/: titles say prompt and seed; pictures of each role are in their order."""
+
+    step: int
+    titles: tuple[str, ...]
+    pictures: Mapping[str, tuple[Image.Image, ...]]
+    sigmas: tuple[float, ...]
+
+
+def _write_page(
+    path: Path, title: str, intro: str, sections: Sequence[_Section], headline: Mapping[str, object]
+) -> Path:
+    loader = PackageLoader("dopsd.evaluation", "")
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["data_uri"] = _data_uri
+    page = pages.get_template("report.html.jinja")
+    write_text(
+        path,
+        page.render(
+            title=title,
+            intro=intro,
+            sections=sections,
+            headline=headline,
+            exact_side=EXACT_SIDE,
+            enlarged_side=ENLARGED_SIDE,
+        ),
+    )
+    return path
+
+
+def _data_uri(image: Image.Image) -> str:
+    """The picture as PNG, or a copy of a large one as JPEG."""
+    buffer, kind = io.BytesIO(), "png"
+    if max(image.size) > EXACT_SIDE:
+        image, kind = image.convert("RGB"), "jpeg"
+        image.thumbnail((COPY_SIDE, COPY_SIDE))
+    image.save(buffer, kind, quality=90)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
+    """The recipe of a run and its text; absolute folders, which say where a machine keeps things, cut to their name."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is no run folder: {path.name} is missing.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError:
+        settings = None
+    if not isinstance(settings, dict) or not {"run_name", "model", "data", "method"} <= settings.keys():
+        raise ValueError(f"{path} is not the recipe of a run.")
+    shown = _without_folders(settings)
+    return settings, text if shown == settings else yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    return f"…/{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _read_metrics(path: Path) -> Metrics:
+    """The whole rows: the last may be cut where a run was killed."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    if not rows:
+        raise ValueError(f"{path.parent} has no step to report: {path.name} is missing or empty.")
+    return rows
+
+
+def _read_previews(folder: Path) -> list[_Preview]:
+    """By step. preview.json is written last, so a folder without it was left unfinished and is passed over."""
+    previews = []
+    for path in sorted(folder.glob("step-*/preview.json")):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        files = {role: list(path.parent.glob(f"{role}_*_*.png")) for role in ROLES if role in said["rows"]}
+        if any(len(row) != len(said["prompts"]) for row in files.values()):
+            continue
+        for row in files.values():
+            row.sort(key=lambda file: int(file.stem.split("_")[1]))
+        seeds = [file.stem.split("_")[2] for file in files["student"]]
+        titles = tuple(f"{prompt} (seed {seed})" for prompt, seed in zip(said["prompts"], seeds, strict=True))
+        pictures = {role: tuple(Image.open(file).convert("RGB") for file in row) for role, row in files.items()}
+        step = int(path.parent.name.removeprefix("step-"))
+        previews.append(_Preview(step, titles, pictures, tuple(said["sigmas"])))
+    return previews
+
+
+def _picture_sections(previews: Sequence[_Preview]) -> list[_Section]:
+    """First and last preview, a panel for each prompt; then the student at every step, when there are more."""
+    if not previews:
+        return []
+    roles, titles = tuple(previews[-1].pictures), previews[-1].titles
+    ends = {f"{'after' if end.step else 'before'}, step {end.step}": end for end in (previews[0], previews[-1])}
+    panels = []
+    for column, title in enumerate(titles):
+        rows = tuple((when, tuple(end.pictures[role][column] for role in roles)) for when, end in ends.items())
+        panels.append(Panel(title, roles, rows))
+    words = f"{', '.join(ROLES[role] for role in roles)}. Pictures of one prompt start from the same noise."
+    sections = [_Section("Before and after" if len(ends) > 1 else "Preview", words=[words], panels=panels)]
+    if len(previews) > 2:
+        rows = tuple((f"step {preview.step}", preview.pictures["student"]) for preview in previews)
+        sections.append(_Section("The student on its way", panels=[Panel("Student", titles, rows)]))
+    return sections
+
+
+def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str, Any]) -> dict:
+    seconds = [row["seconds"] for row in metrics]
+    facts = {
+        "method": settings["method"]["name"],
+        "base model": settings["model"]["name_or_path"],
+        "licence of the base": environment.get("licence_of_base"),
+        "steps": metrics[-1]["step"],
+        "pictures": environment.get("pictures"),
+        "pictures trained on, with repeats": sum(int(row["pictures"]) for row in metrics),
+        "training time": f"{sum(seconds):.0f} s" if sum(seconds) < 600 else f"{sum(seconds) / 60:.0f} min",
+        "a step (median)": f"{median(seconds):.3g} s",
+        "device": environment.get("device"),
+    }
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _walk_in_words(sigmas: Sequence[float]) -> str:
+    times = " → ".join(f"{sigma:.3g}" for sigma in sigmas)
+    return f"{len(sigmas) - 1} forwards of the network for a picture, at these shares of noise: {times}."
+
+
+def _curves(metrics: Metrics) -> list[_Curve]:
+    """Loss, its parts at the steps of the walk, gradient norm, and whatever else the method reported."""
+    names = dict.fromkeys(name for row in metrics for name in row)
+    parts = sorted((name for name in names if name.startswith("loss_at_")), key=lambda name: (len(name), name))
+    singles = ["grad_norm", *(name for name in names if name not in COLUMNS and name not in parts)]
+    together = [_curve("loss at each step of the walk", metrics, parts)] if parts else []
+    return [_curve("loss", metrics, ["loss"]), *together, *(_curve(name, metrics, [name]) for name in singles)]
+
+
+def _curve(title: str, metrics: Metrics, names: Sequence[str]) -> _Curve:
+    """One name: as measured, and smoothed. Several: smoothed only, from blue (first) to orange (last)."""
+    lines = []
+    for index, name in enumerate(names):
+        points = _thinned(np.array([(row["step"], row[name]) for row in metrics if name in row]))
+        if len(names) == 1:
+            lines.append(("as measured", "var(--faint)", points))
+        hue = 220 + 170 * index / max(1, len(names) - 1)
+        lines.append(("smoothed" if len(names) == 1 else name, f"hsl({hue:.0f} 65% 52%)", _smoothed(points)))
+    everything = np.concatenate([points for _, _, points in lines])
+    (left, low), (right, high) = everything.min(axis=0), everything.max(axis=0)
+    logarithmic = low > 0 and high > WIDE * low
+    low = low if logarithmic else min(low, 0)
+
+    def place(points: np.ndarray) -> np.ndarray:
+        steps, values = points.T
+        risen = np.log(values / low) / np.log(high / low) if logarithmic else (values - low) / ((high - low) or 1)
+        return np.stack([(steps - left) / ((right - left) or 1), 1 - risen], axis=1)
+
+    middle = math.sqrt(low * high) if logarithmic else (low + high) / 2
+    placed = [(name, colour, place(points)) for name, colour, points in lines]
+    return _Curve(title + (" (logarithmic)" if logarithmic else ""), placed, (left, right), (low, middle, high))
+
+
+def _thinned(points: np.ndarray) -> np.ndarray:
+    group = math.ceil(len(points) / POINTS)
+    return np.array([points[start : start + group].mean(axis=0) for start in range(0, len(points), group)])
+
+
+def _smoothed(points: np.ndarray) -> np.ndarray:
+    """Each value becomes the mean of its neighbours, a fortieth of the curve on either side."""
+    reach = len(points) // 40 + 1
+    means = [points[max(0, i - reach) : i + reach + 1, 1].mean() for i in range(len(points))]
+    return np.stack([points[:, 0], means], axis=1)

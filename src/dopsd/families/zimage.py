@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TEXT_TOKENS = 512  # ZImagePipeline's max_sequence_length
 PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
+PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
 HIDDEN_STATE = -2  # the one ZImagePipeline reads
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 DISTILLED_SHIFT = 3.0  # Turbo's scheduler; the many-step base model ships 6.0
@@ -123,7 +124,7 @@ class KLPainter:
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae.eval().requires_grad_(False)
-        self.fingerprint = _fingerprint(vae)
+        self.fingerprint = f"{_fingerprint(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
 
     def latents(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -146,7 +147,7 @@ class QwenReader:
         self.vlm = self.processor = None
         if pictures:
             self.vlm = _load_vlm(family.vlm, dtype).to(device)
-            self.processor = Qwen2VLImageProcessorPil.from_pretrained(family.vlm)
+            self.processor = _load_processor(family.vlm)
             transplant(self.encoder, self.vlm, family.vlm)
             self.text_gap = self._text_gap()
             log.info("vlm=%s language_weights=replaced text_only_gap=%.2e", family.vlm, self.text_gap)
@@ -218,6 +219,14 @@ def _load_vlm(path: str, dtype: torch.dtype) -> Qwen3VLModel:
         raise ValueError(f"the teacher's VLM {path} could not be loaded ({str(error).splitlines()[0]}).") from error
 
 
+def _load_processor(path: str) -> Qwen2VLImageProcessorPil:
+    """The VLM's own picture processor, its largest picture limited to PICTURE_TOKENS."""
+    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    most = PICTURE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
+    size = {edge: min(processor.size[edge], most) for edge in ("shortest_edge", "longest_edge")}
+    return Qwen2VLImageProcessorPil.from_pretrained(path, size=size)
+
+
 def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
     """Replace the VLM's language weights by the text encoder's. Raises ValueError, listing the first keys that differ
     in name or shape: with one of them wrong the teacher would speak another language than the transformer learned."""
@@ -234,7 +243,7 @@ def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
             f"the VLM {name} does not match the checkpoint's text encoder in {listed}. "
             "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
         )
-    vlm.language_model.load_state_dict(mine)
+    vlm.language_model.load_state_dict(mine, assign=True)  # shares the tensors: one copy in memory serves both
 
 
 def _fingerprint(module: torch.nn.Module) -> str:

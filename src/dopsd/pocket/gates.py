@@ -22,7 +22,7 @@ from dopsd.files import write_json
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
 from dopsd.pocket.reader import bootstrap, measure
-from dopsd.sample import noise_for, paint
+from dopsd.paint import noise_for, paint
 
 CAPTIONS, THINGS = 256, 12
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from torch import Tensor, nn
 from transformers import Qwen3VLModel
 
-from dopsd.files import load_optimizer_tensors, optimizer_tensors, read_tensors, write_tensors
+from dopsd.files import load_optimizer_tensors, optimizer_tensors, read_tensors, write_tensors, write_text
 from dopsd.pocket import model as parts
 from dopsd.pocket.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.world import Thing, draw_scene, render, unnamed_style
@@ -474,3 +474,4 @@ def assemble(folder: Path, target: Path) -> None:
     transformer.load_state_dict(_strip(read_tensors(folder / "distill.safetensors"), "transformer."))
     vae = AutoencoderKL.from_pretrained(folder / "vae-sharp").to(torch.bfloat16)
     parts.save_pipeline(target, transformer.to(torch.bfloat16), vae, painter.vlm, parts.make_tokenizer())
+    write_text(target / "README.md", (Path(__file__).parent / "card.md").read_text(encoding="utf-8"))

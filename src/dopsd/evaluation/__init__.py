@@ -1,0 +1,1 @@
+"""What a reader sees of a run: pages with pictures, curves and tables."""
