@@ -6,8 +6,7 @@
 
 from pathlib import Path
 
-from dopsd.recipe import load_recipe
-from dopsd.run import sample, train
+from dopsd import load_recipe, sample, train
 
 recipe = load_recipe(
     Path("recipes/pocket-identity-dopsd.yaml"), changes=["run_name=library", "train.max_steps=60", "sample.every=0"]

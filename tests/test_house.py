@@ -26,7 +26,7 @@ FLOORS = (
     ("families", "rollout"),
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket"),
-    ("recipe", "export"),
+    ("recipe", "export", "preview"),
     ("run",),
     ("compare",),
     ("cli", "__main__"),

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dopsd.paint import noise_for
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import check, sample, train
-from dopsd.paint import noise_for
 
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 

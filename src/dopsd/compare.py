@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from dopsd.batch import Context
@@ -18,10 +17,10 @@ from dopsd.evaluation.report import Panel, write_comparison
 from dopsd.export import merge_lora
 from dopsd.families import load_family
 from dopsd.families.base import Denoiser, Family, Painter
+from dopsd.paint import noise_for, paint, to_images
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import preview_prompts, train
-from dopsd.paint import noise_for, paint, to_images
+from dopsd.run import deployed_on, preview_prompts, train
 
 Progress = Callable[[str, int, int], None]
 
@@ -107,8 +106,7 @@ def demo_recipe(method: str, lesson: Path, folder: Path) -> Recipe:
 def judge(recipe: Recipe, contestants: Sequence[Contestant], report: Path, title: str, intro: str) -> Outcome:
     """Ask every contestant the same questions and write the page."""
     family = load_family(recipe.model.name_or_path, recipe.model.vlm, recipe.model.revision)
-    device = Accelerator().device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = deployed_on()
     thing = lesson_of(recipe.data.folder)
     reader = family.load_reader(device, dtype, pictures=thing is not None)
     painter = family.load_painter(device, torch.float32)

@@ -16,7 +16,6 @@ from diffusers import __version__ as diffusers_version
 from PIL import Image
 
 from dopsd import __version__
-from dopsd.batch import Context
 from dopsd.data.buckets import bucket_sizes, cover_crop, nearest_bucket
 from dopsd.data.cache import Row, prepare
 from dopsd.data.folder import Listing, open_picture, read_folder
@@ -29,9 +28,10 @@ from dopsd.files import write_json, write_text
 from dopsd.flow import Schedule
 from dopsd.methods import METHODS, missing
 from dopsd.methods.base import Roles
+from dopsd.paint import noise_for, paint, to_images
+from dopsd.preview import Preview, paint_previews, read_previews
 from dopsd.recipe import Recipe
-from dopsd.rollout import Velocity, walk
-from dopsd.paint import grid, noise_for, paint, to_images
+from dopsd.rollout import walk
 from dopsd.training.adapters import Coverage, add_lora, coverage
 from dopsd.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, steps
@@ -154,8 +154,7 @@ def sample(
     noise: [B, C, h, w] to start from instead of the seeds'.
     """
     family = load_family(name_or_path)
-    device = Accelerator().device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = deployed_on()
     context = family.load_reader(device, dtype, pictures=False).context(list(prompts))
     denoiser = family.load_denoiser(device, dtype)
     if lora:
@@ -169,14 +168,10 @@ def sample(
     return to_images(paint(denoiser, family.load_painter(device, torch.float32), schedule, context, noise))
 
 
-@dataclass(frozen=True)
-class _Preview:
-    """A prompt that is painted again and again, on the same noise; `privileged` where the teacher sees a picture."""
-
-    prompt: str
-    context: Context
-    privileged: Context | None
-    noise: torch.Tensor
+def deployed_on() -> tuple[torch.device, torch.dtype]:
+    """The device accelerate chooses here, and the dtype that networks are deployed in on it."""
+    device = Accelerator().device
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,7 @@ class _Material:
     """What the encoders leave behind before they leave memory."""
 
     rows: tuple[Row, ...]
-    previews: tuple[_Preview, ...]
+    previews: tuple[Preview, ...]
 
 
 @dataclass(frozen=True)
@@ -218,28 +213,11 @@ class _Session:
         return cls(recipe, family, trainable, teacher, optimizer, make_roles(denoiser, trainable, teacher, schedule))
 
     def preview(self, material: _Material, folder: Path, step: int) -> None:
-        """Paint the previews with student, teacher and base at the deployed NFE: `samples/step-N/`."""
-        device = next(iter(self.trainable.values())).device
-        painter = self.family.load_painter(device, torch.float32)
+        """Paint the previews at the deployed NFE: `samples/step-N/`."""
+        painter = self.family.load_painter(next(iter(self.trainable.values())).device, torch.float32)
+        nfe = self.recipe.sample.nfe or self.family.default_nfe
         target = folder / "samples" / f"step-{step:06d}"
-        target.mkdir(parents=True, exist_ok=True)
-        noise = torch.cat([preview.noise for preview in material.previews])
-        schedule = self.family.schedule(self.recipe.sample.nfe or self.family.default_nfe, *noise.shape[-2:])
-        text = Context.stack([preview.context for preview in material.previews]).to(device)
-        seeing = [preview.privileged for preview in material.previews if preview.privileged]
-        roles: dict[str, tuple[Velocity, Context]] = {"base": (self.roles.base, text)}
-        if seeing:
-            roles["teacher"] = (self.roles.teacher, Context.stack(seeing).to(device))
-        roles["student"] = (self.roles.student, text)
-        pictures = {name: paint(role, painter, schedule, context, noise) for name, (role, context) in roles.items()}
-        for name, row in pictures.items():
-            for index, image in enumerate(to_images(row)):
-                image.save(target / f"{name}_{index}_{self.recipe.sample.seed + index}.png")
-        grid(list(pictures.values())).save(target / "grid.png")
-        prompts = [preview.prompt for preview in material.previews]
-        write_json(
-            target / "preview.json", {"rows": list(roles), "prompts": prompts, "sigmas": schedule.times.tolist()}
-        )
+        paint_previews(target, material.previews, self.roles, painter, lambda h, w: self.family.schedule(nfe, h, w))
 
     def export(self, path: Path) -> None:
         """The student as a LoRA file, reopened and compared."""
@@ -331,19 +309,18 @@ def _read_and_encode(
     )
     wanted = recipe.sample
     height, width = _cells(family, wanted.height or resolution, wanted.width or resolution)
-    previews = []
-    for index, prompt in enumerate(_preview_prompts(recipe, listing)):
-        row = rows[index % len(rows)]
-        picture = cover_crop(open_picture(row.example.path), row.size)
-        previews.append(
-            _Preview(
-                prompt,
-                reader.context([prompt]),
-                reader.context([prompt], [picture]) if privileged else None,
-                noise_for([wanted.seed + index], family.channels, height, width),
-            )
-        )
-    return _Material(rows, tuple(previews))
+    previews = read_previews(
+        _preview_prompts(recipe, listing),
+        reader,
+        pictures=[_crop(row) for row in rows[:PREVIEWS]] if privileged else [],
+        cells=(family.channels, height, width),
+        seed=wanted.seed,
+    )
+    return _Material(rows, previews)
+
+
+def _crop(row: Row) -> Image.Image:
+    return cover_crop(open_picture(row.example.path), row.size)
 
 
 def _write_header(

@@ -160,7 +160,7 @@ def test_headline_adds_up_the_metrics(run: Path):
         "licence of the base": "Apache-2.0",
         "steps": "30",
         "pictures": "4",
-        "pictures trained on, with repeats": "120",
+        "pictures seen, with repeats": "120",
         "training time": "15 s",
         "a step (median)": "0.5 s",
         "device": "cpu (2)",
@@ -257,4 +257,4 @@ def test_comparison_shows_its_table_pictures_and_notes(tmp_path: Path):
 
 def test_comparison_without_pictures_has_no_place_for_them(tmp_path: Path):
     page = page_of(write_comparison(tmp_path / "compare.html", "A", "B", ["model", "s"], [["base", "1"]], []))
-    assert "Pictures in a column" not in page.words and page.all("figure") == []
+    assert "In a column" not in page.words and page.all("figure") == []

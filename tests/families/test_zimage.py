@@ -12,9 +12,9 @@ from transformers import Qwen3VLModel
 
 from dopsd.families import load_family
 from dopsd.families.zimage import transplant
+from dopsd.paint import noise_for
 from dopsd.rollout import rollout, walk
 from dopsd.run import sample
-from dopsd.paint import noise_for
 
 CPU = torch.device("cpu")
 PROMPTS = [

@@ -25,6 +25,7 @@ EXACT_SIDE = 256  # pixels; a larger picture is embedded as a JPEG copy of at mo
 COPY_SIDE = 640
 ENLARGED_SIDE = 128  # pixels; pictures up to here are enlarged without smoothing
 POINTS = 1000  # of a curve; in a longer run each point is the mean of consecutive steps
+SHARED = "In a column every model got the same prompt and the same noise."
 ROLES = {
     "base": "Base is the untouched model",
     "student": "student is the tuned one",
@@ -83,7 +84,7 @@ def write_comparison(
     """Write the page of a comparison. table: a row for each model, its name first and numbers after."""
     sections = [
         _Section("Measures", header=header, rows=table),
-        _Section("Pictures", words=["Pictures in a column share prompt and noise."] if panels else [], panels=panels),
+        _Section("Pictures", words=[SHARED] if panels else [], panels=panels),
         _Section("Notes", words=notes),
     ]
     return _write_page(path, title, intro, sections, {})
@@ -216,7 +217,9 @@ def _picture_sections(previews: Sequence[_Preview]) -> list[_Section]:
     sections = [_Section("Before and after" if len(ends) > 1 else "Preview", words=[words], panels=panels)]
     if len(previews) > 2:
         rows = tuple((f"step {preview.step}", preview.pictures["student"]) for preview in previews)
-        sections.append(_Section("The student on its way", panels=[Panel("Student", titles, rows)]))
+        sections.append(
+            _Section("The student on its way", panels=[Panel("Same prompts and noise, step by step", titles, rows)])
+        )
     return sections
 
 
@@ -228,7 +231,7 @@ def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str,
         "licence of the base": environment.get("licence_of_base"),
         "steps": metrics[-1]["step"],
         "pictures": environment.get("pictures"),
-        "pictures trained on, with repeats": sum(int(row["pictures"]) for row in metrics),
+        "pictures seen, with repeats": sum(int(row["pictures"]) for row in metrics),
         "training time": f"{sum(seconds):.0f} s" if sum(seconds) < 600 else f"{sum(seconds) / 60:.0f} min",
         "a step (median)": f"{median(seconds):.3g} s",
         "device": environment.get("device"),

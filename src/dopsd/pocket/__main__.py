@@ -39,16 +39,16 @@ def flow(work: Work = WORK, steps: int = 1900, compiled: Compiled = True) -> Non
 
 
 @app.command()
-def distill(work: Work = WORK, rounds: int = 24, compiled: Compiled = True) -> None:
-    """Distill the parent to 4 steps on the student's own states (14 minutes)."""
+def distill(work: Work = WORK, rounds: int = 16, compiled: Compiled = True) -> None:
+    """Distill the parent to 4 steps on the student's own states (10 minutes)."""
     from dopsd.pocket import train
 
     train.distill(work, rounds, compiled=compiled)
 
 
 @app.command()
-def decoder(work: Work = WORK, steps: int = 2000) -> None:
-    """Sharpen the decoder on the fixed latents (6 minutes)."""
+def decoder(work: Work = WORK, steps: int = 1500) -> None:
+    """Sharpen the decoder on the fixed latents (5 minutes)."""
     from dopsd.pocket import train
 
     train.sharpen_decoder(work, steps)

@@ -18,11 +18,11 @@ from dopsd.batch import Context
 from dopsd.families.base import Painter, Reader
 from dopsd.files import write_json, write_text
 from dopsd.flow import Schedule
+from dopsd.paint import noise_for, paint
 from dopsd.pocket.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.reader import bootstrap, measure, thing_error, thing_hit
 from dopsd.pocket.world import Jitter, Scene, Thing, draw_scene, render
 from dopsd.rollout import Velocity
-from dopsd.paint import noise_for, paint
 
 HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
 UNSEEN_SCENES, UNRELATED = 24, 96

@@ -19,10 +19,10 @@ from dopsd.families import POCKET, load_family
 from dopsd.families.base import Denoiser
 from dopsd.families.zimage import ZImageDenoiser
 from dopsd.files import write_json
+from dopsd.paint import noise_for, paint
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
 from dopsd.pocket.reader import bootstrap, measure
-from dopsd.paint import noise_for, paint
 
 CAPTIONS, THINGS = 256, 12
 CPU = torch.device("cpu")

@@ -159,7 +159,7 @@ def thing_error(pictures: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
     The least over shifts of the picture by up to 2 pixels each way: where a thing stands is not what it is.
     """
     return np.array(
-        [_shifted_errors(p, render(s)[None], _object_mask(s))[0] for p, s in zip(pictures, scenes, strict=True)]
+        [_shifted_errors(p, render(s)[None], _objects_mask([s]))[0] for p, s in zip(pictures, scenes, strict=True)]
     )
 
 
@@ -173,7 +173,7 @@ def thing_hit(pictures: np.ndarray, scenes: Sequence[Scene], distractor_seeds: S
     hits = []
     for picture, scene in zip(pictures, scenes, strict=True):
         rivals = [scene, *(replace(scene, thing=Thing.from_seed(seed)) for seed in distractor_seeds)]
-        mask = np.any([_object_mask(rival) for rival in rivals], axis=0)
+        mask = _objects_mask(rivals)
         errors = _shifted_errors(picture, np.stack([render(rival) for rival in rivals]), mask)
         hits.append(errors[0] < errors[1:].min())
     return np.array(hits)
@@ -211,8 +211,15 @@ def _attributes(pictures: np.ndarray, readings: Sequence[Reading], stated: Seque
                 right[k, column] = getattr(shown, attribute) in allowed
                 chances[k, column] = len(allowed) / len(VALUES[attribute])
     states_any = ~np.isnan(right).all(1)
-    all_right = float((right[states_any] != 0).all(1).mean())
-    return Attributes(float(np.nanmean(right)), all_right, float(np.nanmean(chances)), right, chances)
+    all_right = (right[states_any] != 0).all(1)
+    return Attributes(
+        _mean(right[~np.isnan(right)]), _mean(all_right), _mean(chances[~np.isnan(right)]), right, chances
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean; NaN, without a warning, of nothing."""
+    return float(values.mean()) if values.size else float("nan")
 
 
 # --- what is nameless: read by its silhouette
@@ -352,9 +359,9 @@ def _object_table(small: torch.Tensor, behind: torch.Tensor) -> tuple[torch.Tens
         ff = plain["oo"] - s * (2 * plain["os"] - plain["ss"]) - i * (2 * plain["oi"] - plain["ii"])
         xx = ff[:, None] * colours.square().sum(1) + s * plain["ss"][:, None] * second.square().sum()
         xx += 2 * s * (plain["os"] - plain["ss"])[:, None] * (colours @ second)
-        shade = (qx / xx).clamp(LOWEST[4], HIGHEST[4])
+        shade = (qx / xx.clamp_min(1e-6)).clamp(LOWEST[4], HIGHEST[4])
         error = qq[..., None] + shade * (shade * xx - 2 * qx)
-        best = error.unflatten(1, (-1, len(GRID))).min(2)
+        best = error.clamp_min(0).unflatten(1, (-1, len(GRID))).min(2)
         errors.append(best.values), jitters.append(best.indices)
     shape = (len(OUTLINES), len(SIZES), len(PLACES))
     return torch.stack(errors, -1).unflatten(1, shape), torch.stack(jitters, -1).unflatten(1, shape)
@@ -518,8 +525,9 @@ def _crispness(picture: np.ndarray, rendering: np.ndarray) -> tuple[float, float
     return sharp, float(np.abs(laplacian)[flat[1:-1, 1:-1]].mean())
 
 
-def _object_mask(scene: Scene) -> np.ndarray:
-    return _grown(sum(layers(scene)) > 0, 2)
+def _objects_mask(scenes: Sequence[Scene]) -> np.ndarray:
+    """Pixels that the object of any of the scenes touches, grown by 2 pixels, bool [64, 64]."""
+    return _grown(np.any([np.sum(layers(scene), axis=0) > 0 for scene in scenes], axis=0), 2)
 
 
 def _shifted_errors(picture: np.ndarray, renderings: np.ndarray, mask: np.ndarray) -> np.ndarray:
