@@ -27,6 +27,7 @@ FLOORS = (
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket"),
     ("recipe", "export", "preview"),
+    ("session",),
     ("run",),
     ("compare",),
     ("cli", "__main__"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dopsd.paint import noise_for
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import check, sample, train
+from dopsd.run import check, sample_latents, train
 
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 
@@ -99,7 +99,7 @@ def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffuser
         pass
     file = recipe.run_folder / "exported.safetensors"
     noise = noise_for([3, 4], pocket.channels, 16, 16)
-    mine = sample("pocket", PROMPTS, lora=file, noise=noise, latents_only=True)
+    mine = sample_latents(pocket, PROMPTS, noise, lora=file)
     torch.save({"prompts": PROMPTS, "noise": noise}, tmp_path / "noise.pt")
     if form == "folder":
         (tmp_path / "lora").mkdir()
@@ -107,7 +107,7 @@ def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffuser
     command = [sys.executable, "-c", OPEN_WITH_DIFFUSERS, pocket.path, file, tmp_path / "noise.pt", tmp_path / "out.pt"]
     subprocess.run([str(part) for part in command], check=True)
     theirs = torch.load(tmp_path / "out.pt")
-    untuned = sample("pocket", PROMPTS, noise=noise, latents_only=True)
+    untuned = sample_latents(pocket, PROMPTS, noise)
     assert (mine - untuned).abs().max() > 0.01, "the adapter did nothing, so the comparison would prove nothing"
     assert (mine - theirs).abs().max() <= 1e-4
 
@@ -142,8 +142,8 @@ def test_resuming_with_another_rank_is_refused(lesson, tmp_path):
     recipe = recipe_for(lesson, tmp_path, "ranked", "sft", max_steps=1)
     for _ in train(recipe):
         pass
-    other = parse_recipe(recipe.model_dump() | {"lora": {"rank": 2}})
-    with pytest.raises(ValueError, match=r"lora\.rank"):
+    other = parse_recipe(recipe.model_dump() | {"lora": recipe.lora.model_dump() | {"rank": 2}})
+    with pytest.raises(ValueError, match=r"begun with lora\.rank = 4, now it is 2"):
         next(train(other, resume="latest"))
 
 

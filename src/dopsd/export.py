@@ -41,13 +41,13 @@ def read_lora(path: Path, prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
         raise ValueError(f"{path} is no .safetensors file; dopsd reads no other form of weights.")
     tensors = read_tensors(path)
     pairs = {}
-    for name in tensors:
-        if name.startswith(f"{prefix}.") and name.endswith(".lora_A.weight"):
+    for name in list(tensors):
+        partner = name.replace(".lora_A.weight", ".lora_B.weight")
+        if name.startswith(f"{prefix}.") and name != partner and partner in tensors:
             module = name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
-            pairs[module] = (tensors[name], tensors.get(f"{prefix}.{module}.lora_B.weight"))
-    lost = [name for name in tensors if name.split(".lora_")[0].removeprefix(f"{prefix}.") not in pairs]
-    if lost or not pairs or any(b is None for _, b in pairs.values()):
-        example = lost[0] if lost else "nothing"
+            pairs[module] = (tensors.pop(name), tensors.pop(partner))
+    if tensors or not pairs:
+        example = next(iter(tensors), "nothing")
         raise ValueError(f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight (found {example}).")
     return pairs
 
@@ -57,7 +57,7 @@ def merge_lora(network: nn.Module, path: Path, prefix: str, strength: float = 1.
     """Add a LoRA file's deltas to the network's weights. Raises ValueError when a module or shape does not fit."""
     for module, (a, b) in read_lora(path, prefix).items():
         try:
-            weight = network.get_submodule(module).weight
+            weight = network.get_parameter(f"{module}.weight")
         except AttributeError as error:
             raise ValueError(f"{path} adapts {module}, which this model does not have: another family?") from error
         if weight.shape != (len(b), a.shape[1]):

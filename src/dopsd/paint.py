@@ -29,9 +29,15 @@ def paint(
     for start in range(0, len(noise), batch_size):
         rows = Context.stack([context.row(i) for i in range(start, min(start + batch_size, len(noise)))])
         clean = walk(velocity, noise[start : start + batch_size].to(rows.tokens.device), schedule, rows)
-        pixels = (painter.pixels(clean) / 2 + 0.5).clamp(0, 1)  # as VaeImageProcessor.postprocess
-        pictures.append((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+        pictures.append(to_pictures(painter, clean))
     return torch.cat(pictures)
+
+
+@torch.no_grad()
+def to_pictures(painter: Painter, clean: Tensor) -> Tensor:
+    """Clean latents [B, C, h, w] as uint8 [B, H, W, 3] on the CPU, rounded as diffusers' VaeImageProcessor does."""
+    pixels = (painter.pixels(clean) / 2 + 0.5).clamp(0, 1)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:

@@ -4,7 +4,6 @@ The only room that knows all others; only cli imports it.
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,23 +20,19 @@ from dopsd.data.cache import Row, prepare
 from dopsd.data.folder import Listing, open_picture, read_folder
 from dopsd.data.loader import Loader
 from dopsd.evaluation.report import write_report
-from dopsd.export import export_lora, merge_lora
+from dopsd.export import merge_lora
 from dopsd.families import load_family
 from dopsd.families.base import Family
 from dopsd.files import write_json, write_text
-from dopsd.flow import Schedule
 from dopsd.methods import METHODS, missing
-from dopsd.methods.base import Roles
-from dopsd.paint import noise_for, paint, to_images
-from dopsd.preview import Preview, paint_previews, read_previews
-from dopsd.recipe import Recipe
+from dopsd.paint import noise_for, to_images, to_pictures
+from dopsd.preview import Preview, read_previews
+from dopsd.recipe import Recipe, load_recipe
 from dopsd.rollout import walk
-from dopsd.training.adapters import Coverage, add_lora, coverage
+from dopsd.session import Session
+from dopsd.training.adapters import Coverage, coverage
 from dopsd.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, steps
-from dopsd.training.roles import Teacher, make_roles
-
-log = logging.getLogger(__name__)
 
 PREVIEWS = 4  # captions shown when the recipe names no prompts
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
@@ -103,7 +98,7 @@ def train(recipe: Recipe, resume: str | None = None, progress: Progress | None =
     accelerator = Accelerator(gradient_accumulation_steps=1)
     dtype = _dtype(recipe, accelerator.device)
     material = _read_and_encode(recipe, family, listing, accelerator.device, dtype, progress)
-    session = _Session.open(recipe, family, accelerator.device, dtype)
+    session = Session.open(recipe, family, accelerator.device, dtype)
     start = load_checkpoint(state, session.trainable, session.teacher, session.optimizer) if state else 0
     _write_header(recipe, folder, family, listing, accelerator.device, fresh=not state)
     plan = Plan(
@@ -116,9 +111,9 @@ def train(recipe: Recipe, resume: str | None = None, progress: Progress | None =
         seed=recipe.train.seed,
     )
     loader = Loader(material.rows, recipe.train.batch_size, recipe.train.seed)
-    _keep_metrics(folder, start)
     if start == 0:
-        session.preview(material, folder, 0)
+        session.preview(material.previews, folder, 0)
+    _keep_metrics(folder, start)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         for report in steps(
             session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
@@ -128,12 +123,12 @@ def train(recipe: Recipe, resume: str | None = None, progress: Progress | None =
             metrics.flush()
             done = report.step == plan.max_steps
             if done or _due(report.step, recipe.sample.every):
-                session.preview(material, folder, report.step)
-            if done or _due(report.step, recipe.save.every):
-                save_checkpoint(folder, report.step, session.trainable, session.teacher, session.optimizer)
-            if done:
+                session.preview(material.previews, folder, report.step)
+            if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
                 session.export(folder / f"{recipe.run_name}.safetensors")
                 write_report(folder)
+            if done or _due(report.step, recipe.save.every):
+                save_checkpoint(folder, report.step, session.trainable, session.teacher, session.optimizer)
             yield report
 
 
@@ -146,26 +141,30 @@ def sample(
     seed: int = 0,
     width: int | None = None,
     height: int | None = None,
-    noise: torch.Tensor | None = None,
-    latents_only: bool = False,
-) -> list[Image.Image] | torch.Tensor:
-    """Paint prompts as deployed, picture i from seed + i. With `latents_only`, the clean latents [B, C, h, w] instead.
-
-    noise: [B, C, h, w] to start from instead of the seeds'.
-    """
+) -> list[Image.Image]:
+    """Paint prompts as deployed, picture i from seed + i. Sizes in pixels; None: the model's own."""
     family = load_family(name_or_path)
+    cells = cells_of(family, height or family.resolution, width or family.resolution)
+    noise = noise_for(range(seed, seed + len(prompts)), family.channels, *cells)
+    clean = sample_latents(family, prompts, noise, lora, strength, nfe)
+    return to_images(to_pictures(family.load_painter(clean.device, torch.float32), clean))
+
+
+def sample_latents(
+    family: Family,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    lora: Path | None = None,
+    strength: float = 1.0,
+    nfe: int | None = None,
+) -> torch.Tensor:
+    """The clean latents [B, C, h, w] that the prompts' walks from `noise` end at."""
     device, dtype = deployed_on()
     context = family.load_reader(device, dtype, pictures=False).context(list(prompts))
     denoiser = family.load_denoiser(device, dtype)
     if lora:
         merge_lora(denoiser.network, lora, family.export_prefix, strength)
-    rows, columns = _cells(family, height or family.resolution, width or family.resolution)
-    if noise is None:
-        noise = noise_for(range(seed, seed + len(prompts)), family.channels, rows, columns)
-    schedule = family.schedule(nfe or family.default_nfe, rows, columns)
-    if latents_only:
-        return walk(denoiser, noise.to(device), schedule, context)
-    return to_images(paint(denoiser, family.load_painter(device, torch.float32), schedule, context, noise))
+    return walk(denoiser, noise.to(device), family.schedule(nfe or family.default_nfe, *noise.shape[-2:]), context)
 
 
 def deployed_on() -> tuple[torch.device, torch.dtype]:
@@ -180,64 +179,6 @@ class _Material:
 
     rows: tuple[Row, ...]
     previews: tuple[Preview, ...]
-
-
-@dataclass(frozen=True)
-class _Session:
-    """Network, weights and optimizer of one run."""
-
-    recipe: Recipe
-    family: Family
-    trainable: dict[str, torch.nn.Parameter]
-    teacher: Teacher
-    optimizer: torch.optim.Optimizer
-    roles: Roles
-
-    @classmethod
-    def open(cls, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype) -> "_Session":
-        denoiser = family.load_denoiser(device, dtype)
-        if recipe.model.gradient_checkpointing:
-            denoiser.network.enable_gradient_checkpointing()
-        lora = recipe.lora
-        trainable = add_lora(
-            denoiser.network, lora.targets or family.lora_targets, lora.rank, lora.alpha or lora.rank, recipe.train.seed
-        )
-        teacher = Teacher(trainable, recipe.method.decay)
-        optimizer = torch.optim.AdamW(
-            trainable.values(), lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
-        )
-
-        def schedule(nfe: int | None, height: int, width: int) -> Schedule:
-            return family.schedule(nfe or family.default_nfe, height, width)
-
-        return cls(recipe, family, trainable, teacher, optimizer, make_roles(denoiser, trainable, teacher, schedule))
-
-    def preview(self, material: _Material, folder: Path, step: int) -> None:
-        """Paint the previews at the deployed NFE: `samples/step-N/`."""
-        painter = self.family.load_painter(next(iter(self.trainable.values())).device, torch.float32)
-        nfe = self.recipe.sample.nfe or self.family.default_nfe
-        target = folder / "samples" / f"step-{step:06d}"
-        paint_previews(target, material.previews, self.roles, painter, lambda h, w: self.family.schedule(nfe, h, w))
-
-    def export(self, path: Path) -> None:
-        """The student as a LoRA file, reopened and compared."""
-        recipe, lora = self.recipe, self.recipe.lora
-        nfe = recipe.sample.nfe or self.family.default_nfe
-        metadata = {
-            "dopsd_version": __version__,
-            "base_model": Path(recipe.model.name_or_path).name
-            if Path(recipe.model.name_or_path).exists()
-            else recipe.model.name_or_path,
-            "licence_of_base": self.family.licence,
-            "method": recipe.method.name,
-            "method_settings": recipe.method.model_dump_json(),
-            "nfe": str(nfe),
-            "rank": str(lora.rank),
-            "steps": str(recipe.train.max_steps),
-        }
-        scale = (lora.alpha or lora.rank) / lora.rank
-        export_lora(path, self.trainable, scale, self.family.export_prefix, metadata)
-        log.info("saved=%s reopened_and_compared=yes", path)
 
 
 def preview_prompts(recipe: Recipe) -> list[str]:
@@ -268,8 +209,23 @@ def _claim_folder(recipe: Recipe, resume: str | None) -> tuple[Path, Path | None
         return folder, None
     state = latest_checkpoint(folder) if resume == "latest" else Path(resume)
     if state is None or not state.is_dir():
-        raise ValueError(f"there is no checkpoint to resume from in {folder if resume == 'latest' else resume}.")
+        where = folder if resume == "latest" else resume
+        raise ValueError(f"there is no checkpoint to resume from in {where}; remove the folder to start again.")
+    _refuse_other_recipe(recipe, folder)
     return folder, state
+
+
+def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
+    """A resumed run may be longer, save and sample otherwise; what makes its numbers must be the same."""
+    before = load_recipe(folder / "config.yaml")
+    for section in ("model", "data", "method", "lora", "train"):
+        old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key) and (section, key) != ("train", "max_steps"):
+                raise ValueError(
+                    f"{folder} was begun with {section}.{key} = {old.get(key)}, now it is {new.get(key)}: a resumed "
+                    "run must be the same run. Put it back, or choose another run_name."
+                )
 
 
 def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -278,7 +234,8 @@ def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
 
 
-def _cells(family: Family, height: int, width: int) -> tuple[int, int]:
+def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:
+    """A picture size in pixels as latent cells. Raises ValueError where the family cannot paint it."""
     if height % family.multiple or width % family.multiple:
         raise ValueError(f"{width} x {height} pixels: both sides must be multiples of {family.multiple}.")
     return height // family.cell, width // family.cell
@@ -308,7 +265,7 @@ def _read_and_encode(
         progress=(lambda done, total: progress("caching", done, total)) if progress else None,
     )
     wanted = recipe.sample
-    height, width = _cells(family, wanted.height or resolution, wanted.width or resolution)
+    height, width = cells_of(family, wanted.height or resolution, wanted.width or resolution)
     previews = read_previews(
         _preview_prompts(recipe, listing),
         reader,

@@ -14,7 +14,7 @@ from dopsd.families import load_family
 from dopsd.families.zimage import transplant
 from dopsd.paint import noise_for
 from dopsd.rollout import rollout, walk
-from dopsd.run import sample
+from dopsd.run import sample, sample_latents
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -45,7 +45,7 @@ def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pi
         list(PROMPTS), height=height, width=width, num_inference_steps=nfe, guidance_scale=0.0,
         latents=noise.clone(), output_type="latent", return_dict=False,
     )[0]  # fmt: skip
-    mine = sample(pocket.path, PROMPTS, nfe=nfe, width=width, height=height, noise=noise, latents_only=True)
+    mine = sample_latents(pocket, PROMPTS, noise, nfe=nfe)
     assert (mine - theirs).abs().max() <= 1e-4
 
 
@@ -54,7 +54,7 @@ def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
     theirs = pipeline(
         list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.clone()
     )
-    mine = sample(pocket.path, PROMPTS, nfe=4, noise=noise)
+    mine = sample(pocket.path, PROMPTS, nfe=4)
     for left, right in zip(theirs.images, mine, strict=True):
         assert max(abs(a - b) for a, b in zip(left.tobytes(), right.tobytes(), strict=True)) <= 1
 

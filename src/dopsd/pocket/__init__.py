@@ -1,0 +1,1 @@
+"""The pocket world: pictures that can be read, and a small few-step model of them on which methods are measured."""

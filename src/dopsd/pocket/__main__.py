@@ -38,6 +38,14 @@ def flow(work: Work = WORK, steps: int = 1900, compiled: Compiled = True) -> Non
     train.train_flow(work, steps, compiled)
 
 
+@app.command("flow-on")
+def flow_on(work: Work = WORK, steps: int = 2500, compiled: Compiled = True) -> None:
+    """Go on with flow matching, with Muon (45 minutes)."""
+    from dopsd.pocket import train
+
+    train.train_flow_on(work, steps, compiled)
+
+
 @app.command()
 def distill(work: Work = WORK, rounds: int = 16, compiled: Compiled = True) -> None:
     """Distill the parent to 4 steps on the student's own states (10 minutes)."""
@@ -56,13 +64,14 @@ def decoder(work: Work = WORK, steps: int = 1500) -> None:
 
 @app.command("all")
 def everything(work: Work = WORK, target: Path = PACKAGED, compiled: Compiled = True) -> None:
-    """Every stage in order, then the folder and its gates (about 1.5 hours on two CPU cores)."""
+    """Every stage in order, then the folder and its gates (about 2.5 hours on two CPU cores)."""
     from dopsd.pocket import train
 
     train.make_data(work)
     train.train_vae(work)
     train.encode_data(work)
     train.train_flow(work, compiled=compiled)
+    train.train_flow_on(work, compiled=compiled)
     train.distill(work, compiled=compiled)
     train.sharpen_decoder(work)
     train.assemble(work, target)

@@ -362,7 +362,8 @@ def _object_table(small: torch.Tensor, behind: torch.Tensor) -> tuple[torch.Tens
         shade = (qx / xx.clamp_min(1e-6)).clamp(LOWEST[4], HIGHEST[4])
         error = qq[..., None] + shade * (shade * xx - 2 * qx)
         best = error.clamp_min(0).unflatten(1, (-1, len(GRID))).min(2)
-        errors.append(best.values), jitters.append(best.indices)
+        errors.append(best.values)
+        jitters.append(best.indices)
     shape = (len(OUTLINES), len(SIZES), len(PLACES))
     return torch.stack(errors, -1).unflatten(1, shape), torch.stack(jitters, -1).unflatten(1, shape)
 
@@ -458,12 +459,10 @@ def _slopes(scene: Scene, cover: np.ndarray, blur: float) -> np.ndarray:
     """Derivatives of the blurred drawing along the six jitters, [6, 12288], the layers taken as moving rigidly."""
     front, behind = _paints(scene)
     jitter = scene.jitter
-    down, right = np.gradient(cover.reshape(3, SIZE, SIZE), axis=(1, 2))
-    x, y = (
-        PIXELS - np.float32(PLACES[scene.place][0] + jitter.dx),
-        PIXELS - np.float32(PLACES[scene.place][1] + jitter.dy),
-    )
-    y = y[:, None]
+    down, right = (np.gradient(cover.reshape(3, SIZE, SIZE), axis=axis) for axis in (1, 2))
+    centre_x, centre_y = PLACES[scene.place]
+    x = PIXELS - np.float32(centre_x + jitter.dx)
+    y = (PIXELS - np.float32(centre_y + jitter.dy))[:, None]
     moves = np.stack([-right, -down, -(x * right + y * down) / np.float32(jitter.scale), y * right - x * down])
     slopes = np.empty((6, SIZE * SIZE, 3), dtype=np.float32)
     moves = moves.reshape(4, 3, -1)

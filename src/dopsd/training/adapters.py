@@ -56,7 +56,7 @@ def add_lora(network: nn.Module, targets: str, rank: int, alpha: float, seed: in
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)  # type: ignore[arg-type]
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     for parameter in trainable.values():
         parameter.data = parameter.data.float()

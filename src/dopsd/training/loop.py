@@ -92,11 +92,13 @@ def steps(
             index = step * plan.accumulate + micro
             batch = batches.batch(index).to(accelerator.device)
             pictures += len(batch)
+            closed = False
             for piece in method.losses(roles, batch, generator_at(plan.seed, index)):
+                closed = piece.last
                 accelerator.backward(piece.surrogate / plan.accumulate)
                 for name, value in piece.log.items():
                     log[name] += value / plan.accumulate
-            assert piece.last, "a method must close its batch"
+            assert closed, "a method must close its batch"
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.clip).item()
         if not math.isfinite(grad_norm) or not math.isfinite(log["loss"]):
             raise ValueError(
