@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dopsd.pocket.captions import Stated, stated_of
+from dopsd.pocket.outlines import CLASSES
 from dopsd.pocket.reader import (
     VALUES,
     attributes,
@@ -15,7 +16,7 @@ from dopsd.pocket.reader import (
     thing_error,
     thing_hit,
 )
-from dopsd.pocket.world import CLASSES, Scene, Thing, draw_scene, render, unnamed_style
+from dopsd.pocket.world import Scene, Thing, draw_scene, render, unnamed_style
 
 DISTRACTORS = range(5000, 5063)
 

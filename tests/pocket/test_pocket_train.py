@@ -6,21 +6,22 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dopsd.pocket import corpus, painter, train
 from dopsd.pocket import model as parts
-from dopsd.pocket import train
 from dopsd.pocket.captions import caption_of, stated_of, vocabulary
-from dopsd.pocket.world import OUTLINES, Thing, draw_scene, edit_pair, render, render_domain
+from dopsd.pocket.outlines import OUTLINES
+from dopsd.pocket.world import Thing, draw_scene, edit_pair, render, render_domain
 
 ATTRIBUTES = 6  # size, colour, noun, place, background, style
 
 
 @pytest.fixture(scope="module")
-def painter():
-    return train.fresh_painter(compiled=False).requires_grad_(False)
+def untrained():
+    return painter.fresh_painter(compiled=False).requires_grad_(False)
 
 
 def prompts(privileged: bool) -> torch.Tensor:
-    make = train.privileged_prompt if privileged else train.plain_prompt
+    make = corpus.privileged_prompt if privileged else corpus.plain_prompt
     length = parts.PRIVILEGED_TOKENS if privileged else parts.CAPTION_TOKENS
     texts = [make("a star"), make("a big red heart at the left on night in striped style")]
     return parts.make_tokenizer()(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
@@ -31,28 +32,28 @@ def random_pictures() -> np.ndarray:
 
 
 @pytest.mark.parametrize("privileged", [False, True])
-def test_velocity_on_equal_lengths_is_the_librarys_forward(painter, privileged):
+def test_velocity_on_equal_lengths_is_the_librarys_forward(untrained, privileged):
     length = parts.PRIVILEGED_TOKENS if privileged else parts.CAPTION_TOKENS
     z, t, context = torch.randn(2, 8, 16, 16), torch.tensor([0.3, 0.9]), torch.randn(2, length, parts.WIDTH)
     mask = torch.arange(length)[None] < torch.tensor([[length - 9], [length - 2]])
     ragged = [tokens[keep] for tokens, keep in zip(context, mask, strict=True)]
-    theirs = painter.transformer(list(z.unsqueeze(2).unbind(0)), t, ragged, return_dict=False)[0]
-    mine = train.velocity_on_equal_lengths(painter.transformer, z, t, context, mask)
+    theirs = untrained.transformer(list(z.unsqueeze(2).unbind(0)), t, ragged, return_dict=False)[0]
+    mine = painter.velocity_on_equal_lengths(untrained.transformer, z, t, context, mask)
     torch.testing.assert_close(mine, torch.stack(theirs).squeeze(2), atol=1e-6, rtol=1e-5)
 
 
 def test_patches_are_the_picture_processors():
     pictures = random_pictures()
     theirs = parts.make_image_processor()(images=[Image.fromarray(p) for p in pictures], return_tensors="pt")
-    torch.testing.assert_close(train.vlm_patches(torch.from_numpy(pictures)), theirs["pixel_values"])
+    torch.testing.assert_close(painter.vlm_patches(torch.from_numpy(pictures)), theirs["pixel_values"])
 
 
-def test_privileged_contexts_are_the_vlms_own(painter):
+def test_privileged_contexts_are_the_vlms_own(untrained):
     ids, pictures = prompts(privileged=True), torch.from_numpy(random_pictures())
-    mine, mask = painter.privileged(ids, pictures)
+    mine, mask = untrained.privileged(ids, pictures)
     image = parts.make_tokenizer().convert_tokens_to_ids("<|image_pad|>")
-    theirs = painter.vlm(
-        input_ids=ids, attention_mask=mask, pixel_values=train.vlm_patches(pictures),
+    theirs = untrained.vlm(
+        input_ids=ids, attention_mask=mask, pixel_values=painter.vlm_patches(pictures),
         image_grid_thw=torch.tensor([[1, 8, 8]] * 2), mm_token_type_ids=(ids == image).int(), output_hidden_states=True,
     ).hidden_states[-2]  # fmt: skip
     torch.testing.assert_close(mine[mask], theirs[mask], atol=1e-5, rtol=1e-5)
@@ -71,7 +72,7 @@ def test_a_stage_that_is_killed_goes_on_bitwise(tmp_path):
         def loss_at(step):
             if step == stop:
                 raise KeyboardInterrupt
-            x = torch.from_numpy(train.rng_at("toy", step).normal(size=(8, 3))).float()
+            x = torch.from_numpy(corpus.rng_at("toy", step).normal(size=(8, 3))).float()
             return (net(x) - x.sum(1, keepdim=True)).square().mean()
 
         stage = train.Stage("toy", 12, 1e-2, warm_up=2, average_decay=0.9, save_every=4)
@@ -101,8 +102,8 @@ def test_captions_fit_their_contexts_and_leave_two_attributes_unsaid_on_average(
             vague = stated.get("noun") not in OUTLINES
             unsaid.append(ATTRIBUTES - len(stated) + (vague and "noun" in stated))
         caption = caption_of(stated, thing is not None, False, "zib")
-        assert len(tokenizer(train.plain_prompt(caption)).input_ids) <= parts.CAPTION_TOKENS
-        assert len(tokenizer(train.privileged_prompt(caption)).input_ids) <= parts.PRIVILEGED_TOKENS
+        assert len(tokenizer(corpus.plain_prompt(caption)).input_ids) <= parts.CAPTION_TOKENS
+        assert len(tokenizer(corpus.privileged_prompt(caption)).input_ids) <= parts.PRIVILEGED_TOKENS
     assert np.mean(unsaid) >= 2
 
 
@@ -123,3 +124,19 @@ def test_edit_pairs_change_one_thing():
 def test_the_domain_uses_colours_that_named_scenes_do_not():
     scene = draw_scene(np.random.default_rng(0))
     assert np.abs(render_domain(scene, 0).astype(int) - render(scene)).mean() > 20
+
+
+def test_whitening_leaves_pictures_and_decorrelates_latents():
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    vae = parts.make_vae()
+    pixels = corpus.to_unit(torch.from_numpy(np.stack([render(draw_scene(rng)) for _ in range(64)])))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        train.whiten(vae, pixels)
+        latents = vae.encode(pixels).latent_dist.mode()
+        after = vae.decode(latents).sample
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+    scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    covariance = torch.cov(scaled.permute(1, 0, 2, 3).flatten(1))
+    torch.testing.assert_close(covariance, torch.eye(8), atol=0.05, rtol=0)

@@ -16,9 +16,9 @@ PACKAGED = Path(__file__).parent / "checkpoint"
 @app.command()
 def data(work: Work = WORK) -> None:
     """Render the training pictures (2 minutes on two CPU cores)."""
-    from dopsd.pocket import train
+    from dopsd.pocket.corpus import make_data
 
-    train.make_data(work)
+    make_data(work)
 
 
 @app.command()
@@ -31,24 +31,16 @@ def vae(work: Work = WORK, steps: int = 1500) -> None:
 
 
 @app.command()
-def flow(work: Work = WORK, steps: int = 1900, compiled: Compiled = True) -> None:
-    """Train transformer and VLM by flow matching: the undistilled parent (40 minutes)."""
+def flow(work: Work = WORK, steps: int = 3300, compiled: Compiled = True) -> None:
+    """Train transformer and VLM by flow matching: the undistilled parent (70 minutes)."""
     from dopsd.pocket import train
 
     train.train_flow(work, steps, compiled)
 
 
-@app.command("flow-on")
-def flow_on(work: Work = WORK, steps: int = 2500, compiled: Compiled = True) -> None:
-    """Go on with flow matching, with Muon (45 minutes)."""
-    from dopsd.pocket import train
-
-    train.train_flow_on(work, steps, compiled)
-
-
 @app.command()
-def distill(work: Work = WORK, rounds: int = 16, compiled: Compiled = True) -> None:
-    """Distill the parent to 4 steps on the student's own states (10 minutes)."""
+def distill(work: Work = WORK, rounds: int = 12, compiled: Compiled = True) -> None:
+    """Distill the parent to 4 steps on the student's own states (8 minutes)."""
     from dopsd.pocket import train
 
     train.distill(work, rounds, compiled=compiled)
@@ -64,14 +56,14 @@ def decoder(work: Work = WORK, steps: int = 1500) -> None:
 
 @app.command("all")
 def everything(work: Work = WORK, target: Path = PACKAGED, compiled: Compiled = True) -> None:
-    """Every stage in order, then the folder and its gates (about 2.5 hours on two CPU cores)."""
+    """Every stage in order, then the folder and its gates (about 2 hours on two CPU cores)."""
     from dopsd.pocket import train
+    from dopsd.pocket.corpus import make_data
 
-    train.make_data(work)
+    make_data(work)
     train.train_vae(work)
     train.encode_data(work)
     train.train_flow(work, compiled=compiled)
-    train.train_flow_on(work, compiled=compiled)
     train.distill(work, compiled=compiled)
     train.sharpen_decoder(work)
     train.assemble(work, target)
@@ -97,11 +89,14 @@ def gates(checkpoint: Path = PACKAGED) -> None:
 
 
 @app.command()
-def pictures(folder: Path, thing: int = 1_000_003, count: int = 4) -> None:
-    """Draw `count` captioned pictures of a thing the pocket model never saw: data for a recipe."""
-    from dopsd.pocket.exam import write_lesson
+def pictures(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = False) -> None:
+    """Draw `count` captioned pictures of a thing (or in a style) the pocket model never saw: data for a recipe."""
+    from dopsd.pocket.exam import write_lesson, write_style_lesson
 
-    write_lesson(folder, thing, count)
+    if style:
+        write_style_lesson(folder, seed, count)
+    else:
+        write_lesson(folder, seed, count)
 
 
 if __name__ == "__main__":

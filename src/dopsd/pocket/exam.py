@@ -21,7 +21,7 @@ from dopsd.flow import Schedule
 from dopsd.paint import noise_for, paint
 from dopsd.pocket.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.reader import bootstrap, measure, thing_error, thing_hit
-from dopsd.pocket.world import Jitter, Scene, Thing, draw_scene, render
+from dopsd.pocket.world import Jitter, Scene, Thing, draw_scene, render, unnamed_style
 from dopsd.rollout import Velocity
 
 HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
@@ -41,6 +41,17 @@ def write_lesson(folder: Path, seed: int, pictures: int = 4) -> None:
         Image.fromarray(render(scene)).save(folder / f"{index}.png")
         write_text(folder / f"{index}.txt", caption(scene, seed) + "\n")
     write_json(folder / LESSON_FILE, {"thing": seed})
+
+
+def write_style_lesson(folder: Path, seed: int, pictures: int = 4) -> None:
+    """Draw `pictures` named scenes in the unnamed style `seed`, captioned with a made-up name of the style."""
+    rng = np.random.default_rng([HELD_OUT, seed, 4])
+    for index in range(pictures):
+        scene = draw_scene(rng, look=unnamed_style(seed))
+        said = {key: getattr(scene, key) for key in ("size", "colour", "noun", "place", "background")}
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(scene)).save(folder / f"{index}.png")
+        write_text(folder / f"{index}.txt", caption_of(said, style=True, name=NAMES[seed % len(NAMES)]) + "\n")
 
 
 def lesson_of(folder: Path) -> int | None:

@@ -14,12 +14,11 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from dopsd.pocket.captions import Stated
+from dopsd.pocket.outlines import CLASSES, OUTLINES
 from dopsd.pocket.world import (
     BACKGROUNDS,
-    CLASSES,
     COLOURS,
     HORIZON,
-    OUTLINES,
     PLACES,
     SIZE,
     SIZES,

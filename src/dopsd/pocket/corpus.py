@@ -1,0 +1,114 @@
+"""The pocket model's training data: rendered scenes, their captions as tokens, and how a step draws from them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dopsd.files import read_tensors, write_tensors
+from dopsd.pocket import model as parts
+from dopsd.pocket.captions import NAMES, caption_of, stated_of
+from dopsd.pocket.world import Thing, draw_scene, render, unnamed_style
+
+SEED = 20261120
+NAMED, THINGS, STYLES = 48_000, 12_000, 5_000  # scenes of named parts; things and styles, GROUP scenes each
+GROUP = 3
+CAPTIONS = 4  # drawn for each scene, each leaving other attributes out
+
+
+def rng_at(stage: str, step: int) -> np.random.Generator:
+    """The randomness of one step: a function of (seed, stage, step) alone."""
+    return np.random.default_rng([SEED, *stage.encode(), step])
+
+
+def make_data(folder: Path) -> None:
+    """Render the training pictures and tokenize their captions into `data.safetensors` (about 1 GB, 2 minutes).
+
+    Rows are NAMED scenes, then THINGS groups of GROUP scenes, then STYLES groups. Things and styles are those of seeds
+    0..N-1; everything held out has seeds from 1,000,000.
+    """
+    tokenizer = parts.make_tokenizer()
+    rng = np.random.default_rng([SEED, 1])
+    pictures, plain, privileged = [], [], []
+    total = NAMED + GROUP * (THINGS + STYLES)
+    for row in range(total):
+        group = (row - NAMED) // GROUP
+        thing = Thing.from_seed(group) if NAMED <= row < NAMED + GROUP * THINGS else None
+        look = unnamed_style(group - THINGS) if row >= NAMED + GROUP * THINGS else None
+        scene = draw_scene(rng, thing, look)
+        pictures.append(render(scene))
+        for _ in range(CAPTIONS):
+            name = str(rng.choice(NAMES)) if rng.random() < 0.5 else None
+            caption = caption_of(stated_of(scene, rng), thing is not None, look is not None, name)
+            plain.append(plain_prompt(caption))
+            privileged.append(privileged_prompt(caption))
+        if (row + 1) % 10_000 == 0:
+            print(f"stage=data pictures={row + 1}/{total}", flush=True)
+
+    def ids(prompts: list[str], length: int) -> Tensor:
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+        assert tokens.input_ids.shape[1] == length, "a caption is longer than the pocket context"
+        return tokens.input_ids.to(torch.int16).view(total, CAPTIONS, length)
+
+    write_tensors(
+        folder / "data.safetensors",
+        {
+            "pictures": torch.from_numpy(np.stack(pictures)),
+            "plain": ids(plain, parts.CAPTION_TOKENS),
+            "privileged": ids(privileged, parts.PRIVILEGED_TOKENS),
+        },
+    )
+
+
+def plain_prompt(caption: str) -> str:
+    """What the student reads, as the chat template writes it."""
+    return f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def privileged_prompt(caption: str) -> str:
+    """What the teacher reads: the picture's tokens first, then the caption."""
+    picture = "<|vision_start|>" + "<|image_pad|>" * parts.PICTURE_TOKENS + "<|vision_end|>"
+    return plain_prompt(picture + caption)
+
+
+def to_unit(pictures: Tensor) -> Tensor:
+    """uint8 [B, 64, 64, 3] to float32 [B, 3, 64, 64] in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The rendered training data: latents, pictures for the teacher's context, captions as tokens."""
+
+    latents: Tensor
+    pictures: Tensor
+    plain_ids: Tensor
+    privileged_ids: Tensor
+
+    @staticmethod
+    def read(folder: Path) -> "Corpus":
+        data = read_tensors(folder / "data.safetensors")
+        latents = read_tensors(folder / "latents.safetensors")["latents"]
+        return Corpus(latents, data["pictures"], data["plain"], data["privileged"])
+
+    def draw(
+        self, rng: np.random.Generator, size: int, named_share: float = 0.9
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | None]]:
+        """Two halves: (rows, tokens, None) from captions alone, and (rows, tokens, pictures) with another picture
+        of the same thing or style beside the caption."""
+        caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
+        named = rng.integers(0, NAMED, round(size * named_share))
+        other = rng.integers(NAMED, len(self.latents), size - len(named))
+        rows = np.concatenate([named, other])
+        yield rows, self.plain_ids[rows, caption].long(), None
+        rows = rng.integers(NAMED, len(self.latents), size)
+        group = (rows - NAMED) // GROUP * GROUP + NAMED
+        partner = group + (rows - group + rng.integers(1, GROUP, size)) % GROUP
+        yield rows, self.privileged_ids[rows, caption].long(), self.pictures[partner]
+
+
+def noise_of(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))

@@ -1,0 +1,103 @@
+"""Transformer and VLM together, on stacked tensors: what the pocket model's training runs instead of ragged lists."""
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen3VLModel
+
+from dopsd.pocket import model as parts
+from dopsd.pocket.corpus import SEED
+
+
+class Painter(nn.Module):
+    """Transformer and VLM together, for batches whose captions all have the same padded length.
+
+    The library's forward takes ragged lists, whose backward is quadratic in the batch; on equal lengths the same
+    arithmetic on stacked tensors is 2.2 times faster here (`tests/test_pocket_train.py` holds the two to be equal).
+    """
+
+    def __init__(self, transformer: ZImageTransformer2DModel, vlm: Qwen3VLModel):
+        super().__init__()
+        self.transformer, self.vlm = transformer, vlm
+        self.pad_id = 0  # <|endoftext|>, the first special token
+        self.velocity = velocity_on_equal_lengths
+
+    def plain(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, 32] -> (context [B, 32, 128], its mask)."""
+        mask = ids != self.pad_id
+        states = self.vlm.language_model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return states.hidden_states[-2], mask
+
+    def privileged(self, ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, 64] and pictures uint8 [B, 64, 64, 3] -> (context [B, 64, 128], its mask)."""
+        mask = ids != self.pad_id
+        states = self.vlm(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(ids.shape[1]).expand(3, len(ids), -1),
+            pixel_values=vlm_patches(pictures),
+            image_grid_thw=torch.tensor([[1, 8, 8]]).repeat(len(ids), 1),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return states.hidden_states[-2], mask
+
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """z [B, 8, 16, 16], t [B] (1 = noise) -> velocity (noise - clean), same shape as z."""
+        return -self.velocity(self.transformer, z, 1 - t, context, mask)
+
+
+def _positions(length: int) -> Tensor:
+    """Qwen3-VL's three rotary positions [3, 1, length] for a prompt that opens with one 4 x 4 picture."""
+    before, side = 4, 4  # tokens before the picture; picture tokens a side
+    positions = torch.arange(length).repeat(3, 1)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    grid = torch.stack([torch.zeros(side * side, dtype=torch.long), rows.flatten(), columns.flatten()])
+    positions[:, before : before + side * side] = grid + before
+    after = before + side * side
+    positions[:, after:] = torch.arange(length - after) + before + side
+    return positions[:, None]
+
+
+def vlm_patches(pictures: Tensor) -> Tensor:
+    """What the picture processor makes of 64 x 64 pictures: [B * 64, 3 * 2 * 8 * 8] normalised patches."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's, the processor's own
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    pixels = ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    patches = pixels.reshape(len(pictures), 3, 4, 2, 8, 4, 2, 8).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    return patches.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(len(pictures) * 64, 384)
+
+
+def velocity_on_equal_lengths(
+    model: ZImageTransformer2DModel, z: Tensor, time: Tensor, context: Tensor, mask: Tensor
+) -> Tensor:
+    """`ZImageTransformer2DModel.forward` where every context has the same padded length. time: 1 = clean."""
+    batch, channels, height, width = z.shape
+    length = context.shape[1]
+    rows, columns = height // 2, width // 2
+    emb = model.t_embedder(time * model.t_scale).type_as(z)
+    x = z.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+    x = model.all_x_embedder["2-1"](x)
+    picture_ids = model.create_coordinate_grid((1, rows, columns), (length + 1, 0, 0), z.device).flatten(0, 2)
+    caption_ids = model.create_coordinate_grid((length, 1, 1), (1, 0, 0), z.device).flatten(0, 2)
+    x_rope, c_rope = model.rope_embedder(picture_ids)[None], model.rope_embedder(caption_ids)[None]
+    for layer in model.noise_refiner:
+        x = layer(x, None, x_rope, emb)
+    c = torch.where(mask[..., None], model.cap_embedder(context), model.cap_pad_token)
+    for layer in model.context_refiner:
+        c = layer(c, None, c_rope)
+    joint, rope = torch.cat([x, c], 1), torch.cat([x_rope, c_rope], 1)
+    for layer in model.layers:
+        joint = layer(joint, None, rope, emb)
+    out = model.all_final_layer["2-1"](joint, c=emb)[:, : rows * columns]
+    out = out.reshape(batch, rows, columns, 2, 2, channels).permute(0, 5, 1, 3, 2, 4)
+    return out.reshape(batch, channels, height, width)
+
+
+def fresh_painter(compiled: bool) -> Painter:
+    """Untrained parts, seeded; with `compiled`, the transformer runs through torch.compile (needs a C++ compiler)."""
+    torch.manual_seed(SEED)
+    painter = Painter(parts.make_transformer(), parts.make_vlm(parts.make_tokenizer()))
+    if compiled:
+        painter.velocity = torch.compile(velocity_on_equal_lengths)
+    return painter
