@@ -233,3 +233,13 @@ def test_the_public_words_are_what_is_imported():
     script = f"from dopsd import {words}\nfor word in ({words}): assert callable(word), word"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"`from dopsd import {words}` gives something else:\n{done.stderr}"
+
+
+def test_the_readme_names_every_source_file_recipe_and_page():
+    root = SOURCE.parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    paths = [*SOURCE.rglob("*.py"), *root.glob("recipes/*.yaml"), *root.glob("docs/**/*.md"), *root.glob("*/*.py")]
+    names = {
+        path.name for path in paths if path.name not in ("__init__.py", "conftest.py") and path.parent.name != "tests"
+    }
+    refuse([f"README.md: {name} is not in the tree" for name in sorted(names) if name not in readme])
