@@ -235,10 +235,10 @@ def test_the_public_words_are_what_is_imported():
     assert done.returncode == 0, f"`from dopsd import {words}` gives something else:\n{done.stderr}"
 
 
-def test_the_readme_names_every_source_file_recipe_and_page():
+def test_the_readme_names_every_source_file_and_page():
     root = SOURCE.parents[1]
     readme = (root / "README.md").read_text(encoding="utf-8")
-    paths = [*SOURCE.rglob("*.py"), *root.glob("recipes/*.yaml"), *root.glob("docs/**/*.md"), *root.glob("*/*.py")]
+    paths = [*SOURCE.rglob("*.py"), *root.glob("docs/**/*.md"), *root.glob("*/*.py")]
     names = {
         path.name for path in paths if path.name not in ("__init__.py", "conftest.py") and path.parent.name != "tests"
     }

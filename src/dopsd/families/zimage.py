@@ -60,7 +60,8 @@ class ZImage:
         self.cell = 2 ** (len(vae["block_out_channels"]) - 1)
         self.multiple = 2 * self.cell  # the transformer's patches are 2 x 2 cells
         self.resolution: int = vae["sample_size"]
-        self.default_nfe = 4 if own.is_dir() else 8  # a checkpoint that brings its own VLM is pocket
+        about = Path(path) / "dopsd.json"  # what a checkpoint that is not Turbo itself says of its own steps
+        self.default_nfe: int = json.loads(about.read_text(encoding="utf-8"))["nfe"] if about.is_file() else 8
         # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
         self.distilled = self._scheduler.config.shift == DISTILLED_SHIFT
 

@@ -193,6 +193,7 @@ def save_pipeline(
     vlm.save_pretrained(folder / "vlm")
     tokenizer.save_pretrained(folder / "vlm")
     make_image_processor().save_pretrained(folder / "vlm")
+    write_json(folder / "dopsd.json", {"nfe": NFE})
     write_json(
         folder / "model_index.json",
         {

@@ -86,12 +86,15 @@ def optimise(
 
 
 def _optimizers(stage: Stage, named: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    settings = {"lr": stage.learning_rate, "weight_decay": 0.01}
     inner = {n: p for n, p in named.items() if stage.muon and p.ndim == 2 and re.search(r"\.\d+\.", n)}
     outer = [p for n, p in named.items() if n not in inner]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(outer, betas=(0.9, 0.98), **settings)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(outer, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    ]
     if inner:
-        optimizers.append(torch.optim.Muon(inner.values(), adjust_lr_fn="match_rms_adamw", **settings))
+        optimizers.append(
+            torch.optim.Muon(inner.values(), lr=stage.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        )
     return optimizers
 
 
