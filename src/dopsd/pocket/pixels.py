@@ -1,0 +1,44 @@
+"""Distances, blurs and slopes of pictures as arrays; nothing here knows what a picture shows."""
+
+import functools
+
+import numpy as np
+
+from dopsd.pocket.world import SIZE
+
+
+def rmse(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.sqrt(np.square(one - other).mean()))
+
+
+@functools.cache
+def _blur_matrix(sigma: float) -> np.ndarray:
+    """A Gaussian over one side of the picture as float32 [64, 64]; the border repeats."""
+    taps = np.arange(-8, 9)
+    weights = np.exp(-0.5 * (taps / sigma) ** 2)
+    matrix = np.zeros((SIZE, SIZE), dtype=np.float32)
+    for tap, weight in zip(taps, weights / weights.sum(), strict=True):
+        np.add.at(matrix, (np.arange(SIZE), np.clip(np.arange(SIZE) + tap, 0, SIZE - 1)), weight)
+    return matrix
+
+
+def blurred(pictures: np.ndarray, sigma: float) -> np.ndarray:
+    """Pictures [..., 64, 64, 3] under a Gaussian of sigma pixels."""
+    if not sigma:
+        return pictures
+    matrix = _blur_matrix(sigma)
+    rows_done = (matrix @ pictures.reshape(*pictures.shape[:-2], -1)).reshape(pictures.shape)
+    return matrix @ rows_done
+
+
+def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """A bool mask [64, 64] grown by `pixels` in every direction, corners included."""
+    padded = np.pad(mask, pixels)
+    side = 2 * pixels + 1
+    return np.lib.stride_tricks.sliding_window_view(padded, (side, side)).any((2, 3))
+
+
+def gradient(picture: np.ndarray) -> np.ndarray:
+    """Norm over x, y and RGB of central differences, [64, 64]."""
+    down, right = np.gradient(picture, axis=(0, 1))
+    return np.sqrt((np.square(down) + np.square(right)).sum(2))
