@@ -174,9 +174,9 @@ def candidates(
     Those with twice the least squared error are left out (on 300 pictures the true scene never had more than 1.2 times
     the least under a blur of 1.2 pixels, and was always first without).
     """
-    allowed = torch.zeros_like(errors, dtype=torch.bool)
-    allowed[np.ix_(*([VALUES[a].index(v) for v in allowed(a, stated)] for a in OBJECT_AXES))] = True
-    best = errors.masked_fill(~allowed, torch.inf).flatten().topk(CANDIDATES, largest=False)
+    free = torch.zeros_like(errors, dtype=torch.bool)
+    free[np.ix_(*([VALUES[a].index(v) for v in allowed(a, stated)] for a in OBJECT_AXES))] = True
+    best = errors.masked_fill(~free, torch.inf).flatten().topk(CANDIDATES, largest=False)
     scenes = []
     for flat in best.indices[best.values <= 2 * best.values[0]].tolist():
         cell = np.unravel_index(flat, errors.shape)
