@@ -257,8 +257,8 @@ def _slopes(scene: Scene, cover: np.ndarray, blur: float) -> np.ndarray:
     """Derivatives of the blurred drawing along the six jitters, [6, 12288], the layers taken as moving rigidly."""
     front, behind = _paints(scene)
     jitter = scene.jitter
-    down: np.ndarray = np.gradient(cover.reshape(3, SIZE, SIZE), axis=1)
-    right: np.ndarray = np.gradient(cover.reshape(3, SIZE, SIZE), axis=2)
+    down = np.asarray(np.gradient(cover.reshape(3, SIZE, SIZE), axis=1))
+    right = np.asarray(np.gradient(cover.reshape(3, SIZE, SIZE), axis=2))
     centre_x, centre_y = PLACES[scene.place]
     x = PIXELS - np.float32(centre_x + jitter.dx)
     y = (PIXELS - np.float32(centre_y + jitter.dy))[:, None]

@@ -160,6 +160,7 @@ def whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
     variances, axes = torch.linalg.eigh(torch.cov(latents.double().permute(1, 0, 2, 3).flatten(1)))
     forth, back = (axes / variances.sqrt()) @ axes.T, (axes * variances.sqrt()) @ axes.T
     last, first = vae.encoder.conv_out, vae.decoder.conv_in
+    assert last.bias is not None
     last.weight[:count] = torch.einsum("ij,jklm->iklm", forth, last.weight[:count].double()).float()
     last.bias[:count] = (forth @ last.bias[:count].double()).float()
     first.weight.copy_(torch.einsum("oikl,ij->ojkl", first.weight.double(), back))

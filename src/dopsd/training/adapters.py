@@ -55,8 +55,14 @@ def add_lora(network: nn.Module, targets: str, rank: int, alpha: float, seed: in
     network.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-        inject_adapter_in_model(config, network, adapter_name=ADAPTER)  # type: ignore[arg-type]
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type] - peft divides by r, and any number will do
+            target_modules=targets,
+            lora_dropout=0.0,
+            bias="none",
+        )
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     for parameter in trainable.values():
         parameter.data = parameter.data.float()

@@ -5,7 +5,7 @@ Randomness is a function of (seed, index of the micro-batch), so a resumed run r
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -86,7 +86,7 @@ def steps(
         learning_rate = plan.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        log: Counter[str] = Counter()
+        log: defaultdict[str, float] = defaultdict(float)
         pictures = 0
         for micro in range(plan.accumulate):
             index = step * plan.accumulate + micro
