@@ -82,7 +82,7 @@ def demo(folder: Path, progress: Progress) -> Outcome:
         title="Four pictures of a new thing",
         intro="A few-step model was tuned on four pictures of a thing it had never seen, with D-OPSD and with plain "
         "fine-tuning (SFT) for about the same time. Rows share prompts and noise. Look for the thing in the first "
-        "grid, and at what the model still knows in the second.",
+        "grid, and at what the model still knows in the second. D-OPSD can learn what its teacher paints, not more.",
     )
 
 

@@ -81,7 +81,7 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     error, error_again, error_seen = (
         np.array([answers.thing_error.mean() for answers in rows]) for rows in (student, again, teacher)
     )
-    floor = float(np.abs(error - error_again).mean()) / np.sqrt(THINGS)
+    floor = float(np.abs(error - error_again).mean() / np.sqrt(THINGS))
     hit, hit_seen = (float(np.mean([answers.thing_hit.mean() for answers in rows])) for rows in (student, teacher))
     gates.append(
         _gate("teacher nearer to the thing than the student, in thing_error", error - error_seen, 5 * floor, True)
@@ -107,4 +107,4 @@ def load_parent(checkpoint: Path = POCKET) -> ZImageDenoiser:
 def _gate(name: str, values: np.ndarray, bound: float, above: bool) -> Gate:
     mean, low, high = bootstrap(values[~np.isnan(values)])
     wanted = f"{'>=' if above else '<='} {bound:.3f}"
-    return Gate(name, mean, low, high, wanted, mean >= bound if above else mean <= bound)
+    return Gate(name, mean, low, high, wanted, bool(mean >= bound if above else mean <= bound))
