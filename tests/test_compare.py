@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dopsd.compare import KEPT, MEASURES, compare, demo_recipe
+from dopsd.compare import DEMO_STEPS, KEPT, MEASURES, compare, demo_recipe
 from dopsd.pocket.exam import LESSON_FILE
-from dopsd.recipe import Recipe, parse_recipe
+from dopsd.recipe import Recipe, load_recipe, parse_recipe
 
 
 def short(recipe: Recipe) -> Recipe:
@@ -51,3 +51,10 @@ def test_a_folder_with_a_run_of_another_recipe_is_refused(recipes, tmp_path):
     other = parse_recipe(recipes[0].model_dump() | {"lora": {"rank": 3}})
     with pytest.raises(ValueError, match="another recipe"):
         compare([other], tmp_path / "page.html", silent)
+
+
+@pytest.mark.parametrize("method", DEMO_STEPS)
+def test_the_demo_is_what_the_pocket_identity_recipes_say(method, tmp_path):
+    written = load_recipe(Path(__file__).parents[1] / "recipes" / f"pocket-identity-{method}.yaml")
+    shown = demo_recipe(method, tmp_path, tmp_path)
+    assert (written.train, written.lora, written.method) == (shown.train, shown.lora, shown.method)
