@@ -1,0 +1,25 @@
+"""The README's first command, for real: minutes, so behind the marker."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dopsd.cli import app
+from dopsd.compare import KEPT, MEASURES
+
+
+@pytest.mark.slow
+def test_the_demo_shows_dopsd_learning_what_its_teacher_paints_and_keeping_the_rest(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--json", str(tmp_path / "demo.json")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "demo.json").read_text())
+    base, teacher, dopsd = found["base"], found["teacher"], found["dopsd"]
+    assert set(MEASURES) <= found["sft"].keys()
+    assert all(teacher[measure] is None for measure in KEPT)
+    gap = (base["thing_error"] - dopsd["thing_error"]) / (base["thing_error"] - teacher["thing_error"])
+    assert gap >= 0.5
+    assert dopsd["sharpness"] >= 0.95 * base["sharpness"]
+    assert abs(dopsd["attributes"] - base["attributes"]) <= 0.03
+    assert dopsd["speckle"] <= 1.2 * base["speckle"]
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 50_000
