@@ -139,4 +139,5 @@ def test_whitening_leaves_pictures_and_decorrelates_latents():
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     covariance = torch.cov(scaled.permute(1, 0, 2, 3).flatten(1))
-    torch.testing.assert_close(covariance, torch.eye(8), atol=0.05, rtol=0)
+    scale = covariance.diagonal().mean()  # not 1 where the channels' means differ: one scale serves all of them
+    torch.testing.assert_close(covariance / scale, torch.eye(8), atol=0.01, rtol=0)
