@@ -83,7 +83,7 @@ import sys, torch
 from diffusers import ZImagePipeline
 folder, lora, noise, target = sys.argv[1:]
 assert "dopsd" not in sys.modules
-pipeline = ZImagePipeline.from_pretrained(folder)
+pipeline = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
 pipeline.load_lora_weights(lora)
 prompts = torch.load(noise)
 picture = pipeline(prompts["prompts"], height=64, width=64, num_inference_steps=4, guidance_scale=0.0,
