@@ -132,6 +132,15 @@ def test_bad_input_is_one_sentence_and_exit_2(case, desk):
     assert before == {p: p.read_bytes() for p in desk.rglob("*") if p.is_file() and "cache" not in p.parts}
 
 
+def test_dopsd_without_a_teacher_context_is_refused_and_listed(desk, monkeypatch):
+    from dopsd.families.zimage import ZImage
+
+    monkeypatch.setattr(ZImage, "teacher_contexts", ())  # a family whose encoders read no picture
+    result = CliRunner().invoke(app, ["train", "recipe.yaml"])
+    assert result.exit_code == 2 and "its encoders read no picture" in " ".join(result.output.split())
+    assert "no: its encoders" in " ".join(CliRunner().invoke(app, ["list"]).output.split())
+
+
 def test_a_base_model_can_be_tuned_on_purpose(desk):
     base_model()
     write_recipe({"model": {"name_or_path": "./model", "allow_base": True}, "lora": {"rank": 2}})

@@ -162,3 +162,15 @@ def test_check_announces_what_training_adapts(lesson, tmp_path):
     student = load_file(recipe.run_folder / "checkpoints" / "step-000001" / "student.safetensors")
     assert len(student) == 2 * found.coverage.adapted
     assert found.buckets == {(64, 64): 4} and found.forwards_per_picture == 16
+
+
+@pytest.mark.parametrize("method", ["dopsd", "sft"])
+def test_a_bf16_model_trains_with_float32_adapters_and_checkpointed_activations(method, lesson, tmp_path):
+    tree = recipe_for(lesson, tmp_path, "halved", method, max_steps=2).model_dump()
+    recipe = parse_recipe(tree | {"model": tree["model"] | {"dtype": "bf16", "gradient_checkpointing": True}})
+    losses = [report.log["loss"] for report in train(recipe)]
+    assert all(0 < loss < 10 for loss in losses)
+    student = load_file(recipe.run_folder / "checkpoints" / "step-000002" / "student.safetensors")
+    teacher = load_file(recipe.run_folder / "checkpoints" / "step-000002" / "teacher.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in (*student.values(), *teacher.values()))
+    assert all(tensor.any() for tensor in student.values())

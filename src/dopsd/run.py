@@ -95,7 +95,7 @@ def train(recipe: Recipe, resume: str | None = None, progress: Progress | None =
     family = open_family(recipe)
     listing = _read_data(recipe)
     folder, state = _claim_folder(recipe, resume)
-    accelerator = Accelerator(gradient_accumulation_steps=1)
+    accelerator = Accelerator()
     dtype = _dtype(recipe, accelerator.device)
     material = _read_and_encode(recipe, family, listing, accelerator.device, dtype, progress)
     session = Session.open(recipe, family, accelerator.device, dtype)

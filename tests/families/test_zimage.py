@@ -31,7 +31,7 @@ def pipeline(pocket) -> ZImagePipeline:
     return pipeline
 
 
-def test_student_contexts_are_bitwise_what_the_pipeline_feeds(pocket_reader, pipeline):
+def test_student_contexts_are_what_the_pipeline_feeds(pocket_reader, pipeline):
     theirs, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
     mine = pocket_reader.context(PROMPTS)
     for index, row in enumerate(theirs):
