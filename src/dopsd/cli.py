@@ -22,8 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune few-step text-to-image models without losing the few steps.",
 )
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-WIDTH = 160  # of tables where there is no terminal to fit
+WIDTH = 160  # where there is no terminal whose width must be kept
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+err = Console(stderr=True, soft_wrap=True)
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML); see recipes/.", show_default=False)]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.max_steps=500. Repeatable.")]
@@ -197,7 +198,7 @@ def show(header: list[str], rows: list[list[str]]) -> None:
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    out.print(table, width=None if out.is_terminal else WIDTH)
+    out.print(table)
 
 
 def write_numbers(path: Path | None, numbers: Any) -> None:
