@@ -139,7 +139,7 @@ def _two_colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
 
 
 def draw_jitter(rng: np.random.Generator) -> Jitter:
-    """A jitter that the reader of pictures can still undo (checked in tests/test_reader.py)."""
+    """A jitter that the reader of pictures can still undo (checked in tests/pocket/test_reader.py)."""
     return Jitter(
         dx=float(rng.uniform(-3, 3)),
         dy=float(rng.uniform(-3, 3)),
