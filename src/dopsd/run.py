@@ -286,7 +286,7 @@ def _write_header(
     """`config.yaml` (the resolved recipe) and `env.json`."""
     if fresh:
         recipe.save_as(folder / "config.yaml")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     environment = {
         "dopsd": __version__,
         "torch": torch.__version__,
