@@ -286,7 +286,8 @@ def _write_header(
     """`config.yaml` (the resolved recipe) and `env.json`."""
     if fresh:
         recipe.save_as(folder / "config.yaml")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     environment = {
         "dopsd": __version__,
         "torch": torch.__version__,

@@ -13,7 +13,7 @@ class Painter(nn.Module):
     """Transformer and VLM together, for batches whose captions all have the same padded length.
 
     The library's forward takes ragged lists, whose backward is quadratic in the batch; on equal lengths the same
-    arithmetic on stacked tensors is 2.2 times faster here (`tests/pocket/test_pocket_train.py` holds the two to be equal).
+    arithmetic on stacked tensors is 2.2 times faster here (tests/pocket/test_pocket_train.py holds the two equal).
     """
 
     def __init__(self, transformer: ZImageTransformer2DModel, vlm: Qwen3VLModel):
