@@ -4,7 +4,6 @@ Only parses and prints; the work is in run.py and compare.py, imported when a co
 """
 
 import functools
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -206,7 +205,7 @@ def write_numbers(path: Path | None, numbers: Any) -> None:
     if path:
         from dopsd.files import write_json
 
-        write_json(path, json.loads(json.dumps(numbers)))
+        write_json(path, numbers)
         out.print(f"numbers {path}", highlight=False)
 
 

@@ -4,7 +4,7 @@ Where the data is a pocket lesson every model sits the lesson's exam; elsewhere 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,7 @@ from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.paint import noise_for, paint, to_images
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import deployed_on, preview_prompts, train
-
-Progress = Callable[[str, int, int], None]
+from dopsd.run import Progress, deployed_on, preview_prompts, train
 
 MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
 KEPT = ("sharpness", "speckle", "attributes")  # read on unrelated prompts; the teacher's row has none

@@ -17,7 +17,7 @@ from PIL import Image
 from dopsd import __version__
 from dopsd.data.buckets import bucket_sizes, cover_crop, nearest_bucket
 from dopsd.data.cache import Row, prepare
-from dopsd.data.folder import Listing, open_picture, read_folder
+from dopsd.data.folder import Listing, open_picture, picture_size, read_folder
 from dopsd.data.loader import Loader
 from dopsd.evaluation.report import write_report
 from dopsd.export import merge_lora
@@ -69,9 +69,8 @@ def check(recipe: Recipe) -> Checked:
     listing = _read_data(recipe)
     buckets: dict[tuple[int, int], int] = {}
     for example in listing.examples:
-        width, height = open_picture(example.path).size
         resolution = recipe.data.resolution or family.resolution
-        size = nearest_bucket(width, height, bucket_sizes(resolution, family.multiple))
+        size = nearest_bucket(*picture_size(example.path), bucket_sizes(resolution, family.multiple))
         buckets[size] = buckets.get(size, 0) + 1
     with init_empty_weights():
         network = family.empty_network()
