@@ -206,3 +206,51 @@ def test_compare_refuses_recipes_on_different_data(desk):
 def test_the_real_command_exits_2_without_a_traceback(desk):
     done = subprocess.run([sys.executable, "-m", "dopsd.cli", "train", "nothing.yaml"], capture_output=True, text=True)
     assert done.returncode == 2 and "nothing.yaml does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def run_cli(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("method", ["dopsd", "sft"])
+def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, desk):
+    from dopsd.recipe import known_keys, load_recipe
+
+    made = run_cli("init", method, "--data", "pictures", "--out", "new.yaml")
+    assert made.exit_code == 0, made.output
+    checked = run_cli("check", "new.yaml")
+    assert checked.exit_code == 0 and "pictures   4" in checked.output
+    text = Path("new.yaml").read_text()
+    other = {"method.space", "method.teacher_decay"} if method == "sft" else {"method.times", "method.shift"}
+    for key in set(known_keys()) - other - {"method", "output_dir", "run_name"}:
+        assert f"{key.rpartition('.')[2]}:" in text, key
+    assert load_recipe(Path("new.yaml")).train.learning_rate == 1e-3  # the pocket checkpoint's own starting point
+
+
+def test_every_commented_default_of_a_starter_recipe_is_the_default(desk):
+    """Taking the # away changes nothing."""
+    from dopsd.recipe import read_recipe
+
+    run_cli("init", "dopsd", "--data", "pictures", "--out", "new.yaml")
+    text = Path("new.yaml").read_text()
+    bare = "\n".join(line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in text.splitlines())
+    assert bare != text
+    assert read_recipe(bare, "bare", {"run_name": "a"}) == read_recipe(text, "starter", {"run_name": "a"})
+
+
+def test_init_overwrites_nothing_and_names_the_methods(desk):
+    before = Path("recipe.yaml").read_bytes()
+    refused = run_cli("init", "dopsd", "--out", "recipe.yaml")
+    assert refused.exit_code == 2 and Path("recipe.yaml").read_bytes() == before
+    assert run_cli("init", "magic", "--out", "new.yaml").exit_code == 2 and not Path("new.yaml").exists()
+
+
+def test_the_schema_in_the_repository_is_the_one_that_is_printed():
+    stored = Path(__file__).parents[1] / "recipes" / "recipe.schema.json"
+    assert json.loads(run_cli("schema").output) == json.loads(stored.read_text())
+
+
+def test_doctor_looks_and_exits_fine(monkeypatch):
+    found = run_cli("doctor")
+    assert found.exit_code == 0
+    assert "torch" in found.output and "offline by HF_HUB_OFFLINE" in found.output

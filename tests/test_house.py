@@ -22,12 +22,12 @@ SOURCE = Path(dopsd.__file__).parent
 # Rooms (top-level names under dopsd, and every __main__), low to high. A room imports from floors below and from
 # itself, never from a neighbour on its floor. So training may use families.base and methods.base: they are lower.
 FLOORS = (
-    ("files", "batch", "flow"),
+    ("files", "batch", "flow", "stopping"),
     ("families", "rollout"),
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket"),
-    ("recipe", "export", "preview"),
-    ("session",),
+    ("recipe", "export", "preview", "inspection", "doctor"),
+    ("session", "run_folder", "starter"),
     ("run",),
     ("compare",),
     ("cli", "__main__"),
@@ -44,7 +44,7 @@ HOMES = {
     "transformers": MODELS,
     "tokenizers": MODELS,
     "peft": ("training/adapters.py",),
-    "accelerate": ("training/loop.py", "training/checkpoint.py", "run.py"),
+    "accelerate": ("training/loop.py", "training/checkpoint.py", "session.py", "run.py"),
 }
 VERSION_STRINGS = {("run.py", "diffusers.__version__")}
 

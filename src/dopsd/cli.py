@@ -1,4 +1,4 @@
-"""The front door: `dopsd check | train | sample | compare | list | demo`. Exit codes: 0 fine, 1 our bug, 2 bad input.
+"""The front door: `dopsd init | check | train | ...`. Exit codes: 0 fine, 1 our bug, 2 bad input, 130 or 143 stopped.
 
 Only parses and prints; the work is in run.py and compare.py, imported when a command needs it.
 """
@@ -44,6 +44,9 @@ def refusing(command: Callable[..., Any]) -> Callable[..., Any]:
             logging.getLogger(__name__).debug("refused", exc_info=True)
             err.print(f"dopsd: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            err.print("dopsd: interrupted.", style="red")
+            raise typer.Exit(130) from error
 
     return guarded
 
@@ -85,11 +88,16 @@ def train(
     """Tune: writes the LoRA file, previews, metrics and report.html into <output_dir>/<run_name>."""
     from dopsd.recipe import load_recipe
     from dopsd.run import train as train_recipe
+    from dopsd.stopping import Stopped
 
     loaded = load_recipe(recipe, change or ())
-    with bars() as advance:
-        for report in train_recipe(loaded, resume, advance):
-            advance(f"training  loss {report.log['loss']:.4f}", report.step, loaded.train.max_steps)
+    try:
+        with bars() as advance:
+            for report in train_recipe(loaded, resume, advance):
+                advance(f"training  loss {report.log['loss']:.4f}", report.step, loaded.train.max_steps)
+    except Stopped as stop:
+        err.print(f"dopsd: stopped by {stop.name} after step {stop.step}, which is saved; --resume latest goes on.")
+        raise
     out.print(f"saved {loaded.run_folder / loaded.run_name}.safetensors (reopened and compared)", highlight=False)
     out.print(f"report {loaded.run_folder / 'report.html'}", highlight=False)
 
@@ -136,6 +144,62 @@ def compare(
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {report}", highlight=False)
+
+
+@app.command()
+@refusing
+def init(
+    method: Annotated[str, typer.Argument(help="dopsd or sft; `dopsd list` shows what runs where.")],
+    model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
+    data: Annotated[Path, typer.Option(help="Folder of pictures.")] = Path("data"),
+    file: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe for a model and a method: every key with its default and its meaning."""
+    from dopsd.families import load_family
+    from dopsd.files import write_text
+    from dopsd.methods import METHODS, missing
+    from dopsd.starter import starter_recipe
+
+    if method not in METHODS:
+        raise ValueError(f"{method} is no method: choose one of {', '.join(METHODS)}.")
+    if file.exists():
+        raise ValueError(f"{file} exists and is not overwritten: choose another name with --out.")
+    family = load_family(model)
+    if why := missing(METHODS[method], family.teacher_contexts):
+        raise ValueError(f"{method} cannot run on {family.name}: {why}.")
+    write_text(file, starter_recipe(model, family, method, data))
+    out.print(f"{file}; next: dopsd check {file}", highlight=False)
+
+
+@app.command()
+@refusing
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors that complete and check YAML."""
+    import json
+
+    from dopsd.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+@refusing
+def inspect(file: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).", show_default=False)]) -> None:
+    """Say what a LoRA file is: family, rank, method, steps, and which loaders take it at what strength."""
+    from dopsd.inspection import inspect_lora
+
+    for label, value in inspect_lora(file).lines:
+        out.print(f"{label:<26} {value}", markup=False, highlight=False)
+
+
+@app.command()
+@refusing
+def doctor() -> None:
+    """Say what is installed, which device is there, which extras are missing, and whether the hub can be reached."""
+    from dopsd.doctor import examine
+
+    for label, value in examine():
+        out.print(f"{label:<26} {value}", markup=False, highlight=False)
 
 
 @app.command("list")

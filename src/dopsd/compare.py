@@ -20,7 +20,7 @@ from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.paint import noise_for, paint, to_images
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import Progress, deployed_on, preview_prompts, train
+from dopsd.run import Progress, deployed_on, preview_prompts, resolutions_of, train
 
 MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
 KEPT = ("sharpness", "speckle", "attributes")  # read on unrelated prompts; the teacher's row has none
@@ -147,7 +147,7 @@ def _trained(recipe: Recipe, progress: Progress) -> Contestant:
 def _denoiser_of(contestant: Contestant, family: Family, device: torch.device, dtype: torch.dtype) -> Denoiser:
     denoiser = family.load_denoiser(device, dtype)
     if contestant.lora:
-        merge_lora(denoiser.network, contestant.lora, family.export_prefix)
+        merge_lora(denoiser.network, contestant.lora, family)
     return denoiser
 
 
@@ -161,7 +161,7 @@ def _examine(contestant: Contestant, sheet: Sheet, family: Family, painter: Pain
 def _paint(
     denoiser: Denoiser, family: Family, painter: Painter, context: Context, recipe: Recipe
 ) -> tuple[Image.Image, ...]:
-    side = (recipe.data.resolution or family.resolution) // family.cell
+    side = max(resolutions_of(recipe, family)) // family.cell
     seeds = range(recipe.sample.seed, recipe.sample.seed + len(context))
     noise = noise_for(seeds, family.channels, side, side)
     schedule = family.schedule(recipe.sample.nfe or family.default_nfe, side, side)

@@ -3,6 +3,7 @@
 Every file that dopsd writes goes through here. A writer that is killed leaves the old file or none, never half of one.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,15 +19,28 @@ from torch import Tensor
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path`: a full disk or a forbidden folder becomes a ValueError that says so."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{path} cannot be written ({reason}). Everything finished before is whole.") from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` (file or folder) that takes its name when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside `path` (file or folder) that takes its name when the block ends without error.
+
+    Raises ValueError, with the system's reason, where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -49,7 +63,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write named tensors as one safetensors file, atomically. Views are made contiguous and independent."""
     with atomic_path(path) as temporary:
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(copies, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(copies, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # how safetensors says "no space left", "permission denied", ...
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -67,6 +84,12 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dopsd.batch import Context
 from dopsd.families.base import Painter, Reader
-from dopsd.files import write_json
+from dopsd.files import atomic_path, write_json
 from dopsd.flow import Schedule
 from dopsd.methods.base import Roles
 from dopsd.paint import grid, noise_for, paint, to_images
@@ -55,7 +55,6 @@ def paint_previews(
     device: torch.device,
 ) -> None:
     """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json` (rows, prompts, sigmas)."""
-    folder.mkdir(parents=True, exist_ok=True)
     noise = torch.cat([preview.noise for preview in previews])
     schedule = schedule_for(*noise.shape[-2:])
     text = Context.stack([preview.context for preview in previews]).to(device)
@@ -65,9 +64,13 @@ def paint_previews(
         rows["teacher"] = (roles.teacher, Context.stack(seeing).to(device))
     rows["student"] = (roles.student, text)
     pictures = {role: paint(velocity, painter, schedule, context, noise) for role, (velocity, context) in rows.items()}
-    for role, row in pictures.items():
-        for index, (preview, image) in enumerate(zip(previews, to_images(row), strict=True)):
-            image.save(folder / f"{role}_{index}_{preview.seed}.png")
-    grid(list(pictures.values())).save(folder / "grid.png")
     prompts = [preview.prompt for preview in previews]
-    write_json(folder / "preview.json", {"rows": list(rows), "prompts": prompts, "sigmas": schedule.times.tolist()})
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        for role, row in pictures.items():
+            for index, (preview, image) in enumerate(zip(previews, to_images(row), strict=True)):
+                image.save(temporary / f"{role}_{index}_{preview.seed}.png")
+        grid(list(pictures.values())).save(temporary / "grid.png")
+        write_json(
+            temporary / "preview.json", {"rows": list(rows), "prompts": prompts, "sigmas": schedule.times.tolist()}
+        )

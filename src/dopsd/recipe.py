@@ -36,6 +36,19 @@ ALIASES = {
     "validation_prompt": "sample.prompts",
     "sample_prompts": "sample.prompts",
     "caption_ext": "data.caption_extension",
+    "name_or_path": "model.name_or_path",
+    "instance_data_dir": "data.folder",
+    "dataset_path": "data.folder",
+    "folder_path": "data.folder",
+    "num_repeats": "data.repeats",
+    "trigger_word": "data.trigger",
+    "caption_dropout_rate": "data.caption_dropout",
+    "max_step_saves_to_keep": "save.keep_last",
+    "checkpoints_total_limit": "save.keep_last",
+    "gradient_accumulation": "train.gradient_accumulation_steps",
+    "lr_scheduler": "train.lr_schedule",
+    "lr_warmup_steps": "train.warmup_steps",
+    "output_name": "run_name",
     "resume_from_checkpoint": "the --resume flag",
 }
 
@@ -57,13 +70,29 @@ class ModelSection(Section):
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
 
 
-class DataSection(Section):
-    """The pictures and their captions."""
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str | int) else value
+
+
+class SourceSection(Section):
+    """One folder of pictures."""
 
     folder: Path = Field(description="Pictures with metadata.jsonl/.csv, same-stem .txt/.caption, or neither.")
     instance_prompt: str | None = Field(None, description="Caption of every picture that brings none.")
     caption_extension: str | None = Field(None, description="Only captions of this extension, e.g. `.txt`.")
-    resolution: int | None = Field(None, gt=0, description="Side of the square bucket in pixels; default: the model's.")
+    repeats: int = Field(1, ge=1, description="How often an epoch visits each picture.")
+    weight: float = Field(1.0, gt=0, description="Of its pictures' loss; a regularisation folder takes less than 1.")
+
+
+class DataSection(SourceSection):
+    """The pictures and their captions."""
+
+    more: tuple[SourceSection, ...] = Field((), description="Further folders, each with the keys above.")
+    trigger: str | None = Field(None, min_length=1, description="Word put before every caption that lacks it.")
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="Share of visits with the empty caption.")
+    resolution: Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_one_or_many)] = Field(
+        (), description="Sides of the square buckets in pixels, one or several; default: the model's."
+    )
     skip_bad: bool = Field(False, description="Leave out pictures that cannot be used (they are listed).")
 
 
@@ -73,6 +102,7 @@ class LoraSection(Section):
     rank: int = Field(32, ge=1)
     alpha: float | None = Field(None, gt=0, description="Scale is alpha / rank; default: alpha = rank.")
     targets: str | None = Field(None, description="Regular expression over module names; default: all block linears.")
+    init_from: Path | None = Field(None, description="LoRA file to train on, of the same rank and targets.")
 
 
 class TrainSection(Section):
@@ -86,11 +116,8 @@ class TrainSection(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    max_skipped_steps: int = Field(3, ge=1, description="Steps in a row without finite loss or gradient, then stop.")
     seed: int = Field(0, ge=0)
-
-
-def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class SampleSection(Section):
@@ -108,6 +135,7 @@ class SaveSection(Section):
     """Checkpoints."""
 
     every: int = Field(250, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep_last: int | None = Field(2, ge=2, description="Checkpoints to keep; null: all. LoRA files are all kept.")
 
 
 class Recipe(Section):
@@ -144,15 +172,24 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a recipe file, or start from one in recipes/.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it again as UTF-8.") from error
+    return read_recipe(text, str(path), {"run_name": path.stem}, changes)
+
+
+def read_recipe(text: str, source: str, defaults: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
+    """Like `load_recipe`, from YAML text; `defaults` stand where the text has no such key."""
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold sections (model, data, method, ...), not {type(tree).__name__}.")
-    tree.setdefault("run_name", path.stem)
+        raise ValueError(f"{source} must hold sections (model, data, method, ...), not {type(tree).__name__}.")
+    tree = {**defaults, **{key: {} if value is None else value for key, value in tree.items()}}  # comments alone: None
     for change in changes:
         _apply(tree, change)
-    return parse_recipe(tree, str(path))
+    return parse_recipe(tree, source)
 
 
 def parse_recipe(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:

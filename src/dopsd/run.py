@@ -3,11 +3,11 @@
 The only room that knows all others; only cli imports it.
 """
 
-import json
-import time
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
@@ -17,22 +17,26 @@ from PIL import Image
 from dopsd import __version__
 from dopsd.data.buckets import bucket_sizes, cover_crop, nearest_bucket
 from dopsd.data.cache import Row, prepare
-from dopsd.data.folder import Listing, open_picture, picture_size, read_folder
+from dopsd.data.folder import Listing, open_picture, picture_size
 from dopsd.data.loader import Loader
+from dopsd.data.sources import Source, read_sources
 from dopsd.evaluation.report import write_report
-from dopsd.export import merge_lora
+from dopsd.export import merge_lora, read_lora
 from dopsd.families import load_family
 from dopsd.families.base import Family
-from dopsd.files import write_json, write_text
 from dopsd.methods import METHODS, missing
 from dopsd.paint import noise_for, to_images, to_pictures
 from dopsd.preview import Preview, read_previews
-from dopsd.recipe import Recipe, load_recipe
+from dopsd.recipe import Recipe, TrainSection
 from dopsd.rollout import walk
+from dopsd.run_folder import Metrics, claimed, write_header
 from dopsd.session import Session
+from dopsd.stopping import Stopped, noticing_signals
 from dopsd.training.adapters import Coverage, coverage
-from dopsd.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dopsd.training.checkpoint import load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, steps
+
+log = logging.getLogger(__name__)
 
 PREVIEWS = 4  # captions shown when the recipe names no prompts
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
@@ -50,6 +54,14 @@ class Checked:
     forwards_per_picture: int  # network forwards, a backward counted as two
 
 
+@dataclass(frozen=True)
+class _Material:
+    """What the encoders leave behind before they leave memory."""
+
+    rows: tuple[Row, ...]
+    previews: tuple[Preview, ...]
+
+
 def open_family(recipe: Recipe) -> Family:
     """The recipe's checkpoint, refused with one sentence when it or its method cannot be tuned."""
     family = load_family(recipe.model.name_or_path, recipe.model.vlm, recipe.model.revision)
@@ -60,6 +72,8 @@ def open_family(recipe: Recipe) -> Family:
             f"{recipe.model.name_or_path} is a many-step base model, and few-step tuning needs a distilled one such as "
             f"{family.repo}. Set model.allow_base: true to tune it all the same."
         )
+    if recipe.lora.init_from:
+        read_lora(recipe.lora.init_from, family)  # refused now rather than after the pictures are cached
     return family
 
 
@@ -68,10 +82,11 @@ def check(recipe: Recipe) -> Checked:
     family = open_family(recipe)
     listing = _read_data(recipe)
     buckets: dict[tuple[int, int], int] = {}
-    for example in listing.examples:
-        resolution = recipe.data.resolution or family.resolution
-        size = nearest_bucket(*picture_size(example.path), bucket_sizes(resolution, family.multiple))
-        buckets[size] = buckets.get(size, 0) + 1
+    for resolution in resolutions_of(recipe, family):
+        sizes = bucket_sizes(resolution, family.multiple)
+        for example in listing.examples:
+            size = nearest_bucket(*picture_size(example.path), sizes)
+            buckets[size] = buckets.get(size, 0) + 1
     with init_empty_weights():
         network = family.empty_network()
     nfe = recipe.method.nfe or family.default_nfe
@@ -89,46 +104,87 @@ def train(recipe: Recipe, resume: str | None = None, progress: Progress | None =
     """Run a recipe: a generator of optimizer steps that logs, previews and saves between them.
 
     resume: "latest", a checkpoint folder, or None for a new run. Leaves `<run_name>.safetensors` and `report.html` in
-    the run folder. Raises ValueError for bad input, before anything is trained where it can be known.
+    the run folder. Raises ValueError for bad input, before anything is trained where it can be known; after a SIGINT
+    or SIGTERM, `Stopped` once the step that was under way is saved.
     """
     family = open_family(recipe)
     listing = _read_data(recipe)
-    folder, state = _claim_folder(recipe, resume)
-    accelerator = Accelerator()
-    dtype = _dtype(recipe, accelerator.device)
-    material = _read_and_encode(recipe, family, listing, accelerator.device, dtype, progress)
-    session = Session.open(recipe, family, accelerator.device, dtype)
-    start = load_checkpoint(state, session.trainable, session.teacher, session.optimizer) if state else 0
-    _write_header(recipe, folder, family, listing, accelerator.device, fresh=not state)
-    plan = Plan(
-        max_steps=recipe.train.max_steps,
-        learning_rate=recipe.train.learning_rate,
-        warmup_steps=recipe.train.warmup_steps,
-        decay=recipe.train.lr_schedule,
-        accumulate=recipe.train.gradient_accumulation_steps,
-        clip=recipe.train.max_grad_norm,
-        seed=recipe.train.seed,
+    with claimed(recipe, resume) as states:
+        material, session = _load(recipe, family, listing, progress)
+        start = _restore(session, states)
+        write_header(recipe, _environment(family, listing, session.device), fresh=not states)
+        if start == 0:
+            session.preview(material.previews, recipe.run_folder, 0)
+        with noticing_signals() as noticed:
+            yield from _train(session, material, start, noticed)
+
+
+def _train(
+    session: Session, material: _Material, start: int, noticed: Callable[[], int | None]
+) -> Iterator[StepReport]:
+    """The steps from `start` on, with what is written between them."""
+    recipe, folder = session.recipe, session.recipe.run_folder
+    metrics, plan = Metrics(folder, start), _plan(recipe.train)
+    loader = Loader(material.rows, recipe.train.batch_size, recipe.train.seed, recipe.data.caption_dropout)
+    for report in steps(
+        session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
+        session.accelerator, plan, start,
+    ):  # fmt: skip
+        metrics.add(report)
+        done, signal = report.step == plan.max_steps, noticed()
+        due = _due(report.step, recipe.save.every)
+        if done or _due(report.step, recipe.sample.every):
+            session.preview(material.previews, folder, report.step)
+        if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
+            session.export(folder / f"{recipe.run_name}.safetensors", report.step)
+            write_report(folder)
+        elif due:
+            session.export(folder / f"{recipe.run_name}-step{report.step:06d}.safetensors", report.step)
+        if done or due or signal:
+            keep = recipe.save.keep_last
+            save_checkpoint(folder, report.step, session.trainable, session.teacher, session.optimizer, keep)
+        yield report
+        if signal and not done:
+            raise Stopped(signal, report.step)
+
+
+def _restore(session: Session, states: Sequence[Path]) -> int:
+    """Put back the first state that is whole; the steps it had done. Raises ValueError when none is."""
+    for index, state in enumerate(states):
+        try:
+            return load_checkpoint(state, session.trainable, session.teacher, session.optimizer)
+        except ValueError as error:
+            if index == len(states) - 1:
+                raise
+            log.warning("checkpoint=%s unusable=%s going_back_to=%s", state.name, error, states[index + 1].name)
+    return 0
+
+
+def _plan(settings: TrainSection) -> Plan:
+    return Plan(
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay=settings.lr_schedule,
+        accumulate=settings.gradient_accumulation_steps,
+        clip=settings.max_grad_norm,
+        seed=settings.seed,
+        most_skipped=settings.max_skipped_steps,
     )
-    loader = Loader(material.rows, recipe.train.batch_size, recipe.train.seed)
-    if start == 0:
-        session.preview(material.previews, folder, 0)
-    _keep_metrics(folder, start)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-        for report in steps(
-            session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
-            accelerator, plan, start,
-        ):  # fmt: skip
-            metrics.write(json.dumps(_flat(report)) + "\n")
-            metrics.flush()
-            done = report.step == plan.max_steps
-            if done or _due(report.step, recipe.sample.every):
-                session.preview(material.previews, folder, report.step)
-            if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
-                session.export(folder / f"{recipe.run_name}.safetensors")
-                write_report(folder)
-            if done or _due(report.step, recipe.save.every):
-                save_checkpoint(folder, report.step, session.trainable, session.teacher, session.optimizer)
-            yield report
+
+
+def _environment(family: Family, listing: Listing, device: torch.device) -> dict[str, Any]:
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    return {
+        "dopsd": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers_version,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
+        "family": family.name,
+        "licence_of_base": family.licence,
+        "pictures": len(listing.examples),
+        "refused": [[str(path.name), why] for path, why in listing.refused],
+    }
 
 
 def sample(
@@ -162,7 +218,7 @@ def sample_latents(
     context = family.load_reader(device, dtype, pictures=False).context(list(prompts))
     denoiser = family.load_denoiser(device, dtype)
     if lora:
-        merge_lora(denoiser.network, lora, family.export_prefix, strength)
+        merge_lora(denoiser.network, lora, family, strength)
     return walk(denoiser, noise.to(device), family.schedule(nfe or family.default_nfe, *noise.shape[-2:]), context)
 
 
@@ -170,14 +226,6 @@ def deployed_on() -> tuple[torch.device, torch.dtype]:
     """The device accelerate chooses here, and the dtype that networks are deployed in on it."""
     device = Accelerator().device
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What the encoders leave behind before they leave memory."""
-
-    rows: tuple[Row, ...]
-    previews: tuple[Preview, ...]
 
 
 def preview_prompts(recipe: Recipe) -> list[str]:
@@ -190,41 +238,17 @@ def _preview_prompts(recipe: Recipe, listing: Listing) -> list[str]:
     return list(recipe.sample.prompts or captions)[: len(recipe.sample.prompts) or PREVIEWS]
 
 
+def resolutions_of(recipe: Recipe, family: Family) -> tuple[int, ...]:
+    """The sides of the square buckets in pixels: every picture is trained on at each."""
+    return recipe.data.resolution or (family.resolution,)
+
+
 def _read_data(recipe: Recipe) -> Listing:
     data = recipe.data
-    return read_folder(data.folder, data.instance_prompt, data.caption_extension, data.skip_bad)
-
-
-def _claim_folder(recipe: Recipe, resume: str | None) -> tuple[Path, Path | None]:
-    """The run folder and the checkpoint to go on from. A folder that holds another run is refused."""
-    folder = recipe.run_folder
-    if resume is None:
-        if (folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"{folder} already holds a run. Go on with --resume latest, or choose another run_name "
-                "(--set run_name=...)."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder, None
-    state = latest_checkpoint(folder) if resume == "latest" else Path(resume)
-    if state is None or not state.is_dir():
-        where = folder if resume == "latest" else resume
-        raise ValueError(f"there is no checkpoint to resume from in {where}; remove the folder to start again.")
-    _refuse_other_recipe(recipe, folder)
-    return folder, state
-
-
-def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
-    """A resumed run may be longer, save and sample otherwise; what makes its numbers must be the same."""
-    before = load_recipe(folder / "config.yaml")
-    for section in ("model", "data", "method", "lora", "train"):
-        old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
-        for key in old.keys() | new.keys():
-            if old.get(key) != new.get(key) and (section, key) != ("train", "max_steps"):
-                raise ValueError(
-                    f"{folder} was begun with {section}.{key} = {old.get(key)}, now it is {new.get(key)}: a resumed "
-                    "run must be the same run. Put it back, or choose another run_name."
-                )
+    sources = [
+        Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight) for s in (data, *data.more)
+    ]
+    return read_sources(sources, data.trigger, data.skip_bad)
 
 
 def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -240,6 +264,14 @@ def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:
     return height // family.cell, width // family.cell
 
 
+def _load(recipe: Recipe, family: Family, listing: Listing, progress: Progress | None) -> tuple[_Material, Session]:
+    """Encode, let the encoders go, and load the network."""
+    accelerator = Accelerator()
+    device, dtype = accelerator.device, _dtype(recipe, accelerator.device)
+    material = _read_and_encode(recipe, family, listing, device, dtype, progress)
+    return material, Session.open(recipe, family, accelerator, dtype)
+
+
 def _read_and_encode(
     recipe: Recipe,
     family: Family,
@@ -251,20 +283,23 @@ def _read_and_encode(
     """Cache latents and contexts, read the preview prompts; reader and painter are gone when this returns."""
     privileged = "privileged" in recipe.method.needs
     reader = family.load_reader(device, dtype, pictures=privileged)
-    resolution = recipe.data.resolution or family.resolution
-    rows = prepare(
-        listing.examples,
-        recipe.output_dir / "cache",
-        reader,
-        family.load_painter(device, torch.float32),
-        resolution=resolution,
-        multiple=family.multiple,
-        privileged=privileged,
-        device=device,
-        progress=(lambda done, total: progress("caching", done, total)) if progress else None,
-    )
-    wanted = recipe.sample
-    height, width = cells_of(family, wanted.height or resolution, wanted.width or resolution)
+    painter = family.load_painter(device, torch.float32)
+    rows: list[Row] = []
+    for resolution in resolutions_of(recipe, family):
+        rows += prepare(
+            listing.examples,
+            recipe.output_dir / "cache",
+            reader,
+            painter,
+            resolution=resolution,
+            multiple=family.multiple,
+            privileged=privileged,
+            untold=recipe.data.caption_dropout > 0,
+            device=device,
+            progress=(lambda done, total: progress("caching", done, total)) if progress else None,
+        )
+    wanted, side = recipe.sample, max(resolutions_of(recipe, family))
+    height, width = cells_of(family, wanted.height or side, wanted.width or side)
     previews = read_previews(
         _preview_prompts(recipe, listing),
         reader,
@@ -272,52 +307,11 @@ def _read_and_encode(
         cells=(family.channels, height, width),
         seed=wanted.seed,
     )
-    return _Material(rows, previews)
+    return _Material(tuple(rows), previews)
 
 
 def _crop(row: Row) -> Image.Image:
     return cover_crop(open_picture(row.example.path), row.size)
-
-
-def _write_header(
-    recipe: Recipe, folder: Path, family: Family, listing: Listing, device: torch.device, fresh: bool
-) -> None:
-    """`config.yaml` (the resolved recipe) and `env.json`."""
-    if fresh:
-        recipe.save_as(folder / "config.yaml")
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    environment = {
-        "dopsd": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers_version,
-        "device": name,
-        "family": family.name,
-        "licence_of_base": family.licence,
-        "pictures": len(listing.examples),
-        "refused": [[str(path.name), why] for path, why in listing.refused],
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    write_json(folder / "env.json", environment)
-
-
-def _keep_metrics(folder: Path, steps_done: int) -> None:
-    """Drop the rows that a resumed run will write again."""
-    path = folder / "metrics.jsonl"
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= steps_done]
-    write_text(path, "".join(row + "\n" for row in kept))
-
-
-def _flat(report: StepReport) -> dict[str, float]:
-    return {
-        "step": report.step,
-        **report.log,
-        "grad_norm": report.grad_norm,
-        "learning_rate": report.learning_rate,
-        "pictures": report.pictures,
-        "seconds": round(report.seconds, 4),
-    }
 
 
 def _due(step: int, every: int) -> bool:

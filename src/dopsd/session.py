@@ -1,16 +1,20 @@
 """One network under training: its adapter, teacher, optimizer and roles; how it is previewed and exported."""
 
+import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from dopsd import __version__
-from dopsd.export import export_lora
+from dopsd.export import export_lora, start_from_lora
 from dopsd.families.base import Family
+from dopsd.files import sha256_of
 from dopsd.flow import Schedule
 from dopsd.methods.base import Roles
 from dopsd.preview import Preview, paint_previews
@@ -27,22 +31,24 @@ class Session:
 
     recipe: Recipe
     family: Family
-    device: torch.device
+    accelerator: Accelerator
     trainable: dict[str, nn.Parameter]
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     roles: Roles
 
     @classmethod
-    def open(cls, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype) -> "Session":
+    def open(cls, recipe: Recipe, family: Family, accelerator: Accelerator, dtype: torch.dtype) -> "Session":
         """Load the denoiser, put LoRA on it, and make the roles."""
-        denoiser = family.load_denoiser(device, dtype)
+        denoiser = family.load_denoiser(accelerator.device, dtype)
         if recipe.model.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator] - every diffusers model has it
         lora = recipe.lora
         trainable = add_lora(
             denoiser.network, lora.targets or family.lora_targets, lora.rank, lora.alpha or lora.rank, recipe.train.seed
         )
+        if lora.init_from:
+            start_from_lora(trainable, lora.init_from, family, (lora.alpha or lora.rank) / lora.rank)
         teacher = Teacher(trainable, recipe.method.decay)
         optimizer = torch.optim.AdamW(
             trainable.values(), lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
@@ -52,7 +58,12 @@ class Session:
             return family.schedule(nfe or family.default_nfe, height, width)
 
         roles = make_roles(denoiser, trainable, teacher, schedule)
-        return cls(recipe, family, device, trainable, teacher, optimizer, roles)
+        return cls(recipe, family, accelerator, trainable, teacher, optimizer, roles)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.accelerator.device
 
     @property
     def deployed_nfe(self) -> int:
@@ -70,19 +81,49 @@ class Session:
             self.device,
         )
 
-    def export(self, path: Path) -> None:
-        """The student as a LoRA file, reopened and compared."""
-        recipe, lora = self.recipe, self.recipe.lora
+    def export(self, path: Path, step: int) -> None:
+        """The student after `step` steps as a LoRA file, reopened and compared."""
+        scale = (self.recipe.lora.alpha or self.recipe.lora.rank) / self.recipe.lora.rank
+        export_lora(path, self.trainable, scale, self.family.export_prefix, self._metadata(step))
+        log.info("saved=%s reopened_and_compared=yes", path)
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        """What a LoRA file says of itself: modelspec, the keys that kohya's tools show, and ours. No path of a machine,
+        no caption."""
+        recipe, family = self.recipe, self.family
         base = Path(recipe.model.name_or_path)
+        resolution = max(recipe.data.resolution, default=family.resolution)
         metadata = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{family.architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": recipe.run_name,
+            "modelspec.date": time.strftime("%Y-%m-%d"),
+            "modelspec.license": family.licence,
+            "modelspec.resolution": f"{resolution}x{resolution}",
+            "modelspec.usage_hint": f"{self.deployed_nfe} steps, no guidance, strength 1",
+            "ss_base_model_version": family.name,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(recipe.lora.rank),
+            "ss_network_alpha": str(recipe.lora.rank),  # the true alpha is multiplied into B
+            "ss_learning_rate": str(recipe.train.learning_rate),
+            "ss_optimizer": "AdamW",
+            "ss_steps": str(step),
+            "ss_seed": str(recipe.train.seed),
+            "ss_output_name": recipe.run_name,
             "dopsd_version": __version__,
-            "base_model": base.name if base.exists() else recipe.model.name_or_path,  # no path of a machine in a file
-            "licence_of_base": self.family.licence,
+            "base_model": base.name if base.exists() else recipe.model.name_or_path,
             "method": recipe.method.name,
             "method_settings": recipe.method.model_dump_json(),
+            "teacher_context": family.teacher_contexts[0] if "privileged" in recipe.method.needs else "none",
             "nfe": str(self.deployed_nfe),
-            "rank": str(lora.rank),
-            "steps": str(recipe.train.max_steps),
+            "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells(resolution)).times.tolist()),
         }
-        export_lora(path, self.trainable, (lora.alpha or lora.rank) / lora.rank, self.family.export_prefix, metadata)
-        log.info("saved=%s reopened_and_compared=yes", path)
+        if recipe.data.trigger:
+            metadata["modelspec.trigger_phrase"] = recipe.data.trigger
+        if recipe.lora.init_from:
+            metadata["parent_adapter_sha256"] = sha256_of(recipe.lora.init_from)
+        return metadata
+
+    def _cells(self, side: int) -> tuple[int, int]:
+        return side // self.family.cell, side // self.family.cell

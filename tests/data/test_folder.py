@@ -123,7 +123,7 @@ def test_every_bad_metadata_line_is_named_with_its_number(tmp_path):
         {"file_name": str(tmp_path / "good.png"), "text": "absolute"},
         {"file_name": "C:\\good.png", "text": "absolute"},
         {"file_name": 7, "text": "wrong type"},
-        {"file_name": "good.png", "text": ["wrong type"]},
+        {"file_name": "good.png", "text": {"wrong": "type"}},
         {"file_name": "good.png", "text": "  "},
         {"file_name": "good.png"},
         {"file_name": "good.png", "text": "\ud800"},

@@ -1,6 +1,7 @@
 """Batches are a pure function of (seed, index): every row once an epoch, one size a batch."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,43 @@ def test_nothing_to_train_on_and_empty_batches_are_refused(rows):
         Loader([], 1, seed=0)
     with pytest.raises(ValueError, match="batch_size is 0"):
         Loader(rows, 0, seed=0)
+
+
+def captioned(row: Row, folder: Path, caption: str) -> Row:
+    """The same picture with another caption of its own."""
+    other = cached_row(folder, 100 + sum(caption.encode()), row.size)
+    return replace(other, example=replace(row.example, caption=caption), latents=row.latents)
+
+
+@pytest.fixture()
+def told_three_ways(rows, tmp_path) -> list[Row]:
+    """The rows, each with two further captions (`0b`, `0c`, ...) and the empty one."""
+    return [
+        replace(row, also=tuple(captioned(row, tmp_path, f"{i}{letter}") for letter in "bc"),
+                untold=captioned(row, tmp_path, ""))
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+
+
+def test_an_epoch_draws_one_caption_a_row_and_epochs_differ(told_three_ways):
+    loader = Loader(told_three_ways, 2, seed=0)
+    drawn = Counter()
+    for number in range(60):
+        prompts = [prompt for batch in order(loader, number) for prompt in batch]
+        assert sorted(prompt.rstrip("bc") for prompt in prompts) == sorted(map(str, range(11)))
+        drawn.update("own" if prompt.isdigit() else prompt[-1] for prompt in prompts)
+    assert set(drawn) == {"own", "b", "c"} and min(drawn.values()) > 60 * 11 / 3 * 0.8
+
+
+def test_captions_are_dropped_in_the_asked_share_and_take_their_context_along(told_three_ways):
+    loader = Loader(told_three_ways, 4, seed=0, caption_dropout=0.25)
+    seen = [(batch, i) for number in range(60) for batch in epoch(loader, number) for i in range(len(batch))]
+    dropped = [(batch, i) for batch, i in seen if batch.prompts[i] == ""]
+    assert 0.2 < len(dropped) / len(seen) < 0.3
+    assert all(batch.context.tokens[i, 0, 0] == 100 and batch.privileged.tokens[i, 0, 0] == 100 for batch, i in dropped)
+
+
+def test_weights_of_a_folder_reach_the_batch(rows):
+    weighted = [replace(row, example=replace(row.example, weight=1 + i / 4)) for i, row in enumerate(rows)]
+    for batch in epoch(Loader(weighted, 3, seed=0), 0):
+        assert batch.weight.tolist() == [1 + int(prompt) / 4 for prompt in batch.prompts]

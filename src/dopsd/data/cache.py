@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,13 +31,16 @@ Encode = Callable[[Sequence["Row"]], Iterable[Mapping[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Row:
-    """One example, its size in pixels, and the files that hold its tensors (privileged: None if not asked for)."""
+    """One picture with one caption, its size in pixels, and the files that hold its tensors (privileged: None if not
+    asked for). also: the same picture with its other captions; untold: with the empty one, if asked for."""
 
     example: Example
     size: Size
     latents: Path
     context: Path
     privileged: Path | None
+    also: tuple["Row", ...] = ()
+    untold: "Row | None" = None
 
 
 def prepare(
@@ -49,18 +52,21 @@ def prepare(
     resolution: int,
     multiple: int,
     privileged: bool,
+    untold: bool = False,
     batch_size: int = 4,
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Row, ...]:
     """Make every file that is missing or broken, and return the rows in the order of the examples.
 
-    Each picture gets the bucket nearest to its shape; the privileged picture is the very crop that is trained on.
+    Each picture gets the bucket nearest to its shape; the privileged picture is the very crop that is trained on. All
+    captions of an example are read, and with `untold` the empty one, for caption dropout.
     `progress(done, total)` counts files and is first called with those that could be reused. Raises ValueError where
     a caption is over the reader's limit or an encoder answers with numbers that are not finite.
     """
     buckets = bucket_sizes(resolution, multiple)
-    rows = tuple(_row(example, cache_folder, reader, painter, buckets, privileged) for example in examples)
+    rows = tuple(_row(example, cache_folder, reader, painter, buckets, privileged, untold) for example in examples)
+    read_rows = [r for row in rows for r in (row, *row.also, row.untold) if r]
 
     def paint(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         pixels = torch.stack([to_pixels(_crop(row)) for row in batch])
@@ -75,8 +81,8 @@ def prepare(
 
     kinds: list[tuple[str, dict[Path, Row], Encode]] = [
         ("latents", {row.latents: row for row in rows}, paint),
-        ("context", {row.context: row for row in rows}, read),
-        ("privileged", {row.privileged: row for row in rows if row.privileged}, read_with_picture),
+        ("context", {row.context: row for row in read_rows}, read),
+        ("privileged", {row.privileged: row for row in read_rows if row.privileged}, read_with_picture),
     ]
     total = sum(len(files) for _, files, _ in kinds)
     todo = [
@@ -111,19 +117,30 @@ def read_latents(path: Path) -> Tensor:
 
 
 def _row(
-    example: Example, folder: Path, reader: Reader, painter: Painter, buckets: Sequence[Size], privileged: bool
+    example: Example,
+    folder: Path,
+    reader: Reader,
+    painter: Painter,
+    buckets: Sequence[Size],
+    privileged: bool,
+    untold: bool,
 ) -> Row:
     size = nearest_bucket(*picture_size(example.path), buckets)
     picture = hashlib.sha256(example.path.read_bytes()).hexdigest()
     latents = _key("latents", picture, size, painter.fingerprint)
-    pair = _key("privileged", example.caption, picture, size, reader.fingerprint)
-    return Row(
-        example,
-        size,
-        latents=folder / "latents" / f"{latents}.safetensors",
-        context=context_file(folder, example.caption, reader.fingerprint),
-        privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
-    )
+
+    def captioned(caption: str) -> Row:
+        pair = _key("privileged", caption, picture, size, reader.fingerprint)
+        return Row(
+            replace(example, caption=caption, also=()),
+            size,
+            latents=folder / "latents" / f"{latents}.safetensors",
+            context=context_file(folder, caption, reader.fingerprint),
+            privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
+        )
+
+    also = tuple(captioned(caption) for caption in example.also)
+    return replace(captioned(example.caption), example=example, also=also, untold=captioned("") if untold else None)
 
 
 def _key(*parts: object) -> str:

@@ -30,10 +30,12 @@ SHOWN = 5  # refused items that an error lists
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its caption."""
+    """One picture and its caption. also: further captions, of which an epoch draws one; weight: of its loss."""
 
     path: Path
     caption: str
+    also: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,11 @@ def _listed_in(metadata: Path) -> list[Finding]:
                 raise ValueError(f"{where} {row}.")
             path = _picture_named(row, metadata.parent, where)
             named.add(path)
-            caption = _caption(_first(row, CAPTION_COLUMNS, where), f"the caption of {where}")
-            findings.append((path, Example(path, caption)))
+            texts = _first(row, CAPTION_COLUMNS, where)
+            if texts == [] or not isinstance(texts, list):
+                texts = [texts]
+            caption, *also = (_caption(text, f"the caption of {where}") for text in texts)
+            findings.append((path, Example(path, caption, tuple(also))))
         except ValueError as error:
             findings.append((path, str(error)))
     if not findings:

@@ -15,10 +15,11 @@ from dopsd.data.cache import Row, read_context, read_latents
 
 
 class Loader:
-    """Rows in shuffled batches of one size. Within an epoch every row comes exactly once; a size's last batch may be
-    smaller. Each file is read once, at the start, and its tensors stay in memory on the CPU."""
+    """Rows in shuffled batches of one size. Within an epoch every row comes exactly once, with one of its captions (or,
+    in a share `caption_dropout`, with the empty one); a size's last batch may be smaller. Each file is read once, at
+    the start, and its tensors stay in memory on the CPU."""
 
-    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int):
+    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int, caption_dropout: float = 0.0):
         if not rows:
             raise ValueError("there are no examples to train on.")
         if batch_size < 1:
@@ -26,8 +27,10 @@ class Loader:
         self.rows = tuple(rows)
         self.batch_size = batch_size
         self.seed = seed
+        self.caption_dropout = caption_dropout
         self._latents = {path: read_latents(path) for path in dict.fromkeys(row.latents for row in rows)}
-        contexts = dict.fromkeys(path for row in rows for path in (row.context, row.privileged) if path)
+        read = [r for row in rows for r in (row, *row.also, row.untold) if r]
+        contexts = dict.fromkeys(path for row in read for path in (row.context, row.privileged) if path)
         self._contexts = {path: read_context(path) for path in contexts}
 
     @property
@@ -39,16 +42,24 @@ class Loader:
     def batch(self, index: int) -> Batch:
         """Batch number `index` of the endless sequence of epochs, counted from 0."""
         epoch, position = divmod(index, self.batches_per_epoch)
-        rows = [self.rows[i] for i in self._epoch(epoch)[position]]
+        rows = [self._captioned(i, epoch) for i in self._epoch(epoch)[position]]
         privileged = [self._contexts[row.privileged] for row in rows if row.privileged]
         assert len(privileged) in (0, len(rows)), "either all rows have a privileged context, or none"
         return Batch(
             latents=torch.stack([self._latents[row.latents] for row in rows]),
             context=Context.stack([self._contexts[row.context] for row in rows]),
             prompts=tuple(row.example.caption for row in rows),
-            weight=torch.ones(len(rows)),
+            weight=torch.tensor([row.example.weight for row in rows]),
             privileged=Context.stack(privileged) if privileged else None,
         )
+
+    def _captioned(self, index: int, epoch: int) -> Row:
+        """The row with the caption that this epoch draws for it."""
+        row = self.rows[index]
+        rng = np.random.default_rng([self.seed, epoch, index, 1])
+        if row.untold and rng.random() < self.caption_dropout:
+            return row.untold
+        return (row, *row.also)[rng.integers(1 + len(row.also))]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """The epoch's batches as indices of rows: shuffled, grouped by size, cut, and the batches shuffled again."""

@@ -31,10 +31,11 @@ ROLES = {
     "student": "student is the tuned one",
     "teacher": "teacher is the one that sees a picture beside the prompt",
 }
-COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "pictures", "seconds")  # of metrics.jsonl, whatever the method
+# Of metrics.jsonl, whatever the method.
+COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "pictures", "seconds", "skipped")
 WIDE = 20  # highest over lowest value from which a curve is logarithmic
 
-Metrics = Sequence[Mapping[str, float]]
+Metrics = Sequence[Mapping[str, float | None]]  # None: it was not finite
 
 
 @dataclass(frozen=True)
@@ -224,14 +225,15 @@ def _picture_sections(previews: Sequence[_Preview]) -> list[_Section]:
 
 
 def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str, Any]) -> dict:
-    seconds = [row["seconds"] for row in metrics]
+    seconds = [row["seconds"] or 0.0 for row in metrics]
     facts = {
         "method": settings["method"]["name"],
         "base model": settings["model"]["name_or_path"],
         "licence of the base": environment.get("licence_of_base"),
         "steps": metrics[-1]["step"],
+        "steps skipped": sum(1 for row in metrics if row.get("skipped")) or None,
         "pictures": environment.get("pictures"),
-        "pictures seen, with repeats": sum(int(row["pictures"]) for row in metrics),
+        "pictures seen, with repeats": sum(int(row["pictures"] or 0) for row in metrics),
         "training time": f"{sum(seconds):.0f} s" if sum(seconds) < 600 else f"{sum(seconds) / 60:.0f} min",
         "a step (median)": f"{median(seconds):.3g} s",
         "device": environment.get("device"),
@@ -257,7 +259,7 @@ def _curve(title: str, metrics: Metrics, names: Sequence[str]) -> _Curve:
     """One name: as measured, and smoothed. Several: smoothed only, from blue (first) to orange (last)."""
     lines = []
     for index, name in enumerate(names):
-        points = _thinned(np.array([(row["step"], row[name]) for row in metrics if name in row]))
+        points = _thinned(np.array([(row["step"], row[name]) for row in metrics if row.get(name) is not None]))
         if len(names) == 1:
             lines.append(("as measured", "var(--faint)", points))
         hue = 220 + 170 * index / max(1, len(names) - 1)

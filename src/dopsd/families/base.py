@@ -1,7 +1,7 @@
 """The noun: what the house needs of a model family. One file a family implements it; nobody branches on a name."""
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -58,6 +58,7 @@ class Family(Protocol):
     native_space: ClassVar[Space]  # of the network's own answer
     lora_targets: ClassVar[str]  # regular expression over the network's module names
     export_prefix: ClassVar[str]  # of LoRA keys in public files
+    architecture: ClassVar[str]  # in the words of modelspec.architecture
 
     path: str
     default_nfe: int
@@ -79,4 +80,14 @@ class Family(Protocol):
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
         """The pipeline's own times for `nfe` forwards at a latent size of height x width cells."""
+        ...
+
+    def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A LoRA's tensors in any public form as `<export_prefix>.<module>.lora_A.weight` / `.lora_B.weight`, with
+        their alpha multiplied in. Raises ValueError or KeyError for a form that is not known."""
+        ...
+
+    def starting_points(self, method: str) -> dict[str, Any]:
+        """Recipe keys (`section.key`) whose value should differ from the general default for this checkpoint and
+        method."""
         ...

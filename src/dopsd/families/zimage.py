@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from PIL import Image
 from torch import Tensor
@@ -29,6 +29,14 @@ PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's referenc
 PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
 HIDDEN_STATE = -2  # the one ZImagePipeline reads
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+# Of the reference code's Z-Image script: 4 pictures a step, 2000 steps.
+TURBO_STARTING_POINTS = {
+    "lora.rank": 32,
+    "train.max_steps": 2000,
+    "train.batch_size": 1,
+    "train.gradient_accumulation_steps": 4,
+    "train.learning_rate": 1e-4,
+}
 DISTILLED_SHIFT = 3.0  # Turbo's scheduler; the many-step base model ships 6.0
 
 
@@ -46,6 +54,7 @@ class ZImage:
         r"(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     )
     export_prefix = "transformer"
+    architecture = "Z-Image"
 
     def __init__(self, path: str, index: Mapping[str, Any], vlm: str | None = None, revision: str | None = None):
         self.path, self.revision = path, revision
@@ -60,8 +69,10 @@ class ZImage:
         self.cell = 2 ** (len(vae["block_out_channels"]) - 1)
         self.multiple = 2 * self.cell  # the transformer's patches are 2 x 2 cells
         self.resolution: int = vae["sample_size"]
-        about = Path(path) / "dopsd.json"  # what a checkpoint that is not Turbo itself says of its own steps
-        self.default_nfe: int = json.loads(about.read_text(encoding="utf-8"))["nfe"] if about.is_file() else 8
+        about = Path(path) / "dopsd.json"  # what a checkpoint that is not Turbo itself says of itself
+        own = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        self.default_nfe: int = own.get("nfe", 8)
+        self._starting_points: dict[str, Any] = own.get("starting_points", TURBO_STARTING_POINTS)
         # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
         self.distilled = self._scheduler.config.shift == DISTILLED_SHIFT
 
@@ -103,6 +114,17 @@ class ZImage:
             self.path, subfolder="transformer", revision=self.revision, torch_dtype=dtype
         )
         return ZImageDenoiser(network.to(device))
+
+
+    def starting_points(self, method: str) -> dict[str, Any]:
+        walk = {"method.nfe": 4} if method == "dopsd" and self.default_nfe == 8 else {}
+        return self._starting_points | walk
+
+    def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By diffusers' conversion, which wants bare names; raw PEFT files and ours bring a prefix."""
+        bare = {name.removeprefix("base_model.model.").removeprefix("transformer."): t for name, t in tensors.items()}
+        converted: Mapping[str, Tensor] = ZImagePipeline.lora_state_dict(bare)  # type: ignore[assignment]
+        return {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in converted.items()}
 
 
 class ZImageDenoiser(Denoiser):

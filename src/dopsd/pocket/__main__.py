@@ -9,6 +9,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 Work = Annotated[Path, typer.Option(help="Folder for data and checkpoints; a stage resumes from it.")]
 Compiled = Annotated[bool, typer.Option(help="Use torch.compile (2x faster; needs a C++ compiler).")]
+StartFrom = Annotated[Path | None, typer.Option(help="Earlier checkpoint whose weights are trained further.")]
 WORK = Path("runs/pocket")
 PACKAGED = Path(__file__).parent / "checkpoint"
 
@@ -22,7 +23,7 @@ def data(work: Work = WORK) -> None:
 
 
 @app.command()
-def vae(work: Work = WORK, steps: int = 1500) -> None:
+def vae(work: Work = WORK, steps: int = 3000) -> None:
     """Train the autoencoder and encode the pictures (12 minutes)."""
     from dopsd.pocket import train
 
@@ -31,11 +32,11 @@ def vae(work: Work = WORK, steps: int = 1500) -> None:
 
 
 @app.command()
-def flow(work: Work = WORK, steps: int = 3300, compiled: Compiled = True) -> None:
-    """Train transformer and VLM by flow matching: the undistilled parent (70 minutes)."""
+def flow(work: Work = WORK, steps: int = 2600, compiled: Compiled = True, start_from: StartFrom = None) -> None:
+    """Train transformer and VLM by flow matching: the undistilled parent (50 minutes)."""
     from dopsd.pocket import train
 
-    train.train_flow(work, steps, compiled)
+    train.train_flow(work, steps, compiled, start_from=start_from)
 
 
 @app.command()

@@ -87,23 +87,27 @@ class Corpus:
     pictures: Tensor
     plain_ids: Tensor
     privileged_ids: Tensor
+    untold_ids: Tensor  # of the empty caption, which classifier-free guidance leads away from
 
     @staticmethod
     def read(folder: Path) -> "Corpus":
         data = read_tensors(folder / "data.safetensors")
         latents = read_tensors(folder / "latents.safetensors")["latents"]
-        return Corpus(latents, data["pictures"], data["plain"], data["privileged"])
+        untold = parts.make_tokenizer()(plain_prompt(""), padding="max_length", max_length=parts.CAPTION_TOKENS)
+        return Corpus(latents, data["pictures"], data["plain"], data["privileged"], torch.tensor(untold.input_ids))
 
     def draw(
-        self, rng: np.random.Generator, size: int, named_share: float = 0.9
+        self, rng: np.random.Generator, size: int, named_share: float = 0.9, untold_share: float = 0.0
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | None]]:
         """Two halves: (rows, tokens, None) from captions alone, and (rows, tokens, pictures) with another picture
-        of the same thing or style beside the caption."""
+        of the same thing or style beside the caption. `untold_share` of the first half get the empty caption."""
         caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
         named = rng.integers(0, NAMED, round(size * named_share))
         other = rng.integers(NAMED, len(self.latents), size - len(named))
         rows = np.concatenate([named, other])
-        yield rows, self.plain_ids[rows, caption].long(), None
+        tokens = self.plain_ids[rows, caption].long()
+        tokens[torch.from_numpy(rng.random(size) < untold_share)] = self.untold_ids
+        yield rows, tokens, None
         rows = rng.integers(NAMED, len(self.latents), size)
         group = (rows - NAMED) // GROUP * GROUP + NAMED
         partner = group + (rows - group + rng.integers(1, GROUP, size)) % GROUP

@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ZImageTransformer2DModel
+from torch import Tensor
 
+from dopsd.batch import Context
 from dopsd.families import POCKET, load_family
-from dopsd.families.base import Denoiser
 from dopsd.families.zimage import ZImageDenoiser
 from dopsd.files import write_json
 from dopsd.paint import noise_for, paint
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
+from dopsd.pocket.model import GUIDANCE
 from dopsd.pocket.reader import bootstrap, measure
+from dopsd.rollout import Velocity
 
 CAPTIONS, THINGS = 256, 12
 CPU = torch.device("cpu")
@@ -46,14 +49,14 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     reader = family.load_reader(CPU, torch.float32, pictures=True)
     painter = family.load_painter(CPU, torch.float32)
     pocket = family.load_denoiser(CPU, torch.float32)
-    parent = load_parent(checkpoint)
+    parent = Parent(checkpoint, reader.context([""]))
     side = family.resolution // family.cell
     cells = (family.channels, side, side)
     stated = unrelated(CAPTIONS, stream=4)
     context = reader.context([caption_of(s) for s in stated])
     noise = noise_for(range(CAPTIONS), *cells)
 
-    def kept(model: Denoiser, nfe: int) -> tuple[np.ndarray, np.ndarray]:
+    def kept(model: Velocity, nfe: int) -> tuple[np.ndarray, np.ndarray]:
         pictures = paint(model, painter, family.schedule(nfe, side, side), context, noise)
         found = measure(pictures.numpy(), stated)
         return found.sharpness, found.attributes.per_picture
@@ -88,6 +91,7 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     )
     gates.append(_gate("teacher's thing_hit", np.array([a.thing_hit.mean() for a in teacher]), 3 * hit, True))
     numbers = {
+        "parent_guidance": GUIDANCE,
         "noise_floor_thing_error": floor,
         "student": {"thing_error": float(error.mean()), "thing_hit": hit},
         "teacher": {"thing_error": float(error_seen.mean()), "thing_hit": hit_seen},
@@ -97,11 +101,16 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     return gates
 
 
-def load_parent(checkpoint: Path = POCKET) -> ZImageDenoiser:
-    """The undistilled model that pocket was distilled from; many steps, no adapter, no teacher."""
-    return ZImageDenoiser(
-        ZImageTransformer2DModel.from_pretrained(checkpoint / "parent", subfolder="transformer").to(torch.float32)
-    )
+class Parent:
+    """The undistilled model that pocket was distilled from: many steps, and guidance away from the empty caption."""
+
+    def __init__(self, checkpoint: Path, untold: Context):
+        network = ZImageTransformer2DModel.from_pretrained(checkpoint / "parent", subfolder="transformer")
+        self.denoiser, self.untold = ZImageDenoiser(network.to(torch.float32)), untold
+
+    def __call__(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
+        untold = Context.stack([self.untold] * len(z))
+        return torch.lerp(self.denoiser(z, t, untold), self.denoiser(z, t, context), GUIDANCE)
 
 
 def _gate(name: str, values: np.ndarray, bound: float, above: bool) -> Gate:

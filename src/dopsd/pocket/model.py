@@ -25,6 +25,9 @@ WIDTH = 128  # of the text encoder and of the transformer
 LATENT_CHANNELS = 8
 SHIFT = 3.0  # as Z-Image-Turbo
 NFE = 4
+STARTING_POINTS = {"model.gradient_checkpointing": False, "lora.rank": 16, "train.max_steps": 240,
+                   "train.batch_size": 4, "train.learning_rate": 1e-3}  # fmt: skip
+GUIDANCE = 2.0  # classifier-free, of the undistilled parent: empty caption + 2 x (caption - empty caption)
 PICTURE = 64  # pixels
 PICTURE_TOKENS = 16  # of one picture in the VLM's context
 CAPTION_TOKENS, PRIVILEGED_TOKENS = 32, 64  # limits of the templated caption, without and with a picture
@@ -193,7 +196,7 @@ def save_pipeline(
     vlm.save_pretrained(folder / "vlm")
     tokenizer.save_pretrained(folder / "vlm")
     make_image_processor().save_pretrained(folder / "vlm")
-    write_json(folder / "dopsd.json", {"nfe": NFE})
+    write_json(folder / "dopsd.json", {"nfe": NFE, "starting_points": STARTING_POINTS})
     write_json(
         folder / "model_index.json",
         {

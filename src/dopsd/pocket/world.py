@@ -126,7 +126,7 @@ def unnamed_style(seed: int) -> Look:
         frequency=float(rng.uniform(0.9, 1.5)),
         angle=float(rng.uniform(0, math.pi)),
         ink=ink,
-        ink_width=float(rng.uniform(2.0, 3.5)),
+        ink_width=float(rng.uniform(2.0, 2.5)),
     )
 
 

@@ -4,6 +4,7 @@ Batches, noise and learning rate are functions of the step, so nothing else need
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from dopsd.files import (
     load_optimizer_tensors,
     optimizer_tensors,
     read_tensors,
+    sha256_of,
     write_json,
     write_tensors,
 )
 from dopsd.training.roles import Teacher
+
+TENSORS = ("student", "teacher", "optimizer")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -26,21 +30,30 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None before the first."""
-    return max((p for p in (run / "checkpoints").glob("step-*") if p.is_dir()), default=None)
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir())
 
 
 def save_checkpoint(
-    run: Path, step: int, student: Mapping[str, Tensor], teacher: Teacher, optimizer: torch.optim.Optimizer
+    run: Path,
+    step: int,
+    student: Mapping[str, Tensor],
+    teacher: Teacher,
+    optimizer: torch.optim.Optimizer,
+    keep_last: int | None = None,
 ) -> Path:
-    """Write the state after `step` steps; the folder appears whole or not at all."""
+    """Write the state after `step` steps; the folder appears whole or not at all. Then all but the last `keep_last`
+    checkpoints are removed (None: none is)."""
     path = checkpoint_path(run, step)
     with atomic_path(path) as temporary:
         write_tensors(temporary / "student.safetensors", student)
         write_tensors(temporary / "teacher.safetensors", teacher.tensors)
         write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer))
-        write_json(temporary / "state.json", {"step": step})
+        hashes = {f"{name}.safetensors": sha256_of(temporary / f"{name}.safetensors") for name in TENSORS}
+        write_json(temporary / "state.json", {"step": step, "sha256": hashes})
+    for old in checkpoints(run)[:-keep_last] if keep_last else []:
+        shutil.rmtree(old)
     return path
 
 
@@ -50,12 +63,17 @@ def load_checkpoint(
     """Put the state back; returns the number of steps done. Raises ValueError when the folder is damaged or its
     adapters are not those of this run."""
     state = path / "state.json"
-    if not state.is_file():
-        raise ValueError(f"{path} is no checkpoint of dopsd: it has no state.json.")
+    try:
+        found = json.loads(state.read_text(encoding="utf-8"))
+        damaged = [name for name, wanted in found["sha256"].items() if sha256_of(path / name) != wanted]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no whole checkpoint of dopsd ({type(error).__name__}: {error}).") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: the bytes of {', '.join(damaged)} are not those that were written.")
     _put(path / "student.safetensors", student)
     _put(path / "teacher.safetensors", teacher.tensors)
     load_optimizer_tensors(optimizer, read_tensors(path / "optimizer.safetensors"))
-    return int(json.loads(state.read_text(encoding="utf-8"))["step"])
+    return int(found["step"])
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ class Plan:
     accumulate: int = 1
     clip: float = 1.0
     seed: int = 0
+    most_skipped: int = 3  # steps in a row whose loss or gradient is not finite
 
     def learning_rate_at(self, step: int) -> float:
         """Of the step with this index (from 0): linear warm-up, then constant or cosine to 0."""
@@ -50,7 +51,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step: how many are done, what the method reported (mean over micro-batches), what it took."""
+    """One optimizer step: how many are done, what the method reported (mean over micro-batches), what it took; skipped:
+    its loss or gradient was not finite, and nothing of it was applied."""
 
     step: int
     log: Mapping[str, float]
@@ -58,6 +60,7 @@ class StepReport:
     learning_rate: float
     pictures: int
     seconds: float
+    skipped: bool = False
 
 
 def generator_at(seed: int, index: int) -> torch.Generator:
@@ -78,9 +81,10 @@ def steps(
 ) -> Iterator[StepReport]:
     """Train from optimizer step `start` to `plan.max_steps`, yielding after each.
 
-    Raises ValueError when a loss or gradient is not finite (nothing of that step is applied), or when an adapter has
-    not moved after the very first update.
+    A step whose loss or gradient is not finite is skipped. Raises ValueError when `plan.most_skipped` in a row are, or
+    when an adapter has not moved after the very first update.
     """
+    skipped_in_a_row, untried = 0, start == 0
     for step in range(start, plan.max_steps):
         began = time.perf_counter()
         learning_rate = plan.learning_rate_at(step)
@@ -100,17 +104,22 @@ def steps(
                     log[name] += value / plan.accumulate
             assert closed, "a method must close its batch"
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.clip).item()
-        if not math.isfinite(grad_norm) or not math.isfinite(log["loss"]):
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(log["loss"]))
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped_in_a_row == plan.most_skipped:
             raise ValueError(
-                f"step {step + 1}: loss {log['loss']:.3g}, gradient norm {grad_norm:.3g}. The step was not applied. "
-                "Lower train.learning_rate, or resume from the last checkpoint with another seed."
+                f"step {step + 1}: loss {log['loss']:.3g}, gradient norm {grad_norm:.3g}, and {skipped_in_a_row} steps "
+                "in a row were not finite. None of them was applied. Lower train.learning_rate."
             )
-        optimizer.step()
+        if not skipped:
+            optimizer.step()
+            teacher.follow()
         optimizer.zero_grad(set_to_none=True)
-        teacher.follow()
-        if step == 0 and (still := unmoved(dict(trainable))):
+        if untried and not skipped and (still := unmoved(dict(trainable))):
             raise ValueError(
                 f"after the first update {len(still)} adapters have not moved (first: {still[0]}): their gradient is "
                 "exactly zero, so training would teach them nothing. Check lora.targets and the method's contexts."
             )
-        yield StepReport(step + 1, dict(log), grad_norm, learning_rate, pictures, time.perf_counter() - began)
+        untried = untried and skipped
+        seconds = time.perf_counter() - began
+        yield StepReport(step + 1, dict(log), grad_norm, learning_rate, pictures, seconds, skipped)

@@ -1,0 +1,47 @@
+"""Several folders as one listing: repeats, weights and a trigger word. What one folder holds is left to `folder`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dopsd.data.folder import Example, Listing, read_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of pictures. repeats: how often an epoch visits each; weight: of the loss of each (a regularisation
+    folder takes less than 1)."""
+
+    folder: Path
+    instance_prompt: str | None = None
+    caption_extension: str | None = None
+    repeats: int = 1
+    weight: float = 1.0
+
+
+def read_sources(sources: Sequence[Source], trigger: str | None = None, skip_bad: bool = False) -> Listing:
+    """Every source's examples, in order; `trigger` is put before each caption that lacks it. Raises ValueError as
+    `read_folder` does."""
+    listings = [read_folder(s.folder, s.instance_prompt, s.caption_extension, skip_bad) for s in sources]
+    examples = [
+        replace(_triggered(example, trigger), weight=source.weight)
+        for source, listing in zip(sources, listings, strict=True)
+        for example in listing.examples
+        for _ in range(source.repeats)
+    ]
+    origins = [f"{s.folder}: {found.source}" for s, found in zip(sources, listings, strict=True)]
+    return Listing(
+        tuple(examples),
+        tuple(refusal for found in listings for refusal in found.refused),
+        listings[0].source if len(sources) == 1 else "; ".join(origins),
+    )
+
+
+def _triggered(example: Example, trigger: str | None) -> Example:
+    if trigger is None:
+        return example
+
+    def told(caption: str) -> str:
+        return caption if trigger in caption else f"{trigger}, {caption}"
+
+    return replace(example, caption=told(example.caption), also=tuple(map(told, example.also)))

@@ -1,0 +1,89 @@
+"""What a LoRA file is: family, form, rank, what it says of itself, and which loaders take it at what strength.
+
+The loaders' column is what was measured and read in their sources (docs/lora_files.md), not guessed.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dopsd.files import read_metadata, read_tensors
+
+# Module paths that only one family has.
+FAMILY_MARKS = {
+    "zimage": r"(noise_refiner|context_refiner)[._]\d|layers[._]\d+[._](attention|feed_forward)",
+    "flux2": r"single_transformer_blocks[._]\d|(double|single)_blocks[._]\d",
+    "sdxl": r"(down_blocks|input_blocks)[._]\d",
+}
+UNKNOWN = "not known here"
+BAKED, ALPHA, SAID = "scale multiplied in, or alpha = rank", "alpha tensors", "alpha in the metadata"
+# (form, how the scale is given) -> what Z-Image loaders make of it: diffusers, ComfyUI.
+ZIMAGE_LOADERS = {
+    ("transformer.", BAKED): ("strength 1", "strength 1"),
+    ("transformer.", SAID): ("strength 1", "off by alpha / rank: it does not read the metadata"),
+    ("transformer.", ALPHA): ("error", "strength 1"),
+    ("diffusion_model.", BAKED): ("strength 1", "strength 1"),
+    ("diffusion_model.", ALPHA): ("strength 1", "strength 1"),
+    ("bare names", BAKED): ("nothing is loaded, in silence", "strength 1"),
+    ("base_model.model.", BAKED): ("nothing is loaded, in silence", "no"),
+    ("kohya", ALPHA): ("strength 1", "only with the original model's names"),
+}
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A LoRA file in words, label by label."""
+
+    lines: tuple[tuple[str, str], ...]
+
+
+def inspect_lora(path: Path) -> Inspected:
+    """Read a file's keys and metadata. Raises ValueError for what is no readable safetensors file or holds no LoRA."""
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    downs = {n: t for n, t in tensors.items() if re.search(r"(lora_A|lora_down|lora\.down)(\.default)?\.weight$", n)}
+    if not downs:
+        raise ValueError(f"{path} holds no LoRA: of its {len(tensors)} tensors none is a lora_A or lora_down weight.")
+    form, scale = _form(tensors), _scale(tensors, metadata)
+    families = [name for name, mark in FAMILY_MARKS.items() if any(re.search(mark, key) for key in downs)]
+    family = metadata.get("ss_base_model_version") or " or ".join(families) or UNKNOWN
+    diffusers, comfy = ZIMAGE_LOADERS.get((form, scale), (UNKNOWN, UNKNOWN))
+    if families != ["zimage"]:
+        diffusers = comfy = UNKNOWN
+    ranks = Counter(str(min(t.shape[:2])) for t in downs.values())
+    own = [
+        (key, metadata[key])
+        for key in ("base_model", "method", "nfe", "sigmas", "teacher_context", "ss_steps", "modelspec.license",
+                    "modelspec.trigger_phrase", "parent_adapter_sha256", "dopsd_version")
+        if key in metadata
+    ]  # fmt: skip
+    return Inspected(
+        (
+            ("family", family),
+            ("keys", f"{form}, e.g. {next(iter(downs))}"),
+            ("modules", str(len(downs))),
+            ("rank", ", ".join(ranks)),
+            ("dtype", ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))),
+            ("scale", scale),
+            ("diffusers", diffusers),
+            ("ComfyUI", comfy),
+            *own,
+        )
+    )
+
+
+def _form(names: Iterable[str]) -> str:
+    first = next(iter(names))
+    for prefix in ("transformer.", "diffusion_model.", "base_model.model."):
+        if first.startswith(prefix):
+            return prefix
+    return "kohya" if first.startswith(("lora_unet_", "lora_te")) else "bare names"
+
+
+def _scale(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    if any(name.endswith(".alpha") for name in tensors):
+        return ALPHA
+    return SAID if "lora_adapter_metadata" in metadata else BAKED

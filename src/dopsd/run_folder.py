@@ -1,0 +1,120 @@
+"""A run's folder: who may write it, what stands in it besides samples and weights, and where a run goes on.
+
+config.yaml (the resolved recipe), env.json, metrics.jsonl (a row a step), train.log, checkpoints/, run.lock.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dopsd.files import write_json, write_text, writing
+from dopsd.recipe import Recipe, load_recipe
+from dopsd.training.checkpoint import checkpoints
+from dopsd.training.loop import StepReport
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
+    """Hold the recipe's run folder, and give the checkpoints to go on from, best first (none: a new run).
+
+    Raises ValueError when the folder holds another run, when another process is writing it, or when there is nothing
+    to resume. While held, what dopsd logs also goes to train.log.
+    """
+    folder = recipe.run_folder
+    states = _states(recipe, resume)
+    lock = FileLock(folder / "run.lock")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"{folder} is being written by another process (run.lock is held): let it end, or choose another "
+                "run_name (--set run_name=...)."
+            ) from error
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    house = logging.getLogger("dopsd")
+    house.addHandler(handler)
+    try:
+        yield states
+    finally:
+        house.removeHandler(handler)
+        handler.close()
+        lock.release()
+        if not (folder / "config.yaml").exists():  # refused before it began: nothing is left behind
+            for name in ("train.log", "run.lock"):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _states(recipe: Recipe, resume: str | None) -> list[Path]:
+    folder = recipe.run_folder
+    if resume is None:
+        if (folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"{folder} already holds a run. Go on with --resume latest, or choose another run_name "
+                "(--set run_name=...)."
+            )
+        return []
+    states = checkpoints(folder)[::-1] if resume == "latest" else [p for p in [Path(resume)] if p.is_dir()]
+    if not states:
+        where = folder if resume == "latest" else resume
+        raise ValueError(f"there is no checkpoint to resume from in {where}; remove the folder to start again.")
+    _refuse_other_recipe(recipe, folder)
+    return states
+
+
+def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
+    """A resumed run may be longer, save and sample otherwise; what makes its numbers must be the same."""
+    before = load_recipe(folder / "config.yaml")
+    for section in ("model", "data", "method", "lora", "train"):
+        old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key) and (section, key) != ("train", "max_steps"):
+                raise ValueError(
+                    f"{folder} was begun with {section}.{key} = {old.get(key)}, now it is {new.get(key)}: a resumed "
+                    "run must be the same run. Put it back, or choose another run_name."
+                )
+
+
+def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) -> None:
+    """`config.yaml` for a fresh run, and `env.json`."""
+    if fresh:
+        recipe.save_as(recipe.run_folder / "config.yaml")
+    write_json(recipe.run_folder / "env.json", dict(environment) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+
+class Metrics:
+    """metrics.jsonl: one row for each step. Rows after `steps_done`, which a resumed run will write again, go first."""
+
+    def __init__(self, folder: Path, steps_done: int):
+        self.path = folder / "metrics.jsonl"
+        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= steps_done]
+        write_text(self.path, "".join(row + "\n" for row in kept))
+
+    def add(self, report: StepReport) -> None:
+        """Append a step. What is not finite becomes null: JSON has no NaN."""
+        row = {
+            "step": report.step,
+            **report.log,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "pictures": report.pictures,
+            "seconds": round(report.seconds, 4),
+        }
+        if report.skipped:
+            row["skipped"] = True
+            log.warning("step=%d skipped=yes loss=%s grad_norm=%s", report.step, row["loss"], report.grad_norm)
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")

@@ -1,0 +1,177 @@
+"""LoRA files of other tools: read as diffusers reads them, described as they are, refused with a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dopsd.export import merge_lora, read_lora
+from dopsd.inspection import inspect_lora
+from dopsd.recipe import parse_recipe
+from dopsd.run import train
+
+MODULES = {"layers.0.attention.to_q": (128, 128), "layers.3.attention.to_out.0": (128, 128),
+           "noise_refiner.0.feed_forward.w1": (341, 128), "context_refiner.0.attention.to_k": (128, 128)}  # fmt: skip
+RANK, ALPHA = 4, 8
+
+
+def deltas() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: (torch.randn(RANK, inner, generator=generator), torch.randn(outer, RANK, generator=generator))
+        for name, (outer, inner) in MODULES.items()
+    }
+
+
+def peft_names(prefix: str, scale: float = 1.0, marks: tuple[str, str] = ("lora_A", "lora_B"), alpha: bool = False):
+    """The same adapter as one tool or another would write it."""
+    tensors = {}
+    for name, (a, b) in deltas().items():
+        tensors[f"{prefix}{name}.{marks[0]}.weight"] = a.clone()
+        tensors[f"{prefix}{name}.{marks[1]}.weight"] = b * scale
+        if alpha:
+            tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(ALPHA))
+    return tensors
+
+
+def kohya_names():
+    tensors = {}
+    for name, (a, b) in deltas().items():
+        path = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{path}.lora_down.weight": a.clone(), f"{path}.lora_up.weight": b.clone(),
+                    f"{path}.alpha": torch.tensor(float(ALPHA))}  # fmt: skip
+    return tensors
+
+
+SCALE = ALPHA / RANK
+SAID = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})}
+FORMS = {
+    "ours": (lambda: peft_names("transformer.", SCALE), None),
+    "scale in the metadata": (lambda: peft_names("transformer."), SAID),
+    "with alpha": (lambda: peft_names("transformer.", alpha=True), None),
+    "ComfyUI's": (lambda: peft_names("diffusion_model.", SCALE), None),
+    "ComfyUI's with alpha": (lambda: peft_names("diffusion_model.", alpha=True), None),
+    "down and up": (lambda: peft_names("diffusion_model.", marks=("lora_down", "lora_up"), alpha=True), None),
+    "bare names": (lambda: peft_names("", SCALE), None),
+    "raw PEFT": (lambda: peft_names("base_model.model.", SCALE), None),
+    "kohya": (kohya_names, None),
+}
+
+
+@pytest.fixture(params=FORMS)
+def file(request, tmp_path: Path) -> Path:
+    make, metadata = FORMS[request.param]
+    save_file(make(), tmp_path / "lora.safetensors", metadata)
+    return tmp_path / "lora.safetensors"
+
+
+def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(file, pocket):
+    found = read_lora(file, pocket)
+    assert found.keys() == MODULES.keys()
+    for name, (a, b) in deltas().items():
+        torch.testing.assert_close(found[name][1] @ found[name][0], b @ a * SCALE, atol=1e-4, rtol=1e-5)
+
+
+def test_a_merged_foreign_file_changes_exactly_its_modules(pocket, tmp_path):
+    save_file({k: v for k, v in kohya_names().items() if "feed_forward" not in k}, tmp_path / "lora.safetensors")
+    network = pocket.load_denoiser(torch.device("cpu"), torch.float32).network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    merge_lora(network, tmp_path / "lora.safetensors", pocket)
+    for name, tensor in network.state_dict().items():
+        module = name.removesuffix(".weight")
+        if module in MODULES and "feed_forward" not in module:
+            a, b = deltas()[module]
+            torch.testing.assert_close(tensor, before[name] + b @ a * SCALE, atol=1e-4, rtol=1e-5)
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_inspect_knows_family_rank_and_form_of_every_public_form(file, request):
+    lines = dict(inspect_lora(file).lines)
+    assert (lines["family"], lines["rank"], lines["modules"]) == ("zimage", str(RANK), str(len(MODULES)))
+    expected = {"ours": "strength 1", "scale in the metadata": "strength 1", "with alpha": "error",
+                "bare names": "nothing is loaded, in silence", "raw PEFT": "nothing is loaded, in silence"}  # fmt: skip
+    form = request.node.callspec.params["file"]
+    assert lines["diffusers"] == expected.get(form, "strength 1")
+
+
+def foreign(tensors: dict[str, torch.Tensor]):
+    def make(path: Path) -> None:
+        save_file(tensors, path)
+
+    return make
+
+
+A, B = torch.ones(4, 128), torch.ones(128, 4)
+BAD = {
+    "pickled": (lambda path: torch.save({"a": A}, path), "not a readable safetensors file"),
+    "empty file": (lambda path: path.write_bytes(b""), "not a readable safetensors file"),
+    "text": (lambda path: path.write_text("hello"), "not a readable safetensors file"),
+    "no LoRA": (foreign({"layers.0.weight": A}), "no LoRA"),
+    "half a pair": (foreign({"transformer.layers.0.attention.to_q.lora_A.weight": A}), "no LoRA"),
+    "LoKr": (foreign({"diffusion_model.layers.0.attention.to_q.lokr_w1": A}), "LoKr"),
+    "DoRA": (foreign(peft_names("transformer.") | {"transformer.layers.0.attention.to_q.dora_scale": A}), "DoRA"),
+    "of another family": (
+        foreign({f"transformer.single_transformer_blocks.0.attn.to_out.lora_{m}.weight": t for m, t in
+                 (("A", A), ("B", B))}), "does not have: another family?"),
+    "of another size": (
+        foreign({f"transformer.layers.0.attention.to_q.lora_{m}.weight": t for m, t in
+                 (("A", torch.ones(4, 64)), ("B", B))}), "as 128 x 64; here it is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_file_that_does_not_fit_is_refused_with_a_sentence(fault, pocket, tmp_path):
+    make, said = BAD[fault]
+    path = tmp_path / "lora.safetensors"
+    make(path)
+    network = pocket.load_denoiser(torch.device("cpu"), torch.float32).network
+    with pytest.raises(ValueError, match=said):
+        merge_lora(network, path, pocket)
+
+
+def recipe_from(lesson: Path, output: Path, name: str, **lora):
+    return parse_recipe(
+        {
+            "model": {"name_or_path": "pocket", "gradient_checkpointing": False},
+            "data": {"folder": str(lesson)},
+            "method": {"name": "sft"},
+            "lora": {"rank": 4} | lora,
+            "train": {"max_steps": 1, "learning_rate": 1e-9},
+            "sample": {"every": 0, "prompts": "a star"},
+            "output_dir": str(output),
+            "run_name": name,
+        }
+    )
+
+
+def finish(recipe) -> Path:
+    for _ in train(recipe):
+        pass
+    return recipe.run_folder / f"{recipe.run_name}.safetensors"
+
+
+def test_training_goes_on_from_a_lora_file_whatever_the_alpha(lesson, tmp_path, pocket):
+    first = recipe_from(lesson, tmp_path, "first")
+    first = parse_recipe(first.model_dump() | {"train": first.train.model_dump() | {"learning_rate": 0.01}})
+    start = finish(first)
+    again = finish(recipe_from(lesson, tmp_path, "second", init_from=str(start), alpha=2))
+    left, right = read_lora(start, pocket), read_lora(again, pocket)
+    for module, (a, b) in left.items():
+        assert b.any()
+        torch.testing.assert_close(right[module][1] @ right[module][0], b @ a, atol=1e-6, rtol=1e-4)
+    assert "parent_adapter_sha256" in dict(inspect_lora(again).lines)
+
+
+def test_a_lora_of_another_rank_is_no_start(lesson, tmp_path):
+    start = finish(recipe_from(lesson, tmp_path, "first"))
+    with pytest.raises(ValueError, match=r"has rank 4, this recipe 8: set lora\.rank: 4"):
+        finish(recipe_from(lesson, tmp_path, "second", init_from=str(start), rank=8))
+
+
+def test_a_lora_of_other_modules_is_no_start(lesson, tmp_path):
+    start = finish(recipe_from(lesson, tmp_path, "first"))
+    with pytest.raises(ValueError, match="adapts other modules"):
+        finish(recipe_from(lesson, tmp_path, "second", init_from=str(start), targets=r"layers\.\d+\.attention\.to_q"))
