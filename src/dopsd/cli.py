@@ -171,6 +171,22 @@ def init(
     out.print(f"{file}; next: dopsd check {file}", highlight=False)
 
 
+@app.command("import")
+@refusing
+def import_(
+    source: Annotated[str, typer.Argument(help="The reference code's .jsonl, or a data set (hub id or folder).")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("data"),
+    image_column: Annotated[str, typer.Option(help="Of a data set.")] = "image",
+    caption_column: Annotated[list[str] | None, typer.Option(help="Repeatable: all are kept.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+) -> None:
+    """Turn a data set in another shape into a folder of pictures with metadata.jsonl."""
+    from dopsd.data.importing import import_data
+
+    count = import_data(source, folder, image_column, caption_column or (), split)
+    out.print(f"{count} pictures in {folder}; next: dopsd init dopsd --data {folder}", highlight=False)
+
+
 @app.command()
 @refusing
 def schema() -> None:

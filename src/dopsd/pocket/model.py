@@ -27,7 +27,7 @@ SHIFT = 3.0  # as Z-Image-Turbo
 NFE = 4
 STARTING_POINTS = {"model.gradient_checkpointing": False, "lora.rank": 16, "train.max_steps": 240,
                    "train.batch_size": 4, "train.learning_rate": 1e-3}  # fmt: skip
-GUIDANCE = 2.0  # classifier-free, of the undistilled parent: empty caption + 2 x (caption - empty caption)
+GUIDANCE = 3.0  # classifier-free, of the undistilled parent: empty caption + 3 x (caption - empty caption)
 PICTURE = 64  # pixels
 PICTURE_TOKENS = 16  # of one picture in the VLM's context
 CAPTION_TOKENS, PRIVILEGED_TOKENS = 32, 64  # limits of the templated caption, without and with a picture

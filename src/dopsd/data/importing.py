@@ -1,0 +1,113 @@
+"""Data sets in other shapes become a folder that `folder` reads: pictures as they are, captions in metadata.jsonl.
+
+Read: the JSONL of the D-OPSD reference code, and whatever the `datasets` library opens (hub ids, Parquet, folders).
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from dopsd.data.folder import OPENED
+from dopsd.files import atomic_path, write_text
+
+PATH_KEYS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path")
+REFERENCE_CAPTIONS = ("short_en", "medium_en", "detailed_en", "user_prompt_en")
+EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "AVIF": ".avif"}
+
+Item = tuple[bytes, list[str]]  # a picture's bytes and its captions
+
+
+def import_data(
+    source: str, target: Path, image_column: str = "image", caption_columns: Sequence[str] = (), split: str = "train"
+) -> int:
+    """Write `target` from a .jsonl file of the reference code, or from a data set that `datasets` opens; the number of
+    pictures. All captions of a picture are kept. Raises ValueError, with nothing left behind, when `target` exists or
+    any row cannot be used."""
+    if target.exists():
+        raise ValueError(f"{target} exists and is not overwritten: choose another folder with --out.")
+    if source.endswith(".jsonl"):
+        items = _reference_rows(Path(source), caption_columns or REFERENCE_CAPTIONS)
+    else:
+        items = _dataset_rows(source, image_column, caption_columns or ("text",), split)
+    lines = []
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        for index, (content, captions) in enumerate(items):
+            name = f"{index:06d}{_extension(content, f'row {index + 1} of {source}')}"
+            (temporary / name).write_bytes(content)
+            text = captions[0] if len(captions) == 1 else captions
+            lines.append(json.dumps({"file_name": name, "text": text}, ensure_ascii=False) + "\n")
+        if not lines:
+            raise ValueError(f"{source} has no rows.")
+        write_text(temporary / "metadata.jsonl", "".join(lines))
+    return len(lines)
+
+
+def _extension(content: bytes, where: str) -> str:
+    try:
+        with Image.open(io.BytesIO(content), formats=OPENED) as image:
+            return EXTENSIONS[str(image.format)]
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{where} holds no {' / '.join(OPENED)} picture.") from error
+
+
+def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}).") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file.name} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON ({error}).") from error
+        yield _picture_of(row, file.parent, where).read_bytes(), _captions_of(row, columns, where)
+
+
+def _picture_of(row: Any, folder: Path, where: str) -> Path:
+    key = next((key for key in PATH_KEYS if isinstance(row, dict) and row.get(key)), None)
+    if key is None:
+        raise ValueError(f"{where} names no picture: it has none of {', '.join(PATH_KEYS)}.")
+    paths = row[key] if isinstance(row[key], list) else [row[key]]
+    if len(paths) > 1:
+        raise ValueError(f"{where} names {len(paths)} pictures: editing rows cannot be trained on by a family here.")
+    for path in (folder / str(paths[0]), Path(str(paths[0]))):
+        if path.is_file():
+            return path
+    raise ValueError(f"{where} names {paths[0]}, which is neither in {folder} nor in the working directory.")
+
+
+def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
+    found = [row[c] for c in columns if isinstance(row.get(c), str) and row[c].strip()]
+    if not found:
+        raise ValueError(f"{where} has no caption in {', '.join(columns)} (it has {', '.join(map(str, row))}).")
+    return list(dict.fromkeys(found))
+
+
+def _dataset_rows(source: str, image_column: str, columns: Sequence[str], split: str) -> Iterator[Item]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{source} needs the package `datasets`: pip install 'dopsd[data]'.") from error
+    try:
+        table = datasets.load_dataset(source, split=split)
+    except Exception as error:  # the library raises its own, the hub's, Arrow's and the system's errors
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{source} cannot be opened as a data set ({type(error).__name__}: {reason}).") from error
+    for column in (image_column, *columns):
+        if column not in table.column_names:
+            raise ValueError(f"{source} has no column {column}; it has {', '.join(table.column_names)}.")
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+    for number, row in enumerate(table, start=1):
+        picture, where = row[image_column] or {}, f"row {number} of {source}"
+        content = picture.get("bytes") or (Path(picture["path"]).read_bytes() if picture.get("path") else None)
+        if content is None:
+            raise ValueError(f"{where} has no picture in {image_column}.")
+        yield content, _captions_of(row, columns, where)

@@ -1,0 +1,96 @@
+"""Foreign data sets become folders that read_folder takes: bytes unchanged, every caption kept, nothing half done."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dopsd.data.folder import read_folder
+from dopsd.data.importing import import_data
+
+
+def picture(colour: str, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), colour).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture()
+def reference(tmp_path: Path) -> Path:
+    """Two rows as the reference code ships them: a JPEG that is called .png, captions of several lengths."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture("red", "JPEG"))
+    (tmp_path / "pictures" / "b.png").write_bytes(picture("blue"))
+    rows = [
+        {"class_name": "corgi", "local_path_list": ["pictures/a.png"], "h*w": "832*1264", "short_en": "[V] outdoors",
+         "medium_en": "[V] sitting outdoors", "short_zh": "x"},
+        {"class_name": "corgi", "image_path": "pictures/b.png", "short_en": "[V] asleep", "medium_en": ""},
+    ]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return tmp_path / "data.jsonl"
+
+
+def test_the_reference_codes_rows_become_a_folder_with_all_english_captions(reference, tmp_path):
+    assert import_data(str(reference), tmp_path / "out") == 2
+    first, second = read_folder(tmp_path / "out").examples
+    assert (first.path.name, first.caption, first.also) == ("000000.jpg", "[V] outdoors", ("[V] sitting outdoors",))
+    assert (second.caption, second.also) == ("[V] asleep", ())
+    assert first.path.read_bytes() == picture("red", "JPEG") and second.path.read_bytes() == picture("blue")
+
+
+def test_one_caption_column_can_be_chosen(reference, tmp_path):
+    with pytest.raises(ValueError, match="line 2 has no caption in medium_en"):
+        import_data(str(reference), tmp_path / "out", caption_columns=["medium_en"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_of_the_datasets_library_becomes_a_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"picture": [picture("red"), picture("blue", "WEBP")], "words": ["a red one", "a blue one"]}
+    features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / "train.parquet")
+    assert import_data(str(tmp_path / "table"), tmp_path / "out", "picture", ["words"]) == 2
+    examples = read_folder(tmp_path / "out").examples
+    assert [(e.path.name, e.caption) for e in examples] == [("000000.png", "a red one"), ("000001.webp", "a blue one")]
+    assert [e.path.read_bytes() for e in examples] == rows["picture"]
+    with pytest.raises(ValueError, match="has no column image; it has picture, words"):
+        import_data(str(tmp_path / "table"), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+BAD = {
+    "not JSON": ("{", "line 1 is not JSON"),
+    "a list": ("[1]", "names no picture"),
+    "no picture": ('{"short_en": "a"}', "names no picture"),
+    "editing": ('{"local_path_list": ["a.png", "b.png"], "short_en": "a"}', "names 2 pictures"),
+    "gone": ('{"path": "gone.png", "short_en": "a"}', "neither in"),
+    "no caption": ('{"path": "a.png", "class_name": "x"}', "has no caption"),
+    "no rows": ("", "has no rows"),
+    "no picture inside": ('{"path": "text.png", "short_en": "a"}', "row 1 of .* holds no JPEG"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_row_that_cannot_be_used_is_named_and_nothing_is_left(fault, tmp_path):
+    text, said = BAD[fault]
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "data.jsonl").write_text(text)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=said):
+        import_data(str(tmp_path / "data.jsonl"), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_folder_is_not_overwritten(reference, tmp_path):
+    with pytest.raises(ValueError, match="is not overwritten"):
+        import_data(str(reference), tmp_path)
+
+
+def test_a_data_set_that_cannot_be_opened_is_one_sentence(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match="cannot be opened as a data set"):
+        import_data(str(tmp_path / "nothing"), tmp_path / "out")
