@@ -28,6 +28,7 @@ FLOORS = (
     ("training", "data", "evaluation", "pocket"),
     ("recipe", "export", "preview", "inspection", "doctor"),
     ("session", "run_folder", "starter"),
+    ("ward",),
     ("run",),
     ("compare",),
     ("cli", "__main__"),

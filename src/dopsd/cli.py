@@ -88,7 +88,7 @@ def train(
     """Tune: writes the LoRA file, previews, metrics and report.html into <output_dir>/<run_name>."""
     from dopsd.recipe import load_recipe
     from dopsd.run import train as train_recipe
-    from dopsd.stopping import Stopped
+    from dopsd.stopping import Stopped, Unhealthy
 
     loaded = load_recipe(recipe, change or ())
     try:
@@ -97,6 +97,10 @@ def train(
                 advance(f"training  loss {report.log['loss']:.4f}", report.step, loaded.train.max_steps)
     except Stopped as stop:
         err.print(f"dopsd: stopped by {stop.name} after step {stop.step}, which is saved; --resume latest goes on.")
+        raise
+    except Unhealthy as stop:
+        err.print(f"dopsd: stopped after step {stop.step}: {stop.found}.")
+        err.print(f"The last healthy LoRA, if any, is in {loaded.run_folder}.")
         raise
     out.print(f"saved {loaded.run_folder / loaded.run_name}.safetensors (reopened and compared)", highlight=False)
     out.print(f"report {loaded.run_folder / 'report.html'}", highlight=False)

@@ -131,6 +131,19 @@ class SampleSection(Section):
     height: int | None = Field(None, gt=0)
 
 
+class HealthSection(Section):
+    """Few-step health of the student against the untouched model, on prompts that have nothing to do with the data."""
+
+    every: int | None = Field(None, ge=0, description="Steps between checkups; default: sample.every; 0: none.")
+    prompts: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field((), description="Default: 8 built in.")
+
+
+class StopSection(Section):
+    """When to end before max_steps."""
+
+    unhealthy: bool = Field(False, description="End with exit code 3 at the first checkup that is not healthy.")
+
+
 class SaveSection(Section):
     """Checkpoints."""
 
@@ -147,6 +160,8 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]
     train: TrainSection = TrainSection()  # type: ignore[call-arg]
     sample: SampleSection = SampleSection()  # type: ignore[call-arg]
+    health: HealthSection = HealthSection()  # type: ignore[call-arg]
+    stop: StopSection = StopSection()  # type: ignore[call-arg]
     save: SaveSection = SaveSection()  # type: ignore[call-arg]
     output_dir: Path = Path("runs")
     run_name: str = Field(pattern=r"^[\w.-]+$", description="Folder name of the run and file name of the LoRA.")

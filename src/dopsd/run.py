@@ -15,11 +15,13 @@ from diffusers import __version__ as diffusers_version
 from PIL import Image
 
 from dopsd import __version__
+from dopsd.batch import Context
 from dopsd.data.buckets import bucket_sizes, cover_crop, nearest_bucket
 from dopsd.data.cache import Row, prepare
 from dopsd.data.folder import Listing, open_picture, picture_size
 from dopsd.data.loader import Loader
 from dopsd.data.sources import Source, read_sources
+from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.report import write_report
 from dopsd.export import merge_lora, read_lora
 from dopsd.families import load_family
@@ -31,10 +33,11 @@ from dopsd.recipe import Recipe, TrainSection
 from dopsd.rollout import walk
 from dopsd.run_folder import Metrics, claimed, write_header
 from dopsd.session import Session
-from dopsd.stopping import Stopped, noticing_signals
+from dopsd.stopping import Stopped, Unhealthy, noticing_signals
 from dopsd.training.adapters import Coverage, coverage
 from dopsd.training.checkpoint import load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, steps
+from dopsd.ward import Ward
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class _Material:
 
     rows: tuple[Row, ...]
     previews: tuple[Preview, ...]
+    unrelated: Context  # of the health prompts
 
 
 def open_family(recipe: Recipe) -> Family:
@@ -124,8 +128,9 @@ def _train(
 ) -> Iterator[StepReport]:
     """The steps from `start` on, with what is written between them."""
     recipe, folder = session.recipe, session.recipe.run_folder
-    metrics, plan = Metrics(folder, start), _plan(recipe.train)
+    metrics, plan = Metrics(folder / "metrics.jsonl", start), _plan(recipe.train)
     loader = Loader(material.rows, recipe.train.batch_size, recipe.train.seed, recipe.data.caption_dropout)
+    ward = Ward(session, material.unrelated, start)
     for report in steps(
         session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
         session.accelerator, plan, start,
@@ -135,17 +140,20 @@ def _train(
         due = _due(report.step, recipe.save.every)
         if done or _due(report.step, recipe.sample.every):
             session.preview(material.previews, folder, report.step)
+        illness = ward.visit(report.step, done)
         if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
             session.export(folder / f"{recipe.run_name}.safetensors", report.step)
             write_report(folder)
         elif due:
             session.export(folder / f"{recipe.run_name}-step{report.step:06d}.safetensors", report.step)
-        if done or due or signal:
+        if done or due or signal or illness:
             keep = recipe.save.keep_last
             save_checkpoint(folder, report.step, session.trainable, session.teacher, session.optimizer, keep)
         yield report
         if signal and not done:
             raise Stopped(signal, report.step)
+        if illness:
+            raise Unhealthy(report.step, illness)
 
 
 def _restore(session: Session, states: Sequence[Path]) -> int:
@@ -307,7 +315,8 @@ def _read_and_encode(
         cells=(family.channels, height, width),
         seed=wanted.seed,
     )
-    return _Material(tuple(rows), previews)
+    unrelated = reader.context(list(recipe.health.prompts or family.unrelated_prompts or PROMPTS))
+    return _Material(tuple(rows), previews, unrelated)
 
 
 def _crop(row: Row) -> Image.Image:

@@ -93,14 +93,23 @@ def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) ->
     write_json(recipe.run_folder / "env.json", dict(environment) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
-class Metrics:
-    """metrics.jsonl: one row for each step. Rows after `steps_done`, which a resumed run will write again, go first."""
+class Rows:
+    """A JSONL file with a row for each of some steps. Rows after `steps_done`, which a resumed run writes again, go
+    first."""
 
-    def __init__(self, folder: Path, steps_done: int):
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, path: Path, steps_done: int):
+        self.path = path
         rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= steps_done]
         write_text(self.path, "".join(row + "\n" for row in kept))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Metrics(Rows):
+    """metrics.jsonl: one row for each step."""
 
     def add(self, report: StepReport) -> None:
         """Append a step. What is not finite becomes null: JSON has no NaN."""
@@ -116,5 +125,4 @@ class Metrics:
             row["skipped"] = True
             log.warning("step=%d skipped=yes loss=%s grad_norm=%s", report.step, row["loss"], report.grad_norm)
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        self.append(finite)

@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from dopsd import __version__
+from dopsd.batch import Context
+from dopsd.evaluation.health import Checkup, Health
 from dopsd.export import export_lora, start_from_lora
 from dopsd.families.base import Family
 from dopsd.files import sha256_of
@@ -80,6 +82,20 @@ class Session:
             lambda height, width: self.family.schedule(self.deployed_nfe, height, width),
             self.device,
         )
+
+    def checkup(self, context: Context) -> Checkup:
+        """The untouched model's side of the health measures, painted on these prompts."""
+        side = max(self.recipe.data.resolution, default=self.family.resolution)
+        height, width = self._cells(side)
+        painter = self.family.load_painter(self.device, torch.float32)
+        return Checkup(
+            self.roles.base, painter, lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
+            context.to(self.device), (self.family.channels, height, width),
+        )  # fmt: skip
+
+    def health(self, checkup: Checkup) -> Health:
+        """How the student is now."""
+        return checkup.examine(self.roles.student, self.family.load_painter(self.device, torch.float32))
 
     def export(self, path: Path, step: int) -> None:
         """The student after `step` steps as a LoRA file, reopened and compared."""

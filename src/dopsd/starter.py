@@ -10,16 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from dopsd.families.base import Family
 from dopsd.methods import METHODS
-from dopsd.recipe import DataSection, LoraSection, ModelSection, SampleSection, SaveSection, TrainSection, read_recipe
-
-SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("model", ModelSection),
-    ("data", DataSection),
-    ("lora", LoraSection),
-    ("train", TrainSection),
-    ("sample", SampleSection),
-    ("save", SaveSection),
-)
+from dopsd.recipe import Recipe, read_recipe
 
 
 def starter_recipe(name_or_path: str, family: Family, method: str, folder: Path) -> str:
@@ -32,7 +23,10 @@ def starter_recipe(name_or_path: str, family: Family, method: str, folder: Path)
         "#   dopsd train THIS_FILE",
         "# A key behind # has its default; take the # away to change it.",
     ]
-    for section, settings in (*SECTIONS[:2], ("method", METHODS[method]), *SECTIONS[2:]):
+    for section, field in Recipe.model_fields.items():
+        settings = METHODS[method] if section == "method" else field.annotation
+        if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
+            continue  # output_dir and run_name have good defaults
         lines += ["", f"{section}:", *_section_lines(section, settings, chosen)]
     text = "\n".join(lines) + "\n"
     assert read_recipe(text, "the starter recipe", {"run_name": "new"})

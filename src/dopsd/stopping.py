@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while training: the step is finished and saved first. A second signal ends the process at once."""
+"""Why training ends early: SIGINT and SIGTERM (the step is finished and saved first), and lost health."""
 
 import signal
 import threading
@@ -13,6 +13,14 @@ class Stopped(SystemExit):
     def __init__(self, number: int, step: int):
         super().__init__(128 + number)
         self.name, self.step = signal.Signals(number).name, step
+
+
+class Unhealthy(SystemExit):
+    """The student lost its few-step health, and the recipe asked to stop then. code: 3."""
+
+    def __init__(self, step: int, found: str):
+        super().__init__(3)
+        self.step, self.found = step, found
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def write_report(run: Path) -> Path:
     thinning = [f"Each point is the mean of {group} steps."] if group > 1 else []
     sections = [
         *_picture_sections(previews),
+        *_health_sections(run / "health.jsonl"),
         _Section("Curves", words=thinning, curves=_curves(metrics)),
         _Section("Sampler", words=[_walk_in_words(preview.sigmas) for preview in previews[-1:]]),
         _Section("Recipe", text=recipe),
@@ -222,6 +223,24 @@ def _picture_sections(previews: Sequence[_Preview]) -> list[_Section]:
             _Section("The student on its way", panels=[Panel("Same prompts and noise, step by step", titles, rows)])
         )
     return sections
+
+
+def _health_sections(path: Path) -> list[_Section]:
+    """The last checkup as a table, and each measure over the run."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not rows:
+        return []
+    names = [name for name in rows[-1] if name not in ("step", "healthy")]
+    table = [
+        (name, *(f"{rows[-1][name][key]:.3g}" for key in ("value", "error", "limit", "floor")),
+         "healthy" if rows[-1][name]["healthy"] else "unhealthy")
+        for name in names
+    ]  # fmt: skip
+    flat = [{"step": row["step"]} | {name: row[name]["value"] for name in names} for row in rows]
+    words = f"Against the untouched model (1 = the same), on unrelated prompts, after step {rows[-1]['step']}."
+    header = ("measure", "value", "standard error", "limit", "noise floor", "verdict")
+    curves = [_curve(name, flat, [name]) for name in names] if len(rows) > 1 else []
+    return [_Section("Few-step health", words=[words], header=header, rows=table, curves=curves)]
 
 
 def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str, Any]) -> dict:

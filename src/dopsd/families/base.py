@@ -62,6 +62,7 @@ class Family(Protocol):
 
     path: str
     default_nfe: int
+    unrelated_prompts: tuple[str, ...]  # of the checkpoint's own world, for health; empty: any prompt will do
     distilled: bool  # whether the checkpoint is a few-step one
     resolution: int  # of the checkpoint's usual square picture, in pixels
     channels: int  # of the latents

@@ -72,6 +72,7 @@ class ZImage:
         about = Path(path) / "dopsd.json"  # what a checkpoint that is not Turbo itself says of itself
         own = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         self.default_nfe: int = own.get("nfe", 8)
+        self.unrelated_prompts: tuple[str, ...] = tuple(own.get("unrelated_prompts", ()))
         self._starting_points: dict[str, Any] = own.get("starting_points", TURBO_STARTING_POINTS)
         # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
         self.distilled = self._scheduler.config.shift == DISTILLED_SHIFT

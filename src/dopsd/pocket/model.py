@@ -27,6 +27,10 @@ SHIFT = 3.0  # as Z-Image-Turbo
 NFE = 4
 STARTING_POINTS = {"model.gradient_checkpointing": False, "lora.rank": 16, "train.max_steps": 240,
                    "train.batch_size": 4, "train.learning_rate": 1e-3}  # fmt: skip
+UNRELATED_PROMPTS = (
+    "a big red star on night", "a small blue hut at the left", "a green tree on beach", "a cross in inked style",
+    "a big yellow moon on slate", "a purple circle at the top on paper", "a heart in striped style", "a cyan tower",
+)  # fmt: skip
 GUIDANCE = 3.0  # classifier-free, of the undistilled parent: empty caption + 3 x (caption - empty caption)
 PICTURE = 64  # pixels
 PICTURE_TOKENS = 16  # of one picture in the VLM's context
@@ -196,7 +200,8 @@ def save_pipeline(
     vlm.save_pretrained(folder / "vlm")
     tokenizer.save_pretrained(folder / "vlm")
     make_image_processor().save_pretrained(folder / "vlm")
-    write_json(folder / "dopsd.json", {"nfe": NFE, "starting_points": STARTING_POINTS})
+    about = {"nfe": NFE, "starting_points": STARTING_POINTS, "unrelated_prompts": UNRELATED_PROMPTS}
+    write_json(folder / "dopsd.json", about)
     write_json(
         folder / "model_index.json",
         {

@@ -1,0 +1,162 @@
+"""Few-step health: what a tuned model keeps of the untouched one, on prompts and seeds that training never sees.
+
+Both paint the same noise at the deployed number of forwards and at twice that. Every measure stands beside its noise
+floor, which is what it shows between the untouched model and itself on other noise. Pixels only, no judging network.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dopsd.batch import Context
+from dopsd.families.base import Painter
+from dopsd.flow import Schedule
+from dopsd.paint import noise_for, paint
+from dopsd.rollout import Velocity
+
+PROMPTS = (
+    "a red bicycle leaning against a brick wall",
+    "a bowl of ramen on a wooden table, seen from above",
+    "a lighthouse on a cliff at dusk",
+    "portrait of an old fisherman, black and white photograph",
+    "an astronaut riding a horse, watercolour",
+    "a street market in the rain at night",
+    "a snow-covered pine forest",
+    "a handwritten sign that says open",
+)
+SEEDS = 2  # pictures a prompt
+FIRST_SEED, OTHER_SEED = 970_000, 980_000  # far from any preview's
+CERTAIN = 2  # standard errors of the paired difference that a change must exceed
+# What may change without alarm, as a share of the untouched model's value; below or above it is unhealthy.
+LOSS_ALLOWED = {"sharpness": 0.10, "diversity": 0.20}
+GAIN_ALLOWED = {"roughness": 0.50, "nfe_gap": 0.50}
+DRIFT_ALLOWED = 0.60  # of the distance between two pictures of one prompt on different noise
+
+
+@dataclass(frozen=True)
+class Measure:
+    """value: over the untouched model's (drift: over the distance of its pictures on other noise). error: standard
+    error of the paired difference. floor: of the noise, in the same unit. Unhealthy: beyond the limit, not by chance."""
+
+    value: float
+    error: float
+    floor: float
+    limit: float
+    healthy: bool
+
+
+@dataclass(frozen=True)
+class Health:
+    """sharpness: mean of the steepest 5% of slopes; roughness: |Laplacian| in the flatter half (artefacts); drift:
+    distance to the untouched model's picture; nfe_gap: distance between the pictures at one and two times the forwards;
+    diversity: distance between the pictures of one prompt."""
+
+    measures: dict[str, Measure]
+
+    @property
+    def healthy(self) -> bool:
+        return all(measure.healthy for measure in self.measures.values())
+
+    def __str__(self) -> str:
+        ill = [f"{name} {m.value:.2f} (limit {m.limit:.2f})" for name, m in self.measures.items() if not m.healthy]
+        return "healthy" if not ill else "unhealthy: " + ", ".join(ill)
+
+    def as_row(self, step: int) -> dict[str, Any]:
+        """A row of health.jsonl."""
+        return {"step": step, "healthy": self.healthy, **{name: asdict(m) for name, m in self.measures.items()}}
+
+
+class Checkup:
+    """The untouched model's pictures, painted once, and the comparison with whatever was tuned from it."""
+
+    def __init__(
+        self,
+        base: Velocity,
+        painter: Painter,
+        schedule_of: Callable[[int], Schedule],
+        nfe: int,
+        context: Context,
+        cells: tuple[int, int, int],
+        first_seed: int = FIRST_SEED,
+    ):
+        """context: one row a prompt; cells: latent (channels, height, width); schedule_of: forwards -> times."""
+        rows = [context.row(index) for index in range(len(context)) for _ in range(SEEDS)]
+        self._context = Context.stack(rows)
+        self._noise = noise_for(range(first_seed, first_seed + len(rows)), *cells)
+        other = noise_for(range(OTHER_SEED + first_seed, OTHER_SEED + first_seed + len(rows)), *cells)
+        self._schedules = schedule_of(nfe), schedule_of(2 * nfe)
+        self._base = self._pictures(base, painter, self._noise)
+        self._again = self._pictures(base, painter, other)
+
+    def _pictures(self, velocity: Velocity, painter: Painter, noise: Tensor) -> "tuple[np.ndarray, np.ndarray]":
+        """At the deployed forwards and at twice that, float64 [N, H, W, 3] in [0, 1]."""
+        once, twice = (paint(velocity, painter, s, self._context, noise).numpy() / 255 for s in self._schedules)
+        return once, twice
+
+    def examine(self, student: Velocity, painter: Painter) -> Health:
+        """Paint as the student and compare."""
+        with torch.no_grad():
+            mine = self._pictures(student, painter, self._noise)
+        measures = {}
+        for name, of in MEASURES.items():
+            base, again, tuned = of(self._base), of(self._again), of(mine)
+            sign, allowed = (-1, LOSS_ALLOWED[name]) if name in LOSS_ALLOWED else (1, GAIN_ALLOWED[name])
+            change = (tuned - base) / base.mean()
+            value, error = 1 + float(change.mean()), _standard_error(change)
+            healthy = sign * (value - 1) <= max(allowed, CERTAIN * error)
+            floor = float(np.abs(again.mean() - base.mean()) / base.mean())
+            measures[name] = Measure(value, error, floor, 1 + sign * allowed, healthy)
+        apart = _distance(self._base[0], self._again[0])
+        drift = _distance(mine[0], self._base[0]) / apart.mean()
+        value, error = float(drift.mean()), _standard_error(drift)
+        healthy = value <= max(DRIFT_ALLOWED, CERTAIN * error)
+        measures["drift"] = Measure(value, error, _standard_error(apart / apart.mean()), DRIFT_ALLOWED, healthy)
+        return Health(measures)
+
+
+Pictures = tuple[np.ndarray, np.ndarray]  # at once and twice the forwards
+
+
+def _sharpness(pictures: Pictures) -> np.ndarray:
+    down, right = np.gradient(pictures[0], axis=(1, 2))
+    slopes = np.sqrt((np.square(down) + np.square(right)).sum(3))
+    ranked = np.sort(slopes.reshape(len(slopes), -1), axis=1)
+    return ranked[:, -ranked.shape[1] // 20 :].mean(1)
+
+
+def _roughness(pictures: Pictures) -> np.ndarray:
+    p = pictures[0]
+    curve = np.abs(4 * p[:, 1:-1, 1:-1] - p[:, :-2, 1:-1] - p[:, 2:, 1:-1] - p[:, 1:-1, :-2] - p[:, 1:-1, 2:]).mean(3)
+    ranked = np.sort(curve.reshape(len(p), -1), axis=1)
+    return ranked[:, : ranked.shape[1] // 2].mean(1) + 1 / 255 / 8  # below an eighth of a grey level nothing is seen
+
+
+def _diversity(pictures: Pictures) -> np.ndarray:
+    """One value a prompt: its SEEDS pictures stand side by side."""
+    groups = pictures[0].reshape(-1, SEEDS, *pictures[0].shape[1:])
+    return _distance(groups[:, 0], groups[:, 1])
+
+
+def _gap(pictures: Pictures) -> np.ndarray:
+    return _distance(*pictures)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def _distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Root mean square difference, picture by picture [N]."""
+    return np.sqrt(np.square(left - right).mean((1, 2, 3)))
+
+
+MEASURES: dict[str, Callable[[Pictures], np.ndarray]] = {
+    "sharpness": _sharpness,
+    "roughness": _roughness,
+    "diversity": _diversity,
+    "nfe_gap": _gap,
+}
