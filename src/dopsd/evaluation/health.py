@@ -40,7 +40,7 @@ DRIFT_ALLOWED = 0.60  # of the distance between two pictures of one prompt on di
 @dataclass(frozen=True)
 class Measure:
     """value: over the untouched model's (drift: over the distance of its pictures on other noise). error: standard
-    error of the paired difference. floor: of the noise, in the same unit. Unhealthy: beyond the limit, not by chance."""
+    error of the paired difference. floor: of the noise. Unhealthy: beyond the limit, and not by chance."""
 
     value: float
     error: float

@@ -24,7 +24,7 @@ def data(work: Work = WORK) -> None:
 
 @app.command()
 def vae(work: Work = WORK, steps: int = 3000) -> None:
-    """Train the autoencoder and encode the pictures (12 minutes)."""
+    """Train the autoencoder and encode the pictures (18 minutes)."""
     from dopsd.pocket import train
 
     train.train_vae(work, steps)
@@ -32,8 +32,8 @@ def vae(work: Work = WORK, steps: int = 3000) -> None:
 
 
 @app.command()
-def flow(work: Work = WORK, steps: int = 2600, compiled: Compiled = True, start_from: StartFrom = None) -> None:
-    """Train transformer and VLM by flow matching: the undistilled parent (50 minutes)."""
+def flow(work: Work = WORK, steps: int = 5000, compiled: Compiled = True, start_from: StartFrom = None) -> None:
+    """Train transformer and VLM by flow matching: the undistilled parent (95 minutes)."""
     from dopsd.pocket import train
 
     train.train_flow(work, steps, compiled, start_from=start_from)
@@ -48,7 +48,7 @@ def distill(work: Work = WORK, rounds: int = 12, compiled: Compiled = True) -> N
 
 
 @app.command()
-def decoder(work: Work = WORK, steps: int = 1500) -> None:
+def decoder(work: Work = WORK, steps: int = 1000) -> None:
     """Sharpen the decoder on the fixed latents (5 minutes)."""
     from dopsd.pocket import train
 
@@ -57,7 +57,7 @@ def decoder(work: Work = WORK, steps: int = 1500) -> None:
 
 @app.command("all")
 def everything(work: Work = WORK, target: Path = PACKAGED, compiled: Compiled = True) -> None:
-    """Every stage in order, then the folder and its gates (about 2 hours on two CPU cores)."""
+    """Every stage in order, then the folder and its gates (about 2.5 hours on two CPU cores)."""
     from dopsd.pocket import train
     from dopsd.pocket.corpus import make_data
 

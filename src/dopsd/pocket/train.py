@@ -27,7 +27,7 @@ from dopsd.pocket.stages import Stage, optimise
 
 
 def train_vae(folder: Path, steps: int = 3000) -> AutoencoderKL:
-    """Squared and absolute error and a KL term; then whitened on 2,000 pictures. About 14 minutes.
+    """Squared and absolute error and a KL term; then whitened on 2,000 pictures. About 15 minutes.
 
     The KL weight leaves noise of a few percent on the latents that carry outlines and more on the rest, so that near
     latents mean near pictures: with 1e-4 the model's small errors showed as speckle (docs/experiments.md).
@@ -77,7 +77,7 @@ def whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
 
 
-def sharpen_decoder(folder: Path, steps: int = 1500) -> AutoencoderKL:
+def sharpen_decoder(folder: Path, steps: int = 1000) -> AutoencoderKL:
     """Train the decoder further on the fixed latents of what `train_vae` left, noised by up to 0.2: it learns to paint
     plain fills plain where a walk ends a little off. About 5 minutes.
 
@@ -126,9 +126,9 @@ def training_times(rng: np.random.Generator, size: int) -> Tensor:
 
 
 def train_flow(
-    folder: Path, steps: int = 2600, compiled: bool = True, half_batch: int = 64, start_from: Path | None = None
+    folder: Path, steps: int = 5000, compiled: bool = True, half_batch: int = 64, start_from: Path | None = None
 ) -> Painter:
-    """Flow matching of transformer and VLM together; half of the contexts hold a picture. About 50 minutes.
+    """Flow matching of transformer and VLM together; half of the contexts hold a picture. About 95 minutes.
 
     start_from: an earlier checkpoint, whose parent's and VLM's weights are trained further (on this folder's latents).
     """
