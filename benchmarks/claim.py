@@ -239,7 +239,8 @@ def write() -> None:
 def _gate_lines() -> list[str]:
     found = json.loads((POCKET / "gates.json").read_text(encoding="utf-8"))
     lines = ["## The pocket model's gates", "", "By `python -m dopsd.pocket gates`; 256 captions, 12 held-out things "
-             "of 24 scenes, one training of the model. Intervals: 95% bootstrap.", "",
+             "of 24 scenes, one training of the model. The parent is painted with classifier-free guidance "
+             f"{found['parent_guidance']:g}, as it was distilled. Intervals: 95% bootstrap.", "",
              "| gate | measured | wanted | |", "|---|---|---|---|"]  # fmt: skip
     for gate in found["gates"]:
         verdict = "passed" if gate["passed"] else "**missed**"
