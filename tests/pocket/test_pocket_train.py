@@ -142,3 +142,28 @@ def test_whitening_leaves_pictures_and_decorrelates_latents():
     covariance = torch.cov(scaled.permute(1, 0, 2, 3).flatten(1))
     scale = covariance.diagonal().mean()  # not 1 where the channels' means differ: one scale serves all of them
     torch.testing.assert_close(covariance / scale, torch.eye(8), atol=0.01, rtol=0)
+
+
+def test_training_pads_each_context_as_the_library_does(monkeypatch):
+    """To the next multiple of 32 tokens; a batch that is padded further trains the teacher on inputs it never gets."""
+    monkeypatch.setattr(corpus, "NAMED", 3)
+    short, long = "a toy", "a zib small toy in the middle on beach"
+    captions = [[short, long, short, short]] * 9
+    tokenizer = parts.make_tokenizer()
+
+    def ids(make, length):
+        flat = [make(caption) for row in captions for caption in row]
+        tokens = tokenizer(flat, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        return tokens.view(9, corpus.CAPTIONS, length)
+
+    data = corpus.Corpus(
+        torch.zeros(9, 8, 16, 16), torch.zeros(9, 64, 64, 3), ids(corpus.plain_prompt, parts.CAPTION_TOKENS),
+        ids(corpus.privileged_prompt, parts.PRIVILEGED_TOKENS), torch.zeros(parts.CAPTION_TOKENS, dtype=torch.long),
+    )  # fmt: skip
+    seen = []
+    for step in range(60):
+        for _, tokens, _ in data.draw(corpus.rng_at("padding", step), 4):
+            needed = -(-(tokens != tokenizer.pad_token_id).sum(1) // 32) * 32
+            assert (needed == tokens.shape[1]).all()
+            seen.append(tokens.shape[1])
+    assert 0.1 < seen[1::2].count(64) / 60 < 0.45  # a quarter of the captions

@@ -40,7 +40,7 @@ def flow(work: Work = WORK, steps: int = 5000, compiled: Compiled = True, start_
 
 
 @app.command()
-def distill(work: Work = WORK, rounds: int = 12, compiled: Compiled = True) -> None:
+def distill(work: Work = WORK, rounds: int = 8, compiled: Compiled = True) -> None:
     """Distill the parent to 4 steps on the student's own states (8 minutes)."""
     from dopsd.pocket import train
 

@@ -1,5 +1,6 @@
 """The pocket model's training data: rendered scenes, their captions as tokens, and how a step draws from them."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,11 @@ class Corpus:
         self, rng: np.random.Generator, size: int, named_share: float = 0.9, untold_share: float = 0.0
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | None]]:
         """Two halves: (rows, tokens, None) from captions alone, and (rows, tokens, pictures) with another picture
-        of the same thing or style beside the caption. `untold_share` of the first half get the empty caption."""
+        of the same thing or style beside the caption. `untold_share` of the first half get the empty caption.
+
+        The transformer pads each context to a multiple of 32 tokens, so the second half holds only captions that need
+        32, or only captions that need 64, in their true proportion over many draws.
+        """
         caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
         named = rng.integers(0, NAMED, round(size * named_share))
         other = rng.integers(NAMED, len(self.latents), size - len(named))
@@ -108,10 +113,20 @@ class Corpus:
         tokens = self.plain_ids[rows, caption].long()
         tokens[torch.from_numpy(rng.random(size) < untold_share)] = self.untold_ids
         yield rows, tokens, None
-        rows = rng.integers(NAMED, len(self.latents), size)
+        short, long = self._by_padding
+        length, pairs = (32, short) if rng.random() < len(short) / (len(short) + len(long)) else (64, long)
+        rows, captions = np.divmod(pairs[rng.integers(len(pairs), size=size)], CAPTIONS)
         group = (rows - NAMED) // GROUP * GROUP + NAMED
         partner = group + (rows - group + rng.integers(1, GROUP, size)) % GROUP
-        yield rows, self.privileged_ids[rows, caption].long(), self.pictures[partner]
+        yield rows, self.privileged_ids[rows, captions, :length].long(), self.pictures[partner]
+
+    @functools.cached_property
+    def _by_padding(self) -> tuple[np.ndarray, np.ndarray]:
+        """Things' and styles' captions that fit 32 tokens with their picture, and those that need 64, as
+        row * CAPTIONS + caption."""
+        fits = (self.privileged_ids[..., 32:] == 0).all(-1).flatten().numpy()  # 0 = <|endoftext|>, the padding
+        pairs = np.arange(NAMED * CAPTIONS, len(self.latents) * CAPTIONS)
+        return pairs[fits[pairs]], pairs[~fits[pairs]]
 
 
 def noise_of(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:

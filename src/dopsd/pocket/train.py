@@ -172,14 +172,15 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor
 
 
 def distill(
-    folder: Path, rounds: int = 12, updates: int = 24, compiled: bool = True, substeps: int = 6, size: int = 64
+    folder: Path, rounds: int = 8, updates: int = 24, compiled: bool = True, substeps: int = 6, size: int = 64
 ) -> Painter:
     """Teach the model to take the parent's `substeps` Euler steps of each sampler interval in one. About 8 minutes.
 
     Regression on chords: at a state that the *student's own* 4-step walk visits, the parent's many small steps, with
     classifier-free guidance, say where the interval ends; the student's velocity there is pulled to the chord's slope,
-    so that guidance is folded in, as in the big few-step models. The VLM stays as it is.
-    Chords of the last 12 rounds are trained on; a resumed stage collects them anew.
+    so that guidance is folded in, as in the big few-step models. Contexts with a picture take no guidance: it made
+    the things worse (docs/experiments.md). The VLM stays as it is.
+    Chords of all rounds so far are trained on; a resumed stage collects them anew.
     """
     parent = fresh_painter(compiled)
     parent.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "painter."))
@@ -204,9 +205,11 @@ def distill(
                 def guided(z: Tensor, t: Tensor, context: Tensor = context, mask: Tensor = mask) -> Tensor:
                     return torch.lerp(parent(z, t, untold, untold_mask), parent(z, t, context, mask), parts.GUIDANCE)
 
+                seeing = partial(parent, context=context, mask=mask)
+                velocity = guided if pictures is None else seeing
                 z = noise_of(rng, (len(rows), *corpus.latents.shape[1:]))
                 for k in range(parts.NFE):
-                    slope = (euler(guided, z, fine[k]) - z) / (times[k + 1] - times[k])
+                    slope = (euler(velocity, z, fine[k]) - z) / (times[k + 1] - times[k])
                     found.append((z, times[k], slope, context, mask))
                     z = euler(partial(student, context=context, mask=mask), z, times[k : k + 2])
         return found
@@ -214,7 +217,6 @@ def distill(
     def loss_at(step: int) -> Tensor:
         if step % updates == 0 or not memory:
             memory.append(chords(step // updates))
-            del memory[:-12]
         rng = rng_at("distill", step)
         losses = []
         for kind in range(2):  # one batch with text contexts, one with pictures: their lengths differ
