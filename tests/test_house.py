@@ -27,7 +27,7 @@ FLOORS = (
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket"),
     ("recipe", "export", "preview", "inspection", "doctor"),
-    ("session", "run_folder", "starter"),
+    ("session", "run_folder", "starter", "deployed"),
     ("ward",),
     ("run",),
     ("compare",),
@@ -45,7 +45,7 @@ HOMES = {
     "transformers": MODELS,
     "tokenizers": MODELS,
     "peft": ("training/adapters.py",),
-    "accelerate": ("training/loop.py", "training/checkpoint.py", "session.py", "run.py"),
+    "accelerate": ("training/loop.py", "session.py", "deployed.py", "run.py"),
 }
 VERSION_STRINGS = {("run.py", "diffusers.__version__")}
 

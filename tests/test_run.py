@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dopsd.deployed import sample_latents
 from dopsd.paint import noise_for
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import check, sample_latents, train
+from dopsd.run import check, train
 
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 

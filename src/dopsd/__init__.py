@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dopsd.deployed import sample
     from dopsd.families import load_family
     from dopsd.recipe import Recipe, load_recipe
-    from dopsd.run import sample, train
+    from dopsd.run import train
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_family", "load_recipe", "sample", "train"]
@@ -18,7 +19,7 @@ _HOMES = {
     "load_family": "dopsd.families",
     "Recipe": "dopsd.recipe",
     "load_recipe": "dopsd.recipe",
-    "sample": "dopsd.run",
+    "sample": "dopsd.deployed",
     "train": "dopsd.run",
 }
 

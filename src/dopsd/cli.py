@@ -8,12 +8,16 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from dopsd.recipe import Recipe
+    from dopsd.run import Checked
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,23 +63,7 @@ def check(recipe: RecipeFile, change: Changes = None) -> None:
     from dopsd.run import check as check_recipe
 
     loaded = load_recipe(recipe, change or ())
-    found = check_recipe(loaded)
-    train, listing = loaded.train, found.listing
-    out.print(f"model      {loaded.model.name_or_path} ({found.family.name}, {found.family.licence})", highlight=False)
-    out.print(f"pictures   {len(listing.examples)}, captions from {listing.source}", highlight=False)
-    for example in listing.examples[:3]:
-        out.print(f"           {example.path.name}: {example.caption[:80]}", markup=False, highlight=False)
-    for path, why in listing.refused:
-        out.print(f"left out   {path.name}: {why}", markup=False, highlight=False)
-    sizes = ", ".join(f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items()))
-    out.print(f"buckets    {sizes}", highlight=False)
-    out.print(f"LoRA       rank {loaded.lora.rank} on {found.coverage}", highlight=False)
-    pictures = train.max_steps * train.batch_size * train.gradient_accumulation_steps
-    out.print(
-        f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, "
-        f"walks of {found.nfe} forwards; {pictures * found.forwards_per_picture} forward units (a backward counts two)",
-        highlight=False,
-    )
+    summarise(loaded, check_recipe(loaded))
 
 
 @app.command()
@@ -87,13 +75,16 @@ def train(
 ) -> None:
     """Tune: writes the LoRA file, previews, metrics and report.html into <output_dir>/<run_name>."""
     from dopsd.recipe import load_recipe
+    from dopsd.run import check as check_recipe
     from dopsd.run import train as train_recipe
     from dopsd.stopping import Stopped, Unhealthy
 
     loaded = load_recipe(recipe, change or ())
+    found = check_recipe(loaded)
+    summarise(loaded, found)
     try:
         with bars() as advance:
-            for report in train_recipe(loaded, resume, advance):
+            for report in train_recipe(loaded, resume, advance, found):
                 advance(f"training  loss {report.log['loss']:.4f}", report.step, loaded.train.max_steps)
     except Stopped as stop:
         err.print(f"dopsd: stopped by {stop.name} after step {stop.step}, which is saved; --resume latest goes on.")
@@ -120,7 +111,7 @@ def sample(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Paint prompts, as the deployed pipeline would."""
-    from dopsd.run import sample as sample_prompts
+    from dopsd.deployed import sample as sample_prompts
 
     images = sample_prompts(model, prompts, lora, strength, nfe, seed, width, height)
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,6 +243,26 @@ def demo(
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {folder / 'report.html'}", highlight=False)
+
+
+def summarise(loaded: "Recipe", found: "Checked") -> None:
+    """What a recipe would do, from what `check` found."""
+    train, listing = loaded.train, found.listing
+    out.print(f"model      {loaded.model.name_or_path} ({found.family.name}, {found.family.licence})", highlight=False)
+    out.print(f"pictures   {len(listing.examples)}, captions from {listing.source}", highlight=False)
+    for example in listing.examples[:3]:
+        out.print(f"           {example.path.name}: {example.caption[:80]}", markup=False, highlight=False)
+    for path, why in listing.refused:
+        out.print(f"left out   {path.name}: {why}", markup=False, highlight=False)
+    sizes = ", ".join(f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items()))
+    out.print(f"buckets    {sizes}", highlight=False)
+    out.print(f"LoRA       rank {loaded.lora.rank} on {found.coverage}", highlight=False)
+    pictures = train.max_steps * train.batch_size * train.gradient_accumulation_steps
+    out.print(
+        f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, "
+        f"walks of {found.nfe} forwards; {pictures * found.forwards_per_picture} forward units (a backward counts two)",
+        highlight=False,
+    )
 
 
 class bars:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dopsd.batch import Context
+from dopsd.deployed import deployed_on
 from dopsd.evaluation.report import Panel, write_comparison
 from dopsd.export import merge_lora
 from dopsd.families import load_family
@@ -20,7 +21,7 @@ from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.paint import noise_for, paint, to_images
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import Progress, deployed_on, preview_prompts, resolutions_of, train
+from dopsd.run import Progress, preview_prompts, resolutions_of, train
 
 MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
 KEPT = ("sharpness", "speckle", "attributes")  # read on unrelated prompts; the teacher's row has none

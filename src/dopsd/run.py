@@ -21,16 +21,15 @@ from dopsd.data.cache import Row, prepare
 from dopsd.data.folder import Listing, open_picture, picture_size
 from dopsd.data.loader import Loader
 from dopsd.data.sources import Source, read_sources
+from dopsd.deployed import cells_of
 from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.report import write_report
-from dopsd.export import merge_lora, read_lora
+from dopsd.export import read_lora
 from dopsd.families import load_family
 from dopsd.families.base import Family
 from dopsd.methods import METHODS, missing
-from dopsd.paint import noise_for, to_images, to_pictures
 from dopsd.preview import Preview, read_previews
 from dopsd.recipe import Recipe, TrainSection
-from dopsd.rollout import walk
 from dopsd.run_folder import Metrics, claimed, write_header
 from dopsd.session import Session
 from dopsd.stopping import Stopped, Unhealthy, noticing_signals
@@ -104,15 +103,17 @@ def check(recipe: Recipe) -> Checked:
     )
 
 
-def train(recipe: Recipe, resume: str | None = None, progress: Progress | None = None) -> Iterator[StepReport]:
+def train(
+    recipe: Recipe, resume: str | None = None, progress: Progress | None = None, checked: Checked | None = None
+) -> Iterator[StepReport]:
     """Run a recipe: a generator of optimizer steps that logs, previews and saves between them.
 
-    resume: "latest", a checkpoint folder, or None for a new run. Leaves `<run_name>.safetensors` and `report.html` in
-    the run folder. Raises ValueError for bad input, before anything is trained where it can be known; after a SIGINT
-    or SIGTERM, `Stopped` once the step that was under way is saved.
+    resume: "latest", a checkpoint folder, or None for a new run. checked: what `check` found, if asked before. Leaves
+    `<run_name>.safetensors` and `report.html` in the run folder. Raises ValueError for bad input, before anything is
+    trained where it can be known; after a SIGINT or SIGTERM, `Stopped` once the step that was under way is saved.
     """
-    family = open_family(recipe)
-    listing = _read_data(recipe)
+    found = checked or check(recipe)
+    family, listing = found.family, found.listing
     with claimed(recipe, resume) as states:
         material, session = _load(recipe, family, listing, progress)
         start = _restore(session, states)
@@ -195,47 +196,6 @@ def _environment(family: Family, listing: Listing, device: torch.device) -> dict
     }
 
 
-def sample(
-    name_or_path: str,
-    prompts: Sequence[str],
-    lora: Path | None = None,
-    strength: float = 1.0,
-    nfe: int | None = None,
-    seed: int = 0,
-    width: int | None = None,
-    height: int | None = None,
-) -> list[Image.Image]:
-    """Paint prompts as deployed, picture i from seed + i. Sizes in pixels; None: the model's own."""
-    family = load_family(name_or_path)
-    cells = cells_of(family, height or family.resolution, width or family.resolution)
-    noise = noise_for(range(seed, seed + len(prompts)), family.channels, *cells)
-    clean = sample_latents(family, prompts, noise, lora, strength, nfe)
-    return to_images(to_pictures(family.load_painter(clean.device, torch.float32), clean))
-
-
-def sample_latents(
-    family: Family,
-    prompts: Sequence[str],
-    noise: torch.Tensor,
-    lora: Path | None = None,
-    strength: float = 1.0,
-    nfe: int | None = None,
-) -> torch.Tensor:
-    """The clean latents [B, C, h, w] that the prompts' walks from `noise` end at."""
-    device, dtype = deployed_on()
-    context = family.load_reader(device, dtype, pictures=False).context(list(prompts))
-    denoiser = family.load_denoiser(device, dtype)
-    if lora:
-        merge_lora(denoiser.network, lora, family, strength)
-    return walk(denoiser, noise.to(device), family.schedule(nfe or family.default_nfe, *noise.shape[-2:]), context)
-
-
-def deployed_on() -> tuple[torch.device, torch.dtype]:
-    """The device accelerate chooses here, and the dtype that networks are deployed in on it."""
-    device = Accelerator().device
-    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def preview_prompts(recipe: Recipe) -> list[str]:
     """The prompts a run shows: the recipe's, or its first captions."""
     return _preview_prompts(recipe, _read_data(recipe))
@@ -263,13 +223,6 @@ def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     if recipe.model.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
-
-
-def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:
-    """A picture size in pixels as latent cells. Raises ValueError where the family cannot paint it."""
-    if height % family.multiple or width % family.multiple:
-        raise ValueError(f"{width} x {height} pixels: both sides must be multiples of {family.multiple}.")
-    return height // family.cell, width // family.cell
 
 
 def _load(recipe: Recipe, family: Family, listing: Listing, progress: Progress | None) -> tuple[_Material, Session]:

@@ -10,11 +10,11 @@ from diffusers import ZImagePipeline
 from PIL import Image
 from transformers import Qwen3VLModel
 
+from dopsd.deployed import sample, sample_latents
 from dopsd.families import load_family
 from dopsd.families.zimage import transplant
 from dopsd.paint import noise_for
 from dopsd.rollout import rollout, walk
-from dopsd.run import sample, sample_latents
 
 CPU = torch.device("cpu")
 PROMPTS = [

@@ -1,0 +1,62 @@
+"""The model as its users run it: prompts to pictures, with or without a LoRA file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from dopsd.export import merge_lora
+from dopsd.families import load_family
+from dopsd.families.base import Family
+from dopsd.paint import noise_for, to_images, to_pictures
+from dopsd.rollout import walk
+
+
+def sample(
+    name_or_path: str,
+    prompts: Sequence[str],
+    lora: Path | None = None,
+    strength: float = 1.0,
+    nfe: int | None = None,
+    seed: int = 0,
+    width: int | None = None,
+    height: int | None = None,
+) -> list[Image.Image]:
+    """Paint prompts as deployed, picture i from seed + i. Sizes in pixels; None: the model's own."""
+    family = load_family(name_or_path)
+    cells = cells_of(family, height or family.resolution, width or family.resolution)
+    noise = noise_for(range(seed, seed + len(prompts)), family.channels, *cells)
+    clean = sample_latents(family, prompts, noise, lora, strength, nfe)
+    return to_images(to_pictures(family.load_painter(clean.device, torch.float32), clean))
+
+
+def sample_latents(
+    family: Family,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    lora: Path | None = None,
+    strength: float = 1.0,
+    nfe: int | None = None,
+) -> torch.Tensor:
+    """The clean latents [B, C, h, w] that the prompts' walks from `noise` end at."""
+    device, dtype = deployed_on()
+    context = family.load_reader(device, dtype, pictures=False).context(list(prompts))
+    denoiser = family.load_denoiser(device, dtype)
+    if lora:
+        merge_lora(denoiser.network, lora, family, strength)
+    return walk(denoiser, noise.to(device), family.schedule(nfe or family.default_nfe, *noise.shape[-2:]), context)
+
+
+def deployed_on() -> tuple[torch.device, torch.dtype]:
+    """The device accelerate chooses here, and the dtype that networks are deployed in on it."""
+    device = Accelerator().device
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:
+    """A picture size in pixels as latent cells. Raises ValueError where the family cannot paint it."""
+    if height % family.multiple or width % family.multiple:
+        raise ValueError(f"{width} x {height} pixels: both sides must be multiples of {family.multiple}.")
+    return height // family.cell, width // family.cell
