@@ -97,7 +97,7 @@ def _dataset_rows(source: str, image_column: str, columns: Sequence[str], split:
     except ImportError as error:
         raise ValueError(f"{source} needs the package `datasets`: pip install 'dopsd[data]'.") from error
     try:
-        table = datasets.load_dataset(source, split=split)
+        table: Any = datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises its own, the hub's, Arrow's and the system's errors
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{source} cannot be opened as a data set ({type(error).__name__}: {reason}).") from error
