@@ -85,8 +85,7 @@ class Session:
 
     def checkup(self, context: Context) -> Checkup:
         """The untouched model's side of the health measures, painted on these prompts."""
-        side = max(self.recipe.data.resolution, default=self.family.resolution)
-        height, width = self._cells(side)
+        height, width = self._cells
         painter = self.family.load_painter(self.device, torch.float32)
         return Checkup(
             self.roles.base, painter, lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
@@ -108,7 +107,6 @@ class Session:
         no caption."""
         recipe, family = self.recipe, self.family
         base = Path(recipe.model.name_or_path)
-        resolution = max(recipe.data.resolution, default=family.resolution)
         metadata = {
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{family.architecture}/lora",
@@ -116,7 +114,7 @@ class Session:
             "modelspec.title": recipe.run_name,
             "modelspec.date": time.strftime("%Y-%m-%d"),
             "modelspec.license": family.licence,
-            "modelspec.resolution": f"{resolution}x{resolution}",
+            "modelspec.resolution": f"{self._side}x{self._side}",
             "modelspec.usage_hint": f"{self.deployed_nfe} steps, no guidance, strength 1",
             "ss_base_model_version": family.name,
             "ss_network_module": "networks.lora",
@@ -133,7 +131,7 @@ class Session:
             "method_settings": recipe.method.model_dump_json(),
             "teacher_context": family.teacher_contexts[0] if "privileged" in recipe.method.needs else "none",
             "nfe": str(self.deployed_nfe),
-            "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells(resolution)).times.tolist()),
+            "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells).times.tolist()),
         }
         if recipe.data.trigger:
             metadata["modelspec.trigger_phrase"] = recipe.data.trigger
@@ -141,5 +139,11 @@ class Session:
             metadata["parent_adapter_sha256"] = sha256_of(recipe.lora.init_from)
         return metadata
 
-    def _cells(self, side: int) -> tuple[int, int]:
-        return side // self.family.cell, side // self.family.cell
+    @property
+    def _side(self) -> int:
+        """Of the largest square that is trained on, in pixels."""
+        return max(self.recipe.data.resolution, default=self.family.resolution)
+
+    @property
+    def _cells(self) -> tuple[int, int]:
+        return self._side // self.family.cell, self._side // self.family.cell

@@ -19,7 +19,7 @@ from dopsd.batch import Context
 from dopsd.data.buckets import Size, bucket_sizes, cover_crop, nearest_bucket, to_pixels
 from dopsd.data.folder import Example, open_picture, picture_size
 from dopsd.families.base import Painter, Reader
-from dopsd.files import read_metadata, read_tensors, write_tensors
+from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,11 @@ class Row:
     privileged: Path | None
     also: tuple["Row", ...] = ()
     untold: "Row | None" = None
+
+    @property
+    def versions(self) -> tuple["Row", ...]:
+        """The picture with every caption that an epoch can draw for it."""
+        return (self, *self.also, *([self.untold] if self.untold else []))
 
 
 def prepare(
@@ -66,7 +71,7 @@ def prepare(
     """
     buckets = bucket_sizes(resolution, multiple)
     rows = tuple(_row(example, cache_folder, reader, painter, buckets, privileged, untold) for example in examples)
-    read_rows = [r for row in rows for r in (row, *row.also, row.untold) if r]
+    read_rows = [version for row in rows for version in row.versions]
 
     def paint(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         pixels = torch.stack([to_pixels(_crop(row)) for row in batch])
@@ -126,7 +131,7 @@ def _row(
     untold: bool,
 ) -> Row:
     size = nearest_bucket(*picture_size(example.path), buckets)
-    picture = hashlib.sha256(example.path.read_bytes()).hexdigest()
+    picture = sha256_of(example.path)
     latents = _key("latents", picture, size, painter.fingerprint)
 
     def captioned(caption: str) -> Row:

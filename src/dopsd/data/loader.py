@@ -29,8 +29,8 @@ class Loader:
         self.seed = seed
         self.caption_dropout = caption_dropout
         self._latents = {path: read_latents(path) for path in dict.fromkeys(row.latents for row in rows)}
-        read = [r for row in rows for r in (row, *row.also, row.untold) if r]
-        contexts = dict.fromkeys(path for row in read for path in (row.context, row.privileged) if path)
+        versions = [version for row in rows for version in row.versions]
+        contexts = dict.fromkeys(path for row in versions for path in (row.context, row.privileged) if path)
         self._contexts = {path: read_context(path) for path in contexts}
 
     @property

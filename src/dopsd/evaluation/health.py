@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dopsd.batch import Context
@@ -99,8 +98,7 @@ class Checkup:
 
     def examine(self, student: Velocity, painter: Painter) -> Health:
         """Paint as the student and compare."""
-        with torch.no_grad():
-            mine = self._pictures(student, painter, self._noise)
+        mine = self._pictures(student, painter, self._noise)
         measures = {}
         for name, of in MEASURES.items():
             base, again, tuned = of(self._base), of(self._again), of(mine)

@@ -116,7 +116,6 @@ class ZImage:
         )
         return ZImageDenoiser(network.to(device))
 
-
     def starting_points(self, method: str) -> dict[str, Any]:
         walk = {"method.nfe": 4} if method == "dopsd" and self.default_nfe == 8 else {}
         return self._starting_points | walk
