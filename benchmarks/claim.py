@@ -305,7 +305,7 @@ def _table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(f"| {name} (0 of {len(rows)} things) |" + " - |" * (len(MEASURES) + 1))
             continue
         hidden = ("sharpness", "speckle", "attributes") if key == "teacher" else ()
-        cells = ["-" if m in hidden else _interval([a[m] for a in have]) for m in MEASURES]
+        cells = ["-" if m in hidden else _interval([a[m] for a in have], 4 if m == "speckle" else 3) for m in MEASURES]
         cells.append(_interval([a["seconds"] for a in have], 0) if "seconds" in have[0] else "-")
         count = "" if len(have) == len(rows) else f" ({len(have)} of {len(rows)} things)"
         lines.append(f"| {name}{count} | {' | '.join(cells)} |")

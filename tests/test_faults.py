@@ -26,7 +26,7 @@ STEPS = 12
 
 def recipe_for(lesson: Path, output: Path, name: str, **changes: dict) -> Recipe:
     tree: dict = {
-        "model": {"name_or_path": "pocket", "gradient_checkpointing": False},
+        "model": {"name_or_path": "pocket", "memory": "high"},
         "data": {"folder": str(lesson)},
         "method": {"name": "dopsd", "nfe": 2, "teacher_decay": 0.9},
         "lora": {"rank": 2},

@@ -27,10 +27,10 @@ FLOORS = (
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket"),
     ("recipe", "export", "preview", "inspection", "doctor"),
-    ("session", "run_folder", "starter", "deployed"),
-    ("ward",),
+    ("session", "run_folder", "starter", "deployed", "trackers", "forecast"),
+    ("ward", "checking"),
     ("run",),
-    ("compare",),
+    ("compare", "console"),
     ("cli", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -45,7 +45,7 @@ HOMES = {
     "transformers": MODELS,
     "tokenizers": MODELS,
     "peft": ("training/adapters.py",),
-    "accelerate": ("training/loop.py", "session.py", "deployed.py", "run.py"),
+    "accelerate": ("training/loop.py", "session.py", "deployed.py", "run.py", "trackers.py", "checking.py"),
 }
 VERSION_STRINGS = {("run.py", "diffusers.__version__")}
 

@@ -135,7 +135,7 @@ def test_a_file_that_does_not_fit_is_refused_with_a_sentence(fault, pocket, tmp_
 def recipe_from(lesson: Path, output: Path, name: str, **lora):
     return parse_recipe(
         {
-            "model": {"name_or_path": "pocket", "gradient_checkpointing": False},
+            "model": {"name_or_path": "pocket", "memory": "high"},
             "data": {"folder": str(lesson)},
             "method": {"name": "sft"},
             "lora": {"rank": 4} | lora,

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dopsd.checking import check
 from dopsd.deployed import sample_latents
 from dopsd.paint import noise_for
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import check, train
+from dopsd.run import train
 
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 
@@ -23,7 +24,7 @@ PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 def recipe_for(lesson: Path, output: Path, name: str, method: str = "dopsd", **train_settings) -> Recipe:
     return parse_recipe(
         {
-            "model": {"name_or_path": "pocket", "gradient_checkpointing": False},
+            "model": {"name_or_path": "pocket", "memory": "high"},
             "data": {"folder": str(lesson)},
             "method": {"name": method},
             "lora": {"rank": 4, "alpha": 8},
@@ -168,7 +169,7 @@ def test_check_announces_what_training_adapts(lesson, tmp_path):
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
 def test_a_bf16_model_trains_with_float32_adapters_and_checkpointed_activations(method, lesson, tmp_path):
     tree = recipe_for(lesson, tmp_path, "halved", method, max_steps=2).model_dump()
-    recipe = parse_recipe(tree | {"model": tree["model"] | {"dtype": "bf16", "gradient_checkpointing": True}})
+    recipe = parse_recipe(tree | {"model": tree["model"] | {"dtype": "bf16", "memory": "low"}})
     losses = [report.log["loss"] for report in train(recipe)]
     assert all(0 < loss < 10 for loss in losses)
     student = load_file(recipe.run_folder / "checkpoints" / "step-000002" / "student.safetensors")

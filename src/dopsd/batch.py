@@ -14,10 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class Context:
-    """tokens: [B, L, D] hidden states; mask: [B, L] bool, True = real; extras: further batch-first tensors."""
+    """tokens: [B, L, D] hidden states, padded on the right with zeros; lengths: of each row without its padding;
+    extras: further batch-first tensors."""
 
     tokens: Tensor
-    mask: Tensor
+    lengths: tuple[int, ...]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -26,25 +27,28 @@ class Context:
     def to(self, device: torch.device | str) -> Self:
         """The same context on another device; dtypes stay."""
         extras = {name: tensor.to(device) for name, tensor in self.extras.items()}
-        return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device), extras=extras)
+        return replace(self, tokens=self.tokens.to(device), extras=extras)
+
+    def rows(self) -> list[Tensor]:
+        """Each row's tokens without their padding: [l, D]."""
+        return [tokens[:length] for tokens, length in zip(self.tokens, self.lengths, strict=True)]
 
     def row(self, index: int) -> Self:
         """One example without its padding: tokens [1, l, D]."""
-        keep = self.mask[index]
+        length = self.lengths[index]
         return replace(
             self,
-            tokens=self.tokens[index : index + 1, keep],
-            mask=self.mask[index : index + 1, keep],
+            tokens=self.tokens[index : index + 1, :length],
+            lengths=(length,),
             extras={name: tensor[index : index + 1] for name, tensor in self.extras.items()},
         )
 
     @classmethod
     def stack(cls, contexts: Sequence["Context"]) -> "Context":
         """Contexts of any batch sizes and lengths as one, padded on the right with zeros."""
-        rows = [(t, m) for c in contexts for t, m in zip(c.tokens, c.mask, strict=True)]
         return cls(
-            tokens=pad_sequence([tokens for tokens, _ in rows], batch_first=True),
-            mask=pad_sequence([mask for _, mask in rows], batch_first=True),
+            tokens=pad_sequence([row for c in contexts for row in c.rows()], batch_first=True),
+            lengths=tuple(length for c in contexts for length in c.lengths),
             extras={name: torch.cat([c.extras[name] for c in contexts]) for name in contexts[0].extras},
         )
 

@@ -8,16 +8,11 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from dopsd.recipe import Recipe
-    from dopsd.run import Checked
+from dopsd.console import bars, err, foretell, out, show, summarise, write_numbers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,10 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune few-step text-to-image models without losing the few steps.",
 )
-WIDTH = 160  # where there is no terminal whose width must be kept
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
-err = Console(stderr=True, soft_wrap=True)
-
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML); see recipes/.", show_default=False)]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.max_steps=500. Repeatable.")]
 AsJson = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
@@ -57,13 +48,19 @@ def refusing(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @app.command()
 @refusing
-def check(recipe: RecipeFile, change: Changes = None) -> None:
-    """Say what a recipe would do, or why it cannot, before any weight is loaded."""
+def check(
+    recipe: RecipeFile,
+    change: Changes = None,
+    card: Annotated[float | None, typer.Option(help="GiB of a GPU to plan for; default: this machine.", min=0)] = None,
+) -> None:
+    """Say what a recipe would do and how much memory it would take, or why it cannot, before any weight is loaded."""
+    from dopsd.checking import check as check_recipe
     from dopsd.recipe import load_recipe
-    from dopsd.run import check as check_recipe
 
     loaded = load_recipe(recipe, change or ())
-    summarise(loaded, check_recipe(loaded))
+    found = check_recipe(loaded)
+    summarise(loaded, found)
+    foretell(loaded, found, card)
 
 
 @app.command()
@@ -74,8 +71,8 @@ def train(
     resume: Annotated[str | None, typer.Option(help="`latest` or a checkpoint folder.")] = None,
 ) -> None:
     """Tune: writes the LoRA file, previews, metrics and report.html into <output_dir>/<run_name>."""
+    from dopsd.checking import check as check_recipe
     from dopsd.recipe import load_recipe
-    from dopsd.run import check as check_recipe
     from dopsd.run import train as train_recipe
     from dopsd.stopping import Stopped, Unhealthy
 
@@ -243,65 +240,6 @@ def demo(
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {folder / 'report.html'}", highlight=False)
-
-
-def summarise(loaded: "Recipe", found: "Checked") -> None:
-    """What a recipe would do, from what `check` found."""
-    train, listing = loaded.train, found.listing
-    out.print(f"model      {loaded.model.name_or_path} ({found.family.name}, {found.family.licence})", highlight=False)
-    out.print(f"pictures   {len(listing.examples)}, captions from {listing.source}", highlight=False)
-    for example in listing.examples[:3]:
-        out.print(f"           {example.path.name}: {example.caption[:80]}", markup=False, highlight=False)
-    for path, why in listing.refused:
-        out.print(f"left out   {path.name}: {why}", markup=False, highlight=False)
-    sizes = ", ".join(f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items()))
-    out.print(f"buckets    {sizes}", highlight=False)
-    out.print(f"LoRA       rank {loaded.lora.rank} on {found.coverage}", highlight=False)
-    pictures = train.max_steps * train.batch_size * train.gradient_accumulation_steps
-    out.print(
-        f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, "
-        f"walks of {found.nfe} forwards; {pictures * found.forwards_per_picture} forward units (a backward counts two)",
-        highlight=False,
-    )
-
-
-class bars:
-    """Progress bars on a terminal, a plain line now and then elsewhere. Call it with (what, done, total)."""
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=err, disable=not err.is_terminal)
-        self.tasks: dict[str, Any] = {}
-        self.progress.start()
-        return self.advance
-
-    def advance(self, what: str, done: int, total: int) -> None:
-        key = what.split("  ")[0]
-        if key not in self.tasks:
-            self.tasks[key] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[key], completed=done, total=total, description=what)
-        if not err.is_terminal and (done == total or done % max(1, total // 10) == 0):
-            err.print(f"{what}  {done}/{total}", highlight=False)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-
-def show(header: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output."""
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-
-
-def write_numbers(path: Path | None, numbers: Any) -> None:
-    """The same as JSON, where asked for."""
-    if path:
-        from dopsd.files import write_json
-
-        write_json(path, numbers)
-        out.print(f"numbers {path}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
-EXTRAS = {"datasets": "training straight from hub datasets (pip install 'dopsd[data]')"}
+EXTRAS = {
+    "datasets": "`dopsd import` of hub data sets (pip install 'dopsd[data]')",
+    **{name: f"track.to: {name} (pip install 'dopsd[{name}]')" for name in ("tensorboard", "trackio", "wandb")},
+}
 ROOM = 40  # GiB: a 6 B model in bf16 with its text encoder and the teacher's VLM
 
 

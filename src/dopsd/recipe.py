@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dopsd.files import write_text
 from dopsd.methods import METHODS, AnyMethod
@@ -50,6 +50,12 @@ ALIASES = {
     "lr_warmup_steps": "train.warmup_steps",
     "output_name": "run_name",
     "resume_from_checkpoint": "the --resume flag",
+    "memory": "model.memory",
+    "gradient_checkpointing": "model.memory",
+    "report_to": "track.to",
+    "log_with": "track.to",
+    "wandb_project": "track.project",
+    "tracker_project_name": "track.project",
 }
 
 
@@ -67,11 +73,19 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Of frozen weights; auto: bf16 on GPU.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
+    memory: Literal["auto", "low", "high"] = Field(
+        "auto", description="low: recompute activations, decode in tiles; high: neither; auto: high where it fits."
+    )
 
 
 def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str | int) else value
+
+
+def _no_single(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    if len(prompts) == 1:
+        raise ValueError("one prompt has no spread to judge by: give two or more")
+    return prompts
 
 
 class SourceSection(Section):
@@ -135,7 +149,7 @@ class HealthSection(Section):
     """Few-step health of the student against the untouched model, on prompts that have nothing to do with the data."""
 
     every: int | None = Field(None, ge=0, description="Steps between checkups; default: sample.every; 0: none.")
-    prompts: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field((), description="Default: 8 built in.")
+    prompts: Annotated[tuple[str, ...], AfterValidator(_no_single)] = Field((), description="Default: 8 built in.")
 
 
 class StopSection(Section):
@@ -151,6 +165,15 @@ class SaveSection(Section):
     keep_last: int | None = Field(2, ge=2, description="Checkpoints to keep; null: all. LoRA files are all kept.")
 
 
+class TrackSection(Section):
+    """Where a run's numbers, previews and health are told besides its own folder."""
+
+    to: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_one_or_many)] = Field(
+        (), description="Any of tensorboard, trackio, wandb; each an extra of the same name."
+    )
+    project: str = Field("dopsd", min_length=1, description="Project name at trackio and wandb.")
+
+
 class Recipe(Section):
     """Everything a run is made from."""
 
@@ -163,6 +186,7 @@ class Recipe(Section):
     health: HealthSection = HealthSection()  # type: ignore[call-arg]
     stop: StopSection = StopSection()  # type: ignore[call-arg]
     save: SaveSection = SaveSection()  # type: ignore[call-arg]
+    track: TrackSection = TrackSection()  # type: ignore[call-arg]
     output_dir: Path = Path("runs")
     run_name: str = Field(pattern=r"^[\w.-]+$", description="Folder name of the run and file name of the LoRA.")
 

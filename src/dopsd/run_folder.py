@@ -21,6 +21,8 @@ from dopsd.training.loop import StepReport
 
 log = logging.getLogger(__name__)
 
+FREE = {("train", "max_steps"), ("model", "memory")}  # what a resumed run may change of what makes its numbers
+
 
 @contextmanager
 def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
@@ -79,7 +81,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
     for section in ("model", "data", "method", "lora", "train"):
         old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
         for key in old.keys() | new.keys():
-            if old.get(key) != new.get(key) and (section, key) != ("train", "max_steps"):
+            if old.get(key) != new.get(key) and (section, key) not in FREE:
                 raise ValueError(
                     f"{folder} was begun with {section}.{key} = {old.get(key)}, now it is {new.get(key)}: a resumed "
                     "run must be the same run. Put it back, or choose another run_name."

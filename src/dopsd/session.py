@@ -15,7 +15,7 @@ from dopsd import __version__
 from dopsd.batch import Context
 from dopsd.evaluation.health import Checkup, Health
 from dopsd.export import export_lora, start_from_lora
-from dopsd.families.base import Family
+from dopsd.families.base import Family, Painter
 from dopsd.files import sha256_of
 from dopsd.flow import Schedule
 from dopsd.methods.base import Roles
@@ -34,16 +34,19 @@ class Session:
     recipe: Recipe
     family: Family
     accelerator: Accelerator
+    lean: bool  # activations are recomputed, pictures decoded in tiles
     trainable: dict[str, nn.Parameter]
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     roles: Roles
 
     @classmethod
-    def open(cls, recipe: Recipe, family: Family, accelerator: Accelerator, dtype: torch.dtype) -> "Session":
-        """Load the denoiser, put LoRA on it, and make the roles."""
+    def open(
+        cls, recipe: Recipe, family: Family, accelerator: Accelerator, dtype: torch.dtype, lean: bool
+    ) -> "Session":
+        """Load the denoiser, put LoRA on it, and make the roles. lean: save memory at the price of time."""
         denoiser = family.load_denoiser(accelerator.device, dtype)
-        if recipe.model.gradient_checkpointing:
+        if lean:
             denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator] - every diffusers model has it
         lora = recipe.lora
         trainable = add_lora(
@@ -60,7 +63,7 @@ class Session:
             return family.schedule(nfe or family.default_nfe, height, width)
 
         roles = make_roles(denoiser, trainable, teacher, schedule)
-        return cls(recipe, family, accelerator, trainable, teacher, optimizer, roles)
+        return cls(recipe, family, accelerator, lean, trainable, teacher, optimizer, roles)
 
     @property
     def device(self) -> torch.device:
@@ -72,29 +75,34 @@ class Session:
         """Forwards of the sampler that previews and users take."""
         return self.recipe.sample.nfe or self.family.default_nfe
 
-    def preview(self, previews: Sequence[Preview], folder: Path, step: int) -> None:
+    def painter(self) -> Painter:
+        """The autoencoder, for as long as the caller keeps it."""
+        return self.family.load_painter(self.device, torch.float32, tiled=self.lean)
+
+    def preview(self, previews: Sequence[Preview], folder: Path, step: int) -> Path:
         """Paint the previews at the deployed NFE: `samples/step-N/`. The autoencoder is in memory only meanwhile."""
+        path = folder / "samples" / f"step-{step:06d}"
         paint_previews(
-            folder / "samples" / f"step-{step:06d}",
+            path,
             previews,
             self.roles,
-            self.family.load_painter(self.device, torch.float32),
+            self.painter(),
             lambda height, width: self.family.schedule(self.deployed_nfe, height, width),
             self.device,
         )
+        return path
 
     def checkup(self, context: Context) -> Checkup:
         """The untouched model's side of the health measures, painted on these prompts."""
         height, width = self._cells
-        painter = self.family.load_painter(self.device, torch.float32)
         return Checkup(
-            self.roles.base, painter, lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
+            self.roles.base, self.painter(), lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
             context.to(self.device), (self.family.channels, height, width),
         )  # fmt: skip
 
     def health(self, checkup: Checkup) -> Health:
         """How the student is now."""
-        return checkup.examine(self.roles.student, self.family.load_painter(self.device, torch.float32))
+        return checkup.examine(self.roles.student, self.painter())
 
     def export(self, path: Path, step: int) -> None:
         """The student after `step` steps as a LoRA file, reopened and compared."""

@@ -5,6 +5,7 @@ import logging
 from dopsd.batch import Context
 from dopsd.run_folder import Rows
 from dopsd.session import Session
+from dopsd.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -12,9 +13,9 @@ log = logging.getLogger(__name__)
 class Ward:
     """Checkups of one run. The untouched model's pictures are painted when the first is due."""
 
-    def __init__(self, session: Session, unrelated: Context, steps_done: int):
+    def __init__(self, session: Session, unrelated: Context, steps_done: int, trackers: Trackers):
         recipe = session.recipe
-        self._session, self._unrelated = session, unrelated
+        self._session, self._unrelated, self._trackers = session, unrelated, trackers
         self._every = recipe.sample.every if recipe.health.every is None else recipe.health.every
         self._checkup = None
         if self._every:
@@ -28,6 +29,8 @@ class Ward:
             self._checkup = self._session.checkup(self._unrelated)
         found = self._session.health(self._checkup)
         self._rows.append(found.as_row(step))
+        values = {name: measure.value for name, measure in found.measures.items()}
+        self._trackers.numbers("health", values | {"healthy": found.healthy}, step)
         log.log(logging.INFO if found.healthy else logging.WARNING, "step=%d health=%s", step, found)
         recipe = self._session.recipe
         if found.healthy:

@@ -59,8 +59,10 @@ def test_a_batch_holds_one_size_and_what_belongs_together(rows):
         assert batch.latents[:, 0, 0, 0].tolist() == indices
         assert torch.equal(batch.weight, torch.ones(len(indices)))
         for context, surplus in ((batch.context, 1), (batch.privileged, 3)):
-            assert context.mask.sum(1).tolist() == [i + surplus for i in indices]
-            assert context.tokens[:, 0, 0].tolist() == indices and not context.tokens[~context.mask].any()
+            assert list(context.lengths) == [i + surplus for i in indices]
+            assert context.tokens[:, 0, 0].tolist() == indices and not any(
+                t[n:].any() for t, n in zip(context.tokens, context.lengths, strict=True)
+            )
             assert context.extras["pooled"].shape == (len(indices), 5)
 
 

@@ -110,7 +110,7 @@ def test_the_untouched_model_is_healthy_and_a_random_change_of_its_weights_is_no
 
 def recipe_for(lesson: Path, output: Path, **changes: dict):
     tree: dict = {
-        "model": {"name_or_path": "pocket", "gradient_checkpointing": False},
+        "model": {"name_or_path": "pocket", "memory": "high"},
         "data": {"folder": str(lesson)},
         "method": {"name": "sft"},
         "lora": {"rank": 4},

@@ -27,7 +27,7 @@ class Plain(nn.Module):
 
 def context(seed: int, rows: int = 3) -> Context:
     tokens = torch.randn(rows, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Context(tokens, torch.ones(rows, 5, dtype=torch.bool))
+    return Context(tokens, (5,) * rows)
 
 
 def batch(same_contexts: bool = False) -> Batch:

@@ -14,9 +14,7 @@ TIMES = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
 
 def batch(rows: int, clean: torch.Tensor | None = None) -> Batch:
     clean = torch.randn(rows, 2, 4, 4) if clean is None else clean
-    return Batch(
-        clean, Context(torch.zeros(rows, 1, 1), torch.ones(rows, 1, dtype=torch.bool)), ("",) * rows, torch.ones(rows)
-    )
+    return Batch(clean, Context(torch.zeros(rows, 1, 1), (1,) * rows), ("",) * rows, torch.ones(rows))
 
 
 def roles(student) -> Roles:

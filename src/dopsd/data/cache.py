@@ -23,7 +23,7 @@ from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1  # part of every key: raise it when the same inputs would give other files
+LAYOUT = 2  # part of every key: raise it when the same inputs would give other files
 EXTRA = "extra."  # before the names of a context's extras
 
 Encode = Callable[[Sequence["Row"]], Iterable[Mapping[str, Tensor]]]
@@ -113,7 +113,8 @@ def read_context(path: Path) -> Context:
     """A cached context (plain or privileged) as a batch of one: tokens [1, l, D]. Raises ValueError if unreadable."""
     tensors = read_tensors(path)
     extras = {name.removeprefix(EXTRA): tensor[None] for name, tensor in tensors.items() if name.startswith(EXTRA)}
-    return Context(tokens=tensors["tokens"][None], mask=tensors["mask"][None], extras=extras)
+    tokens = tensors["tokens"]
+    return Context(tokens[None], (len(tokens),), extras)
 
 
 def read_latents(path: Path) -> Tensor:
@@ -161,7 +162,7 @@ def _context_tensors(contexts: Context) -> Iterator[Mapping[str, Tensor]]:
     """Each context of a batch as named tensors without padding."""
     for row in map(contexts.row, range(len(contexts))):
         extras = {EXTRA + name: tensor[0] for name, tensor in row.extras.items()}
-        yield {"tokens": row.tokens[0], "mask": row.mask[0], **extras}
+        yield {"tokens": row.tokens[0], **extras}
 
 
 def _usable(path: Path, kind: str) -> bool:

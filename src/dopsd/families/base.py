@@ -71,10 +71,17 @@ class Family(Protocol):
         """The text encoder; with `pictures`, also what reads the teacher's picture."""
         ...
 
-    def load_painter(self, device: torch.device, dtype: torch.dtype) -> Painter: ...
+    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> Painter:
+        """The autoencoder; tiled: decodes large pictures in overlapping tiles, with less memory."""
+        ...
 
-    def empty_network(self) -> nn.Module:
-        """The denoiser's network from its config, without weights; called under `init_empty_weights`."""
+    def empty_denoiser(self) -> Denoiser:
+        """The denoiser from its config, without weights; called where tensors have shapes and no storage."""
+        ...
+
+    def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
+        """Zeros in the shape of what the reader would answer; with picture sizes (width, height) in pixels, of what the
+        teacher sees. Reads the tokenizer and configs, no weights."""
         ...
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser: ...

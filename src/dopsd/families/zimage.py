@@ -16,7 +16,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLModel,
+)
 
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser
@@ -102,13 +109,27 @@ class ZImage:
     def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> "QwenReader":
         return QwenReader(self, device, dtype, pictures)
 
-    def load_painter(self, device: torch.device, dtype: torch.dtype) -> "KLPainter":
+    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KLPainter":
         vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", revision=self.revision, torch_dtype=dtype)
-        return KLPainter(vae.to(device))
+        return KLPainter(vae.to(device), tiled)
 
-    def empty_network(self) -> ZImageTransformer2DModel:
+    def empty_denoiser(self) -> "ZImageDenoiser":
         config = ZImageTransformer2DModel.load_config(self.path, subfolder="transformer", revision=self.revision)
-        return ZImageTransformer2DModel.from_config(config)
+        return ZImageDenoiser(ZImageTransformer2DModel.from_config(config))
+
+    def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
+        tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", revision=self.revision)
+        width = AutoConfig.from_pretrained(self.path, subfolder="text_encoder", revision=self.revision).hidden_size
+        if sizes is None:
+            texts = [templated(tokenizer, prompt) for prompt in prompts]
+        else:
+            processor = _load_processor(self.vlm)
+            texts = [
+                with_picture(tokenizer, prompt, picture_tokens(processor, size))
+                for prompt, size in zip(prompts, sizes, strict=True)
+            ]
+        lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+        return Context.stack([Context(torch.zeros(1, length, width), (length,)) for length in lengths])
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "ZImageDenoiser":
         network = ZImageTransformer2DModel.from_pretrained(
@@ -136,17 +157,18 @@ class ZImageDenoiser(Denoiser):
 
     def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
         dtype = next(self.network.parameters()).dtype
-        captions = [tokens[mask].to(dtype) for tokens, mask in zip(context.tokens, context.mask, strict=True)]
+        captions = [row.to(dtype) for row in context.rows()]
         pictures = list(z.to(dtype).unsqueeze(2).unbind(0))
         answer = self.network(pictures, (1 - t).to(z), captions, return_dict=False)[0]
         return -torch.stack([row.float() for row in answer]).squeeze(2)
 
 
 class KLPainter:
-    """AutoencoderKL with shift and scale applied. Encodes to the mode, so a picture has one latent."""
+    """AutoencoderKL with shift and scale applied. Encodes to the mode, and whole, so a picture has one latent."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL, tiled: bool = False):
         self.vae = vae.eval().requires_grad_(False)
+        self.tiled = tiled
         self.fingerprint = f"{_fingerprint(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -156,7 +178,10 @@ class KLPainter:
 
     def pixels(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(scaled + self.vae.config.shift_factor, return_dict=False)[0].float()
+        self.vae.use_tiling = self.tiled
+        pixels = self.vae.decode(scaled + self.vae.config.shift_factor, return_dict=False)[0].float()
+        self.vae.use_tiling = False
+        return pixels
 
 
 class QwenReader:
@@ -169,9 +194,10 @@ class QwenReader:
         self.encoder.requires_grad_(False)
         self.vlm = self.processor = None
         if pictures:
-            self.vlm = _load_vlm(family.vlm, dtype).to(device)
+            vlm = _load_vlm(family.vlm, dtype)
+            transplant(self.encoder, vlm, family.vlm)  # before the VLM moves, so that no second copy goes along
+            self.vlm = vlm.to(device)
             self.processor = _load_processor(family.vlm)
-            transplant(self.encoder, self.vlm, family.vlm)
             self.text_gap = self._text_gap()
             log.info("vlm=%s language_weights=replaced text_only_gap=%.2e", family.vlm, self.text_gap)
         marks = [_fingerprint(self.encoder), str(dtype), self.tokenizer.chat_template or ""]
@@ -183,22 +209,21 @@ class QwenReader:
     def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
         if images is not None:
             return Context.stack([self._privileged(p, i) for p, i in zip(prompts, images, strict=True)])
-        tokens = self.tokenizer([self._templated(prompt) for prompt in prompts], padding=True, return_tensors="pt")
+        texts = [templated(self.tokenizer, prompt) for prompt in prompts]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         self._refuse_long(prompts, tokens.attention_mask.sum(1), TEXT_TOKENS)
         tokens = tokens.to(self.encoder.device)
         states = self.encoder(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.bool(), output_hidden_states=True
         ).hidden_states[HIDDEN_STATE]
-        return Context(states, tokens.attention_mask.bool())
+        rows = [state[mask] for state, mask in zip(states, tokens.attention_mask.bool(), strict=True)]
+        return Context.stack([Context(row[None], (len(row),)) for row in rows])
 
     def _privileged(self, prompt: str, image: Image.Image) -> Context:
-        """One user turn, picture first, then the prompt; templated once."""
         assert self.vlm is not None and self.processor is not None, "this reader was loaded without its VLM"
         patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        count = int(patches["image_grid_thw"].prod()) // self.processor.merge_size**2
-        mark = "<|image_pad|>"
-        text = self._templated(content).replace(mark, mark * count, 1)
+        count = picture_tokens(self.processor, image.size)
+        text = with_picture(self.tokenizer, prompt, count)
         ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
         self._refuse_long([prompt], torch.tensor([ids.shape[1]]), PRIVILEGED_TOKENS, f", {count} of them the picture's")
         states = self.vlm(
@@ -209,12 +234,7 @@ class QwenReader:
             mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
             output_hidden_states=True,
         ).hidden_states[HIDDEN_STATE]
-        return Context(states, torch.ones_like(ids, dtype=torch.bool))
-
-    def _templated(self, content: str | list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
+        return Context(states, (ids.shape[1],))
 
     def _refuse_long(self, prompts: Sequence[str], lengths: Tensor, limit: int, of_them: str = "") -> None:
         for prompt, length in zip(prompts, lengths.tolist(), strict=True):
@@ -228,11 +248,30 @@ class QwenReader:
     def _text_gap(self) -> float:
         """Largest difference of the two text-only hidden states: 0 unless their rope settings or dtypes differ."""
         assert self.vlm is not None
-        ids = self.tokenizer([self._templated("a picture of a red house")], return_tensors="pt").input_ids
+        ids = self.tokenizer([templated(self.tokenizer, "a picture of a red house")], return_tensors="pt").input_ids
         ids = ids.to(self.encoder.device)
         plain = self.encoder(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
         seeing = self.vlm.language_model(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
         return (plain.float() - seeing.float()).abs().max().item()
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
+    """One user turn as ZImagePipeline writes it."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+
+
+def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> str:
+    """One user turn, a picture of `count` tokens first, then the prompt; templated once."""
+    mark = "<|image_pad|>"
+    text = templated(tokenizer, [{"type": "image"}, {"type": "text", "text": prompt}])
+    return text.replace(mark, mark * count, 1)
+
+
+def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
+    """Of a picture of (width, height) pixels."""
+    return processor.get_number_of_image_patches(size[1], size[0]) // processor.merge_size**2
 
 
 def _load_vlm(path: str, dtype: torch.dtype) -> Qwen3VLModel:

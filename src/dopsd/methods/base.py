@@ -21,11 +21,12 @@ Need = Literal["teacher", "privileged"]
 
 @dataclass(frozen=True)
 class Loss:
-    """One piece of a batch's loss. surrogate: 0-d, what to differentiate; log: what to report, summed over the pieces;
-    last: whether it closes the batch."""
+    """One piece of a batch's loss. surrogate: 0-d, what to differentiate; log: what to report, detached 0-d tensors
+    summed over the pieces, read only at the end of a step, so that no device waits in between; last: whether it closes
+    the batch."""
 
     surrogate: Tensor
-    log: Mapping[str, float]
+    log: Mapping[str, Tensor]
     last: bool
 
 

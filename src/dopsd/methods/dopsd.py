@@ -46,5 +46,5 @@ class DOPSD(Method):
             with torch.no_grad():
                 target = roles.teacher(visit.z, t, batch.privileged)
             error = mean_error(visit.velocity, target, batch.weight * loss_weight(t, self.space)) / schedule.nfe
-            log = {"loss": error.item(), f"loss_at_{visit.step.index}": error.item() * schedule.nfe}
+            log = {"loss": error.detach(), f"loss_at_{visit.step.index}": error.detach() * schedule.nfe}
             yield Loss(error, log, last=visit.step.index == schedule.nfe - 1)

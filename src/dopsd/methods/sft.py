@@ -33,7 +33,7 @@ class SFT(Method):
         noise = noise_like(clean, rng)
         t = self._draw_times(roles, clean, rng).to(clean.device)
         error = mean_error(roles.student(noisy(clean, noise, t), t, batch.context), noise - clean, batch.weight)
-        yield Loss(error, {"loss": error.item()}, last=True)
+        yield Loss(error, {"loss": error.detach()}, last=True)
 
     def _draw_times(self, roles: Roles, clean: Tensor, rng: torch.Generator) -> Tensor:
         """t: float32 [B] in [0, 1]."""

@@ -25,7 +25,7 @@ WIDTH = 128  # of the text encoder and of the transformer
 LATENT_CHANNELS = 8
 SHIFT = 3.0  # as Z-Image-Turbo
 NFE = 4
-STARTING_POINTS = {"model.gradient_checkpointing": False, "lora.rank": 16, "train.max_steps": 240,
+STARTING_POINTS = {"model.memory": "high", "lora.rank": 16, "train.max_steps": 240,
                    "train.batch_size": 4, "train.learning_rate": 1e-3}  # fmt: skip
 UNRELATED_PROMPTS = (
     "a big red star on night", "a small blue hut at the left", "a green tree on beach", "a cross in inked style",

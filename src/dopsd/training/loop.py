@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from dopsd.batch import Batch
 from dopsd.methods.base import Method, Roles
@@ -90,19 +90,8 @@ def steps(
         learning_rate = plan.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        log: defaultdict[str, float] = defaultdict(float)
-        pictures = 0
-        for micro in range(plan.accumulate):
-            index = step * plan.accumulate + micro
-            batch = batches.batch(index).to(accelerator.device)
-            pictures += len(batch)
-            closed = False
-            for piece in method.losses(roles, batch, generator_at(plan.seed, index)):
-                closed = piece.last
-                accelerator.backward(piece.surrogate / plan.accumulate)
-                for name, value in piece.log.items():
-                    log[name] += value / plan.accumulate
-            assert closed, "a method must close its batch"
+        told, pictures = backward(roles, method, batches, accelerator, plan, step)
+        log = {name: value.item() for name, value in told.items()}
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.clip).item()
         skipped = not (math.isfinite(grad_norm) and math.isfinite(log["loss"]))
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
@@ -122,4 +111,25 @@ def steps(
             )
         untried = untried and skipped
         seconds = time.perf_counter() - began
-        yield StepReport(step + 1, dict(log), grad_norm, learning_rate, pictures, seconds, skipped)
+        yield StepReport(step + 1, log, grad_norm, learning_rate, pictures, seconds, skipped)
+
+
+def backward(
+    roles: Roles, method: Method, batches: Batches, accelerator: Accelerator, plan: Plan, step: int
+) -> tuple[dict[str, Tensor], int]:
+    """The gradient of one optimizer step, piece by piece: what the pieces told (mean over micro-batches), and the
+    number of pictures."""
+    told: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
+    pictures = 0
+    for micro in range(plan.accumulate):
+        index = step * plan.accumulate + micro
+        batch = batches.batch(index).to(accelerator.device)
+        pictures += len(batch)
+        closed = False
+        for piece in method.losses(roles, batch, generator_at(plan.seed, index)):
+            closed = piece.last
+            accelerator.backward(piece.surrogate / plan.accumulate)
+            for name, value in piece.log.items():
+                told[name] = told[name] + value / plan.accumulate
+        assert closed, "a method must close its batch"
+    return told, pictures

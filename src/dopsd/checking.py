@@ -1,0 +1,132 @@
+"""What a recipe would do, and whether it can, before any weight is loaded."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+
+from dopsd.data.buckets import bucket_sizes, nearest_bucket
+from dopsd.data.folder import Listing, picture_size
+from dopsd.data.sources import Source, read_sources
+from dopsd.export import read_lora
+from dopsd.families import load_family
+from dopsd.families.base import Family
+from dopsd.forecast import Forecast, forecast, memory_of
+from dopsd.methods import METHODS, missing
+from dopsd.recipe import Recipe
+from dopsd.trackers import refuse_missing
+from dopsd.training.adapters import Coverage, coverage
+
+log = logging.getLogger(__name__)
+
+PREVIEWS = 4  # captions shown when the recipe names no prompts
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found before any weight was loaded."""
+
+    family: Family
+    listing: Listing
+    buckets: dict[tuple[int, int], int]
+    coverage: Coverage
+    nfe: int
+    forwards_per_picture: int  # network forwards, a backward counted as two
+
+
+def open_family(recipe: Recipe) -> Family:
+    """The recipe's checkpoint, refused with one sentence when it or its method cannot be tuned."""
+    family = load_family(recipe.model.name_or_path, recipe.model.vlm, recipe.model.revision)
+    if reason := missing(METHODS[recipe.method.name], family.teacher_contexts):
+        raise ValueError(f"{recipe.method.name} cannot run on {family.name}: {reason}. `dopsd list` shows what can.")
+    if not family.distilled and not recipe.model.allow_base:
+        raise ValueError(
+            f"{recipe.model.name_or_path} is a many-step base model, and few-step tuning needs a distilled one such as "
+            f"{family.repo}. Set model.allow_base: true to tune it all the same."
+        )
+    if recipe.lora.init_from:
+        read_lora(recipe.lora.init_from, family)  # refused now rather than after the pictures are cached
+    return family
+
+
+def check(recipe: Recipe) -> Checked:
+    """Everything that can be known, and refused, before a weight is loaded."""
+    refuse_missing(recipe)
+    family = open_family(recipe)
+    listing = read_data(recipe)
+    buckets: dict[tuple[int, int], int] = {}
+    for resolution in resolutions_of(recipe, family):
+        sizes = bucket_sizes(resolution, family.multiple)
+        for example in listing.examples:
+            size = nearest_bucket(*picture_size(example.path), sizes)
+            buckets[size] = buckets.get(size, 0) + 1
+    with init_empty_weights():
+        network = family.empty_denoiser().network
+    nfe = recipe.method.nfe or family.default_nfe
+    return Checked(
+        family=family,
+        listing=listing,
+        buckets=buckets,
+        coverage=coverage(network, recipe.lora.targets or family.lora_targets, recipe.lora.rank),
+        nfe=nfe,
+        forwards_per_picture=recipe.method.forwards(nfe),
+    )
+
+
+def preview_prompts(recipe: Recipe) -> list[str]:
+    """The prompts a run shows: the recipe's, or its first captions."""
+    return prompts_shown(recipe, read_data(recipe))
+
+
+def prompts_shown(recipe: Recipe, listing: Listing) -> list[str]:
+    """Of this listing: the recipe's prompts, or the first captions."""
+    captions = dict.fromkeys(example.caption for example in listing.examples)
+    return list(recipe.sample.prompts or captions)[: len(recipe.sample.prompts) or PREVIEWS]
+
+
+def resolutions_of(recipe: Recipe, family: Family) -> tuple[int, ...]:
+    """The sides of the square buckets in pixels: every picture is trained on at each."""
+    return recipe.data.resolution or (family.resolution,)
+
+
+def read_data(recipe: Recipe) -> Listing:
+    """Every folder of the recipe."""
+    data = recipe.data
+    sources = [
+        Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight) for s in (data, *data.more)
+    ]
+    return read_sources(sources, data.trigger, data.skip_bad)
+
+
+def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of the frozen weights."""
+    if recipe.model.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+
+
+def foresee(recipe: Recipe, found: Checked, dtype: torch.dtype, lean: bool) -> Forecast:
+    """Peak memory of a step at the largest bucket."""
+    size = max(found.buckets, key=lambda size: size[0] * size[1])
+    captions = [caption for example in found.listing.examples for caption in (example.caption, *example.also)]
+    return forecast(recipe, found.family, size, captions, dtype, lean)
+
+
+def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, str]:
+    """Bytes, dtype and name of what a recipe would be trained on: a GPU of `card` GiB, or this machine."""
+    if card is not None:
+        return int(card * 2**30), dtype_of(recipe, torch.device("cuda")), f"a card of {card:g} GiB"
+    device = Accelerator().device
+    room = memory_of(device)
+    return room, dtype_of(recipe, device), f"this machine's {device.type} with {room / 2**30:.0f} GiB"
+
+
+def lean_on(recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to save memory: as the recipe says, or where the device is too small to do without."""
+    if recipe.model.memory != "auto":
+        return recipe.model.memory == "low"
+    peak, room = foresee(recipe, found, dtype, lean=False), memory_of(device)
+    level = "high" if peak.fits(room) else "low"
+    log.info("memory=auto chosen=%s high_would_take=%.1f_GiB device=%.1f_GiB", level, peak.peak / 2**30, room / 2**30)
+    return level == "low"

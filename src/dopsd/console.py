@@ -1,0 +1,89 @@
+"""What the commands print: a recipe in words, progress, tables, numbers as JSON."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dopsd.checking import Checked
+    from dopsd.recipe import Recipe
+
+WIDTH = 160  # where there is no terminal whose width must be kept
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def summarise(loaded: "Recipe", found: "Checked") -> None:
+    """What a recipe would do, from what `check` found."""
+    train, listing = loaded.train, found.listing
+    out.print(f"model      {loaded.model.name_or_path} ({found.family.name}, {found.family.licence})", highlight=False)
+    out.print(f"pictures   {len(listing.examples)}, captions from {listing.source}", highlight=False)
+    for example in listing.examples[:3]:
+        out.print(f"           {example.path.name}: {example.caption[:80]}", markup=False, highlight=False)
+    for path, why in listing.refused:
+        out.print(f"left out   {path.name}: {why}", markup=False, highlight=False)
+    sizes = ", ".join(f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items()))
+    out.print(f"buckets    {sizes}", highlight=False)
+    out.print(f"LoRA       rank {loaded.lora.rank} on {found.coverage}", highlight=False)
+    pictures = train.max_steps * train.batch_size * train.gradient_accumulation_steps
+    out.print(
+        f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, "
+        f"walks of {found.nfe} forwards; {pictures * found.forwards_per_picture} forward units (a backward counts two)",
+        highlight=False,
+    )
+
+
+def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
+    """Peak memory of a step at each `model.memory`, and which of them fits."""
+    from dopsd.checking import foresee, planned_for
+
+    room, dtype, where = planned_for(loaded, card)
+    peaks = {level: foresee(loaded, found, dtype, lean=level == "low") for level in ("low", "high")}
+    told = ", ".join(f"{level} {peak.peak / 2**30:.2f} GiB" for level, peak in peaks.items())
+    fitting = [level for level, peak in peaks.items() if peak.fits(room)]
+    verdict = f"{where} takes {' and '.join(fitting) or 'neither'}"
+    out.print(f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}", highlight=False)
+
+
+class bars:
+    """Progress bars on a terminal, a plain line now and then elsewhere. Call it with (what, done, total)."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=err, disable=not err.is_terminal)
+        self.tasks: dict[str, Any] = {}
+        self.progress.start()
+        return self.advance
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        key = what.split("  ")[0]
+        if key not in self.tasks:
+            self.tasks[key] = self.progress.add_task(what, total=total)
+        self.progress.update(self.tasks[key], completed=done, total=total, description=what)
+        if not err.is_terminal and (done == total or done % max(1, total // 10) == 0):
+            err.print(f"{what}  {done}/{total}", highlight=False)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+def show(header: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output."""
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def write_numbers(path: Path | None, numbers: Any) -> None:
+    """The same as JSON, where asked for."""
+    if path:
+        from dopsd.files import write_json
+
+        write_json(path, numbers)
+        out.print(f"numbers {path}", highlight=False)

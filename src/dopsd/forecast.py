@@ -1,0 +1,127 @@
+"""Peak memory of training, known before a weight is loaded: one step on tensors that have shapes and no storage.
+
+Counted as benchmarks/step_cost.py counts a real step, in bytes of live tensor storage. What a device needs beside that
+(CUDA's own half a gigabyte, gaps between blocks) is not in it, nor are the encoders, which leave before training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dopsd.batch import Batch, Context
+from dopsd.families.base import Family
+from dopsd.recipe import Recipe
+from dopsd.training.adapters import add_lora
+from dopsd.training.loop import Plan, backward
+from dopsd.training.meter import LiveBytes
+from dopsd.training.roles import Teacher, make_roles
+
+ITS_OWN = 2**30  # bytes of a device that tensors never get
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes. resident: weights, adapters, teacher and optimizer; peak: the most that is alive during a step."""
+
+    resident: int
+    peak: int
+
+    def fits(self, room: int) -> bool:
+        """Whether a device of so many bytes is enough: a tenth for gaps, and what it needs for itself."""
+        return self.peak * 1.1 + ITS_OWN <= room
+
+
+class _Alone:
+    """What the loop asks of accelerate, on the CPU and for one process."""
+
+    device = torch.device("cpu")
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+class _Same:
+    """Every micro-batch alike."""
+
+    def __init__(self, batch: Batch):
+        self._batch = batch
+
+    def batch(self, index: int) -> Batch:
+        return self._batch
+
+
+def forecast(
+    recipe: Recipe, family: Family, size: tuple[int, int], captions: Sequence[str], dtype: torch.dtype, lean: bool
+) -> Forecast:
+    """Of a recipe's steps at a picture size (width, height) in pixels with the longest of these captions; lean:
+    with activations recomputed."""
+    count, (width, height) = recipe.train.batch_size, size
+    prompts = sorted(captions, key=len)[-count:]
+    prompts += prompts[-1:] * (count - len(prompts))
+    cells = height // family.cell, width // family.cell
+    # the walk's graphs are freed step by step, so two of its steps need as much memory as all
+    nfe = min(2, recipe.method.nfe or family.default_nfe)
+    method = recipe.method.model_copy(update={"nfe": nfe})
+    schedule = family.schedule(nfe, *cells)
+    text = family.blank_context(prompts)
+    seeing = family.blank_context(prompts, [size] * count) if "privileged" in method.needs else None
+    with torch.device("meta"):
+        denoiser = family.empty_denoiser().to(dtype)
+        add_lora(denoiser.network, recipe.lora.targets or family.lora_targets, recipe.lora.rank, alpha=1, seed=0)
+    if lean:
+        denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
+        _give_storage(denoiser)
+        student = {name: p for name, p in denoiser.network.named_parameters() if p.requires_grad}
+        teacher = Teacher(student, method.decay)
+        optimizer = torch.optim.AdamW(student.values())
+        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule)
+        batch = Batch(
+            latents=torch.zeros(count, family.channels, *cells),
+            context=_unstored(text, dtype),
+            prompts=tuple(prompts),
+            weight=torch.ones(count),
+            privileged=_unstored(seeing, dtype) if seeing else None,
+        )
+        plan = Plan(max_steps=1, learning_rate=1.0)
+        for parameter in student.values():  # as after a first step: the moments are there
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        if recipe.train.gradient_accumulation_steps == 1:
+            optimizer.zero_grad(set_to_none=True)
+        meter.peak = resident = meter.now
+        backward(roles, method, _Same(batch), _Alone(), plan, step=0)  # type: ignore[arg-type]
+        torch.nn.utils.clip_grad_norm_(student.values(), plan.clip)
+        optimizer.step()
+        teacher.follow()
+        return Forecast(resident, meter.peak)
+
+
+def _give_storage(module: nn.Module) -> None:
+    """Put a tensor of the active mode in place of each parameter and buffer on the meta device."""
+    for part in module.modules():
+        stores: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for tensors in stores:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    stored = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(stored, tensor.requires_grad) if is_parameter else stored
+
+
+def _unstored(context: Context, dtype: torch.dtype) -> Context:
+    """The same shapes in the mode that is active."""
+    extras = {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in context.extras.items()}
+    return Context(torch.zeros(context.tokens.shape, dtype=dtype), context.lengths, extras)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
