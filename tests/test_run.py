@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dopsd.checking import check
-from dopsd.deployed import sample_latents
+from dopsd.deployed import sample, sample_latents
+from dopsd.families import load_family
 from dopsd.paint import noise_for
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
@@ -121,8 +123,22 @@ def test_previews_of_step_zero_show_the_untouched_model_for_all(lesson, tmp_path
     folder = recipe.run_folder / "samples" / "step-000000"
     assert (folder / "student_0_0.png").read_bytes() == (folder / "base_0_0.png").read_bytes()
     assert (folder / "teacher_0_0.png").exists()
-    sigmas = json.loads((folder / "preview.json").read_text())["sigmas"]
-    assert sigmas == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    told = json.loads((folder / "preview.json").read_text())["pictures"]
+    assert told[0]["sigmas"] == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert [picture["prompt"] for picture in told[1:]] == list(load_family("pocket").unrelated_prompts[:2])
+
+
+def test_a_preview_may_have_a_size_and_a_seed_of_its_own(lesson, tmp_path):
+    recipe = recipe_for(lesson, tmp_path, "shaped", "sft", max_steps=1)
+    prompts = [PROMPTS[0], {"prompt": PROMPTS[1], "seed": 9, "width": 96, "height": 48}]
+    recipe = parse_recipe(recipe.model_dump() | {"sample": {"every": 0, "prompts": prompts, "unrelated": 0}})
+    for _ in train(recipe):
+        pass
+    folder = recipe.run_folder / "samples" / "step-000000"
+    assert Image.open(folder / "base_0_0.png").size == (64, 64)
+    (alone,) = sample("pocket", [PROMPTS[1]], seed=9, width=96, height=48)
+    assert Image.open(folder / "base_1_9.png").tobytes() == alone.tobytes()
+    assert Image.open(folder / "grid.png").size == (64 + 2 + 96, 64 + 2 + 64)
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_left_alone(lesson, tmp_path):

@@ -9,12 +9,15 @@ from accelerate import Accelerator, init_empty_weights
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Listing, picture_size
 from dopsd.data.sources import Source, read_sources
+from dopsd.deployed import cells_of
+from dopsd.evaluation.health import PROMPTS
 from dopsd.export import read_lora
 from dopsd.families import load_family
 from dopsd.families.base import Family
 from dopsd.forecast import Forecast, forecast, memory_of
 from dopsd.methods import METHODS, missing
-from dopsd.recipe import Recipe
+from dopsd.preview import Wanted
+from dopsd.recipe import PromptSection, Recipe
 from dopsd.trackers import refuse_missing
 from dopsd.training.adapters import Coverage, coverage
 
@@ -61,6 +64,7 @@ def check(recipe: Recipe) -> Checked:
         for example in listing.examples:
             size = nearest_bucket(*picture_size(example.path), sizes)
             buckets[size] = buckets.get(size, 0) + 1
+    pictures_shown(recipe, family, listing)
     with init_empty_weights():
         network = family.empty_denoiser().network
     nfe = recipe.method.nfe or family.default_nfe
@@ -74,15 +78,26 @@ def check(recipe: Recipe) -> Checked:
     )
 
 
-def preview_prompts(recipe: Recipe) -> list[str]:
-    """The prompts a run shows: the recipe's, or its first captions."""
-    return prompts_shown(recipe, read_data(recipe))
+def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
+    """Prompts that have nothing to do with the data: the recipe's, the checkpoint's own, or the built-in ones."""
+    return recipe.health.prompts or family.unrelated_prompts or PROMPTS
 
 
-def prompts_shown(recipe: Recipe, listing: Listing) -> list[str]:
-    """Of this listing: the recipe's prompts, or the first captions."""
-    captions = dict.fromkeys(example.caption for example in listing.examples)
-    return list(recipe.sample.prompts or captions)[: len(recipe.sample.prompts) or PREVIEWS]
+def pictures_shown(recipe: Recipe, family: Family, listing: Listing) -> list[Wanted]:
+    """What a run shows: the recipe's prompts, or the first captions, and some unrelated prompts. Raises ValueError for
+    a size that the family cannot paint."""
+    sample, side = recipe.sample, max(resolutions_of(recipe, family))
+    captions = list(dict.fromkeys(example.caption for example in listing.examples))[:PREVIEWS]
+    prompts = [
+        each if isinstance(each, PromptSection) else PromptSection.model_validate({"prompt": each})
+        for each in (*(sample.prompts or captions), *unrelated_prompts(recipe, family)[: sample.unrelated])
+    ]
+    wanted = []
+    for index, each in enumerate(prompts):
+        height, width = each.height or sample.height or side, each.width or sample.width or side
+        seed = sample.seed + index if each.seed is None else each.seed
+        wanted.append(Wanted(each.prompt, seed, (family.channels, *cells_of(family, height, width))))
+    return wanted
 
 
 def resolutions_of(recipe: Recipe, family: Family) -> tuple[int, ...]:

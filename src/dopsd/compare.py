@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dopsd.batch import Context
-from dopsd.checking import preview_prompts, resolutions_of
+from dopsd.checking import pictures_shown, read_data
 from dopsd.deployed import deployed_on
 from dopsd.evaluation.report import Panel, write_comparison
 from dopsd.export import merge_lora
 from dopsd.families import load_family
 from dopsd.families.base import Denoiser, Family, Painter
-from dopsd.paint import noise_for, paint, to_images
+from dopsd.paint import noise_for, to_images
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
+from dopsd.preview import paint_each
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import Progress, train
 
@@ -116,13 +116,17 @@ def judge(recipe: Recipe, contestants: Sequence[Contestant], report: Path, title
             _examine(contestant, sheet, family, painter, _denoiser_of(contestant, family, device, dtype))
         panels = _exam_panels(contestants, sheet)
     else:
-        prompts = preview_prompts(recipe)
-        context = reader.context(prompts)
+        wanted = pictures_shown(recipe, family, read_data(recipe))
+        contexts = [reader.context([each.prompt]) for each in wanted]
+        noises = [noise_for([each.seed], *each.cells) for each in wanted]
+        nfe = recipe.sample.nfe or family.default_nfe
+        schedules = [family.schedule(nfe, *each.cells[1:]) for each in wanted]
         for contestant in contestants:
             denoiser = _denoiser_of(contestant, family, device, dtype)
-            contestant.images = _paint(denoiser, family, painter, context, recipe)
+            pictures = paint_each(denoiser, contexts, painter, schedules, noises, device)
+            contestant.images = tuple(image for picture in pictures for image in to_images(picture[None]))
         rows = tuple((c.name, c.images) for c in contestants)
-        panels = [Panel("Same prompts, same noise", tuple(prompts), rows)]
+        panels = [Panel("Same prompts, same noise", tuple(each.prompt for each in wanted), rows)]
     outcome = _tabulate(contestants, measured=thing is not None)
     write_comparison(report, title, intro, outcome.header, outcome.table, panels, _notes(thing is not None))
     return outcome
@@ -157,17 +161,6 @@ def _examine(contestant: Contestant, sheet: Sheet, family: Family, painter: Pain
     side = family.resolution // family.cell
     schedule = family.schedule(family.default_nfe, side, side)
     contestant.answers = sit(sheet, denoiser, painter, schedule, (family.channels, side, side), contestant.seeing)
-
-
-@torch.no_grad()
-def _paint(
-    denoiser: Denoiser, family: Family, painter: Painter, context: Context, recipe: Recipe
-) -> tuple[Image.Image, ...]:
-    side = max(resolutions_of(recipe, family)) // family.cell
-    seeds = range(recipe.sample.seed, recipe.sample.seed + len(context))
-    noise = noise_for(seeds, family.channels, side, side)
-    schedule = family.schedule(recipe.sample.nfe or family.default_nfe, side, side)
-    return tuple(to_images(paint(denoiser, painter, schedule, context, noise)))
 
 
 def _tabulate(contestants: Sequence[Contestant], measured: bool) -> Outcome:

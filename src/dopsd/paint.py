@@ -12,6 +12,8 @@ from dopsd.families.base import Painter
 from dopsd.flow import Schedule
 from dopsd.rollout import Velocity, walk
 
+CELLS_AT_ONCE = 128 * 128  # latent cells that a decoder gets in one call
+
 
 def noise_for(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:
     """Start of a walk for each seed, float32 [B, channels, height, width] in cells: the noise that diffusers draws
@@ -35,9 +37,11 @@ def paint(
 
 @torch.no_grad()
 def to_pictures(painter: Painter, clean: Tensor) -> Tensor:
-    """Clean latents [B, C, h, w] as uint8 [B, H, W, 3] on the CPU, rounded as diffusers' VaeImageProcessor does."""
-    pixels = (painter.pixels(clean) / 2 + 0.5).clamp(0, 1)
-    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    """Clean latents [B, C, h, w] as uint8 [B, H, W, 3] on the CPU, rounded as diffusers' VaeImageProcessor does. Large
+    ones are decoded one by one: a decoder's activations take gigabytes a picture of 1024 x 1024."""
+    at_once = max(1, CELLS_AT_ONCE // (clean.shape[-2] * clean.shape[-1]))
+    decoded = torch.cat([painter.pixels(part) for part in clean.split(at_once)])
+    return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
@@ -45,13 +49,15 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.numpy()) for picture in pictures]
 
 
-def grid(rows: Sequence[Tensor], gap: int = 2) -> Image.Image:
-    """Rows of pictures (uint8 [B, H, W, 3] each, of one size) as one image on white."""
-    height, width = rows[0].shape[1:3]
-    columns = max(len(row) for row in rows)
-    canvas = np.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+def grid(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Image.Image:
+    """Rows of pictures (uint8 [H, W, 3] each) as one image on white; a column is as wide as its widest."""
+    height = max(picture.shape[0] for row in rows for picture in row)
+    count = max(len(row) for row in rows)
+    widths = [max(row[column].shape[1] for row in rows if column < len(row)) for column in range(count)]
+    lefts = [sum(widths[:column]) + column * gap for column in range(count)]
+    canvas = np.full((len(rows) * (height + gap) - gap, lefts[-1] + widths[-1], 3), 255, np.uint8)
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            top, left = y * (height + gap), x * (width + gap)
-            canvas[top : top + height, left : left + width] = picture.numpy()
+        for left, picture in zip(lefts, row, strict=False):
+            top = y * (height + gap)
+            canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture.numpy()
     return Image.fromarray(canvas)

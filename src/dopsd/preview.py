@@ -17,32 +17,30 @@ from dopsd.rollout import Velocity
 
 
 @dataclass(frozen=True)
-class Preview:
-    """A prompt, its noise [1, C, h, w] and the noise's seed; `privileged` where the teacher sees a picture with it."""
+class Wanted:
+    """A picture to show: its prompt, the seed of its noise, and its latent size (channels, height, width)."""
 
     prompt: str
     seed: int
+    cells: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is wanted, read; its noise [1, C, h, w]; `privileged` where the teacher sees a picture with it."""
+
+    wanted: Wanted
     context: Context
     privileged: Context | None
     noise: torch.Tensor
 
 
-def read_previews(
-    prompts: Sequence[str],
-    reader: Reader,
-    pictures: Sequence[Image.Image],
-    cells: tuple[int, int, int],
-    seed: int,
-) -> tuple[Preview, ...]:
-    """Read the prompts, and for the teacher each with one of the pictures in turn (none: the teacher has no row).
-
-    cells: latent (channels, height, width). Preview i starts from noise seed + i.
-    """
+def read_previews(wanted: Sequence[Wanted], reader: Reader, pictures: Sequence[Image.Image]) -> tuple[Preview, ...]:
+    """Read the prompts, and for the teacher each with one of the pictures in turn (none: the teacher has no row)."""
     previews = []
-    for index, prompt in enumerate(prompts):
-        seeing = reader.context([prompt], [pictures[index % len(pictures)]]) if pictures else None
-        noise = noise_for([seed + index], *cells)
-        previews.append(Preview(prompt, seed + index, reader.context([prompt]), seeing, noise))
+    for index, each in enumerate(wanted):
+        seeing = reader.context([each.prompt], [pictures[index % len(pictures)]]) if pictures else None
+        previews.append(Preview(each, reader.context([each.prompt]), seeing, noise_for([each.seed], *each.cells)))
     return tuple(previews)
 
 
@@ -54,23 +52,43 @@ def paint_previews(
     schedule_for: Callable[[int, int], Schedule],
     device: torch.device,
 ) -> None:
-    """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json` (rows, prompts, sigmas)."""
-    noise = torch.cat([preview.noise for preview in previews])
-    schedule = schedule_for(*noise.shape[-2:])
-    text = Context.stack([preview.context for preview in previews]).to(device)
+    """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json`: the roles, and of each picture
+    prompt, seed and sigmas."""
+    schedules = [schedule_for(*preview.noise.shape[-2:]) for preview in previews]
+    texts = [preview.context for preview in previews]
     seeing = [preview.privileged for preview in previews if preview.privileged]
-    rows: dict[str, tuple[Velocity, Context]] = {"base": (roles.base, text)}
+    rows: dict[str, tuple[Velocity, Sequence[Context]]] = {"base": (roles.base, texts)}
     if seeing:
-        rows["teacher"] = (roles.teacher, Context.stack(seeing).to(device))
-    rows["student"] = (roles.student, text)
-    pictures = {role: paint(velocity, painter, schedule, context, noise) for role, (velocity, context) in rows.items()}
-    prompts = [preview.prompt for preview in previews]
+        rows["teacher"] = (roles.teacher, seeing)
+    rows["student"] = (roles.student, texts)
+    noises = [preview.noise for preview in previews]
+    pictures = {role: paint_each(*row, painter, schedules, noises, device) for role, row in rows.items()}
+    about = [
+        {"prompt": preview.wanted.prompt, "seed": preview.wanted.seed, "sigmas": schedule.times.tolist()}
+        for preview, schedule in zip(previews, schedules, strict=True)
+    ]
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         for role, row in pictures.items():
-            for index, (preview, image) in enumerate(zip(previews, to_images(row), strict=True)):
-                image.save(temporary / f"{role}_{index}_{preview.seed}.png")
+            for index, (preview, picture) in enumerate(zip(previews, row, strict=True)):
+                to_images(picture[None])[0].save(temporary / f"{role}_{index}_{preview.wanted.seed}.png")
         grid(list(pictures.values())).save(temporary / "grid.png")
-        write_json(
-            temporary / "preview.json", {"rows": list(rows), "prompts": prompts, "sigmas": schedule.times.tolist()}
-        )
+        write_json(temporary / "preview.json", {"rows": list(rows), "pictures": about})
+
+
+def paint_each(
+    velocity: Velocity,
+    contexts: Sequence[Context],
+    painter: Painter,
+    schedules: Sequence[Schedule],
+    noises: Sequence[torch.Tensor],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Each picture, uint8 [H, W, 3]; those of one size are painted together."""
+    painted: dict[int, torch.Tensor] = {}
+    for shape in dict.fromkeys(noise.shape for noise in noises):
+        same = [index for index, noise in enumerate(noises) if noise.shape == shape]
+        context = Context.stack([contexts[index] for index in same]).to(device)
+        noise = torch.cat([noises[index] for index in same])
+        painted |= zip(same, paint(velocity, painter, schedules[same[0]], context, noise), strict=True)
+    return [painted[index] for index in range(len(noises))]

@@ -79,7 +79,7 @@ class ModelSection(Section):
 
 
 def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str | int) else value
+    return [value] if isinstance(value, str | int | dict) else value
 
 
 def _no_single(prompts: tuple[str, ...]) -> tuple[str, ...]:
@@ -134,10 +134,22 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0)
 
 
+class PromptSection(Section):
+    """A prompt whose preview has a seed or a size of its own."""
+
+    prompt: str
+    seed: int | None = Field(None, ge=0, description="Default: sample.seed plus its place in the list.")
+    width: int | None = Field(None, gt=0, description="Pixels; default: sample.width.")
+    height: int | None = Field(None, gt=0, description="Pixels; default: sample.height.")
+
+
 class SampleSection(Section):
     """Previews while training: student, teacher and base on the same noise."""
 
-    prompts: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field((), description="Default: 4 captions.")
+    prompts: Annotated[tuple[str | PromptSection, ...], BeforeValidator(_one_or_many)] = Field(
+        (), description="Texts, or {prompt, seed, width, height}; default: 4 captions."
+    )
+    unrelated: int = Field(2, ge=0, le=8, description="How many of the health prompts are shown as well.")
     every: int = Field(100, ge=0, description="Steps between previews; 0: only before and after.")
     nfe: int | None = Field(None, ge=1, description="Forwards of the sampler; default: the model's own.")
     seed: int = Field(0, ge=0)

@@ -16,13 +16,20 @@ from PIL import Image
 
 from dopsd import __version__
 from dopsd.batch import Context
-from dopsd.checking import PREVIEWS, Checked, check, dtype_of, lean_on, prompts_shown, resolutions_of
+from dopsd.checking import (
+    PREVIEWS,
+    Checked,
+    check,
+    dtype_of,
+    lean_on,
+    pictures_shown,
+    resolutions_of,
+    unrelated_prompts,
+)
 from dopsd.data.buckets import cover_crop
 from dopsd.data.cache import Row, prepare
 from dopsd.data.folder import Listing, open_picture
 from dopsd.data.loader import Loader
-from dopsd.deployed import cells_of
-from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.report import write_report
 from dopsd.families.base import Family
 from dopsd.preview import Preview, read_previews
@@ -184,16 +191,10 @@ def _read_and_encode(
             device=device,
             progress=(lambda done, total: progress("caching", done, total)) if progress else None,
         )
-    wanted, side = recipe.sample, max(resolutions_of(recipe, family))
-    height, width = cells_of(family, wanted.height or side, wanted.width or side)
     previews = read_previews(
-        prompts_shown(recipe, listing),
-        reader,
-        pictures=[_crop(row) for row in rows[:PREVIEWS]] if privileged else [],
-        cells=(family.channels, height, width),
-        seed=wanted.seed,
+        pictures_shown(recipe, family, listing), reader, [_crop(row) for row in rows[:PREVIEWS]] if privileged else []
     )
-    unrelated = reader.context(list(recipe.health.prompts or family.unrelated_prompts or PROMPTS))
+    unrelated = reader.context(list(unrelated_prompts(recipe, family)))
     return _Material(tuple(rows), previews, unrelated)
 
 

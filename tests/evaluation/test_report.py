@@ -76,7 +76,9 @@ def write_preview(
     for row, role in enumerate(roles):
         for index in range(len(PROMPTS)):
             scene(step + 10 * row + index, side).save(folder / f"{role}_{index}_{7 + index}.png")
-    said = {"rows": roles, "prompts": PROMPTS, "sigmas": [1.0, 0.7, 0.30000001192092896, 0.0]}
+    sigmas = [1.0, 0.7, 0.30000001192092896, 0.0]
+    pictures = [{"prompt": prompt, "seed": 7 + index, "sigmas": sigmas} for index, prompt in enumerate(PROMPTS)]
+    said = {"rows": roles, "pictures": pictures}
     (folder / "preview.json").write_text(json.dumps(said), encoding="utf-8")
 
 

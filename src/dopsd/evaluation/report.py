@@ -63,7 +63,7 @@ def write_report(run: Path) -> Path:
         *_picture_sections(previews),
         *_health_sections(run / "health.jsonl"),
         _Section("Curves", words=thinning, curves=_curves(metrics)),
-        _Section("Sampler", words=[_walk_in_words(preview.sigmas) for preview in previews[-1:]]),
+        _Section("Sampler", words=[_walk_in_words(walk) for preview in previews[-1:] for walk in preview.walks]),
         _Section("Recipe", text=recipe),
         _Section("Environment", rows=[(key, str(value)) for key, value in environment.items()]),
         _Section("Refused pictures", rows=[(name, why.replace(folder, "")) for name, why in refused]),
@@ -118,12 +118,13 @@ class _Section:
 
 @dataclass(frozen=True)
 class _Preview:
-    """One folder of samples/: titles say prompt and seed; pictures of each role are in their order."""
+    """One folder of samples/: titles say prompt and seed; pictures of each role are in order; walks: the different
+    lists of sigmas they were painted with (they depend on the size)."""
 
     step: int
     titles: tuple[str, ...]
     pictures: Mapping[str, tuple[Image.Image, ...]]
-    sigmas: tuple[float, ...]
+    walks: tuple[tuple[float, ...], ...]
 
 
 def _write_page(
@@ -193,15 +194,15 @@ def _read_previews(folder: Path) -> list[_Preview]:
     for path in sorted(folder.glob("step-*/preview.json")):
         said = json.loads(path.read_text(encoding="utf-8"))
         files = {role: list(path.parent.glob(f"{role}_*_*.png")) for role in ROLES if role in said["rows"]}
-        if any(len(row) != len(said["prompts"]) for row in files.values()):
+        if any(len(row) != len(said["pictures"]) for row in files.values()):
             continue
         for row in files.values():
             row.sort(key=lambda file: int(file.stem.split("_")[1]))
-        seeds = [file.stem.split("_")[2] for file in files["student"]]
-        titles = tuple(f"{prompt} (seed {seed})" for prompt, seed in zip(said["prompts"], seeds, strict=True))
+        titles = tuple(f"{picture['prompt']} (seed {picture['seed']})" for picture in said["pictures"])
         pictures = {role: tuple(Image.open(file).convert("RGB") for file in row) for role, row in files.items()}
         step = int(path.parent.name.removeprefix("step-"))
-        previews.append(_Preview(step, titles, pictures, tuple(said["sigmas"])))
+        walks = tuple(dict.fromkeys(tuple(picture["sigmas"]) for picture in said["pictures"]))
+        previews.append(_Preview(step, titles, pictures, walks))
     return previews
 
 
