@@ -27,7 +27,7 @@ FLOORS = (
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket"),
     ("recipe", "export", "preview", "inspection", "doctor"),
-    ("session", "run_folder", "starter", "deployed", "trackers", "forecast"),
+    ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card"),
     ("ward", "checking"),
     ("run",),
     ("compare", "console"),

@@ -1,14 +1,19 @@
 """LoRA files of other tools: read as diffusers reads them, described as they are, refused with a sentence."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ZImagePipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
+from dopsd.deployed import fuse, sample_latents
 from dopsd.export import merge_lora, read_lora
 from dopsd.inspection import inspect_lora
+from dopsd.paint import noise_for
 from dopsd.recipe import parse_recipe
 from dopsd.run import train
 
@@ -163,6 +168,38 @@ def test_training_goes_on_from_a_lora_file_whatever_the_alpha(lesson, tmp_path, 
         assert b.any()
         torch.testing.assert_close(right[module][1] @ right[module][0], b @ a, atol=1e-6, rtol=1e-4)
     assert "parent_adapter_sha256" in dict(inspect_lora(again).lines)
+
+
+def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(lesson, tmp_path, pocket):
+    recipe = recipe_from(lesson, tmp_path, "first")
+    file = finish(parse_recipe(recipe.model_dump() | {"train": recipe.train.model_dump() | {"learning_rate": 0.01}}))
+    fuse("pocket", file, tmp_path / "fused", strength=0.5)
+    pipeline = ZImagePipeline.from_pretrained(tmp_path / "fused")
+    noise = noise_for([3], pocket.channels, 16, 16)
+    wanted = sample_latents(pocket, ["a big red star"], noise, file, strength=0.5)
+    untuned = sample_latents(pocket, ["a big red star"], noise)
+    found = pipeline(
+        "a big red star", height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.clone(),
+        output_type="latent",
+    ).images  # fmt: skip
+    assert (wanted - untuned).abs().max() > 0.01
+    torch.testing.assert_close(found.float(), wanted, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="exists and is not overwritten"):
+        fuse("pocket", file, tmp_path / "fused")
+
+
+def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_machine(lesson, tmp_path):
+    recipe = recipe_from(lesson, tmp_path, "first")
+    recipe = parse_recipe(recipe.model_dump() | {"data": {"folder": str(lesson), "trigger": "zib"}})
+    file = finish(recipe)
+    text = (recipe.run_folder / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    assert card.data.base_model == "pocket" and card.data.instance_prompt == "zib" and card.data.license == "apache-2.0"
+    files = re.findall(r"!\[]\(([^)]+)\)", text) + [each["output"]["url"] for each in card.data.to_dict()["widget"]]
+    assert len(files) == 9 and all((recipe.run_folder / name).is_file() for name in files)
+    assert str(tmp_path) not in text
+    said = dict(inspect_lora(file).lines)
+    assert said["data_sha256"] in text and said["pictures"] == "4"
 
 
 def test_a_lora_of_another_rank_is_no_start(lesson, tmp_path):

@@ -120,6 +120,21 @@ def sample(
 
 @app.command()
 @refusing
+def fuse(
+    lora: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).", show_default=False)],
+    model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
+    strength: Annotated[float, typer.Option(help="Of the LoRA; 1 is what was trained.")] = 1.0,
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("fused"),
+) -> None:
+    """Write the model with a LoRA added to its weights, as a diffusers folder."""
+    from dopsd.deployed import fuse as fuse_lora
+
+    fuse_lora(model, lora, folder, strength)
+    out.print(f"{folder}; open it with diffusers, or: dopsd sample PROMPT --model {folder}", highlight=False)
+
+
+@app.command()
+@refusing
 def compare(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes to run side by side.", show_default=False)],
     change: Changes = None,

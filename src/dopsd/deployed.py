@@ -1,15 +1,18 @@
 """The model as its users run it: prompts to pictures, with or without a LoRA file."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import snapshot_download
 from PIL import Image
 
 from dopsd.export import merge_lora
 from dopsd.families import load_family
 from dopsd.families.base import Family
+from dopsd.files import atomic_path
 from dopsd.paint import noise_for, to_images, to_pictures
 from dopsd.rollout import walk
 
@@ -47,6 +50,19 @@ def sample_latents(
     if lora:
         merge_lora(denoiser.network, lora, family, strength)
     return walk(denoiser, noise.to(device), family.schedule(nfe or family.default_nfe, *noise.shape[-2:]), context)
+
+
+def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0) -> None:
+    """Write the checkpoint as a diffusers folder with the LoRA added to its weights: what opens it needs no LoRA."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists and is not overwritten: choose another folder with --out.")
+    family = load_family(name_or_path)
+    network = family.load_denoiser(*deployed_on()).network
+    merge_lora(network, lora, family, strength)
+    whole = Path(family.path) if Path(family.path).is_dir() else Path(snapshot_download(family.path))
+    with atomic_path(folder) as temporary:
+        shutil.copytree(whole, temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*"))
+        network.save_pretrained(temporary / family.export_prefix)  # type: ignore[operator] - of every diffusers model
 
 
 def deployed_on() -> tuple[torch.device, torch.dtype]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dopsd import __version__
 from dopsd.batch import Context
+from dopsd.card import write_card
 from dopsd.checking import (
     PREVIEWS,
     Checked,
@@ -98,6 +99,7 @@ def _train(
         illness = ward.visit(report.step, done)
         if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
             session.export(folder / f"{recipe.run_name}.safetensors", report.step)
+            write_card(recipe, session.metadata(report.step), report.step)
             write_report(folder)
         elif due:
             session.export(folder / f"{recipe.run_name}-step{report.step:06d}.safetensors", report.step)
@@ -162,7 +164,9 @@ def _load(recipe: Recipe, found: Checked, progress: Progress | None) -> tuple[_M
     accelerator = Accelerator()
     device, dtype = accelerator.device, dtype_of(recipe, accelerator.device)
     material = _read_and_encode(recipe, found.family, found.listing, device, dtype, progress)
-    return material, Session.open(recipe, found.family, accelerator, dtype, lean_on(recipe, found, device, dtype))
+    lean, pictures = lean_on(recipe, found, device, dtype), found.listing
+    data = {"pictures": str(len(pictures.examples)), "data_sha256": pictures.fingerprint()}
+    return material, Session.open(recipe, found.family, accelerator, dtype, lean, data)
 
 
 def _read_and_encode(

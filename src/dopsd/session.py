@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Session:
     family: Family
     accelerator: Accelerator
     lean: bool  # activations are recomputed, pictures decoded in tiles
+    data: Mapping[str, str]  # what a LoRA file says of the pictures it was tuned on
     trainable: dict[str, nn.Parameter]
     teacher: Teacher
     optimizer: torch.optim.Optimizer
@@ -42,9 +43,15 @@ class Session:
 
     @classmethod
     def open(
-        cls, recipe: Recipe, family: Family, accelerator: Accelerator, dtype: torch.dtype, lean: bool
+        cls,
+        recipe: Recipe,
+        family: Family,
+        accelerator: Accelerator,
+        dtype: torch.dtype,
+        lean: bool,
+        data: Mapping[str, str],
     ) -> "Session":
-        """Load the denoiser, put LoRA on it, and make the roles. lean: save memory at the price of time."""
+        """Load the denoiser, put LoRA on it, and make the roles."""
         denoiser = family.load_denoiser(accelerator.device, dtype)
         if lean:
             denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator] - every diffusers model has it
@@ -63,7 +70,7 @@ class Session:
             return family.schedule(nfe or family.default_nfe, height, width)
 
         roles = make_roles(denoiser, trainable, teacher, schedule)
-        return cls(recipe, family, accelerator, lean, trainable, teacher, optimizer, roles)
+        return cls(recipe, family, accelerator, lean, data, trainable, teacher, optimizer, roles)
 
     @property
     def device(self) -> torch.device:
@@ -107,10 +114,10 @@ class Session:
     def export(self, path: Path, step: int) -> None:
         """The student after `step` steps as a LoRA file, reopened and compared."""
         scale = (self.recipe.lora.alpha or self.recipe.lora.rank) / self.recipe.lora.rank
-        export_lora(path, self.trainable, scale, self.family.export_prefix, self._metadata(step))
+        export_lora(path, self.trainable, scale, self.family.export_prefix, self.metadata(step))
         log.info("saved=%s reopened_and_compared=yes", path)
 
-    def _metadata(self, step: int) -> dict[str, str]:
+    def metadata(self, step: int) -> dict[str, str]:
         """What a LoRA file says of itself: modelspec, the keys that kohya's tools show, and ours. No path of a machine,
         no caption."""
         recipe, family = self.recipe, self.family
@@ -138,6 +145,7 @@ class Session:
             "method": recipe.method.name,
             "method_settings": recipe.method.model_dump_json(),
             "teacher_context": family.teacher_contexts[0] if "privileged" in recipe.method.needs else "none",
+            **self.data,
             "nfe": str(self.deployed_nfe),
             "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells).times.tolist()),
         }

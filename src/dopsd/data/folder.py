@@ -5,6 +5,7 @@ to `buckets`, tensors to `cache`.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+
+from dopsd.files import sha256_of
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 if features.check("avif"):
@@ -46,6 +49,11 @@ class Listing:
     examples: tuple[Example, ...]
     refused: tuple[tuple[Path, str], ...]
     source: str
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the pictures' bytes and their captions, in any order and wherever they lie."""
+        each = sorted([sha256_of(e.path), e.caption, *e.also] for e in self.examples)
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
 
 Finding = tuple[Path, Example | str]  # a file, and the example it makes or why it makes none

@@ -1,0 +1,85 @@
+"""A model card: README.md of the run folder, in the hub's format, so that the folder can be uploaded as it is."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dopsd.files import write_text
+from dopsd.recipe import Recipe
+
+TOLD = {
+    "method": "method",
+    "method_settings": "its settings",
+    "teacher_context": "the teacher sees",
+    "ss_network_dim": "rank",
+    "ss_learning_rate": "learning rate",
+    "ss_steps": "steps",
+    "ss_seed": "seed",
+    "pictures": "pictures",
+    "data_sha256": "data (hash of pictures and captions)",
+    "parent_adapter_sha256": "went on from the LoRA",
+    "sigmas": "noise levels of the walk",
+}
+
+
+def write_card(recipe: Recipe, metadata: Mapping[str, str], step: int) -> Path:
+    """Write README.md from what the LoRA file says of itself and the previews after `step` steps."""
+    samples = f"samples/step-{step:06d}"
+    preview = json.loads((recipe.run_folder / samples / "preview.json").read_text(encoding="utf-8"))
+    shown = [(each["prompt"], f"{index}_{each['seed']}.png") for index, each in enumerate(preview["pictures"])]
+    widget = [{"text": prompt, "output": {"url": f"{samples}/student_{file}"}} for prompt, file in shown]
+    head: dict[str, Any] = {
+        "base_model": metadata["base_model"],
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": metadata["modelspec.license"].lower(),
+        "tags": ["lora", "diffusers", "text-to-image", "dopsd"],
+        "widget": widget,
+    }
+    if recipe.data.trigger:
+        head["instance_prompt"] = recipe.data.trigger
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    rows = [f"| {_cell(p)} | ![]({samples}/base_{f}) | ![]({samples}/student_{f}) |" for p, f in shown]
+    facts = [f"| {words} | {_cell(metadata[key])} |" for key, words in TOLD.items() if key in metadata]
+    text = f"""---
+{front}---
+
+# {recipe.run_name}
+
+A LoRA for {metadata["base_model"]}, tuned with dopsd {metadata["dopsd_version"]}. It paints in {metadata["nfe"]} steps
+without guidance, at strength 1{f", and answers to `{recipe.data.trigger}`" if recipe.data.trigger else ""}.
+
+| prompt | untouched model | with this LoRA |
+|---|---|---|
+{chr(10).join(rows)}
+
+Same noise in a row.
+
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{metadata["base_model"]}", torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights(".", weight_name="{recipe.run_name}.safetensors")
+picture = pipeline("{_cell(shown[0][0])}", num_inference_steps={metadata["nfe"]}, guidance_scale=0.0).images[0]
+```
+
+## Training
+
+| | |
+|---|---|
+{chr(10).join(facts)}
+"""
+    path = recipe.run_folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def _cell(text: str) -> str:
+    """One line, and no bar or quote that would end a cell or a string."""
+    return " ".join(text.split()).replace("|", "/").replace('"', "'")
