@@ -8,6 +8,7 @@ from accelerate import Accelerator, init_empty_weights
 
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Listing, picture_size
+from dopsd.data.importing import fill
 from dopsd.data.sources import Source, read_sources
 from dopsd.deployed import cells_of
 from dopsd.evaluation.health import PROMPTS
@@ -106,7 +107,10 @@ def resolutions_of(recipe: Recipe, family: Family) -> tuple[int, ...]:
 
 
 def read_data(recipe: Recipe) -> Listing:
-    """Every folder of the recipe."""
+    """Every folder of the recipe; one that a data set is to fill is filled first."""
+    for s in (recipe.data, *recipe.data.more):
+        if s.dataset:
+            fill(s.folder, s.dataset, s.image_column, s.caption_column, s.split)
     data = recipe.data
     sources = [
         Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight) for s in (data, *data.more)

@@ -39,6 +39,8 @@ ALIASES = {
     "name_or_path": "model.name_or_path",
     "instance_data_dir": "data.folder",
     "dataset_path": "data.folder",
+    "dataset_name": "data.dataset",
+    "train_data_dir": "data.folder",
     "folder_path": "data.folder",
     "num_repeats": "data.repeats",
     "trigger_word": "data.trigger",
@@ -92,6 +94,14 @@ class SourceSection(Section):
     """One folder of pictures."""
 
     folder: Path = Field(description="Pictures with metadata.jsonl/.csv, same-stem .txt/.caption, or neither.")
+    dataset: str | None = Field(
+        None, description="Hub data set (or its folder) that fills `folder` if it is not there."
+    )
+    image_column: str = Field("image", description="Of the data set.")
+    caption_column: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
+        ("text",), min_length=1, description="Of the data set, one or several; all captions are kept."
+    )
+    split: str = Field("train", description="Of the data set.")
     instance_prompt: str | None = Field(None, description="Caption of every picture that brings none.")
     caption_extension: str | None = Field(None, description="Only captions of this extension, e.g. `.txt`.")
     repeats: int = Field(1, ge=1, description="How often an epoch visits each picture.")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dopsd.data.folder import read_folder
-from dopsd.data.importing import import_data
+from dopsd.data.importing import fill, import_data
 
 
 def picture(colour: str, form: str = "PNG") -> bytes:
@@ -59,6 +59,17 @@ def test_a_data_set_of_the_datasets_library_becomes_a_folder(tmp_path):
     with pytest.raises(ValueError, match="has no column image; it has picture, words"):
         import_data(str(tmp_path / "table"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_recipes_data_set_fills_its_folder_once_and_another_one_is_refused(reference, tmp_path):
+    out = tmp_path / "out"
+    fill(out, str(reference), caption_columns=["short_en"])
+    stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    fill(out, str(reference), caption_columns=["short_en"])
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.iterdir()} and len(stamps) == 4
+    for folder, columns in ((out, ["medium_en"]), (tmp_path / "pictures", ["short_en"])):
+        with pytest.raises(ValueError, match="was not filled from"):
+            fill(folder, str(reference), caption_columns=columns)
 
 
 BAD = {

@@ -12,11 +12,13 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dopsd.data.folder import OPENED
-from dopsd.files import atomic_path, write_text
+from dopsd.files import atomic_path, write_json, write_text
 
 PATH_KEYS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path")
 REFERENCE_CAPTIONS = ("short_en", "medium_en", "detailed_en", "user_prompt_en")
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "AVIF": ".avif"}
+
+ORIGIN = "origin.json"  # where an imported folder came from
 
 Item = tuple[bytes, list[str]]  # a picture's bytes and its captions
 
@@ -30,9 +32,11 @@ def import_data(
     if target.exists():
         raise ValueError(f"{target} exists and is not overwritten: choose another folder with --out.")
     if source.endswith(".jsonl"):
-        items = _reference_rows(Path(source), caption_columns or REFERENCE_CAPTIONS)
+        caption_columns = caption_columns or REFERENCE_CAPTIONS
+        items = _reference_rows(Path(source), caption_columns)
     else:
-        items = _dataset_rows(source, image_column, caption_columns or ("text",), split)
+        caption_columns = caption_columns or ("text",)
+        items = _dataset_rows(source, image_column, caption_columns, split)
     lines = []
     with atomic_path(target) as temporary:
         temporary.mkdir()
@@ -44,7 +48,31 @@ def import_data(
         if not lines:
             raise ValueError(f"{source} has no rows.")
         write_text(temporary / "metadata.jsonl", "".join(lines))
+        write_json(temporary / ORIGIN, _origin(source, image_column, caption_columns, split))
     return len(lines)
+
+
+def fill(
+    folder: Path,
+    source: str,
+    image_column: str = "image",
+    caption_columns: Sequence[str] = ("text",),
+    split: str = "train",
+) -> None:
+    """Import a data set into `folder` unless it was before. Raises ValueError when the folder holds something else."""
+    origin = _origin(source, image_column, caption_columns, split)
+    if not folder.exists():
+        import_data(source, folder, image_column, caption_columns, split)
+    told = folder / ORIGIN
+    if not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != origin:
+        raise ValueError(
+            f"{folder} was not filled from {source} with these columns and this split: remove it, choose another "
+            "data.folder, or leave data.dataset out to take the folder as it is."
+        )
+
+
+def _origin(source: str, image_column: str, caption_columns: Sequence[str], split: str) -> dict[str, Any]:
+    return {"source": source, "image": image_column, "captions": list(caption_columns), "split": split}
 
 
 def _extension(content: bytes, where: str) -> str:
