@@ -196,6 +196,31 @@ def import_(
 
 @app.command()
 @refusing
+def caption(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A Qwen3-VL: hub id or local folder.")] = "Qwen/Qwen3-VL-4B-Instruct",
+    question: Annotated[str | None, typer.Option(help="What to ask of each picture; default: one sentence.")] = None,
+    most_tokens: Annotated[int, typer.Option(help="Longest caption.", min=1)] = 120,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where there is a caption.")] = False,
+) -> None:
+    """Write a caption beside each picture that has none, by a local vision-language model."""
+    from dopsd.data.captioning import QUESTION, caption_folder
+    from dopsd.deployed import deployed_on
+    from dopsd.families.qwen import Captioner
+
+    captioner = Captioner(model, *deployed_on())
+    with bars() as advance:
+        written, kept = caption_folder(
+            folder,
+            lambda image: captioner.caption(image, question or QUESTION, most_tokens),
+            overwrite,
+            lambda done, total: advance("captions", done, total),
+        )
+    out.print(f"{written} captions written, {kept} kept; read them before you train", highlight=False)
+
+
+@app.command()
+@refusing
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML."""
     import json

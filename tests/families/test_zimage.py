@@ -12,7 +12,7 @@ from transformers import Qwen3VLModel
 
 from dopsd.deployed import sample, sample_latents
 from dopsd.families import load_family
-from dopsd.families.zimage import transplant
+from dopsd.families.qwen import transplant
 from dopsd.paint import noise_for
 from dopsd.rollout import rollout, walk
 

@@ -76,7 +76,7 @@ def read_folder(
         findings, source = _listed_in(present[0]), present[0].name
     else:
         prompt = None if instance_prompt is None else _caption(instance_prompt, "the instance prompt")
-        findings, source = _beside_pictures(folder, prompt, caption_extension)
+        findings, source = _besidepictures_in(folder, prompt, caption_extension)
     findings = sorted(map(_decoded, findings), key=lambda finding: finding[0].as_posix())
     examples = tuple(result for _, result in findings if isinstance(result, Example))
     refused = tuple((path, result) for path, result in findings if isinstance(result, str))
@@ -138,7 +138,7 @@ def _listed_in(metadata: Path) -> list[Finding]:
     if not findings:
         raise ValueError(f"no pictures in {metadata.parent}: {metadata.name} has no rows.")
     unnamed = f"has no caption: no row of {metadata.name} names it."
-    return findings + [(p, f"{p.name} {unnamed}") for p in _pictures(metadata.parent) if p not in named]
+    return findings + [(p, f"{p.name} {unnamed}") for p in pictures_in(metadata.parent) if p not in named]
 
 
 def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
@@ -200,9 +200,9 @@ def _caption(text: object, what: str) -> str:
     return text.strip()
 
 
-def _beside_pictures(folder: Path, prompt: str | None, extension: str | None) -> tuple[list[Finding], str]:
+def _besidepictures_in(folder: Path, prompt: str | None, extension: str | None) -> tuple[list[Finding], str]:
     """One finding per picture, captioned by the file beside it or else by `prompt`; and where captions came from."""
-    pictures = _pictures(folder)
+    pictures = pictures_in(folder)
     if not pictures:
         raise ValueError(f"no pictures in {folder}: looked for {', '.join(FORMATS)} in it, not in its subfolders.")
     extensions = CAPTION_EXTENSIONS if extension is None else (f".{extension.lstrip('.')}",)
@@ -234,7 +234,7 @@ def _captioned(path: Path, texts: list[Path], prompt: str | None, extensions: tu
     return Example(path, prompt)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
     """Files that look like pictures, sorted; files that begin with a dot are the system's, not the user's."""
     seen = (path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
     return sorted(path for path in seen if path.suffix.lower() in FORMATS.keys() | FOREIGN)

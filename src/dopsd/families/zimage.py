@@ -4,9 +4,7 @@ Z-Image counts time from noise (0) to clean (1) and answers clean - noise; `ZIma
 teacher reads its picture through a Qwen3-VL whose language weights are replaced by the pipeline's text encoder.
 """
 
-import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,27 +12,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
-from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Qwen2VLImageProcessorPil,
-    Qwen3VLModel,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser
+from dopsd.families.qwen import QwenReader, fingerprint_of, load_processor, picture_tokens, templated, with_picture
 from dopsd.flow import Schedule
 
-log = logging.getLogger(__name__)
-
-TEXT_TOKENS = 512  # ZImagePipeline's max_sequence_length
-PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
-PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
-HIDDEN_STATE = -2  # the one ZImagePipeline reads
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 # Of the reference code's Z-Image script: 4 pictures a step, 2000 steps.
 TURBO_STARTING_POINTS = {
@@ -106,8 +91,8 @@ class ZImage:
         self._scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(nfe), mu=shift)
         return Schedule(self._scheduler.sigmas.float().clone(), (0.0,) * nfe)
 
-    def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> "QwenReader":
-        return QwenReader(self, device, dtype, pictures)
+    def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> QwenReader:
+        return QwenReader(self.path, self.vlm, self.revision, device, dtype, pictures)
 
     def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KLPainter":
         vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", revision=self.revision, torch_dtype=dtype)
@@ -123,7 +108,7 @@ class ZImage:
         if sizes is None:
             texts = [templated(tokenizer, prompt) for prompt in prompts]
         else:
-            processor = _load_processor(self.vlm)
+            processor = load_processor(self.vlm)
             texts = [
                 with_picture(tokenizer, prompt, picture_tokens(processor, size))
                 for prompt, size in zip(prompts, sizes, strict=True)
@@ -169,7 +154,7 @@ class KLPainter:
     def __init__(self, vae: AutoencoderKL, tiled: bool = False):
         self.vae = vae.eval().requires_grad_(False)
         self.tiled = tiled
-        self.fingerprint = f"{_fingerprint(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
+        self.fingerprint = f"{fingerprint_of(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
 
     def latents(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -182,137 +167,3 @@ class KLPainter:
         pixels = self.vae.decode(scaled + self.vae.config.shift_factor, return_dict=False)[0].float()
         self.vae.use_tiling = False
         return pixels
-
-
-class QwenReader:
-    """Prompts as ZImagePipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
-
-    def __init__(self, family: ZImage, device: torch.device, dtype: torch.dtype, pictures: bool):
-        where = {"pretrained_model_name_or_path": family.path, "revision": family.revision}
-        self.tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
-        self.encoder = AutoModel.from_pretrained(**where, subfolder="text_encoder", dtype=dtype).to(device).eval()
-        self.encoder.requires_grad_(False)
-        self.vlm = self.processor = None
-        if pictures:
-            vlm = _load_vlm(family.vlm, dtype)
-            transplant(self.encoder, vlm, family.vlm)  # before the VLM moves, so that no second copy goes along
-            self.vlm = vlm.to(device)
-            self.processor = _load_processor(family.vlm)
-            self.text_gap = self._text_gap()
-            log.info("vlm=%s language_weights=replaced text_only_gap=%.2e", family.vlm, self.text_gap)
-        marks = [_fingerprint(self.encoder), str(dtype), self.tokenizer.chat_template or ""]
-        if self.vlm is not None:
-            marks += [_fingerprint(self.vlm.visual), json.dumps(self.processor.to_dict(), default=str, sort_keys=True)]
-        self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]
-
-    @torch.no_grad()
-    def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
-        if images is not None:
-            return Context.stack([self._privileged(p, i) for p, i in zip(prompts, images, strict=True)])
-        texts = [templated(self.tokenizer, prompt) for prompt in prompts]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
-        self._refuse_long(prompts, tokens.attention_mask.sum(1), TEXT_TOKENS)
-        tokens = tokens.to(self.encoder.device)
-        states = self.encoder(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.bool(), output_hidden_states=True
-        ).hidden_states[HIDDEN_STATE]
-        rows = [state[mask] for state, mask in zip(states, tokens.attention_mask.bool(), strict=True)]
-        return Context.stack([Context(row[None], (len(row),)) for row in rows])
-
-    def _privileged(self, prompt: str, image: Image.Image) -> Context:
-        assert self.vlm is not None and self.processor is not None, "this reader was loaded without its VLM"
-        patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
-        count = picture_tokens(self.processor, image.size)
-        text = with_picture(self.tokenizer, prompt, count)
-        ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
-        self._refuse_long([prompt], torch.tensor([ids.shape[1]]), PRIVILEGED_TOKENS, f", {count} of them the picture's")
-        states = self.vlm(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=patches["pixel_values"],
-            image_grid_thw=patches["image_grid_thw"],
-            mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
-            output_hidden_states=True,
-        ).hidden_states[HIDDEN_STATE]
-        return Context(states, (ids.shape[1],))
-
-    def _refuse_long(self, prompts: Sequence[str], lengths: Tensor, limit: int, of_them: str = "") -> None:
-        for prompt, length in zip(prompts, lengths.tolist(), strict=True):
-            if length > limit:
-                start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-                raise ValueError(
-                    f'the caption "{start}" makes {length} tokens{of_them}; the limit is {limit}. Shorten it.'
-                )
-
-    @torch.no_grad()
-    def _text_gap(self) -> float:
-        """Largest difference of the two text-only hidden states: 0 unless their rope settings or dtypes differ."""
-        assert self.vlm is not None
-        ids = self.tokenizer([templated(self.tokenizer, "a picture of a red house")], return_tensors="pt").input_ids
-        ids = ids.to(self.encoder.device)
-        plain = self.encoder(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
-        seeing = self.vlm.language_model(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
-        return (plain.float() - seeing.float()).abs().max().item()
-
-
-def templated(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
-    """One user turn as ZImagePipeline writes it."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-
-
-def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> str:
-    """One user turn, a picture of `count` tokens first, then the prompt; templated once."""
-    mark = "<|image_pad|>"
-    text = templated(tokenizer, [{"type": "image"}, {"type": "text", "text": prompt}])
-    return text.replace(mark, mark * count, 1)
-
-
-def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
-    """Of a picture of (width, height) pixels."""
-    return processor.get_number_of_image_patches(size[1], size[0]) // processor.merge_size**2
-
-
-def _load_vlm(path: str, dtype: torch.dtype) -> Qwen3VLModel:
-    try:
-        return Qwen3VLModel.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
-    except OSError as error:
-        raise ValueError(f"the teacher's VLM {path} could not be loaded ({str(error).splitlines()[0]}).") from error
-
-
-def _load_processor(path: str) -> Qwen2VLImageProcessorPil:
-    """The VLM's own picture processor, its largest picture limited to PICTURE_TOKENS."""
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    most = PICTURE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
-    size = {edge: min(processor.size[edge], most) for edge in ("shortest_edge", "longest_edge")}
-    return Qwen2VLImageProcessorPil.from_pretrained(path, size=size)
-
-
-def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
-    """Replace the VLM's language weights by the text encoder's. Raises ValueError, listing the first keys that differ
-    in name or shape: with one of them wrong the teacher would speak another language than the transformer learned."""
-    mine, theirs = encoder.state_dict(), vlm.language_model.state_dict()
-    differing = [
-        f"{key} ({'missing' if key not in source else 'shape'})"
-        for key in sorted(mine.keys() | theirs.keys())
-        for source in (mine if key not in mine else theirs,)
-        if key not in source or mine[key].shape != theirs[key].shape
-    ]
-    if differing:
-        listed = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise ValueError(
-            f"the VLM {name} does not match the checkpoint's text encoder in {listed}. "
-            "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
-        )
-    vlm.language_model.load_state_dict(mine, assign=True)  # shares the tensors: one copy in memory serves both
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of a module's weights: shapes, dtypes, and a sample of every tensor's bytes."""
-    digest = hashlib.sha256()
-    for key, tensor in module.state_dict().items():
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
-        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,201 @@
+"""Qwen3 and Qwen3-VL: prompts as the pipelines read them, the twin that sees pictures, and captions for pictures.
+
+Shared by the families whose text encoder is a Qwen3. Pictures go through the PIL processor: no torchvision is needed.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+)
+
+from dopsd.batch import Context
+
+log = logging.getLogger(__name__)
+
+TEXT_TOKENS = 512  # ZImagePipeline's max_sequence_length
+PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
+PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
+HIDDEN_STATE = -2  # the one ZImagePipeline reads
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class QwenReader:
+    """Prompts as ZImagePipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
+
+    def __init__(
+        self, path: str, vlm: str, revision: str | None, device: torch.device, dtype: torch.dtype, pictures: bool
+    ):
+        where = {"pretrained_model_name_or_path": path, "revision": revision}
+        self.tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
+        self.encoder = AutoModel.from_pretrained(**where, subfolder="text_encoder", dtype=dtype).to(device).eval()
+        self.encoder.requires_grad_(False)
+        self.vlm = self.processor = None
+        if pictures:
+            seeing = load_vlm(Qwen3VLModel, vlm, dtype)
+            transplant(self.encoder, seeing, vlm)  # before the VLM moves, so that no second copy goes along
+            self.vlm = seeing.to(device)
+            self.processor = load_processor(vlm)
+            self.text_gap = self._text_gap()
+            log.info("vlm=%s language_weights=replaced text_only_gap=%.2e", vlm, self.text_gap)
+        marks = [fingerprint_of(self.encoder), str(dtype), self.tokenizer.chat_template or ""]
+        if self.vlm is not None:
+            marks += [
+                fingerprint_of(self.vlm.visual),
+                json.dumps(self.processor.to_dict(), default=str, sort_keys=True),
+            ]
+        self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
+        if images is not None:
+            return Context.stack([self._privileged(p, i) for p, i in zip(prompts, images, strict=True)])
+        texts = [templated(self.tokenizer, prompt) for prompt in prompts]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+        self._refuse_long(prompts, tokens.attention_mask.sum(1), TEXT_TOKENS)
+        tokens = tokens.to(self.encoder.device)
+        states = self.encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.bool(), output_hidden_states=True
+        ).hidden_states[HIDDEN_STATE]
+        rows = [state[mask] for state, mask in zip(states, tokens.attention_mask.bool(), strict=True)]
+        return Context.stack([Context(row[None], (len(row),)) for row in rows])
+
+    def _privileged(self, prompt: str, image: Image.Image) -> Context:
+        assert self.vlm is not None and self.processor is not None, "this reader was loaded without its VLM"
+        patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
+        count = picture_tokens(self.processor, image.size)
+        text = with_picture(self.tokenizer, prompt, count)
+        ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
+        self._refuse_long([prompt], torch.tensor([ids.shape[1]]), PRIVILEGED_TOKENS, f", {count} of them the picture's")
+        states = self.vlm(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=patches["pixel_values"],
+            image_grid_thw=patches["image_grid_thw"],
+            mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
+            output_hidden_states=True,
+        ).hidden_states[HIDDEN_STATE]
+        return Context(states, (ids.shape[1],))
+
+    def _refuse_long(self, prompts: Sequence[str], lengths: Tensor, limit: int, of_them: str = "") -> None:
+        for prompt, length in zip(prompts, lengths.tolist(), strict=True):
+            if length > limit:
+                start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+                raise ValueError(
+                    f'the caption "{start}" makes {length} tokens{of_them}; the limit is {limit}. Shorten it.'
+                )
+
+    @torch.no_grad()
+    def _text_gap(self) -> float:
+        """Largest difference of the two text-only hidden states: 0 unless their rope settings or dtypes differ."""
+        assert self.vlm is not None
+        ids = self.tokenizer([templated(self.tokenizer, "a picture of a red house")], return_tensors="pt").input_ids
+        ids = ids.to(self.encoder.device)
+        plain = self.encoder(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
+        seeing = self.vlm.language_model(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
+        return (plain.float() - seeing.float()).abs().max().item()
+
+
+class Captioner:
+    """A Qwen3-VL that says what it sees, by greedy search."""
+
+    def __init__(self, path: str, device: torch.device, dtype: torch.dtype):
+        self.vlm = load_vlm(Qwen3VLForConditionalGeneration, path, dtype).to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.processor = load_processor(path)
+
+    @torch.no_grad()
+    def caption(self, image: Image.Image, question: str, most_tokens: int) -> str:
+        """The answer to a question about a picture, on one line."""
+        patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
+        text = with_picture(self.tokenizer, question, picture_tokens(self.processor, image.size))
+        ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
+        answer = self.vlm.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=patches["pixel_values"],
+            image_grid_thw=patches["image_grid_thw"],
+            mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
+            max_new_tokens=most_tokens,
+            do_sample=False,
+        )
+        words = self.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        return " ".join(words.split())
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
+    """One user turn and the start of an answer, with thinking on, as the pipelines write it."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+
+
+def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> str:
+    """One user turn, a picture of `count` tokens first, then the prompt; templated once."""
+    mark = "<|image_pad|>"
+    text = templated(tokenizer, [{"type": "image"}, {"type": "text", "text": prompt}])
+    return text.replace(mark, mark * count, 1)
+
+
+def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
+    """Of a picture of (width, height) pixels."""
+    return processor.get_number_of_image_patches(size[1], size[0]) // processor.merge_size**2
+
+
+def load_vlm(kind: type[Model], path: str, dtype: torch.dtype) -> Model:
+    """A Qwen3-VL of one of transformers' classes, frozen, on the CPU. Raises ValueError where there is none."""
+    try:
+        return kind.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+    except OSError as error:
+        raise ValueError(f"the VLM {path} could not be loaded ({str(error).splitlines()[0]}).") from error
+
+
+def load_processor(path: str) -> Qwen2VLImageProcessorPil:
+    """The VLM's own picture processor, its largest picture limited to PICTURE_TOKENS."""
+    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    most = PICTURE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
+    size = {edge: min(processor.size[edge], most) for edge in ("shortest_edge", "longest_edge")}
+    return Qwen2VLImageProcessorPil.from_pretrained(path, size=size)
+
+
+def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
+    """Replace the VLM's language weights by the text encoder's. Raises ValueError, listing the first keys that differ
+    in name or shape: with one of them wrong the teacher would speak another language than the transformer learned."""
+    mine, theirs = encoder.state_dict(), vlm.language_model.state_dict()
+    differing = [
+        f"{key} ({'missing' if key not in source else 'shape'})"
+        for key in sorted(mine.keys() | theirs.keys())
+        for source in (mine if key not in mine else theirs,)
+        if key not in source or mine[key].shape != theirs[key].shape
+    ]
+    if differing:
+        listed = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise ValueError(
+            f"the VLM {name} does not match the checkpoint's text encoder in {listed}. "
+            "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
+        )
+    vlm.language_model.load_state_dict(mine, assign=True)  # shares the tensors: one copy in memory serves both
+
+
+def fingerprint_of(module: torch.nn.Module) -> str:
+    """A short hash of a module's weights: shapes, dtypes, and a sample of every tensor's bytes."""
+    digest = hashlib.sha256()
+    for key, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""Captions by a Qwen3-VL: greedy search by hand as the oracle; only what lacks a caption changes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from typer.testing import CliRunner
+
+from dopsd.cli import app
+from dopsd.data.captioning import QUESTION, caption_folder
+from dopsd.families import POCKET
+from dopsd.families.qwen import load_processor, picture_tokens, with_picture
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-VL that generates, in the folder layout of the hub, with pocket's tokenizer."""
+    folder = tmp_path_factory.mktemp("vlm")
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(POCKET / "vlm")).save_pretrained(folder)
+    for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
+        shutil.copy(POCKET / "vlm" / name, folder)
+    shutil.copy(POCKET / "tokenizer" / "tokenizer_config.json", folder)
+    return folder
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    for name, colour in (("a.png", "red"), ("b.jpg", "blue"), ("c.webp", "green")):
+        Image.new("RGB", (96, 64), colour).save(tmp_path / name)
+    (tmp_path / "b.txt").write_text("a blue one")
+    return tmp_path
+
+
+@torch.no_grad()
+def greedy(vlm: Path, image: Image.Image) -> str:
+    """One token after the other, each by a whole forward."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(vlm, dtype=torch.float32).eval()
+    tokenizer, processor = AutoTokenizer.from_pretrained(vlm), load_processor(str(vlm))
+    patches = processor(images=[image], return_tensors="pt")
+    text = with_picture(tokenizer, QUESTION, picture_tokens(processor, image.size))
+    ids = tokenizer([text], return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(TOKENS):
+        kinds = (ids == model.config.image_token_id).int()
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **patches).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return " ".join(tokenizer.decode(ids[0, start:], skip_special_tokens=True).split())
+
+
+def test_only_pictures_without_a_caption_get_one_and_it_is_the_models_greedy_answer(vlm, folder):
+    result = CliRunner().invoke(app, ["caption", str(folder), "--model", str(vlm), "--most-tokens", str(TOKENS)])
+    assert result.exit_code == 0, result.output
+    assert "2 captions written, 1 kept" in result.output
+    assert (folder / "b.txt").read_text() == "a blue one"
+    for name in ("a.png", "c.webp"):
+        wanted = greedy(vlm, Image.open(folder / name).convert("RGB"))
+        assert wanted and (folder / name).with_suffix(".txt").read_text(encoding="utf-8") == wanted + "\n"
+
+
+def test_overwrite_writes_all(folder):
+    assert caption_folder(folder, lambda image: "a picture", overwrite=True) == (3, 0)
+    assert (folder / "b.txt").read_text() == "a picture\n"
+
+
+def test_an_empty_answer_is_an_error_and_what_was_written_stays(folder):
+    answers = iter(["a red one", ""])
+    with pytest.raises(ValueError, match=r"says nothing of c\.webp"):
+        caption_folder(folder, lambda image: next(answers))
+    assert (folder / "a.txt").read_text() == "a red one\n" and not (folder / "c.txt").exists()
+
+
+@pytest.mark.parametrize(("fault", "said"), [("metadata", "captions in metadata"), ("empty", "no pictures"),
+                                             ("missing", "is not a folder")])  # fmt: skip
+def test_a_folder_that_cannot_be_captioned_is_refused(fault, said, folder):
+    place = folder
+    if fault == "metadata":
+        (folder / "metadata.jsonl").write_text("{}")
+    else:
+        place = folder / fault
+        if fault == "empty":
+            place.mkdir()
+    with pytest.raises(ValueError, match=said):
+        caption_folder(place, lambda image: "a picture")
+
+
+def test_a_model_that_is_not_there_is_one_sentence(folder):
+    result = CliRunner().invoke(app, ["caption", str(folder), "--model", str(folder / "nothing")])
+    assert result.exit_code == 2 and "could not be loaded" in result.output
