@@ -33,6 +33,7 @@ from dopsd.data.folder import Listing, open_picture
 from dopsd.data.loader import Loader
 from dopsd.evaluation.report import write_report
 from dopsd.families.base import Family
+from dopsd.files import atomic_path
 from dopsd.preview import Preview, read_previews
 from dopsd.recipe import Recipe, TrainSection
 from dopsd.run_folder import Metrics, claimed, write_header
@@ -45,6 +46,7 @@ from dopsd.ward import Ward
 
 log = logging.getLogger(__name__)
 
+EXAMPLES = 3  # pictures of the data that the report shows
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
 
@@ -71,6 +73,7 @@ def train(
         material, session = _load(recipe, found, progress)
         start = _restore(session, states)
         write_header(recipe, _environment(found, session), fresh=not states)
+        _show_examples(recipe, material.rows)
         with tracking(recipe, start) as trackers, noticing_signals() as noticed:
             if start == 0:
                 _preview(session, material, 0, trackers)
@@ -111,6 +114,13 @@ def _train(
             raise Stopped(signal, report.step)
         if illness:
             raise Unhealthy(report.step, illness)
+
+
+def _show_examples(recipe: Recipe, rows: Sequence[Row]) -> None:
+    """The first pictures as they are cut: `samples/data-<i>.png`."""
+    for index, row in enumerate(rows[:EXAMPLES]):
+        with atomic_path(recipe.run_folder / "samples" / f"data-{index}.png") as temporary:
+            _crop(row).save(temporary, "png")
 
 
 def _preview(session: Session, material: _Material, step: int, trackers: Trackers) -> None:
@@ -155,6 +165,13 @@ def _environment(found: Checked, session: Session) -> dict[str, Any]:
         "family": family.name,
         "licence_of_base": family.licence,
         "pictures": len(listing.examples),
+        "data": {
+            "pictures": len(listing.examples),
+            "source": listing.source if not session.recipe.data.more else "several folders",
+            "buckets": {f"{width} x {height}": count for (width, height), count in sorted(found.buckets.items())},
+            "sha256": session.data["data_sha256"],
+            "examples": [example.caption for example in listing.examples[:EXAMPLES]],
+        },
         "refused": [[str(path.name), why] for path, why in listing.refused],
     }
 

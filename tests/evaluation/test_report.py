@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd.evaluation.report import POINTS, Panel, write_comparison, write_report
+from dopsd.evaluation.curves import POINTS
+from dopsd.evaluation.report import Panel, write_comparison, write_report
 from dopsd.pocket.world import draw_scene, render
 
 PROMPTS = ["a small red circle on night", 'a toy <script>alert(1)</script> & "more" at the left']
@@ -110,6 +111,10 @@ def run(bare_run: Path) -> Path:
         write_preview(bare_run, step)
     refused = [["broken.png", f"{FOLDER}/broken.png cannot be decoded."]]
     environment = {"torch": "2.13", "device": "cpu (2)", "licence_of_base": "Apache-2.0", "pictures": 4}
+    for index in range(2):
+        scene(70 + index).save(bare_run / "samples" / f"data-{index}.png")
+    environment["data"] = {"pictures": 4, "source": ".txt files", "buckets": {"64 x 64": 4}, "sha256": "0" * 64,
+                           "examples": ["a zib at the left", "a big zib"]}  # fmt: skip
     (bare_run / "env.json").write_text(json.dumps(environment | {"refused": refused}), encoding="utf-8")
     return bare_run
 
@@ -204,7 +209,7 @@ def test_an_unfinished_preview_is_passed_over(run: Path):
     (run / "samples" / "step-000030" / "preview.json").unlink()
     (run / "samples" / "step-000015" / "teacher_1_8.png").unlink()
     page = page_of(write_report(run))
-    assert len(page.all("img")) == 6
+    assert len(page.all("img")) == 6 + 2  # of the first preview, and of the data
     assert "before, step 0" in page.words and "after, step" not in page.words
 
 

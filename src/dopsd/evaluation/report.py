@@ -14,28 +14,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from dopsd.evaluation.curves import POINTS, Curve, Metrics, curve_of, curves_of
 from dopsd.files import write_text
 
 EXACT_SIDE = 256  # pixels; a larger picture is embedded as a JPEG copy of at most COPY_SIDE, or pages grow to 100 MB
 COPY_SIDE = 640
 ENLARGED_SIDE = 128  # pixels; pictures up to here are enlarged without smoothing
-POINTS = 1000  # of a curve; in a longer run each point is the mean of consecutive steps
 SHARED = "In a column every model got the same prompt and the same noise."
 ROLES = {
     "base": "Base is the untouched model",
     "student": "student is the tuned one",
     "teacher": "teacher is the one that sees a picture beside the prompt",
 }
-# Of metrics.jsonl, whatever the method.
-COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "pictures", "seconds", "skipped")
-WIDE = 20  # highest over lowest value from which a curve is logarithmic
-
-Metrics = Sequence[Mapping[str, float | None]]  # None: it was not finite
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ def write_report(run: Path) -> Path:
     metrics = _read_metrics(run / "metrics.jsonl")
     path = run / "env.json"
     environment: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    refused = environment.pop("refused", [])
+    refused, data = environment.pop("refused", []), environment.pop("data", None)
     folder = f"{Path(settings['data']['folder'])}{os.sep}"
     previews = _read_previews(run / "samples")
     group = math.ceil(len(metrics) / POINTS)
@@ -62,7 +56,8 @@ def write_report(run: Path) -> Path:
     sections = [
         *_picture_sections(previews),
         *_health_sections(run / "health.jsonl"),
-        _Section("Curves", words=thinning, curves=_curves(metrics)),
+        *_data_sections(run, data),
+        _Section("Curves", words=thinning, curves=curves_of(metrics)),
         _Section("Sampler", words=[_walk_in_words(walk) for preview in previews[-1:] for walk in preview.walks]),
         _Section("Recipe", text=recipe),
         _Section("Environment", rows=[(key, str(value)) for key, value in environment.items()]),
@@ -93,17 +88,6 @@ def write_comparison(
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """Lines over steps as (name, colour of CSS, points [N, 2]), points in the unit square, y downward. steps: at the
-    left and right end; values: at the bottom, in the middle and at the top."""
-
-    title: str
-    lines: Sequence[tuple[str, str, np.ndarray]]
-    steps: tuple[float, float]
-    values: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
 class _Section:
     """A part of a page, left out when it has nothing to show. With a header, the cells after the first are numbers."""
 
@@ -112,7 +96,7 @@ class _Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     panels: Sequence[Panel] = ()
-    curves: Sequence[_Curve] = ()
+    curves: Sequence[Curve] = ()
     text: str = ""
 
 
@@ -226,6 +210,21 @@ def _picture_sections(previews: Sequence[_Preview]) -> list[_Section]:
     return sections
 
 
+def _data_sections(run: Path, data: Mapping[str, Any] | None) -> list[_Section]:
+    """What was trained on: counts, and the first pictures as they were cut, with their captions."""
+    if data is None:
+        return []
+    rows = [
+        ("pictures", str(data["pictures"])),
+        ("captions from", data["source"]),
+        *((f"at {size}", str(count)) for size, count in data["buckets"].items()),
+        ("hash of pictures and captions", data["sha256"]),
+    ]
+    captions, files = tuple(data["examples"]), sorted(run.glob("samples/data-*.png"))
+    pictures = tuple(Image.open(file).convert("RGB") for file in files[: len(captions)])
+    return [_Section("Data", rows=rows, panels=[Panel("Examples, as they were cut", captions, (("", pictures),))])]
+
+
 def _health_sections(path: Path) -> list[_Section]:
     """The last checkup as a table, and each measure over the run."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -240,7 +239,7 @@ def _health_sections(path: Path) -> list[_Section]:
     flat = [{"step": row["step"]} | {name: row[name]["value"] for name in names} for row in rows]
     words = f"Against the untouched model (1 = the same), on unrelated prompts, after step {rows[-1]['step']}."
     header = ("measure", "value", "standard error", "limit", "noise floor", "verdict")
-    curves = [_curve(name, flat, [name]) for name in names] if len(rows) > 1 else []
+    curves = [curve_of(name, flat, [name]) for name in names] if len(rows) > 1 else []
     return [_Section("Few-step health", words=[words], header=header, rows=table, curves=curves)]
 
 
@@ -264,48 +263,3 @@ def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str,
 def _walk_in_words(sigmas: Sequence[float]) -> str:
     times = " → ".join(f"{sigma:.3g}" for sigma in sigmas)
     return f"{len(sigmas) - 1} forwards of the network for a picture, at these shares of noise: {times}."
-
-
-def _curves(metrics: Metrics) -> list[_Curve]:
-    """Loss, its parts at the steps of the walk, gradient norm, and whatever else the method reported."""
-    names = dict.fromkeys(name for row in metrics for name in row)
-    parts = sorted((name for name in names if name.startswith("loss_at_")), key=lambda name: (len(name), name))
-    singles = ["grad_norm", *(name for name in names if name not in COLUMNS and name not in parts)]
-    together = [_curve("loss at each step of the walk", metrics, parts)] if parts else []
-    return [_curve("loss", metrics, ["loss"]), *together, *(_curve(name, metrics, [name]) for name in singles)]
-
-
-def _curve(title: str, metrics: Metrics, names: Sequence[str]) -> _Curve:
-    """One name: as measured, and smoothed. Several: smoothed only, from blue (first) to orange (last)."""
-    lines = []
-    for index, name in enumerate(names):
-        points = _thinned(np.array([(row["step"], row[name]) for row in metrics if row.get(name) is not None]))
-        if len(names) == 1:
-            lines.append(("as measured", "var(--faint)", points))
-        hue = 220 + 170 * index / max(1, len(names) - 1)
-        lines.append(("smoothed" if len(names) == 1 else name, f"hsl({hue:.0f} 65% 52%)", _smoothed(points)))
-    everything = np.concatenate([points for _, _, points in lines])
-    (left, low), (right, high) = everything.min(axis=0), everything.max(axis=0)
-    logarithmic = low > 0 and high > WIDE * low
-    low = low if logarithmic else min(low, 0)
-
-    def place(points: np.ndarray) -> np.ndarray:
-        steps, values = points.T
-        risen = np.log(values / low) / np.log(high / low) if logarithmic else (values - low) / ((high - low) or 1)
-        return np.stack([(steps - left) / ((right - left) or 1), 1 - risen], axis=1)
-
-    middle = math.sqrt(low * high) if logarithmic else (low + high) / 2
-    placed = [(name, colour, place(points)) for name, colour, points in lines]
-    return _Curve(title + (" (logarithmic)" if logarithmic else ""), placed, (left, right), (low, middle, high))
-
-
-def _thinned(points: np.ndarray) -> np.ndarray:
-    group = math.ceil(len(points) / POINTS)
-    return np.array([points[start : start + group].mean(axis=0) for start in range(0, len(points), group)])
-
-
-def _smoothed(points: np.ndarray) -> np.ndarray:
-    """Each value becomes the mean of its neighbours, a fortieth of the curve on either side."""
-    reach = len(points) // 40 + 1
-    means = [points[max(0, i - reach) : i + reach + 1, 1].mean() for i in range(len(points))]
-    return np.stack([points[:, 0], means], axis=1)
