@@ -108,7 +108,8 @@ def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffuser
     if form == "folder":
         (tmp_path / "lora").mkdir()
         file = file.rename(tmp_path / "lora" / "pytorch_lora_weights.safetensors").parent
-    command = [sys.executable, "-c", OPEN_WITH_DIFFUSERS, pocket.path, file, tmp_path / "noise.pt", tmp_path / "out.pt"]
+    files = [pocket.checkpoint.folder, file, tmp_path / "noise.pt", tmp_path / "out.pt"]
+    command = [sys.executable, "-c", OPEN_WITH_DIFFUSERS, *files]
     subprocess.run([str(part) for part in command], check=True)
     theirs = torch.load(tmp_path / "out.pt")
     untuned = sample_latents(pocket, PROMPTS, noise)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import snapshot_download
 from PIL import Image
 
 from dopsd.export import merge_lora
@@ -59,9 +58,8 @@ def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0) -> 
     family = load_family(name_or_path)
     network = family.load_denoiser(*deployed_on()).network
     merge_lora(network, lora, family, strength)
-    whole = Path(family.path) if Path(family.path).is_dir() else Path(snapshot_download(family.path))
     with atomic_path(folder) as temporary:
-        shutil.copytree(whole, temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*"))
+        shutil.copytree(family.checkpoint.whole(), temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*"))
         network.save_pretrained(temporary / family.export_prefix)  # type: ignore[operator] - of every diffusers model
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from dopsd.cli import app
 from dopsd.data.captioning import QUESTION, caption_folder
 from dopsd.families import POCKET
+from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.qwen import load_processor, picture_tokens, with_picture
 
 TOKENS = 6
@@ -41,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def greedy(vlm: Path, image: Image.Image) -> str:
     """One token after the other, each by a whole forward."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(vlm, dtype=torch.float32).eval()
-    tokenizer, processor = AutoTokenizer.from_pretrained(vlm), load_processor(str(vlm))
+    tokenizer, processor = AutoTokenizer.from_pretrained(vlm), load_processor(Checkpoint(str(vlm)))
     patches = processor(images=[image], return_tensors="pt")
     text = with_picture(tokenizer, QUESTION, picture_tokens(processor, image.size))
     ids = tokenizer([text], return_tensors="pt").input_ids
@@ -91,4 +92,4 @@ def test_a_folder_that_cannot_be_captioned_is_refused(fault, said, folder):
 
 def test_a_model_that_is_not_there_is_one_sentence(folder):
     result = CliRunner().invoke(app, ["caption", str(folder), "--model", str(folder / "nothing")])
-    assert result.exit_code == 2 and "could not be loaded" in result.output
+    assert result.exit_code == 2 and "does not exist" in result.output

@@ -26,7 +26,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def pipeline(pocket) -> ZImagePipeline:
-    pipeline = ZImagePipeline.from_pretrained(pocket.path, torch_dtype=torch.float32)
+    pipeline = ZImagePipeline.from_pretrained(pocket.checkpoint.folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -54,7 +54,7 @@ def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
     theirs = pipeline(
         list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.clone()
     )
-    mine = sample(pocket.path, PROMPTS, nfe=4)
+    mine = sample(pocket.checkpoint.folder, PROMPTS, nfe=4)
     for left, right in zip(theirs.images, mine, strict=True):
         assert max(abs(a - b) for a, b in zip(left.tobytes(), right.tobytes(), strict=True)) <= 1
 
@@ -108,11 +108,13 @@ def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, poc
 
 
 def test_the_teachers_picture_is_limited_to_576_tokens(pocket, tmp_path):
-    shutil.copytree(Path(pocket.path) / "vlm", tmp_path / "vlm")
+    shutil.copytree(Path(pocket.checkpoint.folder) / "vlm", tmp_path / "vlm")
     file = tmp_path / "vlm" / "preprocessor_config.json"
     wide = {"shortest_edge": 65536, "longest_edge": 16777216}  # Qwen3-VL's own
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": wide}))
-    reader = load_family(pocket.path, vlm=str(tmp_path / "vlm")).load_reader(CPU, torch.float32, pictures=True)
+    reader = load_family(pocket.checkpoint.folder, vlm=str(tmp_path / "vlm")).load_reader(
+        CPU, torch.float32, pictures=True
+    )
     patches = reader.processor(images=[Image.new("RGB", (2000, 1000))], return_tensors="pt")
     assert 500 <= int(patches["image_grid_thw"].prod()) // 4 <= 576
 
@@ -122,7 +124,7 @@ def test_text_only_states_of_encoder_and_vlm_are_equal(pocket_reader):
 
 
 def copied(pocket, tmp_path: Path) -> Path:
-    shutil.copytree(pocket.path, tmp_path / "model")
+    shutil.copytree(pocket.checkpoint.folder, tmp_path / "model")
     return tmp_path / "model"
 
 

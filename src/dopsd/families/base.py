@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dopsd.batch import Context
+from dopsd.families.checkpoint import Checkpoint
 from dopsd.flow import Schedule, Space
 
 
@@ -60,7 +61,7 @@ class Family(Protocol):
     export_prefix: ClassVar[str]  # of LoRA keys in public files
     architecture: ClassVar[str]  # in the words of modelspec.architecture
 
-    path: str
+    checkpoint: Checkpoint
     default_nfe: int
     unrelated_prompts: tuple[str, ...]  # of the checkpoint's own world, for health; empty: any prompt will do
     distilled: bool  # whether the checkpoint is a few-step one

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from dopsd.batch import Context
+from dopsd.families.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +38,17 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 class QwenReader:
     """Prompts as ZImagePipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
 
-    def __init__(
-        self, path: str, vlm: str, revision: str | None, device: torch.device, dtype: torch.dtype, pictures: bool
-    ):
-        where = {"pretrained_model_name_or_path": path, "revision": revision}
-        self.tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
-        self.encoder = AutoModel.from_pretrained(**where, subfolder="text_encoder", dtype=dtype).to(device).eval()
+    def __init__(self, checkpoint: Checkpoint, vlm: str, device: torch.device, dtype: torch.dtype, pictures: bool):
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
+        self.encoder = AutoModel.from_pretrained(checkpoint.part("text_encoder"), dtype=dtype).to(device).eval()
         self.encoder.requires_grad_(False)
         self.vlm = self.processor = None
         if pictures:
-            seeing = load_vlm(Qwen3VLModel, vlm, dtype)
+            twin = Checkpoint(vlm)
+            seeing = load_vlm(Qwen3VLModel, twin, dtype)
             transplant(self.encoder, seeing, vlm)  # before the VLM moves, so that no second copy goes along
             self.vlm = seeing.to(device)
-            self.processor = load_processor(vlm)
+            self.processor = load_processor(twin)
             self.text_gap = self._text_gap()
             log.info("vlm=%s language_weights=replaced text_only_gap=%.2e", vlm, self.text_gap)
         marks = [fingerprint_of(self.encoder), str(dtype), self.tokenizer.chat_template or ""]
@@ -114,9 +113,10 @@ class Captioner:
     """A Qwen3-VL that says what it sees, by greedy search."""
 
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype):
-        self.vlm = load_vlm(Qwen3VLForConditionalGeneration, path, dtype).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.processor = load_processor(path)
+        checkpoint = Checkpoint(path)
+        self.vlm = load_vlm(Qwen3VLForConditionalGeneration, checkpoint, dtype).to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        self.processor = load_processor(checkpoint)
 
     @torch.no_grad()
     def caption(self, image: Image.Image, question: str, most_tokens: int) -> str:
@@ -156,20 +156,20 @@ def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -
     return processor.get_number_of_image_patches(size[1], size[0]) // processor.merge_size**2
 
 
-def load_vlm(kind: type[Model], path: str, dtype: torch.dtype) -> Model:
+def load_vlm(kind: type[Model], checkpoint: Checkpoint, dtype: torch.dtype) -> Model:
     """A Qwen3-VL of one of transformers' classes, frozen, on the CPU. Raises ValueError where there is none."""
     try:
-        return kind.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+        return kind.from_pretrained(checkpoint.part(), dtype=dtype).eval().requires_grad_(False)
     except OSError as error:
-        raise ValueError(f"the VLM {path} could not be loaded ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"the VLM {checkpoint.name} could not be loaded ({str(error).splitlines()[0]}).") from error
 
 
-def load_processor(path: str) -> Qwen2VLImageProcessorPil:
+def load_processor(checkpoint: Checkpoint) -> Qwen2VLImageProcessorPil:
     """The VLM's own picture processor, its largest picture limited to PICTURE_TOKENS."""
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder)
     most = PICTURE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
     size = {edge: min(processor.size[edge], most) for edge in ("shortest_edge", "longest_edge")}
-    return Qwen2VLImageProcessorPil.from_pretrained(path, size=size)
+    return Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder, size=size)
 
 
 def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:

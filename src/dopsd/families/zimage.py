@@ -6,7 +6,6 @@ teacher reads its picture through a Qwen3-VL whose language weights are replaced
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser
+from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.qwen import QwenReader, fingerprint_of, load_processor, picture_tokens, templated, with_picture
 from dopsd.flow import Schedule
 
@@ -33,7 +33,7 @@ DISTILLED_SHIFT = 3.0  # Turbo's scheduler; the many-step base model ships 6.0
 
 
 class ZImage:
-    """A Z-Image checkpoint, local folder or hub id. See `families.base.Family` for what each member is."""
+    """A Z-Image checkpoint. See `families.base.Family` for what each member is."""
 
     name = "zimage"
     repo = "Tongyi-MAI/Z-Image-Turbo"
@@ -48,20 +48,18 @@ class ZImage:
     export_prefix = "transformer"
     architecture = "Z-Image"
 
-    def __init__(self, path: str, index: Mapping[str, Any], vlm: str | None = None, revision: str | None = None):
-        self.path, self.revision = path, revision
+    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], vlm: str | None = None):
+        self.checkpoint, folder = checkpoint, checkpoint.folder
         self._refuse_missing_parts(index)
-        own = Path(path) / "vlm"
+        own = folder / "vlm"
         self.vlm = vlm or (str(own) if own.is_dir() else self.default_vlm)
-        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-            path, subfolder="scheduler", revision=revision
-        )
-        vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        vae = AutoencoderKL.load_config(folder / "vae")
         self.channels: int = vae["latent_channels"]
         self.cell = 2 ** (len(vae["block_out_channels"]) - 1)
         self.multiple = 2 * self.cell  # the transformer's patches are 2 x 2 cells
         self.resolution: int = vae["sample_size"]
-        about = Path(path) / "dopsd.json"  # what a checkpoint that is not Turbo itself says of itself
+        about = folder / "dopsd.json"  # what a checkpoint that is not Turbo itself says of itself
         own = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         self.default_nfe: int = own.get("nfe", 8)
         self.unrelated_prompts: tuple[str, ...] = tuple(own.get("unrelated_prompts", ()))
@@ -70,11 +68,11 @@ class ZImage:
         self.distilled = self._scheduler.config.shift == DISTILLED_SHIFT
 
     def _refuse_missing_parts(self, index: Mapping[str, Any]) -> None:
+        name, folder = self.checkpoint.name, self.checkpoint.folder
         if missing := [part for part in PARTS if not index.get(part)]:
-            raise ValueError(f"{self.path} lacks {', '.join(missing)} in its model_index.json: it is no whole Z-Image.")
-        folder = Path(self.path)
-        if folder.is_dir() and (missing := [part for part in PARTS if not (folder / part).is_dir()]):
-            raise ValueError(f"{self.path} lacks the folder {', '.join(missing)}: the checkpoint is incomplete.")
+            raise ValueError(f"{name} lacks {', '.join(missing)} in its model_index.json: it is no whole Z-Image.")
+        if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+            raise ValueError(f"{name} lacks the folder {', '.join(missing)}: the checkpoint is incomplete.")
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
         """ZImagePipeline's times: its scheduler, asked as the pipeline asks it."""
@@ -92,23 +90,23 @@ class ZImage:
         return Schedule(self._scheduler.sigmas.float().clone(), (0.0,) * nfe)
 
     def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> QwenReader:
-        return QwenReader(self.path, self.vlm, self.revision, device, dtype, pictures)
+        return QwenReader(self.checkpoint, self.vlm, device, dtype, pictures)
 
     def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KLPainter":
-        vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", revision=self.revision, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(self.checkpoint.part("vae"), torch_dtype=dtype)
         return KLPainter(vae.to(device), tiled)
 
     def empty_denoiser(self) -> "ZImageDenoiser":
-        config = ZImageTransformer2DModel.load_config(self.path, subfolder="transformer", revision=self.revision)
+        config = ZImageTransformer2DModel.load_config(self.checkpoint.folder / "transformer")
         return ZImageDenoiser(ZImageTransformer2DModel.from_config(config))
 
     def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
-        tokenizer = AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer", revision=self.revision)
-        width = AutoConfig.from_pretrained(self.path, subfolder="text_encoder", revision=self.revision).hidden_size
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder / "tokenizer")
+        width = AutoConfig.from_pretrained(self.checkpoint.folder / "text_encoder").hidden_size
         if sizes is None:
             texts = [templated(tokenizer, prompt) for prompt in prompts]
         else:
-            processor = load_processor(self.vlm)
+            processor = load_processor(Checkpoint(self.vlm))
             texts = [
                 with_picture(tokenizer, prompt, picture_tokens(processor, size))
                 for prompt, size in zip(prompts, sizes, strict=True)
@@ -117,9 +115,7 @@ class ZImage:
         return Context.stack([Context(torch.zeros(1, length, width), (length,)) for length in lengths])
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "ZImageDenoiser":
-        network = ZImageTransformer2DModel.from_pretrained(
-            self.path, subfolder="transformer", revision=self.revision, torch_dtype=dtype
-        )
+        network = ZImageTransformer2DModel.from_pretrained(self.checkpoint.part("transformer"), torch_dtype=dtype)
         return ZImageDenoiser(network.to(device))
 
     def starting_points(self, method: str) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Where a checkpoint lies: a local folder, or a repository on the hub whose parts are fetched when asked for."""
+
+import errno
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIGS = ("*.json", "*.txt", "*.jinja", "*.model")  # what can be known without weights, tokenizers included
+
+
+class Checkpoint:
+    """A folder of configs and safetensors, `folder`. Of a hub repository only the configs are there at first."""
+
+    def __init__(self, name: str, revision: str | None = None):
+        """name: local folder or hub id. Raises ValueError, in one sentence, when there is no such thing."""
+        self.name, self._repo = name, None if Path(name).is_dir() else name
+        if self._repo is None:
+            self.folder = Path(name)
+        elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ValueError(f"{name} does not exist: give a diffusers folder, a hub id like owner/name, or `pocket`.")
+        else:
+            self.folder = _fetch(name, revision, CONFIGS)
+
+    def part(self, name: str = ".") -> Path:
+        """The folder of a part (".": the whole is one model) with its weights. Raises ValueError when it has none."""
+        if self._repo is not None:  # by the commit that the configs are of, whatever is pushed meanwhile
+            _fetch(self._repo, self.folder.name, [f"{name}/*" if name != "." else "*.safetensors"])
+        part = self.folder / name
+        if not any(part.glob("*.safetensors")):
+            raise ValueError(f"{part} holds no .safetensors weights: the checkpoint is incomplete, or of another form.")
+        return part
+
+    def whole(self) -> Path:
+        """The folder with all that the repository holds."""
+        return self.folder if self._repo is None else _fetch(self._repo, self.folder.name, ["*"])
+
+
+def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The snapshot folder, these files of it up to date; from the cache where the hub cannot be reached."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise ValueError(f"{repo} is neither a local folder nor a name that the hub could have.") from error
+    except GatedRepoError as error:
+        raise ValueError(f"{repo} is gated: accept its licence on the hub, then run `hf auth login`.") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo} has no revision {revision} on the hub: see model.revision.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{repo} is neither a local folder nor a repository on the hub (or it is private).") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{repo} is no local folder, is not whole in the hub's cache, and the hub could not be reached: go online, "
+            "or give a folder."
+        ) from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"the hub did not give {repo} ({str(error).splitlines()[0]}): try again.") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise ValueError(f"{repo} could not be fetched ({error}): what has come so far is kept.") from error
+        free = shutil.disk_usage(Path(constants.HF_HUB_CACHE).anchor or ".").free / 2**30
+        raise ValueError(
+            f"no space left for {repo}: {free:.1f} GiB are free at {constants.HF_HUB_CACHE}. Make room, or set HF_HOME "
+            "to another disk; what has come so far is kept."
+        ) from error

@@ -1,0 +1,145 @@
+"""A checkpoint by hub id, from a hub beside the test: fetched part by part, cached, every refusal a sentence."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from dopsd.families import POCKET, load_family
+
+COMMIT = "c" * 40
+FILES = {p.relative_to(POCKET).as_posix(): p for p in POCKET.rglob("*") if p.is_file() and "parent" not in p.parts}
+REFUSED = {"gated/model": (403, "GatedRepo"), "missing/model": (404, "RepoNotFound"), "broken/model": (500, None)}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as its client asks for."""
+
+    def __init__(self, *arguments, asked: list[str]):
+        self.asked = asked
+        super().__init__(*arguments)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = self.path.partition("?")[0].strip("/").removeprefix("api/models/").split("/")
+        repo, rest = "/".join(parts[:2]), parts[2:]
+        if repo in REFUSED:
+            status, code = REFUSED[repo]
+            self.answer(status, b"{}", {"X-Error-Code": code} if code else {})
+        elif rest[:1] == ["revision"]:
+            known = rest[1] in ("main", COMMIT)
+            about = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
+            self.answer(200 if known else 404, json.dumps(about).encode(), {} if known else
+                        {"X-Error-Code": "RevisionNotFound"})  # fmt: skip
+        elif rest[:1] == ["tree"]:
+            tree = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": _oid(p)} for n, p in FILES.items()]
+            self.answer(200, json.dumps(tree).encode(), {})
+        elif rest[:1] == ["resolve"]:
+            name = "/".join(rest[2:])
+            if self.command == "GET":
+                self.asked.append(name)
+            self.answer(200, FILES[name].read_bytes(), {"ETag": f'"{_oid(FILES[name])}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer(404, b"{}", {})
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _oid(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture()
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """Its address, and the files that were asked of it."""
+    asked: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, asked=asked))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def run(code: str, home: Path, endpoint: str, **environment: str) -> str:
+    """What a process of its own prints: the hub's client reads its settings when it is imported."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+                          env=os.environ | settings | environment, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+OPEN = """
+from dopsd.families import load_family
+for name, revision in {cases!r}:
+    try:
+        family = load_family(name, revision=revision)
+        print("opened", family.channels)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_hub_id_is_opened_by_its_configs_and_its_weights_come_when_they_are_needed(hub, tmp_path):
+    endpoint, asked = hub
+    run(OPEN.format(cases=[("tiny/zimage", None)]), tmp_path, endpoint)
+    assert asked and not [name for name in asked if name.endswith(".safetensors")]
+    sample = (
+        "from dopsd import sample; mine, theirs = (sample(name, ['a toy'])[0] for name in ('pocket', 'tiny/zimage')); "
+        "print(mine.tobytes() == theirs.tobytes())"
+    )
+    assert run(sample, tmp_path, endpoint).split() == ["True"]
+    weights = {name for name in asked if name.endswith(".safetensors")}
+    assert {Path(name).parts[0] for name in weights} == {"transformer", "vae", "text_encoder"}  # no VLM
+    assert len(asked) == len(set(asked)), "a file was fetched twice"
+    assert run(sample, tmp_path, endpoint, HF_HUB_OFFLINE="1").split() == ["True"]
+
+
+def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
+    cases = [("gated/model", None), ("missing/model", None), ("tiny/zimage", "v9"), ("broken/model", None),
+             ("no name/at all", None), ("tiny/zimage/x", None)]  # fmt: skip
+    lines = run(OPEN.format(cases=cases), tmp_path, hub[0]).splitlines()
+    wanted = ["gated: accept its licence", "neither a local folder nor a repository", "has no revision v9",
+              "could not be reached", "nor a name that the hub could have", "does not exist"]  # fmt: skip
+    assert len(lines) == len(wanted)
+    for line, words in zip(lines, wanted, strict=True):
+        assert words in line
+
+
+def test_offline_a_checkpoint_that_is_not_whole_in_the_cache_is_refused(hub, tmp_path):
+    endpoint, _ = hub
+    run(OPEN.format(cases=[("tiny/zimage", None)]), tmp_path, endpoint)
+    (config,) = tmp_path.rglob("snapshots/*/vae/config.json")
+    config.unlink()
+    cases = [("tiny/zimage", None), ("other/model", None)]
+    lines = run(OPEN.format(cases=cases), tmp_path, endpoint, HF_HUB_OFFLINE="1").splitlines()
+    assert len(lines) == 2 and all("is not whole in the hub's cache" in line for line in lines)
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(ValueError, match=r"no space left for tiny/zimage: .* GiB are free .* HF_HOME"):
+        load_family("tiny/zimage")
