@@ -45,7 +45,9 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(method, recompute, dtype, t
     )  # fmt: skip
     loader = Loader(rows, recipe.train.batch_size, seed=0)
     plan = Plan(max_steps=2, learning_rate=1e-4, accumulate=recipe.train.gradient_accumulation_steps)
-    session = Session.open(recipe, family, Accelerator(cpu=True), dtype, recompute, data={})
+    session = Session.open(
+        recipe, family, Accelerator(cpu=True), dtype, recompute, {}, pocket_reader.context(["a toy"])
+    )
     student, teacher = session.trainable, session.teacher.tensors
     tensors = [*family.load_denoiser(CPU, dtype).network.parameters(), *student.values(), *teacher.values()]
     tensors += [p for name, p in student.items() if ".lora_B." in name]  # the base's, which are zero

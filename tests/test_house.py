@@ -45,6 +45,7 @@ HOMES = {
     "transformers": MODELS,
     "tokenizers": MODELS,
     "peft": ("training/adapters.py",),
+    "bitsandbytes": ("training/quantize.py",),
     "accelerate": ("training/loop.py", "session.py", "deployed.py", "run.py", "trackers.py", "checking.py"),
 }
 VERSION_STRINGS = {("run.py", "diffusers.__version__")}

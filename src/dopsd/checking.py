@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, init_empty_weights
@@ -57,6 +58,8 @@ def open_family(recipe: Recipe) -> Family:
 def check(recipe: Recipe) -> Checked:
     """Everything that can be known, and refused, before a weight is loaded."""
     refuse_missing(recipe)
+    if recipe.model.quantize and find_spec("bitsandbytes") is None:
+        raise ValueError("model.quantize needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'.")
     family = open_family(recipe)
     listing = read_data(recipe)
     buckets: dict[tuple[int, int], int] = {}

@@ -33,6 +33,7 @@ def refusing(command: Callable[..., Any]) -> Callable[..., Any]:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         for noisy in ("httpx", "accelerate", "diffusers", "transformers"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels and says so every time
         try:
             return command(*args, **kwargs)
         except ValueError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 EXTRAS = {
     "datasets": "`dopsd import` of hub data sets (pip install 'dopsd[data]')",
+    "bitsandbytes": "model.quantize (pip install 'dopsd[quantize]')",
     **{name: f"track.to: {name} (pip install 'dopsd[{name}]')" for name in ("tensorboard", "trackio", "wandb")},
 }
 ROOM = 40  # GiB: a 6 B model in bf16 with its text encoder and the teacher's VLM

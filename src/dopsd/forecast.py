@@ -19,6 +19,7 @@ from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import Plan, backward
 from dopsd.training.meter import LiveBytes
+from dopsd.training.quantize import saved_bytes
 from dopsd.training.roles import Teacher, make_roles
 
 ITS_OWN = 2**30  # bytes of a device that tensors never get
@@ -72,6 +73,8 @@ def forecast(
     seeing = family.blank_context(prompts, [size] * count) if "privileged" in method.needs else None
     with torch.device("meta"):
         denoiser = family.empty_denoiser().to(dtype)
+        kind = recipe.model.quantize
+        saved = saved_bytes(denoiser.network, family.quantizable, kind) if kind else 0
         add_lora(denoiser.network, recipe.lora.targets or family.lora_targets, recipe.lora.rank, alpha=1, seed=0)
     if lean:
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -99,7 +102,7 @@ def forecast(
         torch.nn.utils.clip_grad_norm_(student.values(), plan.clip)
         optimizer.step()
         teacher.follow()
-        return Forecast(resident, meter.peak)
+    return Forecast(resident - saved, meter.peak - saved)
 
 
 def _give_storage(module: nn.Module) -> None:

@@ -57,7 +57,8 @@ def inspect_lora(path: Path) -> Inspected:
     own = [
         (key, metadata[key])
         for key in ("base_model", "method", "nfe", "sigmas", "teacher_context", "ss_steps", "modelspec.license",
-                    "modelspec.trigger_phrase", "pictures", "data_sha256", "parent_adapter_sha256", "dopsd_version")
+                    "modelspec.trigger_phrase", "pictures", "data_sha256", "parent_adapter_sha256",
+                    "base_while_training", "dopsd_version")
         if key in metadata
     ]  # fmt: skip
     return Inspected(

@@ -53,6 +53,8 @@ ALIASES = {
     "output_name": "run_name",
     "resume_from_checkpoint": "the --resume flag",
     "memory": "model.memory",
+    "load_in_4bit": "model.quantize",
+    "base_quant": "model.quantize",
     "gradient_checkpointing": "model.memory",
     "report_to": "track.to",
     "log_with": "track.to",
@@ -75,6 +77,9 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Of frozen weights; auto: bf16 on GPU.")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None, description="Put the frozen block linears in 4 or 8 bits while training (extra `quantize`)."
+    )
     memory: Literal["auto", "low", "high"] = Field(
         "auto", description="low: recompute activations, decode in tiles; high: neither; auto: high where it fits."
     )

@@ -153,6 +153,12 @@ def _plan(settings: TrainSection) -> Plan:
     )
 
 
+def _quantized(session: Session) -> str:
+    if session.quantization_gap is None:
+        return "no"
+    return f"{session.recipe.model.quantize}; the base's first velocity moved by {session.quantization_gap:.1%}"
+
+
 def _environment(found: Checked, session: Session) -> dict[str, Any]:
     family, listing, device = found.family, found.listing, session.device
     threads = f"{device.type}, {torch.get_num_threads()} threads"
@@ -162,6 +168,7 @@ def _environment(found: Checked, session: Session) -> dict[str, Any]:
         "diffusers": diffusers_version,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
         "memory": "low" if session.lean else "high",
+        "quantized": _quantized(session),
         "family": family.name,
         "licence_of_base": family.licence,
         "pictures": len(listing.examples),
@@ -183,7 +190,7 @@ def _load(recipe: Recipe, found: Checked, progress: Progress | None) -> tuple[_M
     material = _read_and_encode(recipe, found.family, found.listing, device, dtype, progress)
     lean, pictures = lean_on(recipe, found, device, dtype), found.listing
     data = {"pictures": str(len(pictures.examples)), "data_sha256": pictures.fingerprint()}
-    return material, Session.open(recipe, found.family, accelerator, dtype, lean, data)
+    return material, Session.open(recipe, found.family, accelerator, dtype, lean, data, material.previews[0].context)
 
 
 def _read_and_encode(

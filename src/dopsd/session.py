@@ -22,6 +22,7 @@ from dopsd.methods.base import Roles
 from dopsd.preview import Preview, paint_previews
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
+from dopsd.training.quantize import quantize
 from dopsd.training.roles import Teacher, make_roles
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Session:
     accelerator: Accelerator
     lean: bool  # activations are recomputed, pictures decoded in tiles
     data: Mapping[str, str]  # what a LoRA file says of the pictures it was tuned on
+    quantization_gap: float | None  # how far quantizing the base moved its first velocity; None: it was not
     trainable: dict[str, nn.Parameter]
     teacher: Teacher
     optimizer: torch.optim.Optimizer
@@ -50,9 +52,14 @@ class Session:
         dtype: torch.dtype,
         lean: bool,
         data: Mapping[str, str],
+        probe: Context,
     ) -> "Session":
-        """Load the denoiser, put LoRA on it, and make the roles."""
-        denoiser = family.load_denoiser(accelerator.device, dtype)
+        """Load the denoiser, put LoRA on it, and make the roles. probe: what a quantized base is compared on."""
+        kind, gap = recipe.model.quantize, None
+        denoiser = family.load_denoiser(torch.device("cpu") if kind else accelerator.device, dtype)
+        if kind:
+            gap = quantize(denoiser, family.quantizable, kind, accelerator.device, probe, family.channels)
+            log.info("quantize=%s first_velocity_moved_by=%.3f", kind, gap)
         if lean:
             denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator] - every diffusers model has it
         lora = recipe.lora
@@ -70,7 +77,7 @@ class Session:
             return family.schedule(nfe or family.default_nfe, height, width)
 
         roles = make_roles(denoiser, trainable, teacher, schedule)
-        return cls(recipe, family, accelerator, lean, data, trainable, teacher, optimizer, roles)
+        return cls(recipe, family, accelerator, lean, data, gap, trainable, teacher, optimizer, roles)
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +156,8 @@ class Session:
             "nfe": str(self.deployed_nfe),
             "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells).times.tolist()),
         }
+        if recipe.model.quantize:
+            metadata["base_while_training"] = recipe.model.quantize
         if recipe.data.trigger:
             metadata["modelspec.trigger_phrase"] = recipe.data.trigger
         if recipe.lora.init_from:

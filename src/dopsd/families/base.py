@@ -58,6 +58,7 @@ class Family(Protocol):
     multiple: ClassVar[int]  # picture sides are multiples of this many pixels
     native_space: ClassVar[Space]  # of the network's own answer
     lora_targets: ClassVar[str]  # regular expression over the network's module names
+    quantizable: ClassVar[str]  # likewise: the linears that may be put in few bits; all others stay as they are
     export_prefix: ClassVar[str]  # of LoRA keys in public files
     architecture: ClassVar[str]  # in the words of modelspec.architecture
 

@@ -1,0 +1,76 @@
+"""A quantized base: closer in 8 bits than in 4, the adapters still train, and a killed run goes on bit-equal."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dopsd.export import merge_lora
+from dopsd.families import load_family
+from dopsd.forecast import forecast
+from dopsd.inspection import inspect_lora
+from dopsd.recipe import Recipe, parse_recipe
+from dopsd.run import train
+from dopsd.training.quantize import quantize, saved_bytes
+
+pytest.importorskip("bitsandbytes")
+CPU = torch.device("cpu")
+
+
+def recipe_for(lesson, output, name: str, kind: str | None, steps: int = 2) -> Recipe:
+    return parse_recipe(
+        {
+            "model": {"name_or_path": "pocket", "memory": "high", "quantize": kind},
+            "data": {"folder": str(lesson)},
+            "method": {"name": "dopsd", "nfe": 1},
+            "lora": {"rank": 2},
+            "train": {"max_steps": steps},
+            "sample": {"every": 0, "prompts": "a toy", "unrelated": 0},
+            "save": {"every": 1},
+            "output_dir": str(output),
+            "run_name": name,
+        }
+    )
+
+
+def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(pocket, pocket_reader):
+    context, gaps = pocket_reader.context(["a big red star"]), {}
+    for kind in ("nf4", "int8"):
+        whole = pocket.load_denoiser(CPU, torch.float32)
+        bytes_before = sum(p.nbytes for p in whole.network.parameters())
+        promised = saved_bytes(whole.network, pocket.quantizable, kind)
+        gaps[kind] = quantize(whole, pocket.quantizable, kind, CPU, context, pocket.channels)
+        small = [n for n, p in whole.network.named_parameters() if p.dtype in (torch.uint8, torch.int8)]
+        assert small and all(name.startswith("layers.") for name in small)
+        kept = bytes_before - sum(p.nbytes for p in whole.network.parameters())
+        assert kept == pytest.approx(promised, rel=0.1)  # the scales of nf4 lie beside the parameters
+    assert 0 < gaps["int8"] < 0.02 < gaps["nf4"] < 0.3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, lesson, tmp_path):
+    straight, broken = (recipe_for(lesson, tmp_path, name, kind) for name in ("straight", "broken"))
+    for _ in train(straight):
+        pass
+    run = train(broken)
+    next(run)
+    run.close()
+    for _ in train(broken, resume="latest"):
+        pass
+    left, right = (load_file(r.run_folder / f"{r.run_name}.safetensors") for r in (straight, broken))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    told = json.loads((straight.run_folder / "env.json").read_text())["quantized"]
+    assert told.startswith(f"{kind}; the base's first velocity moved by ")
+    file = straight.run_folder / "straight.safetensors"
+    assert dict(inspect_lora(file).lines)["base_while_training"] == kind
+    merge_lora(load_family("pocket").load_denoiser(CPU, torch.float32).network, file, load_family("pocket"))
+
+
+def test_the_forecast_knows_what_it_saves(lesson, tmp_path, pocket):
+    whole, small = (
+        forecast(recipe_for(lesson, tmp_path, "x", kind), pocket, (64, 64), ["a toy"], torch.float32, lean=False)
+        for kind in (None, "nf4")
+    )
+    network = pocket.empty_denoiser().network
+    assert whole.peak - small.peak == saved_bytes(network, pocket.quantizable, "nf4") > 0
