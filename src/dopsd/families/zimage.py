@@ -45,7 +45,7 @@ class ZImage:
         r"(layers|noise_refiner|context_refiner)\.\d+\."
         r"(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     )
-    # The refiners, the embedders and the modulation stay: a tenth of the weights, and every token passes them first.
+    # The refiners, the embedders and the modulation stay: a seventh of the weights, and every token passes them first.
     quantizable = r"layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     export_prefix = "transformer"
     architecture = "Z-Image"
