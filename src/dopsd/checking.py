@@ -13,7 +13,7 @@ from dopsd.data.importing import fill
 from dopsd.data.sources import Source, read_sources
 from dopsd.deployed import cells_of
 from dopsd.evaluation.health import PROMPTS
-from dopsd.export import read_lora
+from dopsd.export import read_lora, refuse_unfit
 from dopsd.families import load_family
 from dopsd.families.base import Family
 from dopsd.forecast import Forecast, forecast, memory_of
@@ -21,7 +21,7 @@ from dopsd.methods import METHODS, missing
 from dopsd.preview import Wanted
 from dopsd.recipe import PromptSection, Recipe
 from dopsd.trackers import refuse_missing
-from dopsd.training.adapters import Coverage, coverage
+from dopsd.training.adapters import Coverage, coverage, lora_sizes
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,6 @@ def open_family(recipe: Recipe) -> Family:
             f"{recipe.model.name_or_path} is a many-step base model, and few-step tuning needs a distilled one such as "
             f"{family.repo}. Set model.allow_base: true to tune it all the same."
         )
-    if recipe.lora.init_from:
-        read_lora(recipe.lora.init_from, family)  # refused now rather than after the pictures are cached
     return family
 
 
@@ -71,15 +69,31 @@ def check(recipe: Recipe) -> Checked:
     pictures_shown(recipe, family, listing)
     with init_empty_weights():
         network = family.empty_denoiser().network
+    targets = recipe.lora.targets or family.lora_targets
+    reach = coverage(network, targets, recipe.lora.rank)
+    if start := recipe.lora.init_from:
+        refuse_unfit(start, read_lora(start, family), lora_sizes(network, targets, recipe.lora.rank))
+    _refuse_long(recipe, family, listing)
     nfe = recipe.method.nfe or family.default_nfe
     return Checked(
         family=family,
         listing=listing,
         buckets=buckets,
-        coverage=coverage(network, recipe.lora.targets or family.lora_targets, recipe.lora.rank),
+        coverage=reach,
         nfe=nfe,
         forwards_per_picture=recipe.method.forwards(nfe),
     )
+
+
+def _refuse_long(recipe: Recipe, family: Family, listing: Listing) -> None:
+    """Every caption must fit the student's context, and with its picture the teacher's."""
+    captions = [(caption, example) for example in listing.examples for caption in (example.caption, *example.also)]
+    family.count_tokens([caption for caption, _ in captions])
+    if "privileged" in recipe.method.needs:
+        for resolution in resolutions_of(recipe, family):
+            sizes = bucket_sizes(resolution, family.multiple)
+            cut = [nearest_bucket(*picture_size(example.path), sizes) for _, example in captions]
+            family.count_tokens([caption for caption, _ in captions], cut)
 
 
 def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
@@ -92,10 +106,8 @@ def pictures_shown(recipe: Recipe, family: Family, listing: Listing) -> list[Wan
     a size that the family cannot paint."""
     sample, side = recipe.sample, max(resolutions_of(recipe, family))
     captions = list(dict.fromkeys(example.caption for example in listing.examples))[:PREVIEWS]
-    prompts = [
-        each if isinstance(each, PromptSection) else PromptSection.model_validate({"prompt": each})
-        for each in (*(sample.prompts or captions), *unrelated_prompts(recipe, family)[: sample.unrelated])
-    ]
+    texts = (*(() if sample.prompts else captions), *unrelated_prompts(recipe, family)[: sample.unrelated])
+    prompts = [*sample.prompts, *(PromptSection.model_validate({"prompt": text}) for text in texts)]
     wanted = []
     for index, each in enumerate(prompts):
         height, width = each.height or sample.height or side, each.width or sample.width or side

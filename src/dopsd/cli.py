@@ -103,16 +103,20 @@ def sample(
     lora: Annotated[Path | None, typer.Option(help="LoRA file (.safetensors) to paint with.")] = None,
     strength: Annotated[float, typer.Option(help="Of the LoRA; 1 is what was trained.")] = 1.0,
     nfe: Annotated[int | None, typer.Option(help="Network forwards; default: the model's own.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next takes seed + 1.")] = 0,
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next takes seed + 1.", min=0, max=2**62)] = 0,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Paint prompts, as the deployed pipeline would."""
     from dopsd.deployed import sample as sample_prompts
+    from dopsd.files import writing
 
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder for the pictures with --out.")
     images = sample_prompts(model, prompts, lora, strength, nfe, seed, width, height)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         path = folder / f"{index}_{seed + index}.png"
         image.save(path)

@@ -3,7 +3,6 @@
 Where the data is a pocket lesson every model sits the lesson's exam; elsewhere the pictures speak, beside the cost.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, w
 from dopsd.preview import paint_each
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import Progress, train
+from dopsd.run_folder import read_rows
 
 MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
 KEPT = ("sharpness", "speckle", "attributes")  # read on unrelated prompts; the teacher's row has none
@@ -135,13 +135,15 @@ def judge(recipe: Recipe, contestants: Sequence[Contestant], report: Path, title
 def _trained(recipe: Recipe, progress: Progress) -> Contestant:
     """The recipe's LoRA, trained now unless the run folder holds it already."""
     lora = recipe.run_folder / f"{recipe.run_name}.safetensors"
-    config = recipe.run_folder / "config.yaml"
+    config, metrics = recipe.run_folder / "config.yaml", recipe.run_folder / "metrics.jsonl"
+    if lora.exists() and (missing := [file for file in (config, metrics) if not file.is_file()]):
+        raise ValueError(f"{missing[0]} is missing beside a finished LoRA: remove {recipe.run_folder} to run it again.")
     if lora.exists() and config.read_text(encoding="utf-8") != recipe.to_yaml():
         raise ValueError(f"{recipe.run_folder} holds a run of another recipe; choose another run_name or output_dir.")
     if not lora.exists():
         for step in train(recipe, progress=progress):
             progress(f"{recipe.run_name}  loss {step.log['loss']:.4f}", step.step, recipe.train.max_steps)
-    rows = [json.loads(row) for row in (recipe.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(metrics)
     return Contestant(
         recipe.run_name,
         lora,

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from dopsd.export import merge_lora
+from dopsd.export import merge_lora, refuse_strength
 from dopsd.families import load_family
 from dopsd.families.base import Family
 from dopsd.files import atomic_path
@@ -27,6 +27,7 @@ def sample(
     height: int | None = None,
 ) -> list[Image.Image]:
     """Paint prompts as deployed, picture i from seed + i. Sizes in pixels; None: the model's own."""
+    refuse_strength(strength)
     family = load_family(name_or_path)
     cells = cells_of(family, height or family.resolution, width or family.resolution)
     noise = noise_for(range(seed, seed + len(prompts)), family.channels, *cells)

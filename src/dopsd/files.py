@@ -3,9 +3,11 @@
 Every file that dopsd writes goes through here. A writer that is killed leaves the old file or none, never half of one.
 """
 
+import errno
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,20 +34,36 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` (file or folder) that takes its name when the block ends without error.
 
-    Raises ValueError, with the system's reason, where it cannot be written."""
+    Raises ValueError, with the system's reason, where it cannot be written; then folders made on the way go too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if path.is_dir():
+                if not temporary.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "it is a folder, and this is a file")
                 shutil.rmtree(path)
             os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def brief(value: object, most: int = 200) -> str:
+    """A value as it goes into a sentence, however large it is."""
+    text = value if isinstance(value, str) else _REPR.repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,6 +123,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     """Put back what `optimizer_tensors` named. Learning rates are not touched: they are a function of the step."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
+        index, dot, name = key.partition(".")
+        if not dot or not index.isdigit():
+            raise ValueError(f"{brief(key)} is no name of an optimizer's state.")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

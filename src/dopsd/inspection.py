@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dopsd.export import refuse_other_kinds
 from dopsd.files import read_metadata, read_tensors
 
 # Module paths that only one family has.
@@ -19,6 +20,7 @@ FAMILY_MARKS = {
     "flux2": r"single_transformer_blocks[._]\d|(double|single)_blocks[._]\d",
     "sdxl": r"(down_blocks|input_blocks)[._]\d",
 }
+PARTNERS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
 UNKNOWN = "not known here"
 BAKED, ALPHA, SAID = "scale multiplied in, or alpha = rank", "alpha tensors", "alpha in the metadata"
 # (form, how the scale is given) -> what Z-Image loaders make of it: diffusers, ComfyUI.
@@ -47,6 +49,11 @@ def inspect_lora(path: Path) -> Inspected:
     downs = {n: t for n, t in tensors.items() if re.search(r"(lora_A|lora_down|lora\.down)(\.default)?\.weight$", n)}
     if not downs:
         raise ValueError(f"{path} holds no LoRA: of its {len(tensors)} tensors none is a lora_A or lora_down weight.")
+    refuse_other_kinds(path, tensors)
+    if alone := [n for n in downs if not any(down in n and n.replace(down, up) in tensors for down, up in PARTNERS)]:
+        raise ValueError(f"{path} holds half a LoRA: {alone[0]} has no partner.")
+    if flat := [n for n, t in downs.items() if t.ndim < 2]:
+        raise ValueError(f"{path} is no LoRA: {flat[0]} has {downs[flat[0]].ndim} dimensions.")
     form, scale = _form(tensors), _scale(tensors, metadata)
     families = [name for name, mark in FAMILY_MARKS.items() if any(re.search(mark, key) for key in downs)]
     family = metadata.get("ss_base_model_version") or " or ".join(families) or UNKNOWN

@@ -1,18 +1,18 @@
-"""The recipe: one frozen tree of settings, one YAML file. Unknown keys are refused with a suggestion.
-
-Defaults are the papers' or the field's; a recipe file shows only what differs.
-"""
+"""Recipes as YAML files: read into the tree of settings, every fault one sentence, unknown keys with a suggestion."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from dopsd.files import write_text
-from dopsd.methods import METHODS, AnyMethod
+from dopsd.files import brief
+from dopsd.methods import METHODS
+from dopsd.settings import PromptSection, Recipe, Section, TrainSection
+
+__all__ = ["PromptSection", "Recipe", "TrainSection", "known_keys", "load_recipe", "parse_recipe", "read_recipe"]
 
 # Words of other tools, and what they are called here.
 ALIASES = {
@@ -63,171 +63,14 @@ ALIASES = {
 }
 
 
-class Section(BaseModel):
-    """A part of the recipe."""
+class _OnlyOnce(yaml.SafeLoader):
+    """A key that comes twice is an error: YAML would drop the first in silence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSection(Section):
-    """The checkpoint that is tuned, which is the one that is deployed."""
-
-    name_or_path: str = Field(description="Local diffusers folder, hub id, or `pocket`.")
-    vlm: str | None = Field(None, description="Qwen3-VL the teacher sees pictures with; default: the family's.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Of frozen weights; auto: bf16 on GPU.")
-    quantize: Literal["nf4", "int8"] | None = Field(
-        None, description="Put the frozen block linears in 4 or 8 bits while training (extra `quantize`)."
-    )
-    memory: Literal["auto", "low", "high"] = Field(
-        "auto", description="low: recompute activations, decode in tiles; high: neither; auto: high where it fits."
-    )
-
-
-def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str | int | dict) else value
-
-
-def _no_single(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    if len(prompts) == 1:
-        raise ValueError("one prompt has no spread to judge by: give two or more")
-    return prompts
-
-
-class SourceSection(Section):
-    """One folder of pictures."""
-
-    folder: Path = Field(description="Pictures with metadata.jsonl/.csv, same-stem .txt/.caption, or neither.")
-    dataset: str | None = Field(
-        None, description="Hub data set (or its folder) that fills `folder` if it is not there."
-    )
-    image_column: str = Field("image", description="Of the data set.")
-    caption_column: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
-        ("text",), min_length=1, description="Of the data set, one or several; all captions are kept."
-    )
-    split: str = Field("train", description="Of the data set.")
-    instance_prompt: str | None = Field(None, description="Caption of every picture that brings none.")
-    caption_extension: str | None = Field(None, description="Only captions of this extension, e.g. `.txt`.")
-    repeats: int = Field(1, ge=1, description="How often an epoch visits each picture.")
-    weight: float = Field(1.0, gt=0, description="Of its pictures' loss; a regularisation folder takes less than 1.")
-
-
-class DataSection(SourceSection):
-    """The pictures and their captions."""
-
-    more: tuple[SourceSection, ...] = Field((), description="Further folders, each with the keys above.")
-    trigger: str | None = Field(None, min_length=1, description="Word put before every caption that lacks it.")
-    caption_dropout: float = Field(0.0, ge=0, lt=1, description="Share of visits with the empty caption.")
-    resolution: Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="Sides of the square buckets in pixels, one or several; default: the model's."
-    )
-    skip_bad: bool = Field(False, description="Leave out pictures that cannot be used (they are listed).")
-
-
-class LoraSection(Section):
-    """The adapter."""
-
-    rank: int = Field(32, ge=1)
-    alpha: float | None = Field(None, gt=0, description="Scale is alpha / rank; default: alpha = rank.")
-    targets: str | None = Field(None, description="Regular expression over module names; default: all block linears.")
-    init_from: Path | None = Field(None, description="LoRA file to train on, of the same rank and targets.")
-
-
-class TrainSection(Section):
-    """The optimizer and how long it runs."""
-
-    max_steps: int = Field(1000, ge=1)
-    batch_size: int = Field(1, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    max_skipped_steps: int = Field(3, ge=1, description="Steps in a row without finite loss or gradient, then stop.")
-    seed: int = Field(0, ge=0)
-
-
-class PromptSection(Section):
-    """A prompt whose preview has a seed or a size of its own."""
-
-    prompt: str
-    seed: int | None = Field(None, ge=0, description="Default: sample.seed plus its place in the list.")
-    width: int | None = Field(None, gt=0, description="Pixels; default: sample.width.")
-    height: int | None = Field(None, gt=0, description="Pixels; default: sample.height.")
-
-
-class SampleSection(Section):
-    """Previews while training: student, teacher and base on the same noise."""
-
-    prompts: Annotated[tuple[str | PromptSection, ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="Texts, or {prompt, seed, width, height}; default: 4 captions."
-    )
-    unrelated: int = Field(2, ge=0, le=8, description="How many of the health prompts are shown as well.")
-    every: int = Field(100, ge=0, description="Steps between previews; 0: only before and after.")
-    nfe: int | None = Field(None, ge=1, description="Forwards of the sampler; default: the model's own.")
-    seed: int = Field(0, ge=0)
-    width: int | None = Field(None, gt=0)
-    height: int | None = Field(None, gt=0)
-
-
-class HealthSection(Section):
-    """Few-step health of the student against the untouched model, on prompts that have nothing to do with the data."""
-
-    every: int | None = Field(None, ge=0, description="Steps between checkups; default: sample.every; 0: none.")
-    prompts: Annotated[tuple[str, ...], AfterValidator(_no_single)] = Field((), description="Default: 8 built in.")
-
-
-class StopSection(Section):
-    """When to end before max_steps."""
-
-    unhealthy: bool = Field(False, description="End with exit code 3 at the first checkup that is not healthy.")
-
-
-class SaveSection(Section):
-    """Checkpoints."""
-
-    every: int = Field(250, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep_last: int | None = Field(2, ge=2, description="Checkpoints to keep; null: all. LoRA files are all kept.")
-
-
-class TrackSection(Section):
-    """Where a run's numbers, previews and health are told besides its own folder."""
-
-    to: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="Any of tensorboard, trackio, wandb; each an extra of the same name."
-    )
-    project: str = Field("dopsd", min_length=1, description="Project name at trackio and wandb.")
-
-
-class Recipe(Section):
-    """Everything a run is made from."""
-
-    model: ModelSection
-    data: DataSection
-    method: AnyMethod
-    lora: LoraSection = LoraSection()  # type: ignore[call-arg]
-    train: TrainSection = TrainSection()  # type: ignore[call-arg]
-    sample: SampleSection = SampleSection()  # type: ignore[call-arg]
-    health: HealthSection = HealthSection()  # type: ignore[call-arg]
-    stop: StopSection = StopSection()  # type: ignore[call-arg]
-    save: SaveSection = SaveSection()  # type: ignore[call-arg]
-    track: TrackSection = TrackSection()  # type: ignore[call-arg]
-    output_dir: Path = Path("runs")
-    run_name: str = Field(pattern=r"^[\w.-]+$", description="Folder name of the run and file name of the LoRA.")
-
-    @property
-    def run_folder(self) -> Path:
-        """Where the run lives."""
-        return self.output_dir / self.run_name
-
-    def to_yaml(self) -> str:
-        """The resolved recipe, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    def save_as(self, path: Path) -> None:
-        write_text(path, self.to_yaml())
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -247,8 +90,8 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 def read_recipe(text: str, source: str, defaults: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
     """Like `load_recipe`, from YAML text; `defaults` stand where the text has no such key."""
     try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+        tree = yaml.load(text, _OnlyOnce)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{source} must hold sections (model, data, method, ...), not {type(tree).__name__}.")
@@ -269,16 +112,16 @@ def parse_recipe(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
 def _apply(tree: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set {change}: write it as key=value, for instance train.max_steps=500.")
+        raise ValueError(f"--set {brief(change)}: write it as key=value, for instance train.max_steps=500.")
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"--set {change}: {section} is a value, not a section.")
+            raise ValueError(f"--set {brief(change)}: {section} is a value, not a section.")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {change}: {value!r} is not a YAML value.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"--set {brief(change)}: {brief(repr(value))} is not a YAML value.") from error
     tree[name] = parsed
 
 
@@ -293,7 +136,11 @@ def _sentences(error: ValidationError) -> Iterator[str]:
         elif fault["type"].startswith("union_tag"):
             yield f"method.name must be one of {', '.join(METHODS)}."
         else:
-            yield f"{place} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+            yield f"{place} is {_shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+
+
+def _shown(value: Any) -> str:
+    return brief(repr(value)) if isinstance(value, str) else brief(value)
 
 
 def known_keys() -> list[str]:

@@ -72,6 +72,8 @@ def _states(recipe: Recipe, resume: str | None) -> list[Path]:
         where = folder if resume == "latest" else resume
         raise ValueError(f"there is no checkpoint to resume from in {where}; remove the folder to start again.")
     _refuse_other_recipe(recipe, folder)
+    for name in ("metrics.jsonl", "health.jsonl"):
+        read_rows(folder / name)
     return states
 
 
@@ -95,15 +97,29 @@ def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) ->
     write_json(recipe.run_folder / "env.json", dict(environment) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a JSONL file with a row a step; the last may be cut where a run was killed. Raises ValueError
+    for a row that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
+        if line.endswith("}"):
+            try:
+                row = json.loads(line)
+                int(row["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is no row of a step: the run folder is damaged.") from error
+            rows.append(row)
+    return rows
+
+
 class Rows:
     """A JSONL file with a row for each of some steps. Rows after `steps_done`, which a resumed run writes again, go
     first."""
 
     def __init__(self, path: Path, steps_done: int):
         self.path = path
-        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= steps_done]
-        write_text(self.path, "".join(row + "\n" for row in kept))
+        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= steps_done]
+        write_text(self.path, "".join(kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:

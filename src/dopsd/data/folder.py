@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
-from dopsd.files import sha256_of
+from dopsd.files import brief, sha256_of
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 if features.check("avif"):
@@ -69,13 +69,13 @@ def read_folder(
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give a folder of pictures.")
-    present = [folder / name for name in METADATA if (folder / name).is_file()]
+    present = [folder / name for name in METADATA if os.path.lexists(folder / name)]
     if len(present) > 1:
         raise ValueError(f"{folder} holds both {' and '.join(METADATA)}: keep one, so that captions have one source.")
     if present:
         findings, source = _listed_in(present[0]), present[0].name
     else:
-        prompt = None if instance_prompt is None else _caption(instance_prompt, "the instance prompt")
+        prompt = None if instance_prompt is None else as_caption(instance_prompt, "the instance prompt")
         findings, source = _besidepictures_in(folder, prompt, caption_extension)
     findings = sorted(map(_decoded, findings), key=lambda finding: finding[0].as_posix())
     examples = tuple(result for _, result in findings if isinstance(result, Example))
@@ -131,7 +131,7 @@ def _listed_in(metadata: Path) -> list[Finding]:
             texts = _first(row, CAPTION_COLUMNS, where)
             if texts == [] or not isinstance(texts, list):
                 texts = [texts]
-            caption, *also = (_caption(text, f"the caption of {where}") for text in texts)
+            caption, *also = (as_caption(text, f"the caption of {where}") for text in texts)
             findings.append((path, Example(path, caption, tuple(also))))
         except ValueError as error:
             findings.append((path, str(error)))
@@ -143,7 +143,7 @@ def _listed_in(metadata: Path) -> list[Finding]:
 
 def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
     """(line number, row) of every line that is not blank; where there is no row, what is wrong with the line."""
-    for number, line in enumerate(metadata.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(_bytes_of(metadata).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -154,10 +154,17 @@ def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str
             yield number, row if isinstance(row, dict) else "is not a JSON object"
 
 
+def _bytes_of(metadata: Path) -> bytes:
+    try:
+        return metadata.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{metadata} cannot be read ({error.strerror}).") from error
+
+
 def _csv_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
     """(line number, row), like `_json_rows`. A file that is no UTF-8 or no CSV is a ValueError as a whole."""
     try:
-        reader = csv.DictReader(io.StringIO(metadata.read_bytes().decode("utf-8-sig"), newline=""))
+        reader = csv.DictReader(io.StringIO(_bytes_of(metadata).decode("utf-8-sig"), newline=""))
         rows = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
         raise ValueError(f"{metadata} is not UTF-8 ({error}): save it again as UTF-8.") from error
@@ -187,10 +194,10 @@ def _first(row: Mapping[str, object], columns: tuple[str, ...], where: str) -> o
     raise ValueError(f"{where} has none of {', '.join(columns)} (it has {', '.join(map(str, row)) or 'nothing'}).")
 
 
-def _caption(text: object, what: str) -> str:
+def as_caption(text: object, what: str) -> str:
     """The text without blanks around it. Raises ValueError for what cannot be read as a caption."""
     if not isinstance(text, str):
-        raise ValueError(f"{what} is {text!r}, which is not text.")
+        raise ValueError(f"{what} is {brief(text)}, which is not text.")
     try:
         text.encode()  # JSON can spell half a surrogate pair, which no tokenizer and no file would take
     except UnicodeEncodeError as error:
@@ -206,7 +213,7 @@ def _besidepictures_in(folder: Path, prompt: str | None, extension: str | None) 
     if not pictures:
         raise ValueError(f"no pictures in {folder}: looked for {', '.join(FORMATS)} in it, not in its subfolders.")
     extensions = CAPTION_EXTENSIONS if extension is None else (f".{extension.lstrip('.')}",)
-    texts = {path: [text for e in extensions if (text := path.with_suffix(e)).is_file()] for path in pictures}
+    texts = {path: [text for e in extensions if os.path.lexists(text := path.with_suffix(e))] for path in pictures}
     used = [f"{e} files" for e in extensions if any(found and found[0].suffix == e for found in texts.values())]
     if not used and prompt is None:
         raise ValueError(
@@ -224,9 +231,11 @@ def _captioned(path: Path, texts: list[Path], prompt: str | None, extensions: tu
     """The picture with the first of its texts, or with `prompt`; or why not."""
     try:
         if texts:
-            return Example(path, _caption(texts[0].read_text(encoding="utf-8-sig"), f"the caption {texts[0].name}"))
+            return Example(path, as_caption(texts[0].read_text(encoding="utf-8-sig"), f"the caption {texts[0].name}"))
     except UnicodeDecodeError as error:
         return f"the caption {texts[0].name} is not UTF-8 ({error})."
+    except OSError as error:
+        return f"the caption {texts[0].name} cannot be read ({error.strerror})."
     except ValueError as error:
         return str(error)
     if prompt is None:
@@ -236,7 +245,7 @@ def _captioned(path: Path, texts: list[Path], prompt: str | None, extensions: tu
 
 def pictures_in(folder: Path) -> list[Path]:
     """Files that look like pictures, sorted; files that begin with a dot are the system's, not the user's."""
-    seen = (path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
+    seen = (path for path in folder.iterdir() if path.name[0] != "." and (path.is_symlink() or path.is_file()))
     return sorted(path for path in seen if path.suffix.lower() in FORMATS.keys() | FOREIGN)
 
 

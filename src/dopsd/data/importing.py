@@ -5,14 +5,15 @@ Read: the JSONL of the D-OPSD reference code, and whatever the `datasets` librar
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from dopsd.data.folder import OPENED
-from dopsd.files import atomic_path, write_json, write_text
+from dopsd.data.folder import OPENED, as_caption
+from dopsd.files import atomic_path, brief, write_json, write_text
 
 PATH_KEYS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path")
 REFERENCE_CAPTIONS = ("short_en", "medium_en", "detailed_en", "user_prompt_en")
@@ -81,6 +82,8 @@ def _extension(content: bytes, where: str) -> str:
             return EXTENSIONS[str(image.format)]
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} holds no {' / '.join(OPENED)} picture.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where} holds a picture too large to be an honest one ({error}).") from error
 
 
 def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
@@ -94,7 +97,7 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
         where = f"{file.name} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}).") from error
         yield _picture_of(row, file.parent, where).read_bytes(), _captions_of(row, columns, where)
 
@@ -107,16 +110,16 @@ def _picture_of(row: Any, folder: Path, where: str) -> Path:
     if len(paths) > 1:
         raise ValueError(f"{where} names {len(paths)} pictures: editing rows cannot be trained on by a family here.")
     for path in (folder / str(paths[0]), Path(str(paths[0]))):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
-    raise ValueError(f"{where} names {paths[0]}, which is neither in {folder} nor in the working directory.")
+    raise ValueError(f"{where} names {brief(str(paths[0]))}, which is neither in {folder} nor the working directory.")
 
 
 def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
     found = [row[c] for c in columns if isinstance(row.get(c), str) and row[c].strip()]
     if not found:
         raise ValueError(f"{where} has no caption in {', '.join(columns)} (it has {', '.join(map(str, row))}).")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(as_caption(text, f"the caption of {where}") for text in found))
 
 
 def _dataset_rows(source: str, image_column: str, columns: Sequence[str], split: str) -> Iterator[Item]:

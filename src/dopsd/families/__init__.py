@@ -44,6 +44,6 @@ def _model_index(checkpoint: Checkpoint) -> dict:
     if not file.is_file():
         raise ValueError(f"{checkpoint.name} has no model_index.json: give a diffusers folder, a hub id, or `pocket`.")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")).items())
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}): the checkpoint is damaged, fetch it again.") from error

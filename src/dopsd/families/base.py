@@ -81,9 +81,13 @@ class Family(Protocol):
         """The denoiser from its config, without weights; called where tensors have shapes and no storage."""
         ...
 
+    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
+        """Of each prompt as the reader would see it; with picture sizes (width, height) in pixels, as the teacher's.
+        Raises ValueError for a prompt over the limit. Reads the tokenizer and configs, no weights."""
+        ...
+
     def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
-        """Zeros in the shape of what the reader would answer; with picture sizes (width, height) in pixels, of what the
-        teacher sees. Reads the tokenizer and configs, no weights."""
+        """Zeros in the shape of what the reader would answer, likewise."""
         ...
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser: ...

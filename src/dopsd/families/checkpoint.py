@@ -1,8 +1,10 @@
 """Where a checkpoint lies: a local folder, or a repository on the hub whose parts are fetched when asked for."""
 
 import errno
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 CONFIGS = ("*.json", "*.txt", "*.jinja", "*.model")  # what can be known without weights, tokenizers included
@@ -11,13 +13,14 @@ CONFIGS = ("*.json", "*.txt", "*.jinja", "*.model")  # what can be known without
 class Checkpoint:
     """A folder of configs and safetensors, `folder`. Of a hub repository only the configs are there at first."""
 
-    def __init__(self, name: str, revision: str | None = None):
-        """name: local folder or hub id. Raises ValueError, in one sentence, when there is no such thing."""
-        self.name, self._repo = name, None if Path(name).is_dir() else name
+    def __init__(self, name: str, revision: str | None = None, called: str | None = None):
+        """name: local folder or hub id; called: how sentences speak of it. Raises ValueError, in one sentence, when
+        there is no such thing."""
+        self.name, self._repo = called or name, None if os.path.isdir(name) else name
         if self._repo is None:
             self.folder = Path(name)
         elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise ValueError(f"{name} does not exist: give a diffusers folder, a hub id like owner/name, or `pocket`.")
+            raise ValueError(f"{self.name} does not exist: give a folder, a hub id like owner/name, or `pocket`.")
         else:
             self.folder = _fetch(name, revision, CONFIGS)
 
@@ -27,8 +30,22 @@ class Checkpoint:
             _fetch(self._repo, self.folder.name, [f"{name}/*" if name != "." else "*.safetensors"])
         part = self.folder / name
         if not any(part.glob("*.safetensors")):
-            raise ValueError(f"{part} holds no .safetensors weights: the checkpoint is incomplete, or of another form.")
+            raise ValueError(
+                f"{self.name}: {name} holds no .safetensors weights; it is incomplete, or of another form."
+            )
         return part
+
+    @contextmanager
+    def reading(self, part: str) -> Iterator[None]:
+        """A block in which a library reads a part: whatever it says of a damaged file becomes one sentence."""
+        try:
+            yield
+        except Exception as error:  # configs and weights of any content: KeyError, TypeError, SafetensorError, ...
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{self.name}: {part} cannot be read ({type(error).__name__}: {reason[:200]}); it is missing, damaged, "
+                "or of another form."
+            ) from error
 
     def whole(self) -> Path:
         """The folder with all that the repository holds."""

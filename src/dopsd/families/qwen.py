@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from transformers import (
 
 from dopsd.batch import Context
 from dopsd.families.checkpoint import Checkpoint
+from dopsd.files import brief
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,16 @@ class QwenReader:
     """Prompts as ZImagePipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
 
     def __init__(self, checkpoint: Checkpoint, vlm: str, device: torch.device, dtype: torch.dtype, pictures: bool):
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
-        self.encoder = AutoModel.from_pretrained(checkpoint.part("text_encoder"), dtype=dtype).to(device).eval()
+        part = checkpoint.part("text_encoder")
+        with checkpoint.reading("tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
+        with checkpoint.reading("text_encoder"):
+            encoder = AutoModel.from_pretrained(part, dtype=dtype)
+        self.encoder = encoder.to(device).eval()
         self.encoder.requires_grad_(False)
         self.vlm = self.processor = None
         if pictures:
-            twin = Checkpoint(vlm)
+            twin = twin_of(vlm)
             seeing = load_vlm(Qwen3VLModel, twin, dtype)
             transplant(self.encoder, seeing, vlm)  # before the VLM moves, so that no second copy goes along
             self.vlm = seeing.to(device)
@@ -65,7 +69,7 @@ class QwenReader:
             return Context.stack([self._privileged(p, i) for p, i in zip(prompts, images, strict=True)])
         texts = [templated(self.tokenizer, prompt) for prompt in prompts]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
-        self._refuse_long(prompts, tokens.attention_mask.sum(1), TEXT_TOKENS)
+        _refuse_long(prompts, tokens.attention_mask.sum(1).tolist(), TEXT_TOKENS)
         tokens = tokens.to(self.encoder.device)
         states = self.encoder(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.bool(), output_hidden_states=True
@@ -79,7 +83,7 @@ class QwenReader:
         count = picture_tokens(self.processor, image.size)
         text = with_picture(self.tokenizer, prompt, count)
         ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
-        self._refuse_long([prompt], torch.tensor([ids.shape[1]]), PRIVILEGED_TOKENS, f", {count} of them the picture's")
+        _refuse_long([prompt], [ids.shape[1]], PRIVILEGED_TOKENS, f", {count} of them the picture's")
         states = self.vlm(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -89,14 +93,6 @@ class QwenReader:
             output_hidden_states=True,
         ).hidden_states[HIDDEN_STATE]
         return Context(states, (ids.shape[1],))
-
-    def _refuse_long(self, prompts: Sequence[str], lengths: Tensor, limit: int, of_them: str = "") -> None:
-        for prompt, length in zip(prompts, lengths.tolist(), strict=True):
-            if length > limit:
-                start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-                raise ValueError(
-                    f'the caption "{start}" makes {length} tokens{of_them}; the limit is {limit}. Shorten it.'
-                )
 
     @torch.no_grad()
     def _text_gap(self) -> float:
@@ -115,7 +111,8 @@ class Captioner:
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype):
         checkpoint = Checkpoint(path)
         self.vlm = load_vlm(Qwen3VLForConditionalGeneration, checkpoint, dtype).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        with checkpoint.reading("tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         self.processor = load_processor(checkpoint)
 
     @torch.no_grad()
@@ -156,20 +153,47 @@ def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -
     return processor.get_number_of_image_patches(size[1], size[0]) // processor.merge_size**2
 
 
+def twin_of(vlm: str) -> Checkpoint:
+    """The VLM that the teacher sees pictures with."""
+    return Checkpoint(vlm, called=f"the teacher's VLM {vlm}")
+
+
+def count_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], pictures: Sequence[int] | None = None
+) -> list[int]:
+    """Of each prompt, templated; pictures: the tokens of the one beside each. Raises ValueError over the limit."""
+    if pictures is None:
+        texts, limit = [templated(tokenizer, prompt) for prompt in prompts], TEXT_TOKENS
+    else:
+        pairs = zip(prompts, pictures, strict=True)
+        texts, limit = [with_picture(tokenizer, prompt, count) for prompt, count in pairs], PRIVILEGED_TOKENS
+    lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+    _refuse_long(prompts, lengths, limit)
+    return lengths
+
+
+def _refuse_long(prompts: Sequence[str], lengths: Sequence[int], limit: int, of_them: str = "") -> None:
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length > limit:
+            raise ValueError(
+                f'the caption "{brief(prompt, 60)}" makes {length} tokens{of_them}; the limit is {limit}. Shorten it.'
+            )
+
+
 def load_vlm(kind: type[Model], checkpoint: Checkpoint, dtype: torch.dtype) -> Model:
     """A Qwen3-VL of one of transformers' classes, frozen, on the CPU. Raises ValueError where there is none."""
-    try:
-        return kind.from_pretrained(checkpoint.part(), dtype=dtype).eval().requires_grad_(False)
-    except OSError as error:
-        raise ValueError(f"the VLM {checkpoint.name} could not be loaded ({str(error).splitlines()[0]}).") from error
+    part = checkpoint.part()
+    with checkpoint.reading("the model"):
+        return kind.from_pretrained(part, dtype=dtype).eval().requires_grad_(False)
 
 
 def load_processor(checkpoint: Checkpoint) -> Qwen2VLImageProcessorPil:
     """The VLM's own picture processor, its largest picture limited to PICTURE_TOKENS."""
-    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder)
-    most = PICTURE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
-    size = {edge: min(processor.size[edge], most) for edge in ("shortest_edge", "longest_edge")}
-    return Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder, size=size)
+    with checkpoint.reading("preprocessor_config.json"):
+        processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder)
+        most = PICTURE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
+        size = {edge: min(processor.size[edge], most) for edge in ("shortest_edge", "longest_edge")}
+        return Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder, size=size)
 
 
 def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser
 from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.qwen import QwenReader, fingerprint_of, load_processor, picture_tokens, templated, with_picture
+from dopsd.families.qwen import QwenReader, count_tokens, fingerprint_of, load_processor, picture_tokens, twin_of
 from dopsd.flow import Schedule
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -55,19 +55,22 @@ class ZImage:
         self._refuse_missing_parts(index)
         own = folder / "vlm"
         self.vlm = vlm or (str(own) if own.is_dir() else self.default_vlm)
-        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        vae = AutoencoderKL.load_config(folder / "vae")
-        self.channels: int = vae["latent_channels"]
-        self.cell = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.multiple = 2 * self.cell  # the transformer's patches are 2 x 2 cells
-        self.resolution: int = vae["sample_size"]
-        about = folder / "dopsd.json"  # what a checkpoint that is not Turbo itself says of itself
-        own = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        self.default_nfe: int = own.get("nfe", 8)
-        self.unrelated_prompts: tuple[str, ...] = tuple(own.get("unrelated_prompts", ()))
-        self._starting_points: dict[str, Any] = own.get("starting_points", TURBO_STARTING_POINTS)
-        # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
-        self.distilled = self._scheduler.config.shift == DISTILLED_SHIFT
+        with checkpoint.reading("scheduler"):
+            self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+            # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
+            self.distilled = self._scheduler.config.shift == DISTILLED_SHIFT
+        with checkpoint.reading("vae"):
+            vae = AutoencoderKL.load_config(folder / "vae")
+            self.channels: int = vae["latent_channels"]
+            self.cell = 2 ** (len(vae["block_out_channels"]) - 1)
+            self.multiple = 2 * self.cell  # the transformer's patches are 2 x 2 cells
+            self.resolution: int = vae["sample_size"]
+        with checkpoint.reading("dopsd.json"):  # what a checkpoint that is not Turbo itself says of itself
+            about = folder / "dopsd.json"
+            said = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+            self.default_nfe: int = said.get("nfe", 8)
+            self.unrelated_prompts: tuple[str, ...] = tuple(said.get("unrelated_prompts", ()))
+            self._starting_points: dict[str, Any] = said.get("starting_points", TURBO_STARTING_POINTS)
 
     def _refuse_missing_parts(self, index: Mapping[str, Any]) -> None:
         name, folder = self.checkpoint.name, self.checkpoint.folder
@@ -95,29 +98,34 @@ class ZImage:
         return QwenReader(self.checkpoint, self.vlm, device, dtype, pictures)
 
     def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KLPainter":
-        vae = AutoencoderKL.from_pretrained(self.checkpoint.part("vae"), torch_dtype=dtype)
+        part = self.checkpoint.part("vae")
+        with self.checkpoint.reading("vae"):
+            vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype)
         return KLPainter(vae.to(device), tiled)
 
     def empty_denoiser(self) -> "ZImageDenoiser":
-        config = ZImageTransformer2DModel.load_config(self.checkpoint.folder / "transformer")
-        return ZImageDenoiser(ZImageTransformer2DModel.from_config(config))
+        with self.checkpoint.reading("transformer"):
+            config = ZImageTransformer2DModel.load_config(self.checkpoint.folder / "transformer")
+            return ZImageDenoiser(ZImageTransformer2DModel.from_config(config))
+
+    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
+        with self.checkpoint.reading("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder / "tokenizer")
+        if sizes is None:
+            return count_tokens(tokenizer, prompts)
+        processor = load_processor(twin_of(self.vlm))
+        return count_tokens(tokenizer, prompts, [picture_tokens(processor, size) for size in sizes])
 
     def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder / "tokenizer")
-        width = AutoConfig.from_pretrained(self.checkpoint.folder / "text_encoder").hidden_size
-        if sizes is None:
-            texts = [templated(tokenizer, prompt) for prompt in prompts]
-        else:
-            processor = load_processor(Checkpoint(self.vlm))
-            texts = [
-                with_picture(tokenizer, prompt, picture_tokens(processor, size))
-                for prompt, size in zip(prompts, sizes, strict=True)
-            ]
-        lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+        with self.checkpoint.reading("text_encoder"):
+            width = AutoConfig.from_pretrained(self.checkpoint.folder / "text_encoder").hidden_size
+        lengths = self.count_tokens(prompts, sizes)
         return Context.stack([Context(torch.zeros(1, length, width), (length,)) for length in lengths])
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "ZImageDenoiser":
-        network = ZImageTransformer2DModel.from_pretrained(self.checkpoint.part("transformer"), torch_dtype=dtype)
+        part = self.checkpoint.part("transformer")
+        with self.checkpoint.reading("transformer"):
+            network = ZImageTransformer2DModel.from_pretrained(part, torch_dtype=dtype)
         return ZImageDenoiser(network.to(device))
 
     def starting_points(self, method: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Roles:
 class Method(BaseModel):
     """A frozen set of hyperparameters with one function, `losses`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     nfe: int | None = Field(default=None, ge=1, description="Steps of the sampler that training walks or draws times "
                             "from; default: the model's own.")  # fmt: skip

@@ -46,6 +46,12 @@ def coverage(network: nn.Module, targets: str, rank: int) -> Coverage:
     )
 
 
+def lora_sizes(network: nn.Module, targets: str, rank: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Sizes of A and B that LoRA would have on each target. Works on meta tensors too."""
+    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)}
+    return {name: ((rank, m.in_features), (m.out_features, rank)) for name, m in linears.items()}
+
+
 def add_lora(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
     """Put LoRA on the targets, freeze everything else, and return the trainable parameters by name (float32).
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dopsd.files import (
     atomic_path,
+    brief,
     load_optimizer_tensors,
     optimizer_tensors,
     read_tensors,
@@ -66,14 +67,18 @@ def load_checkpoint(
     try:
         found = json.loads(state.read_text(encoding="utf-8"))
         damaged = [name for name, wanted in found["sha256"].items() if sha256_of(path / name) != wanted]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no whole checkpoint of dopsd ({type(error).__name__}: {error}).") from error
+        step = int(found["step"])
+        if step < 0:
+            raise ValueError(f"it says step {step}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {brief(str(error))}"
+        raise ValueError(f"{path} is no whole checkpoint of dopsd (state.json: {reason}).") from error
     if damaged:
         raise ValueError(f"{path} is damaged: the bytes of {', '.join(damaged)} are not those that were written.")
     _put(path / "student.safetensors", student)
     _put(path / "teacher.safetensors", teacher.tensors)
     load_optimizer_tensors(optimizer, read_tensors(path / "optimizer.safetensors"))
-    return int(found["step"])
+    return step
 
 
 @torch.no_grad()
