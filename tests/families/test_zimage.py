@@ -165,3 +165,17 @@ def test_a_caption_over_the_limit_is_said_not_cut(pocket_reader):
         pocket_reader.context(["star " * 600])
     with pytest.raises(ValueError, match="16 of them the picture's; the limit is 1024"):
         pocket_reader.context(["star " * 1100], [Image.new("RGB", (64, 64))])
+
+
+@torch.no_grad()
+def test_tiles_are_those_of_diffusers_and_only_pictures_are_decoded_in_them(pocket):
+    whole, tiled = (pocket.load_painter(CPU, torch.float32, tiled=tiled) for tiled in (False, True))
+    pixels = torch.rand(1, 3, 160, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = whole.latents(pixels)
+    assert torch.equal(tiled.latents(pixels), latents)
+    scaled = latents / whole.vae.config.scaling_factor + whole.vae.config.shift_factor
+    theirs = whole.vae
+    theirs.tile_sample_min_size, theirs.tile_latent_min_size = 64, 16
+    wanted = theirs.tiled_decode(scaled, return_dict=False)[0]
+    assert torch.equal(tiled.pixels(latents), wanted)
+    assert not torch.equal(whole.pixels(latents), wanted) and (whole.pixels(latents) - wanted).abs().mean() < 0.1

@@ -29,6 +29,7 @@ TURBO_STARTING_POINTS = {
     "train.gradient_accumulation_steps": 4,
     "train.learning_rate": 1e-4,
 }
+TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
 DISTILLED_SHIFT = 3.0  # Turbo's scheduler; the many-step base model ships 6.0
 
 
@@ -160,6 +161,12 @@ class KLPainter:
     def __init__(self, vae: AutoencoderKL, tiled: bool = False):
         self.vae = vae.eval().requires_grad_(False)
         self.tiled = tiled
+        if tiled:
+            side = min(TILE, vae.config.sample_size)
+            vae.tile_sample_min_size, vae.tile_latent_min_size = (
+                side,
+                side // 2 ** (len(vae.config.block_out_channels) - 1),
+            )
         self.fingerprint = f"{fingerprint_of(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
 
     def latents(self, pixels: Tensor) -> Tensor:

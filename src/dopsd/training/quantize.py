@@ -24,7 +24,7 @@ def quantize(
     """
     z = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(0))
     now = torch.ones(1)
-    before = denoiser(z, now, context)
+    before = denoiser(z, now, context.to("cpu"))
     network = denoiser.network
     dtype = next(network.parameters()).dtype
     for name, module in list(network.named_modules()):
