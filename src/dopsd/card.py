@@ -41,6 +41,8 @@ def write_card(recipe: Recipe, metadata: Mapping[str, str], step: int) -> Path:
     }
     if recipe.data.trigger:
         head["instance_prompt"] = recipe.data.trigger
+    base = metadata["base_model"]
+    base = base if "/" in base else f"path/to/{base}"  # a local folder: its name is all that the file may say
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     rows = [f"| {_cell(p)} | ![]({samples}/base_{f}) | ![]({samples}/student_{f}) |" for p, f in shown]
     facts = [f"| {words} | {_cell(metadata[key])} |" for key, words in TOLD.items() if key in metadata]
@@ -64,9 +66,10 @@ Same noise in a row.
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{metadata["base_model"]}", torch_dtype=torch.bfloat16)
+pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights(".", weight_name="{recipe.run_name}.safetensors")
-picture = pipeline("{_cell(shown[0][0])}", num_inference_steps={metadata["nfe"]}, guidance_scale=0.0).images[0]
+prompt = {json.dumps(shown[0][0], ensure_ascii=False)}
+picture = pipeline(prompt, num_inference_steps={metadata["nfe"]}, guidance_scale=0.0).images[0]
 ```
 
 ## Training
@@ -81,5 +84,5 @@ picture = pipeline("{_cell(shown[0][0])}", num_inference_steps={metadata["nfe"]}
 
 
 def _cell(text: str) -> str:
-    """One line, and no bar or quote that would end a cell or a string."""
-    return " ".join(text.split()).replace("|", "/").replace('"', "'")
+    """One line, and no bar that would end a cell."""
+    return " ".join(text.split()).replace("|", "/")

@@ -66,7 +66,6 @@ def check(recipe: Recipe) -> Checked:
         for example in listing.examples:
             size = nearest_bucket(*picture_size(example.path), sizes)
             buckets[size] = buckets.get(size, 0) + 1
-    pictures_shown(recipe, family, listing)
     with init_empty_weights():
         network = family.empty_denoiser().network
     targets = recipe.lora.targets or family.lora_targets
@@ -86,10 +85,13 @@ def check(recipe: Recipe) -> Checked:
 
 
 def _refuse_long(recipe: Recipe, family: Family, listing: Listing) -> None:
-    """Every caption must fit the student's context, and with its picture the teacher's."""
+    """Every caption and prompt must fit the student's context, and with a picture the teacher's."""
     captions = [(caption, example) for example in listing.examples for caption in (example.caption, *example.also)]
-    family.count_tokens([caption for caption, _ in captions])
+    shown = [each.prompt for each in pictures_shown(recipe, family, listing)]
+    family.count_tokens([*(caption for caption, _ in captions), *shown, *unrelated_prompts(recipe, family)])
     if "privileged" in recipe.method.needs:
+        side = max(resolutions_of(recipe, family))
+        family.count_tokens(shown, [(side, side)] * len(shown))
         for resolution in resolutions_of(recipe, family):
             sizes = bucket_sizes(resolution, family.multiple)
             cut = [nearest_bucket(*picture_size(example.path), sizes) for _, example in captions]

@@ -209,19 +209,20 @@ def caption(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where there is a caption.")] = False,
 ) -> None:
     """Write a caption beside each picture that has none, by a local vision-language model."""
-    from dopsd.data.captioning import QUESTION, caption_folder
+    from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
     from dopsd.deployed import deployed_on
     from dopsd.families.qwen import Captioner
 
-    captioner = Captioner(model, *deployed_on())
-    with bars() as advance:
-        written, kept = caption_folder(
-            folder,
-            lambda image: captioner.caption(image, question or QUESTION, most_tokens),
-            overwrite,
-            lambda done, total: advance("captions", done, total),
-        )
-    out.print(f"{written} captions written, {kept} kept; read them before you train", highlight=False)
+    todo, kept = uncaptioned(folder, overwrite)
+    if todo:
+        captioner = Captioner(model, *deployed_on())
+        with bars() as advance:
+            write_captions(
+                todo,
+                lambda image: captioner.caption(image, question or QUESTION, most_tokens),
+                lambda done, total: advance("captions", done, total),
+            )
+    out.print(f"{len(todo)} captions written, {kept} kept; read them before you train", highlight=False)
 
 
 @app.command()

@@ -112,18 +112,22 @@ def judge(recipe: Recipe, contestants: Sequence[Contestant], report: Path, title
     painter = family.load_painter(device, torch.float32)
     if thing is not None:
         sheet = Sheet.write(thing, reader, recipe.data.folder)
+        del reader  # gigabytes, as below
         for contestant in contestants:
             _examine(contestant, sheet, family, painter, _denoiser_of(contestant, family, device, dtype))
         panels = _exam_panels(contestants, sheet)
     else:
         wanted = pictures_shown(recipe, family, read_data(recipe))
         contexts = [reader.context([each.prompt]) for each in wanted]
+        del reader
         noises = [noise_for([each.seed], *each.cells) for each in wanted]
         nfe = recipe.sample.nfe or family.default_nfe
         schedules = [family.schedule(nfe, *each.cells[1:]) for each in wanted]
         for contestant in contestants:
-            denoiser = _denoiser_of(contestant, family, device, dtype)
-            pictures = paint_each(denoiser, contexts, painter, schedules, noises, device)
+            # the network is bound to no name, so that it leaves memory before the next one comes
+            pictures = paint_each(
+                _denoiser_of(contestant, family, device, dtype), contexts, painter, schedules, noises, device
+            )
             contestant.images = tuple(image for picture in pictures for image in to_images(picture[None]))
         rows = tuple((c.name, c.images) for c in contestants)
         panels = [Panel("Same prompts, same noise", tuple(each.prompt for each in wanted), rows)]

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import SafetensorError
 
-from dopsd.export import merge_lora, refuse_strength
+from dopsd.export import merge_lora, read_lora, refuse_strength
 from dopsd.families import load_family
 from dopsd.families.base import Family
 from dopsd.files import atomic_path
@@ -44,6 +45,8 @@ def sample_latents(
     nfe: int | None = None,
 ) -> torch.Tensor:
     """The clean latents [B, C, h, w] that the prompts' walks from `noise` end at."""
+    if lora:
+        read_lora(lora, family)  # refused before gigabytes are loaded
     device, dtype = deployed_on()
     context = family.load_reader(device, dtype, pictures=False).context(list(prompts))
     denoiser = family.load_denoiser(device, dtype)
@@ -57,11 +60,15 @@ def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0) -> 
     if folder.exists():
         raise ValueError(f"{folder} exists and is not overwritten: choose another folder with --out.")
     family = load_family(name_or_path)
+    read_lora(lora, family)  # refused before gigabytes are loaded
     network = family.load_denoiser(*deployed_on()).network
     merge_lora(network, lora, family, strength)
     with atomic_path(folder) as temporary:
         shutil.copytree(family.checkpoint.whole(), temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*"))
-        network.save_pretrained(temporary / family.export_prefix)  # type: ignore[operator] - of every diffusers model
+        try:
+            network.save_pretrained(temporary / family.export_prefix)  # type: ignore[operator] - of every diffusers model
+        except SafetensorError as error:  # how safetensors says "no space left"
+            raise OSError(str(error)) from error
 
 
 def deployed_on() -> tuple[torch.device, torch.dtype]:

@@ -1,6 +1,6 @@
 """One run: a recipe becomes a LoRA. Assembles the rooms and keeps house (log, preview, save); computes nothing itself.
 
-The only room that knows all others; only cli imports it.
+The only room that knows all others; only `cli`, `compare` and the package's face import it.
 """
 
 import logging
@@ -93,7 +93,8 @@ def _train(
         session.accelerator, plan, start,
     ):  # fmt: skip
         metrics.add(report)
-        told = {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate, "seconds": report.seconds}
+        about = ("grad_norm", "learning_rate", "pictures", "seconds", "skipped")
+        told = {name: getattr(report, name) for name in about}
         trackers.numbers("train", {**report.log, **told}, report.step)
         done, signal = report.step == plan.max_steps, noticed()
         due = _due(report.step, recipe.save.every)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGene
 from typer.testing import CliRunner
 
 from dopsd.cli import app
-from dopsd.data.captioning import QUESTION, caption_folder
+from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
 from dopsd.families import POCKET
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.qwen import load_processor, picture_tokens, with_picture
@@ -65,14 +65,16 @@ def test_only_pictures_without_a_caption_get_one_and_it_is_the_models_greedy_ans
 
 
 def test_overwrite_writes_all(folder):
-    assert caption_folder(folder, lambda image: "a picture", overwrite=True) == (3, 0)
+    todo, kept = uncaptioned(folder, overwrite=True)
+    write_captions(todo, lambda image: "a picture")
+    assert (len(todo), kept) == (3, 0)
     assert (folder / "b.txt").read_text() == "a picture\n"
 
 
 def test_an_empty_answer_is_an_error_and_what_was_written_stays(folder):
     answers = iter(["a red one", ""])
     with pytest.raises(ValueError, match=r"says nothing of c\.webp"):
-        caption_folder(folder, lambda image: next(answers))
+        write_captions(uncaptioned(folder)[0], lambda image: next(answers))
     assert (folder / "a.txt").read_text() == "a red one\n" and not (folder / "c.txt").exists()
 
 
@@ -87,7 +89,7 @@ def test_a_folder_that_cannot_be_captioned_is_refused(fault, said, folder):
         if fault == "empty":
             place.mkdir()
     with pytest.raises(ValueError, match=said):
-        caption_folder(place, lambda image: "a picture")
+        uncaptioned(place)
 
 
 def test_a_model_that_is_not_there_is_one_sentence(folder):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 from PIL import Image
-from transformers import Qwen3VLModel
+from transformers import AutoTokenizer, Qwen3VLModel
 
 from dopsd.deployed import sample, sample_latents
 from dopsd.families import load_family
-from dopsd.families.qwen import transplant
+from dopsd.families.qwen import transplant, with_picture
 from dopsd.paint import noise_for
 from dopsd.rollout import rollout, walk
 
@@ -165,6 +165,28 @@ def test_a_caption_over_the_limit_is_said_not_cut(pocket_reader):
         pocket_reader.context(["star " * 600])
     with pytest.raises(ValueError, match="16 of them the picture's; the limit is 1024"):
         pocket_reader.context(["star " * 1100], [Image.new("RGB", (64, 64))])
+
+
+# The user turn of Qwen3's template, which Z-Image's tokenizer brings: content that is no text is nothing to it.
+QWEN3 = (
+    "{%- for message in messages %}{%- if message.content is string %}{%- set content = message.content %}"
+    "{%- else %}{%- set content = '' %}{%- endif %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+
+
+def test_the_picture_and_the_prompt_stand_in_the_turn_with_a_template_that_knows_no_pictures(pocket):
+    tokenizer = AutoTokenizer.from_pretrained(pocket.checkpoint.folder / "tokenizer")
+    mine = with_picture(tokenizer, "a red star", 3)
+    tokenizer.chat_template = QWEN3
+    assert with_picture(tokenizer, "a red star", 3) == mine
+    assert mine == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>a red star<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
 @torch.no_grad()

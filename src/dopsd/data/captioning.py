@@ -1,6 +1,6 @@
 """Captions for pictures that have none: a text beside each, which `folder` reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -14,15 +14,9 @@ QUESTION = (
 )
 
 
-def caption_folder(
-    folder: Path,
-    describe: Callable[[Image.Image], str],
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[int, int]:
-    """Write `<stem>.txt` beside every picture; (how many were written, how many kept theirs). A caption that is there
-    stays unless `overwrite`. Raises ValueError where captions live in a metadata file, where there are no pictures, and
-    for a picture that cannot be decoded or for which nothing is said; what was written before stays."""
+def uncaptioned(folder: Path, overwrite: bool = False) -> tuple[list[Path], int]:
+    """The pictures to describe, and how many keep the caption they have (with `overwrite` none does). Raises ValueError
+    where captions live in a metadata file, and where there are no pictures."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give a folder of pictures.")
     if listed := [name for name in METADATA if (folder / name).is_file()]:
@@ -31,11 +25,20 @@ def caption_folder(
     if not pictures:
         raise ValueError(f"no pictures in {folder}.")
     todo = [p for p in pictures if overwrite or not any(p.with_suffix(e).is_file() for e in CAPTION_EXTENSIONS)]
-    for done, path in enumerate(todo, start=1):
+    return todo, len(pictures) - len(todo)
+
+
+def write_captions(
+    pictures: Sequence[Path],
+    describe: Callable[[Image.Image], str],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write `<stem>.txt` beside each picture. Raises ValueError for one that cannot be decoded or of which nothing is
+    said; what was written before stays."""
+    for done, path in enumerate(pictures, start=1):
         caption = describe(open_picture(path))
         if not caption:
             raise ValueError(f"the model says nothing of {path.name}: write its caption by hand, or ask otherwise.")
         write_text(path.with_suffix(CAPTION_EXTENSIONS[0]), caption + "\n")
         if progress:
-            progress(done, len(todo))
-    return len(todo), len(pictures) - len(todo)
+            progress(done, len(pictures))

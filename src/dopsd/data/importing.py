@@ -88,7 +88,7 @@ def _extension(content: bytes, where: str) -> str:
 
 def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}).") from error
     for number, line in enumerate(lines, start=1):
@@ -99,7 +99,7 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}).") from error
-        yield _picture_of(row, file.parent, where).read_bytes(), _captions_of(row, columns, where)
+        yield _bytes_of(_picture_of(row, file.parent, where), where), _captions_of(row, columns, where)
 
 
 def _picture_of(row: Any, folder: Path, where: str) -> Path:
@@ -113,6 +113,13 @@ def _picture_of(row: Any, folder: Path, where: str) -> Path:
         if os.path.isfile(path):
             return path
     raise ValueError(f"{where} names {brief(str(paths[0]))}, which is neither in {folder} nor the working directory.")
+
+
+def _bytes_of(picture: Path, where: str) -> bytes:
+    try:
+        return picture.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{where}: {picture} cannot be read ({error.strerror}).") from error
 
 
 def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
@@ -138,7 +145,7 @@ def _dataset_rows(source: str, image_column: str, columns: Sequence[str], split:
     table = table.cast_column(image_column, datasets.Image(decode=False))
     for number, row in enumerate(table, start=1):
         picture, where = row[image_column] or {}, f"row {number} of {source}"
-        content = picture.get("bytes") or (Path(picture["path"]).read_bytes() if picture.get("path") else None)
+        content = picture.get("bytes") or (_bytes_of(Path(picture["path"]), where) if picture.get("path") else None)
         if content is None:
             raise ValueError(f"{where} has no picture in {image_column}.")
         yield content, _captions_of(row, columns, where)

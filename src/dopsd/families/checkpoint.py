@@ -81,9 +81,10 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"the hub did not give {repo} ({str(error).splitlines()[0]}): try again.") from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise ValueError(f"{repo} could not be fetched ({error}): what has come so far is kept.") from error
+    except Exception as error:  # the client's transport raises its own kinds: proxies, broken connections, ...
+        if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{repo} could not be fetched ({reason}): what has come so far is kept.") from error
         free = shutil.disk_usage(Path(constants.HF_HUB_CACHE).anchor or ".").free / 2**30
         raise ValueError(
             f"no space left for {repo}: {free:.1f} GiB are free at {constants.HF_HUB_CACHE}. Make room, or set HF_HOME "

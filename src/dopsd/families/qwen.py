@@ -134,7 +134,7 @@ class Captioner:
         return " ".join(words.split())
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
+def templated(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     """One user turn and the start of an answer, with thinking on, as the pipelines write it."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -142,10 +142,9 @@ def templated(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, 
 
 
 def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> str:
-    """One user turn, a picture of `count` tokens first, then the prompt; templated once."""
-    mark = "<|image_pad|>"
-    text = templated(tokenizer, [{"type": "image"}, {"type": "text", "text": prompt}])
-    return text.replace(mark, mark * count, 1)
+    """One user turn, a picture of `count` tokens first, then the prompt; templated once. The picture's marks are
+    written here, as Qwen3-VL's template writes them: the text encoder's own template knows no pictures."""
+    return templated(tokenizer, f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>{prompt}")
 
 
 def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:

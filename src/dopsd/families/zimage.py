@@ -29,6 +29,7 @@ TURBO_STARTING_POINTS = {
     "train.gradient_accumulation_steps": 4,
     "train.learning_rate": 1e-4,
 }
+PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder encodes in one call: 2.8 GiB of activations in float32
 TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
 DISTILLED_SHIFT = 3.0  # Turbo's scheduler; the many-step base model ships 6.0
 
@@ -170,8 +171,10 @@ class KLPainter:
         self.fingerprint = f"{fingerprint_of(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
 
     def latents(self, pixels: Tensor) -> Tensor:
+        at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
         with torch.no_grad():
-            mode = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+            parts = [part.to(self.vae.device, self.vae.dtype) for part in pixels.split(at_once)]
+            mode = torch.cat([self.vae.encode(part).latent_dist.mode().float() for part in parts])
         return (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def pixels(self, latents: Tensor) -> Tensor:
