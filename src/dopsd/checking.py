@@ -16,6 +16,7 @@ from dopsd.evaluation.health import PROMPTS
 from dopsd.export import read_lora, refuse_unfit
 from dopsd.families import load_family
 from dopsd.families.base import Family
+from dopsd.families.checkpoint import Checkpoint
 from dopsd.forecast import Forecast, forecast, memory_of
 from dopsd.methods import METHODS, missing
 from dopsd.preview import Wanted
@@ -56,8 +57,11 @@ def open_family(recipe: Recipe) -> Family:
 def check(recipe: Recipe) -> Checked:
     """Everything that can be known, and refused, before a weight is loaded."""
     refuse_missing(recipe)
-    if recipe.model.quantize and find_spec("bitsandbytes") is None:
-        raise ValueError("model.quantize needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'.")
+    if (recipe.model.quantize or recipe.train.optimizer == "adamw_8bit") and find_spec("bitsandbytes") is None:
+        key = "model.quantize" if recipe.model.quantize else "train.optimizer: adamw_8bit"
+        raise ValueError(f"{key} needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'.")
+    if model := recipe.health.text_model:
+        Checkpoint(model, called=f"health.text_model {model}")
     family = open_family(recipe)
     listing = read_data(recipe)
     buckets: dict[tuple[int, int], int] = {}

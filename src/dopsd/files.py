@@ -111,20 +111,32 @@ def sha256_of(path: Path) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: `<parameter index>.<name>`. Numbers become 0-d float64 tensors."""
+    """The optimizer's state as named tensors: `<parameter index>.<name>`, with more dots where it is nested. Numbers
+    become 0-d float64 tensors."""
     named: dict[str, Tensor] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                put(f"{name}.{key}", inner)
+        else:
+            named[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
     for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            named[f"{index}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        put(str(index), state)
     return named
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` named. Learning rates are not touched: they are a function of the step."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        index, dot, name = key.partition(".")
-        if not dot or not index.isdigit():
+        index, *path, name = key.split(".")
+        if not index.isdigit():
             raise ValueError(f"{brief(key)} is no name of an optimizer's state.")
-        state.setdefault(int(index), {})[name] = value
+        inner = state.setdefault(int(index), {})
+        for part in path:
+            inner = inner.setdefault(part, {})
+        is_number = value.ndim == 0 and value.dtype == torch.float64
+        inner[name] = int(value) if is_number and value == value.round() else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -48,6 +48,8 @@ ALIASES = {
     "max_step_saves_to_keep": "save.keep_last",
     "checkpoints_total_limit": "save.keep_last",
     "gradient_accumulation": "train.gradient_accumulation_steps",
+    "optimizer_type": "train.optimizer",
+    "use_8bit_adam": "train.optimizer",
     "lr_scheduler": "train.lr_schedule",
     "lr_warmup_steps": "train.warmup_steps",
     "output_name": "run_name",

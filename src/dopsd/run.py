@@ -87,7 +87,8 @@ def _train(
     recipe, folder = session.recipe, session.recipe.run_folder
     metrics, plan = Metrics(folder / "metrics.jsonl", start), _plan(recipe.train)
     loader = Loader(material.rows, recipe.train.batch_size, recipe.train.seed, recipe.data.caption_dropout)
-    ward = Ward(session, material.unrelated, start, trackers)
+    prompts = unrelated_prompts(recipe, session.family)
+    ward = Ward(session, material.unrelated, prompts, start, trackers)
     for report in steps(
         session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
         session.accelerator, plan, start,

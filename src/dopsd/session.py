@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from dopsd import __version__
 from dopsd.batch import Context
-from dopsd.evaluation.health import Checkup, Health
+from dopsd.evaluation.health import Agreement, Checkup, Health
 from dopsd.export import export_lora, start_from_lora
 from dopsd.families.base import Family, Painter
 from dopsd.files import sha256_of
@@ -22,7 +23,7 @@ from dopsd.methods.base import Roles
 from dopsd.preview import Preview, paint_previews
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
-from dopsd.training.quantize import quantize
+from dopsd.training.quantize import adamw_8bit, quantize
 from dopsd.training.roles import Teacher, make_roles
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class Session:
         if lora.init_from:
             start_from_lora(trainable, lora.init_from, family, (lora.alpha or lora.rank) / lora.rank)
         teacher = Teacher(trainable, recipe.method.decay)
-        optimizer = torch.optim.AdamW(
+        kind_of_optimizer = adamw_8bit if recipe.train.optimizer == "adamw_8bit" else torch.optim.AdamW
+        optimizer = kind_of_optimizer(
             trainable.values(), lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
         )
 
@@ -106,13 +108,23 @@ class Session:
         )
         return path
 
-    def checkup(self, context: Context) -> Checkup:
+    def checkup(self, context: Context, prompts: Sequence[str]) -> Checkup:
         """The untouched model's side of the health measures, painted on these prompts."""
         height, width = self._cells
         return Checkup(
             self.roles.base, self.painter(), lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
-            context.to(self.device), (self.family.channels, height, width),
+            context.to(self.device), (self.family.channels, height, width), agreement=self._agreement(prompts),
         )  # fmt: skip
+
+    def _agreement(self, prompts: Sequence[str]) -> Agreement | None:
+        if self.recipe.health.text_model is None:
+            return None
+        from dopsd.families.clip import TextAgreement
+
+        judge = TextAgreement(self.recipe.health.text_model, self.device)
+        return lambda pictures, in_a_row: judge(
+            (pictures * 255).round().astype(np.uint8), [prompt for prompt in prompts for _ in range(in_a_row)]
+        )
 
     def health(self, checkup: Checkup) -> Health:
         """How the student is now."""
@@ -143,7 +155,7 @@ class Session:
             "ss_network_dim": str(recipe.lora.rank),
             "ss_network_alpha": str(recipe.lora.rank),  # the true alpha is multiplied into B
             "ss_learning_rate": str(recipe.train.learning_rate),
-            "ss_optimizer": "AdamW",
+            "ss_optimizer": "AdamW8bit" if recipe.train.optimizer == "adamw_8bit" else "AdamW",
             "ss_steps": str(step),
             "ss_seed": str(recipe.train.seed),
             "ss_output_name": recipe.run_name,

@@ -134,6 +134,9 @@ class TrainSection(Section):
     learning_rate: float = Field(1e-4, gt=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: its moments in 8 bits (extra `quantize`)."
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped_steps: int = Field(3, ge=1, description="Steps in a row without finite loss or gradient, then stop.")
@@ -175,6 +178,7 @@ class HealthSection(Section):
 
     every: int | None = Field(None, ge=0, description="Steps between checkups; default: sample.every; 0: none.")
     prompts: Annotated[tuple[str, ...], AfterValidator(_no_single)] = Field((), description="Default: 8 built in.")
+    text_model: str | None = Field(None, min_length=1, description="A CLIP, hub id or folder: measures `text` as well.")
 
 
 class StopSection(Section):

@@ -1,6 +1,7 @@
 """The student's health during a run: looked at every so often, written to health.jsonl, the last healthy LoRA kept."""
 
 import logging
+from collections.abc import Sequence
 
 from dopsd.batch import Context
 from dopsd.run_folder import Rows
@@ -13,9 +14,13 @@ log = logging.getLogger(__name__)
 class Ward:
     """Checkups of one run. The untouched model's pictures are painted when the first is due."""
 
-    def __init__(self, session: Session, unrelated: Context, steps_done: int, trackers: Trackers):
+    def __init__(
+        self, session: Session, unrelated: Context, prompts: Sequence[str], steps_done: int, trackers: Trackers
+    ):
+        """unrelated: what the prompts were read as."""
         recipe = session.recipe
-        self._session, self._unrelated, self._trackers = session, unrelated, trackers
+        self._session, self._trackers = session, trackers
+        self._unrelated, self._prompts = unrelated, prompts
         self._every = recipe.sample.every if recipe.health.every is None else recipe.health.every
         self._checkup = None
         if self._every:
@@ -26,7 +31,7 @@ class Ward:
         if not self._every or not (last or step % self._every == 0):
             return None
         if self._checkup is None:
-            self._checkup = self._session.checkup(self._unrelated)
+            self._checkup = self._session.checkup(self._unrelated, self._prompts)
         found = self._session.health(self._checkup)
         self._rows.append(found.as_row(step))
         values = {name: measure.value for name, measure in found.measures.items()}

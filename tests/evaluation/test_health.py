@@ -39,7 +39,7 @@ def examined(painted, spoil, twice=None) -> health.Health:
         return np.clip(pictures + rng.normal(0, 0.02, pictures.shape), 0, 1)
 
     checkup._base, checkup._again = (mine, nearly(mine)), (other, nearly(other))
-    checkup._noise = torch.zeros(1)
+    checkup._noise, checkup._measures = torch.zeros(1), dict(health.MEASURES)
     spoiled = spoil(mine)
     checkup._pictures = lambda *_: (spoiled, twice(spoiled) if twice else nearly(spoiled))  # type: ignore[method-assign]
     return checkup.examine(None, None)  # type: ignore[arg-type]

@@ -67,6 +67,28 @@ def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, l
     merge_lora(load_family("pocket").load_denoiser(CPU, torch.float32).network, file, load_family("pocket"))
 
 
+def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(lesson, tmp_path):
+    def recipe(name: str) -> Recipe:
+        tree = recipe_for(lesson, tmp_path, name, None, steps=3).model_dump()
+        return parse_recipe(tree | {"lora": {"rank": 32}, "train": tree["train"] | {"optimizer": "adamw_8bit"}})
+
+    straight, broken = recipe("straight"), recipe("broken")
+    for _ in train(straight):
+        pass
+    run = train(broken)
+    next(run)
+    run.close()
+    for _ in train(broken, resume="latest"):
+        pass
+    for file in ("student", "optimizer"):
+        left, right = (
+            load_file(r.run_folder / f"checkpoints/step-000003/{file}.safetensors") for r in (straight, broken)
+        )
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    moments = [tensor for name, tensor in left.items() if name.endswith("state1")]
+    assert {tensor.dtype for tensor in moments if tensor.numel() >= 4096} == {torch.uint8}
+
+
 def test_the_forecast_knows_what_it_saves(lesson, tmp_path, pocket):
     whole, small = (
         forecast(recipe_for(lesson, tmp_path, "x", kind), pocket, (64, 64), ["a toy"], torch.float32, lean=False)

@@ -1,7 +1,8 @@
 """Few-step health: what a tuned model keeps of the untouched one, on prompts and seeds that training never sees.
 
 Both paint the same noise at the deployed number of forwards and at twice that. Every measure stands beside its noise
-floor, which is what it shows between the untouched model and itself on other noise. Pixels only, no judging network.
+floor, which is what it shows between the untouched model and itself on other noise. From pixels alone, unless a recipe
+names a model for the agreement with the text.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ SEEDS = 2  # pictures a prompt
 FIRST_SEED, OTHER_SEED = 970_000, 980_000  # far from any preview's
 CERTAIN = 2  # standard errors of the paired difference that a change must exceed
 # What may change without alarm, as a share of the untouched model's value; below or above it is unhealthy.
-LOSS_ALLOWED = {"sharpness": 0.10, "diversity": 0.20}
+LOSS_ALLOWED = {"sharpness": 0.10, "diversity": 0.20, "text": 0.05}
 GAIN_ALLOWED = {"roughness": 0.50, "nfe_gap": 0.50}
 DRIFT_ALLOWED = 0.60  # of the distance between two pictures of one prompt on different noise
 
@@ -52,7 +53,7 @@ class Measure:
 class Health:
     """sharpness: mean of the steepest 5% of slopes; roughness: |Laplacian| in the flatter half (artefacts); drift:
     distance to the untouched model's picture; nfe_gap: distance between the pictures at one and two times the forwards;
-    diversity: distance between the pictures of one prompt."""
+    diversity: distance between the pictures of one prompt; text: agreement with the prompts, where a model is given."""
 
     measures: dict[str, Measure]
 
@@ -69,6 +70,9 @@ class Health:
         return {"step": step, "healthy": self.healthy, **{name: asdict(m) for name, m in self.measures.items()}}
 
 
+Agreement = Callable[[np.ndarray, int], np.ndarray]  # pictures in [0, 1], and how many of a prompt stand in a row
+
+
 class Checkup:
     """The untouched model's pictures, painted once, and the comparison with whatever was tuned from it."""
 
@@ -81,8 +85,13 @@ class Checkup:
         context: Context,
         cells: tuple[int, int, int],
         first_seed: int = FIRST_SEED,
+        agreement: Agreement | None = None,
     ):
-        """context: one row a prompt; cells: latent (channels, height, width); schedule_of: forwards -> times."""
+        """context: one row a prompt; cells: latent (channels, height, width); schedule_of: forwards -> times;
+        agreement: what says whether pictures show what their prompts say, if there is such a model."""
+        self._measures = dict(MEASURES)
+        if agreement:
+            self._measures["text"] = lambda pictures: agreement(pictures[0], SEEDS)
         rows = [context.row(index) for index in range(len(context)) for _ in range(SEEDS)]
         self._context = Context.stack(rows)
         self._noise = noise_for(range(first_seed, first_seed + len(rows)), *cells)
@@ -100,7 +109,7 @@ class Checkup:
         """Paint as the student and compare."""
         mine = self._pictures(student, painter, self._noise)
         measures = {}
-        for name, of in MEASURES.items():
+        for name, of in self._measures.items():
             base, again, tuned = of(self._base), of(self._again), of(mine)
             sign, allowed = (-1, LOSS_ALLOWED[name]) if name in LOSS_ALLOWED else (1, GAIN_ALLOWED[name])
             change = (tuned - base) / base.mean()

@@ -1,6 +1,7 @@
-"""Frozen linear layers in 4 or 8 bits, through bitsandbytes. The only room that knows it."""
+"""Frozen linear layers in 4 or 8 bits, and AdamW's moments in 8, through bitsandbytes. The only room that knows it."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,13 @@ def quantize(
     denoiser.to(device)
     after = denoiser(z.to(device), now.to(device), context.to(device)).cpu()
     return ((after - before).norm() / before.norm()).item()
+
+
+def adamw_8bit(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW whose moments take a byte each (tensors under 4096 numbers keep float32)."""
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(list(parameters), lr=lr, weight_decay=weight_decay)
 
 
 def saved_bytes(network: nn.Module, targets: str, kind: Kind) -> int:
