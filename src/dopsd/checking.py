@@ -164,6 +164,8 @@ def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, s
 
 def lean_on(recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether to save memory: as the recipe says, or where the device is too small to do without."""
+    if recipe.model.offload:
+        return True  # or all copies of the weights would stay alive until the end of a backward pass
     if recipe.model.memory != "auto":
         return recipe.model.memory == "low"
     peak, room = foresee(recipe, found, dtype, lean=False), memory_of(device)

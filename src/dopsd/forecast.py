@@ -19,6 +19,7 @@ from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import Plan, backward
 from dopsd.training.meter import LiveBytes
+from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import saved_bytes
 from dopsd.training.roles import Teacher, make_roles
 
@@ -80,6 +81,8 @@ def forecast(
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
         _give_storage(denoiser)
+        if recipe.model.offload:
+            saved += offload_blocks(denoiser.network, torch.device("cpu"))
         student = {name: p for name, p in denoiser.network.named_parameters() if p.requires_grad}
         teacher = Teacher(student, method.decay)
         optimizer = torch.optim.AdamW(student.values())

@@ -21,7 +21,11 @@ from dopsd.training.loop import StepReport
 
 log = logging.getLogger(__name__)
 
-FREE = {("train", "max_steps"), ("model", "memory")}  # what a resumed run may change of what makes its numbers
+FREE = {
+    ("train", "max_steps"),
+    ("model", "memory"),
+    ("model", "offload"),
+}  # what a resumed run may change of what makes its numbers
 
 
 @contextmanager

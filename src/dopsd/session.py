@@ -23,6 +23,7 @@ from dopsd.methods.base import Roles
 from dopsd.preview import Preview, paint_previews
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
+from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import adamw_8bit, quantize
 from dopsd.training.roles import Teacher, make_roles
 
@@ -57,7 +58,8 @@ class Session:
     ) -> "Session":
         """Load the denoiser, put LoRA on it, and make the roles. probe: what a quantized base is compared on."""
         kind, gap = recipe.model.quantize, None
-        denoiser = family.load_denoiser(torch.device("cpu") if kind else accelerator.device, dtype)
+        starts_on = torch.device("cpu") if kind or recipe.model.offload else accelerator.device
+        denoiser = family.load_denoiser(starts_on, dtype)
         if kind:
             gap = quantize(denoiser, family.quantizable, kind, accelerator.device, probe, family.channels)
             log.info("quantize=%s first_velocity_moved_by=%.3f", kind, gap)
@@ -67,6 +69,9 @@ class Session:
         trainable = add_lora(
             denoiser.network, lora.targets or family.lora_targets, lora.rank, lora.alpha or lora.rank, recipe.train.seed
         )
+        if recipe.model.offload:
+            away = offload_blocks(denoiser.network, accelerator.device)
+            log.info("offload=yes away_from_the_device=%.2f_GiB", away / 2**30)
         if lora.init_from:
             start_from_lora(trainable, lora.init_from, family, (lora.alpha or lora.rank) / lora.rank)
         teacher = Teacher(trainable, recipe.method.decay)

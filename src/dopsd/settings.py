@@ -5,7 +5,7 @@ Defaults are the papers' or the field's; a recipe file shows only what differs. 
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from dopsd.files import write_text
@@ -61,10 +62,18 @@ class ModelSection(Section):
     vlm: str | None = Field(None, description="Qwen3-VL the teacher sees pictures with; default: the family's.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.offload and self.quantize:
+            raise ValueError("offload and quantize exclude one another: choose one")
+        return self
+
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Of frozen weights; auto: bf16 on GPU.")
     quantize: Literal["nf4", "int8"] | None = Field(
         None, description="Put the frozen block linears in 4 or 8 bits while training (extra `quantize`)."
     )
+    offload: bool = Field(False, description="Lend each block its frozen weights from main memory; memory is low then.")
     memory: Literal["auto", "low", "high"] = Field(
         "auto", description="low: recompute activations, decode in tiles; high: neither; auto: high where it fits."
     )
