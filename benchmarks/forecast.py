@@ -46,14 +46,15 @@ def main(json_file: Annotated[Path | None, typer.Option("--json", help="Where th
     torch.set_num_threads(1)
     family, rows = FullSize(), []
     for method in ("dopsd", "sft"):
-        for kind in (None, "int8", "nf4") if method == "dopsd" else (None,):
-            for level in ("low", "high"):
-                tree = {"model": {"name_or_path": "x", "quantize": kind}, "data": {"folder": "x"}, "run_name": "x",
+        for kind in (None, "int8", "nf4", "offload") if method == "dopsd" else (None,):
+            for level in ("low",) if kind == "offload" else ("low", "high"):
+                base = {"offload": True} if kind == "offload" else {"quantize": kind}
+                tree = {"model": {"name_or_path": "x"} | base, "data": {"folder": "x"}, "run_name": "x",
                         "method": {"name": method}, "lora": {"rank": 32}}  # fmt: skip
                 began = time.perf_counter()
                 found = forecast(parse_recipe(tree), family, (1024, 1024), ["x"], torch.bfloat16, lean=level == "low")
                 seconds = time.perf_counter() - began
-                row = {"method": method, "quantize": kind, "memory": level, "resident_gib": found.resident / 2**30,
+                row = {"method": method, "base": kind, "memory": level, "resident_gib": found.resident / 2**30,
                        "peak_gib": found.peak / 2**30, "seconds_of_the_forecast": seconds}  # fmt: skip
                 rows.append(row)
                 print(
