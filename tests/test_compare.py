@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dopsd.compare import DEMO_STEPS, KEPT, MEASURES, compare, demo_recipe
 from dopsd.pocket.exam import LESSON_FILE
@@ -43,6 +44,23 @@ def test_pictures_without_a_lesson_are_shown_not_measured_and_finished_runs_are_
     again = compare(recipes, tmp_path / "page.html", silent)
     assert first.header == ["model", "seconds", "pictures"] and again.numbers == first.numbers
     assert stamps == [file.stat().st_mtime_ns for file in files]
+
+
+def test_lora_files_stand_beside_the_recipes_and_are_read_before_anything_is_trained(recipes, tmp_path):
+    (recipes[0].data.folder / LESSON_FILE).unlink()
+    compare(recipes[:1], tmp_path / "page.html", silent)
+    file = recipes[0].run_folder / f"{recipes[0].run_name}.safetensors"
+    other = tmp_path / "elsewhere.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file(bare, other)  # the form of another tool
+    outcome = compare(recipes[:1], tmp_path / "page.html", silent, [other])
+    assert list(outcome.numbers) == ["base", "dopsd", "elsewhere"]
+    other.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a readable safetensors"):
+        compare(recipes[1:], tmp_path / "page.html", silent, [other])
+    assert not recipes[1].run_folder.exists()
+    with pytest.raises(ValueError, match="at least one recipe"):
+        compare([], tmp_path / "page.html", silent, [file])
 
 
 def test_a_folder_with_a_run_of_another_recipe_is_refused(recipes, tmp_path):

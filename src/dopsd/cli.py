@@ -141,7 +141,12 @@ def fuse(
 @app.command()
 @refusing
 def compare(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes to run side by side.", show_default=False)],
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Recipes to run side by side, and LoRA files (.safetensors) beside them.", show_default=False
+        ),
+    ],
     change: Changes = None,
     json_file: AsJson = None,
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("compare.html"),
@@ -150,9 +155,10 @@ def compare(
     from dopsd.compare import compare as compare_recipes
     from dopsd.recipe import load_recipe
 
-    loaded = [load_recipe(path, change or ()) for path in recipes]
+    loras = [path for path in recipes if path.suffix == ".safetensors"]
+    loaded = [load_recipe(path, change or ()) for path in recipes if path not in loras]
     with bars() as advance:
-        outcome = compare_recipes(loaded, report, advance)
+        outcome = compare_recipes(loaded, report, advance, loras)
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {report}", highlight=False)

@@ -14,7 +14,7 @@ from PIL import Image
 from dopsd.checking import pictures_shown, read_data
 from dopsd.deployed import deployed_on
 from dopsd.evaluation.report import Panel, write_comparison
-from dopsd.export import merge_lora
+from dopsd.export import merge_lora, read_lora
 from dopsd.families import load_family
 from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.paint import noise_for, to_images
@@ -54,15 +54,23 @@ class Contestant:
     images: tuple[Image.Image, ...] = field(default=())
 
 
-def compare(recipes: Sequence[Recipe], report: Path, progress: Progress) -> Outcome:
-    """Run the recipes that are not finished, then judge them and the untouched model on the same questions."""
+def compare(recipes: Sequence[Recipe], report: Path, progress: Progress, loras: Sequence[Path] = ()) -> Outcome:
+    """Run the recipes that are not finished, then judge them, further LoRA files (of any tool) and the untouched model
+    on the same questions, those of the first recipe. Raises ValueError without a recipe, and for a LoRA that does not
+    fit, before anything is trained."""
+    if not recipes:
+        raise ValueError("give at least one recipe: its model, prompts and data are what LoRA files are compared on.")
     first = recipes[0]
+    family = load_family(first.model.name_or_path, first.model.vlm, first.model.revision)
+    for lora in loras:
+        read_lora(lora, family)
     for other in recipes[1:]:
         if (other.model.name_or_path, other.data.folder) != (first.model.name_or_path, first.data.folder):
             raise ValueError(
                 f"{other.run_name} and {first.run_name} differ in model or data; a comparison needs the same of both."
             )
     contestants = [Contestant("base"), *(_trained(recipe, progress) for recipe in recipes)]
+    contestants += [Contestant(lora.stem, lora) for lora in loras]
     if lesson_of(first.data.folder) is not None:
         contestants.insert(1, Contestant("teacher", seeing=True))
     return judge(first, contestants, report, title="Comparison", intro="Same data, prompts, noise and measures.")
