@@ -1,13 +1,15 @@
 """What a recipe would do, and whether it can, before any weight is loaded."""
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, init_empty_weights
 
-from dopsd.data.buckets import bucket_sizes, nearest_bucket
+from dopsd.data.buckets import Size, bucket_sizes, nearest_bucket
 from dopsd.data.folder import Listing, picture_size
 from dopsd.data.importing import fill
 from dopsd.data.sources import Source, read_sources
@@ -64,42 +66,38 @@ def check(recipe: Recipe) -> Checked:
         Checkpoint(model, called=f"health.text_model {model}")
     family = open_family(recipe)
     listing = read_data(recipe)
-    buckets: dict[tuple[int, int], int] = {}
-    for resolution in resolutions_of(recipe, family):
-        sizes = bucket_sizes(resolution, family.multiple)
-        for example in listing.examples:
-            size = nearest_bucket(*picture_size(example.path), sizes)
-            buckets[size] = buckets.get(size, 0) + 1
+    shapes = [picture_size(example.path) for example in listing.examples]
+    buckets_of = [bucket_sizes(resolution, family.multiple) for resolution in resolutions_of(recipe, family)]
+    cuts = [[nearest_bucket(*shape, sizes) for shape in shapes] for sizes in buckets_of]  # by resolution
     with init_empty_weights():
         network = family.empty_denoiser().network
     targets = recipe.lora.targets or family.lora_targets
     reach = coverage(network, targets, recipe.lora.rank)
     if start := recipe.lora.init_from:
         refuse_unfit(start, read_lora(start, family), lora_sizes(network, targets, recipe.lora.rank))
-    _refuse_long(recipe, family, listing)
+    _refuse_long(recipe, family, listing, cuts)
     nfe = recipe.method.nfe or family.default_nfe
     return Checked(
         family=family,
         listing=listing,
-        buckets=buckets,
+        buckets=dict(Counter(size for cut in cuts for size in cut)),
         coverage=reach,
         nfe=nfe,
         forwards_per_picture=recipe.method.forwards(nfe),
     )
 
 
-def _refuse_long(recipe: Recipe, family: Family, listing: Listing) -> None:
-    """Every caption and prompt must fit the student's context, and with a picture the teacher's."""
-    captions = [(caption, example) for example in listing.examples for caption in (example.caption, *example.also)]
+def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequence[Sequence[Size]]) -> None:
+    """Every caption and prompt must fit the student's context, and with a picture the teacher's. cuts: the examples'
+    sizes, by resolution."""
+    captions = [(text, index) for index, e in enumerate(listing.examples) for text in (e.caption, *e.also)]
     shown = [each.prompt for each in pictures_shown(recipe, family, listing)]
     family.count_tokens([*(caption for caption, _ in captions), *shown, *unrelated_prompts(recipe, family)])
     if "privileged" in recipe.method.needs:
         side = max(resolutions_of(recipe, family))
         family.count_tokens(shown, [(side, side)] * len(shown))
-        for resolution in resolutions_of(recipe, family):
-            sizes = bucket_sizes(resolution, family.multiple)
-            cut = [nearest_bucket(*picture_size(example.path), sizes) for _, example in captions]
-            family.count_tokens([caption for caption, _ in captions], cut)
+        for cut in cuts:
+            family.count_tokens([caption for caption, _ in captions], [cut[index] for _, index in captions])
 
 
 def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:

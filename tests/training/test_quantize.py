@@ -34,6 +34,16 @@ def recipe_for(lesson, output, name: str, kind: str | None, steps: int = 2) -> R
     )
 
 
+def run_through_and_in_two_parts(straight: Recipe, broken: Recipe) -> None:
+    for _ in train(straight):
+        pass
+    run = train(broken)
+    next(run)
+    run.close()
+    for _ in train(broken, resume="latest"):
+        pass
+
+
 def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(pocket, pocket_reader):
     context, gaps = pocket_reader.context(["a big red star"]), {}
     for kind in ("nf4", "int8"):
@@ -51,13 +61,7 @@ def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(po
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, lesson, tmp_path):
     straight, broken = (recipe_for(lesson, tmp_path, name, kind) for name in ("straight", "broken"))
-    for _ in train(straight):
-        pass
-    run = train(broken)
-    next(run)
-    run.close()
-    for _ in train(broken, resume="latest"):
-        pass
+    run_through_and_in_two_parts(straight, broken)
     left, right = (load_file(r.run_folder / f"{r.run_name}.safetensors") for r in (straight, broken))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     told = json.loads((straight.run_folder / "env.json").read_text())["quantized"]
@@ -73,13 +77,7 @@ def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(lesson
         return parse_recipe(tree | {"lora": {"rank": 32}, "train": tree["train"] | {"optimizer": "adamw_8bit"}})
 
     straight, broken = recipe("straight"), recipe("broken")
-    for _ in train(straight):
-        pass
-    run = train(broken)
-    next(run)
-    run.close()
-    for _ in train(broken, resume="latest"):
-        pass
+    run_through_and_in_two_parts(straight, broken)
     for file in ("student", "optimizer"):
         left, right = (
             load_file(r.run_folder / f"checkpoints/step-000003/{file}.safetensors") for r in (straight, broken)

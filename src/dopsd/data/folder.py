@@ -76,7 +76,7 @@ def read_folder(
         findings, source = _listed_in(present[0]), present[0].name
     else:
         prompt = None if instance_prompt is None else as_caption(instance_prompt, "the instance prompt")
-        findings, source = _besidepictures_in(folder, prompt, caption_extension)
+        findings, source = _beside_pictures(folder, prompt, caption_extension)
     findings = sorted(map(_decoded, findings), key=lambda finding: finding[0].as_posix())
     examples = tuple(result for _, result in findings if isinstance(result, Example))
     refused = tuple((path, result) for path, result in findings if isinstance(result, str))
@@ -207,7 +207,7 @@ def as_caption(text: object, what: str) -> str:
     return text.strip()
 
 
-def _besidepictures_in(folder: Path, prompt: str | None, extension: str | None) -> tuple[list[Finding], str]:
+def _beside_pictures(folder: Path, prompt: str | None, extension: str | None) -> tuple[list[Finding], str]:
     """One finding per picture, captioned by the file beside it or else by `prompt`; and where captions came from."""
     pictures = pictures_in(folder)
     if not pictures:
