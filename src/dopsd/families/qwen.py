@@ -166,7 +166,7 @@ def count_tokens(
     else:
         pairs = zip(prompts, pictures, strict=True)
         texts, limit = [with_picture(tokenizer, prompt, count) for prompt, count in pairs], PRIVILEGED_TOKENS
-    lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]  # too long is said below
     _refuse_long(prompts, lengths, limit)
     return lengths
 
