@@ -1,7 +1,7 @@
 """dopsd as a library: a recipe, a generator of steps, and pictures from the LoRA file.
 
-    python -m dopsd.pocket pictures runs/pocket-thing
-    python examples/use_as_library.py
+python -m dopsd.pocket pictures runs/pocket-thing
+python examples/use_as_library.py
 """
 
 from pathlib import Path

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from torch.distributions import Normal
 
-from dopsd.flow import Schedule, Step, clean_of, loss_weight, noise_of, noisy, step
+from dopsd.flow import Schedule, Step, clean_of, loss_weight, noise_of, noisy, step, transition
 
 
 def test_clean_and_noise_come_back_from_the_true_velocity():
@@ -73,3 +74,73 @@ def test_loss_weights_turn_velocity_errors_into_errors_of_each_space(space):
     read = {"velocity": lambda w: w, "clean": lambda w: clean_of(z, w, t), "noise": lambda w: noise_of(z, w, t)}[space]
     direct = (read(u) - read(v)).square().mean((1, 2, 3))
     torch.testing.assert_close(loss_weight(t, space) * (u - v).square().mean((1, 2, 3)), direct)
+
+
+GRID = Schedule(torch.tensor([1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3, 0.0], dtype=torch.float64), (0.0,) * 8)
+
+
+@pytest.mark.parametrize("eta", [0.2, 0.5, 1.0])
+def test_invariant_9_the_log_ratio_of_two_velocities_is_that_of_the_gaussian_densities(eta):
+    z, u, v = (torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(3))
+    for s in GRID.stochastic(eta, range(7)).steps():
+        if s.index == 7:
+            continue
+        mean_of = {  # the step's own formula with its fresh noise left out, not the expanded one under test
+            name: (1 - s.after) * clean_of(z, w, s.now) + s.after * math.sqrt(1 - s.renoise**2) * noise_of(z, w, s.now)
+            for name, w in (("u", u), ("v", v))
+        }
+        z_next = step(z, u, s, torch.Generator().manual_seed(s.index))
+        std = s.after * s.renoise
+        densities = [Normal(mean_of[name], std).log_prob(z_next).sum() for name in ("u", "v")]
+        move = transition(s)
+        implied = move.implied(z, z_next)
+        ratio = -move.weight * ((u - implied).square().sum() - (v - implied).square().sum())
+        torch.testing.assert_close(ratio, densities[0] - densities[1], rtol=1e-10, atol=1e-10)
+
+
+def test_invariant_9_the_weights_are_those_of_the_published_grids():
+    """c^2 / 2 s^2 on Z-Image-Turbo's eight times, eta 1 and 0.5."""
+    noisy_steps = {eta: list(GRID.stochastic(eta, range(7)).steps())[:7] for eta in (1, 0.5)}
+    weights = {eta: [transition(s).weight for s in steps] for eta, steps in noisy_steps.items()}
+    assert weights[1] == pytest.approx([0.0011, 0.0056, 0.0162, 0.0386, 0.0868, 0.2066, 0.6806], abs=1e-4)
+    assert weights[0.5] == pytest.approx([0.0023, 0.0055, 0.0119, 0.0256, 0.0576, 0.1524, 0.6612], abs=1e-4)
+
+
+def test_invariant_10_eta_near_0_is_euler_and_eta_1_is_renoising():
+    z, u = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    plain, faint, full = (list(GRID.stochastic(eta, [3]).steps())[3] for eta in (0.0, 1e-9, 1.0))
+    assert plain.renoise == 0 and full.renoise == 1
+    nearly = step(z, u, faint, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(nearly, step(z, u, plain), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_invariant_11_a_point_mass_keeps_its_marginal_at_every_step(eta):
+    """With the exact velocity of a point at 0, every state has standard deviation t."""
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(200_000, 1, dtype=torch.float64, generator=rng)
+    for s in GRID.stochastic(eta, range(7)).steps():
+        z = step(z, z / s.now, s, rng)
+        if s.after > 0:
+            assert (z.std() / s.after).item() == pytest.approx(1, abs=0.01)
+
+
+def test_invariant_14_a_step_without_noise_has_no_density():
+    with pytest.raises(ValueError, match="draws no noise"):
+        transition(next(GRID.steps()))
+    with pytest.raises(AssertionError):
+        GRID.stochastic(0.5, [7])
+
+
+def test_invariant_12_the_mean_log_ratio_over_a_pictures_own_transitions_has_a_closed_form():
+    """z' drawn from the true picture and noise: the mean ratio is -w (|u - truth|^2 - |v - truth|^2)."""
+    rng = torch.Generator().manual_seed(1)
+    clean, noise, u, v = (torch.randn(1, 1, 4, 4, dtype=torch.float64, generator=rng) for _ in range(4))
+    s = list(GRID.stochastic(0.5, [4]).steps())[4]
+    z, move = noisy(clean, noise, s.now), transition(s)
+    many = 40_000
+    z_next = step(z.expand(many, 1, 4, 4), (noise - clean).expand(many, 1, 4, 4), s, rng)
+    implied = move.implied(z, z_next)
+    ratios = -move.weight * ((u - implied).square() - (v - implied).square()).sum((1, 2, 3))
+    closed = -move.weight * ((u - noise + clean).square() - (v - noise + clean).square()).sum()
+    assert abs(ratios.mean() - closed) < 4 * ratios.std() / math.sqrt(many)

@@ -4,11 +4,12 @@ t         time in [0, 1], 1 = noise
 velocity  u = noise - clean, what every denoiser answers
 z'        = (1-t') clean + t' (sqrt(1-r^2) noise + r fresh), one step of any few-step sampler:
             r = 0 flow Euler, r = 1 re-noising (LCM, DMD2), between: ancestral and CPS samplers
+eta       the same share as an angle, r = sin(eta pi/2), as recipes say it (CPS, arXiv:2509.05952)
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,10 +30,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A sampler's times, float32 [N+1], strictly falling from `times[0]` to 0, and its renoise share per step."""
+    """A sampler's times, float32 [N+1], strictly falling from `times[0]` to 0, and its renoise share per step. start:
+    what unit noise is multiplied by to be the first state; 1 where the walk starts at t = 1."""
 
     times: Tensor
     renoise: tuple[float, ...]
+    start: float = 1.0
 
     @property
     def nfe(self) -> int:
@@ -43,6 +46,13 @@ class Schedule:
         """The steps in order."""
         for index, r in enumerate(self.renoise):
             yield Step(index, self.times[index], self.times[index + 1], r)
+
+    def stochastic(self, eta: float, indices: Collection[int]) -> "Schedule":
+        """The same times with r = sin(eta pi/2) at the steps `indices`; the others stay. The last step ends at t = 0,
+        where there is no noise to draw, and must not be among them."""
+        assert self.nfe - 1 not in indices, "the last step has no transition density"
+        r = math.sin(eta * math.pi / 2)
+        return replace(self, renoise=tuple(r if k in indices else own for k, own in enumerate(self.renoise)))
 
 
 def per_row(t: Tensor, like: Tensor) -> Tensor:
@@ -76,6 +86,38 @@ def step(z: Tensor, velocity: Tensor, s: Step, rng: torch.Generator | None = Non
     clean, noise = clean_of(z, velocity, s.now), noise_of(z, velocity, s.now)
     fresh = torch.randn(z.shape, generator=rng, device=z.device, dtype=z.dtype)
     return (1 - s.after) * clean + s.after * (math.sqrt(1 - s.renoise**2) * noise + s.renoise * fresh)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A stochastic step seen as a Gaussian policy: z' ~ Normal(mean, std^2), mean = (1-t'+q) z - slope * velocity.
+
+    Its log-density ratio between two velocities is, per element, -weight (|u_1 - implied|^2 - |u_2 - implied|^2), where
+    `implied` is the velocity whose mean would be exactly z'. Float64 0-d: these are ratios of small numbers.
+    """
+
+    std: Tensor
+    slope: Tensor
+    share: Tensor  # 1 - t' + q, what of z survives in the mean
+
+    @property
+    def weight(self) -> float:
+        """slope^2 / (2 std^2)."""
+        return (self.slope**2 / (2 * self.std**2)).item()
+
+    def implied(self, z: Tensor, z_next: Tensor) -> Tensor:
+        """The velocity that would have led from z straight to z_next."""
+        return ((self.share * z.double() - z_next.double()) / self.slope).to(z)
+
+
+def transition(s: Step) -> Transition:
+    """The density of a step that renoises. Raises ValueError for one that does not: a point has no density."""
+    now, after = s.now.double(), s.after.double()
+    std = after * s.renoise
+    if std == 0:
+        raise ValueError(f"step {s.index} draws no noise, so it has no transition density: give it an eta above 0.")
+    kept = after * math.sqrt(1 - s.renoise**2)  # q: of the noise that was
+    return Transition(std, now * (1 - after) - (1 - now) * kept, 1 - after + kept)
 
 
 def loss_weight(t: Tensor, space: Space) -> Tensor:

@@ -23,10 +23,11 @@ class Visit:
 
 
 def rollout(
-    velocity: Velocity, z: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
+    velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
 ) -> Iterator[Visit]:
-    """Walk z [B, C, h, w] (float32 noise) down the schedule. The next state is always detached: no graph spans two
+    """Walk unit noise [B, C, h, w] (float32) down the schedule. The next state is always detached: no graph spans two
     steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them."""
+    z = schedule.start * noise
     for s in schedule.steps():
         u = velocity(z, s.now.expand(len(z)).to(z.device), context)
         z_next = step(z, u.detach(), s, rng)
@@ -36,9 +37,10 @@ def rollout(
 
 @torch.no_grad()
 def walk(
-    velocity: Velocity, z: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
+    velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
 ) -> Tensor:
-    """The clean latents at the end of the walk."""
-    for visit in rollout(velocity, z, schedule, context, rng):
+    """The clean latents at the end of the walk from unit noise."""
+    z = noise
+    for visit in rollout(velocity, noise, schedule, context, rng):
         z = visit.z_next
     return z
