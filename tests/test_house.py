@@ -39,7 +39,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STRANGERS = {"methods": {"families", "files"}}
 
 # Who may import a heavy library; patterns of paths under src/dopsd.
-MODELS = ("families/*", "pocket/*")
+MODELS = ("families/*", "pocket/*", "evaluation/measures/*")
 HOMES = {
     "diffusers": MODELS,
     "transformers": MODELS,

@@ -41,7 +41,12 @@ def to_pictures(painter: Painter, clean: Tensor) -> Tensor:
     ones are decoded one by one: a decoder's activations take gigabytes a picture of 1024 x 1024."""
     at_once = max(1, CELLS_AT_ONCE // (clean.shape[-2] * clean.shape[-1]))
     decoded = torch.cat([painter.pixels(part) for part in clean.split(at_once)])
-    return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return as_bytes(decoded / 2 + 0.5)
+
+
+def as_bytes(pictures: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in about [0, 1] as uint8 [B, H, W, 3] on the CPU."""
+    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:

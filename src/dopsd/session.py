@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -124,12 +123,12 @@ class Session:
     def _agreement(self, prompts: Sequence[str]) -> Agreement | None:
         if self.recipe.health.text_model is None:
             return None
-        from dopsd.families.clip import TextAgreement
+        from dopsd.evaluation.measures.clip import ClipScore
 
-        judge = TextAgreement(self.recipe.health.text_model, self.device)
+        judge = ClipScore(self.recipe.health.text_model, self.device, called="health.text_model")
         return lambda pictures, in_a_row: judge(
-            (pictures * 255).round().astype(np.uint8), [prompt for prompt in prompts for _ in range(in_a_row)]
-        )
+            torch.from_numpy(pictures).permute(0, 3, 1, 2), [prompt for prompt in prompts for _ in range(in_a_row)]
+        ).double().cpu().numpy()  # fmt: skip
 
     def health(self, checkup: Checkup) -> Health:
         """How the student is now."""

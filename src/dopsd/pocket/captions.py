@@ -56,6 +56,14 @@ def caption_of(stated: Stated, thing: bool = False, style: bool = False, name: s
     return " ".join(words)
 
 
+def stated_in(caption: str) -> dict[str, str]:
+    """What a caption of `caption_of` states: the way back. Words of no attribute say nothing."""
+    tables = {"size": SIZES, "colour": COLOURS, "noun": {*OUTLINES, *CLASSES}, "place": PLACES,
+              "background": BACKGROUNDS, "style": STYLES}  # fmt: skip
+    words = caption.split()
+    return {attribute: word for attribute, table in tables.items() for word in words if word in table}
+
+
 def vocabulary() -> list[str]:
     """Every word a caption can contain; the tokenizer learns them as whole tokens."""
     words = {"a", "toy", "shape", "in", "at", "on", "the", "this", "style", *NAMES, *CLASSES}

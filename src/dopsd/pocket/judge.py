@@ -1,0 +1,20 @@
+"""The pocket world's own judge: whether a picture shows what its caption says, read from pixels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dopsd.paint import as_bytes
+from dopsd.pocket.captions import stated_in
+from dopsd.pocket.reader import attributes as read_attributes
+from dopsd.pocket.world import SIZE
+
+
+def attributes(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Share of the attributes stated in each caption that its picture [3, 64, 64] in [0, 1] shows, [B]; NaN where
+    nothing is stated."""
+    if pictures.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"the judge attributes reads pocket's pictures, {SIZE} x {SIZE}, not {list(pictures.shape)}.")
+    stated = [stated_in(prompt) for prompt in prompts]
+    return torch.from_numpy(read_attributes(as_bytes(pictures).numpy(), stated).per_picture)

@@ -1,0 +1,121 @@
+"""Judges: pictures of known order, names that lead nowhere, answers that are none."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dopsd.evaluation.judges import MODELS, PIXELS, find_judge, load_judge
+from dopsd.pocket.captions import caption_of, stated_in, stated_of
+from dopsd.pocket.world import Jitter, Scene, draw_scene, render
+
+CPU = torch.device("cpu")
+
+
+def one_colour(*colour: float) -> torch.Tensor:
+    return torch.tensor(colour)[:, None, None].expand(3, 8, 8)
+
+
+def test_the_redder_picture_is_preferred_by_red_and_the_brighter_by_bright():
+    pictures = torch.stack(
+        [one_colour(*c) for c in ((0, 1, 1), (0.2, 0.9, 0.9), (1, 1, 1), (0.9, 0.5, 0.3), (1, 0, 0))]
+    )
+    red = load_judge("red", CPU)(pictures, ["a"] * 5)
+    assert red.tolist() == sorted(red.tolist()) and red.dtype == torch.float32
+    assert (red[0].item(), red[2].item(), red[4].item()) == (-1, 0, 1)
+    bright = load_judge("bright", CPU)(pictures, ["a"] * 5)
+    assert bright.tolist() == pytest.approx([2 / 3, 2 / 3, 1, 1.7 / 3, 1 / 3])
+
+
+def test_attributes_prefers_the_picture_that_shows_what_the_caption_says():
+    scene = Scene(
+        noun="star", colour="red", size="big", place="left", background="night", style="flat", jitter=Jitter()
+    )
+    others = [
+        scene,
+        scene.__class__(**(scene.__dict__ | {"colour": "blue"})),
+        scene.__class__(**(scene.__dict__ | {"colour": "blue", "place": "right", "background": "paper"})),
+    ]
+    pictures = torch.from_numpy(np.stack([render(each) for each in others])).permute(0, 3, 1, 2) / 255
+    judge = load_judge("attributes", CPU)
+    shown = judge(pictures, ["a big red star at the left on night"] * 3)
+    assert shown.tolist() == pytest.approx([1, 0.8, 0.4])
+    assert torch.isnan(judge(pictures[:1], ["a shape"])).all()
+    with pytest.raises(ValueError, match="64 x 64"):
+        judge(pictures[..., :32], ["a red star"] * 3)
+
+
+def test_what_a_caption_states_is_read_back_from_it():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        stated = stated_of(draw_scene(rng), rng)
+        assert stated_in(caption_of(stated)) == stated
+
+
+def as_module(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_function_and_a_class_judge_by_their_dotted_names(tmp_path, monkeypatch):
+    text = """
+import torch
+class Long:
+    def __init__(self):
+        self.factor = 2
+    def __call__(self, pictures, prompts):
+        return torch.tensor([self.factor * len(p) if p else float("nan") for p in prompts], dtype=torch.float64)
+def second(pictures, prompts):
+    return pictures[:, 0, 0, 0]
+"""
+    as_module(tmp_path, "my_judges", text, monkeypatch)
+    pictures = torch.rand(3, 3, 4, 4)
+    assert torch.equal(load_judge("my_judges:second", CPU)(pictures, ["a"] * 3), pictures[:, 0, 0, 0])
+    answer = load_judge("my_judges:Long", CPU)(pictures, ["a", "", "abc"])
+    assert answer.dtype == torch.float32 and answer[[0, 2]].tolist() == [2, 6] and torch.isnan(answer[1])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("torch.zeros(2)", r"float32 \[2\] to 3 pictures: it must answer a floating tensor \[3\]"),
+        ("torch.zeros(3, 1)", r"float32 \[3, 1\]"),
+        ("torch.zeros(())", r"float32 \[\]"),
+        ("torch.zeros(3, dtype=torch.long)", r"int64 \[3\]"),
+        ("[0.0, 0.0, 0.0]", "answered list"),
+        ("None", "answered NoneType"),
+    ],
+)
+def test_an_answer_of_another_shape_or_kind_is_refused(answer, said, tmp_path, monkeypatch):
+    as_module(tmp_path, "bad_judge", f"import torch\ndef judge(pictures, prompts):\n    return {answer}\n", monkeypatch)
+    judge = load_judge("bad_judge:judge", CPU)
+    with pytest.raises(ValueError, match=said):
+        judge(torch.rand(3, 3, 4, 4), ["a"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pikscore", "pikscore is no judge: give .* Did you mean pickscore"),
+        ("", "is no judge"),
+        ("red=somewhere", "red takes no model"),
+        ("aesthetic", "aesthetic has no usual model: name a folder"),
+        ("clip=/gone", "the judge clip=/gone does not exist"),
+        ("no_such_package.of:mine", "cannot be imported .ModuleNotFoundError"),
+        ("math:nothing", "cannot be imported .AttributeError"),
+        ("math:pi", "math:pi is a float, which cannot be called"),
+        (":judge", "cannot be imported"),
+        ("math:", "cannot be imported"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_sentence(name, said):
+    with pytest.raises(ValueError, match=said):
+        find_judge(name)
+
+
+def test_every_short_name_is_a_name_of_something():
+    for dotted in (*PIXELS.values(), *(made for made, _ in MODELS.values())):
+        assert callable(find_judge(dotted).made)
