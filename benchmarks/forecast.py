@@ -17,6 +17,7 @@ from diffusers import ZImageTransformer2DModel
 
 from dopsd.batch import Context
 from dopsd.families import POCKET
+from dopsd.families.base import Size
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.zimage import ZImage, ZImageDenoiser
 from dopsd.forecast import forecast
@@ -36,7 +37,12 @@ class FullSize(ZImage):
     def empty_denoiser(self) -> ZImageDenoiser:
         return ZImageDenoiser(ZImageTransformer2DModel())
 
-    def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
+    def blank_context(
+        self,
+        prompts: Sequence[str],
+        sizes: Sequence[Size] | None = None,
+        references: Sequence[Sequence[Size]] | None = None,
+    ) -> Context:
         length = TOKENS if sizes is None else SEEING
         return Context(torch.zeros(len(prompts), length, WIDTH), (length,) * len(prompts))
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+
 
 @dataclass(frozen=True)
 class Context:
     """tokens: [B, L, D] hidden states, padded on the right with zeros; lengths: of each row without its padding;
-    extras: further batch-first tensors."""
+    extras: further batch-first tensors, which have no padding: contexts of one `layout` can be stacked."""
 
     tokens: Tensor
     lengths: tuple[int, ...]
@@ -23,6 +25,11 @@ class Context:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of the extras without their batch axis."""
+        return tuple((name, tuple(tensor.shape[1:])) for name, tensor in sorted(self.extras.items()))
 
     def to(self, device: torch.device | str) -> Self:
         """The same context on another device; dtypes stay."""
@@ -45,7 +52,8 @@ class Context:
 
     @classmethod
     def stack(cls, contexts: Sequence["Context"]) -> "Context":
-        """Contexts of any batch sizes and lengths as one, padded on the right with zeros."""
+        """Contexts of one layout, of any batch sizes and lengths, as one; tokens are padded on the right with zeros."""
+        assert len({c.layout for c in contexts}) == 1, "contexts of several layouts do not fit into one tensor"
         return cls(
             tokens=pad_sequence([row for c in contexts for row in c.rows()], batch_first=True),
             lengths=tuple(length for c in contexts for length in c.lengths),

@@ -17,7 +17,7 @@ from dopsd.deployed import cells_of
 from dopsd.evaluation.health import PROMPTS
 from dopsd.export import read_lora, refuse_unfit
 from dopsd.families import load_family
-from dopsd.families.base import Family
+from dopsd.families.base import Family, Sight
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.forecast import Forecast, forecast, memory_of
 from dopsd.methods import METHODS, missing
@@ -43,9 +43,16 @@ class Checked:
     forwards_per_picture: int  # network forwards, a backward counted as two
 
 
+def family_of(recipe: Recipe) -> Family:
+    """The recipe's checkpoint, its teacher seeing pictures as the recipe says."""
+    model = recipe.model
+    sight = Sight(model.teacher_context, model.vlm, model.teacher_suffix)
+    return load_family(model.name_or_path, model.revision, sight)
+
+
 def open_family(recipe: Recipe) -> Family:
     """The recipe's checkpoint, refused with one sentence when it or its method cannot be tuned."""
-    family = load_family(recipe.model.name_or_path, recipe.model.vlm, recipe.model.revision)
+    family = family_of(recipe)
     if reason := missing(METHODS[recipe.method.name], family.teacher_contexts):
         raise ValueError(f"{recipe.method.name} cannot run on {family.name}: {reason}. `dopsd list` shows what can.")
     if not family.distilled and not recipe.model.allow_base:

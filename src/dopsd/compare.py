@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dopsd.checking import pictures_shown, read_data
+from dopsd.checking import family_of, pictures_shown, read_data
 from dopsd.deployed import deployed_on
 from dopsd.evaluation.report import Panel, write_comparison
 from dopsd.export import merge_lora, read_lora
-from dopsd.families import load_family
 from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.paint import noise_for, to_images
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
@@ -61,7 +60,7 @@ def compare(recipes: Sequence[Recipe], report: Path, progress: Progress, loras: 
     if not recipes:
         raise ValueError("give at least one recipe: its model, prompts and data are what LoRA files are compared on.")
     first = recipes[0]
-    family = load_family(first.model.name_or_path, first.model.vlm, first.model.revision)
+    family = family_of(first)
     for lora in loras:
         read_lora(lora, family)
     for other in recipes[1:]:
@@ -113,7 +112,7 @@ def demo_recipe(method: str, lesson: Path, folder: Path) -> Recipe:
 
 def judge(recipe: Recipe, contestants: Sequence[Contestant], report: Path, title: str, intro: str) -> Outcome:
     """Ask every contestant the same questions and write the page."""
-    family = load_family(recipe.model.name_or_path, recipe.model.vlm, recipe.model.revision)
+    family = family_of(recipe)
     device, dtype = deployed_on()
     thing = lesson_of(recipe.data.folder)
     reader = family.load_reader(device, dtype, pictures=thing is not None)

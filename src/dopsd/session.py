@@ -167,7 +167,7 @@ class Session:
             "base_model": base.name if base.exists() else recipe.model.name_or_path,
             "method": recipe.method.name,
             "method_settings": recipe.method.model_dump_json(),
-            "teacher_context": family.teacher_contexts[0] if "privileged" in recipe.method.needs else "none",
+            "teacher_context": str(family.teacher_context) if "privileged" in recipe.method.needs else "none",
             **self.data,
             "nfe": str(self.deployed_nfe),
             "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells).times.tolist()),

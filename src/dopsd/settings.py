@@ -59,6 +59,10 @@ class ModelSection(Section):
     """The checkpoint that is tuned, which is the one that is deployed."""
 
     name_or_path: str = Field(min_length=1, description="Local diffusers folder, hub id, or `pocket`.")
+    teacher_context: str | None = Field(
+        None, min_length=1, description="How the teacher sees a picture, e.g. `vlm` or `edit`; default: the family's."
+    )
+    teacher_suffix: str | None = Field(None, description="Words after the caption in the teacher's prompt.")
     vlm: str | None = Field(None, description="Qwen3-VL the teacher sees pictures with; default: the family's.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")

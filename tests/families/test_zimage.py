@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Qwen3VLModel
 
 from dopsd.deployed import sample, sample_latents
 from dopsd.families import load_family
+from dopsd.families.base import Sight
 from dopsd.families.qwen import transplant, with_picture
 from dopsd.paint import noise_for
 from dopsd.rollout import rollout, walk
@@ -112,7 +113,7 @@ def test_the_teachers_picture_is_limited_to_576_tokens(pocket, tmp_path):
     file = tmp_path / "vlm" / "preprocessor_config.json"
     wide = {"shortest_edge": 65536, "longest_edge": 16777216}  # Qwen3-VL's own
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": wide}))
-    reader = load_family(pocket.checkpoint.folder, vlm=str(tmp_path / "vlm")).load_reader(
+    reader = load_family(str(pocket.checkpoint.folder), sight=Sight(vlm=str(tmp_path / "vlm"))).load_reader(
         CPU, torch.float32, pictures=True
     )
     patches = reader.processor(images=[Image.new("RGB", (2000, 1000))], return_tensors="pt")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dopsd.families.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from dopsd.families.base import Family
+    from dopsd.families.base import Family, Sight
 
 FAMILIES = {"zimage": "dopsd.families.zimage:ZImage"}
 PIPELINES = {"ZImagePipeline": "zimage"}
@@ -25,10 +25,11 @@ def family_class(name: str) -> "type[Family]":
     return getattr(import_module(module), attribute)
 
 
-def load_family(name_or_path: str, vlm: str | None = None, revision: str | None = None) -> "Family":
+def load_family(name_or_path: str, revision: str | None = None, sight: "Sight | None" = None) -> "Family":
     """Open a checkpoint: a local diffusers folder, a hub id, or "pocket". Only its index and configs are read.
 
-    Raises ValueError when the folder is missing, incomplete, or of a family that is not here.
+    Raises ValueError when the folder is missing, incomplete, or of a family that is not here, and where its teacher
+    cannot see pictures as `sight` wants.
     """
     checkpoint = Checkpoint(str(POCKET) if name_or_path == "pocket" else name_or_path, revision)
     index = _model_index(checkpoint)
@@ -36,7 +37,13 @@ def load_family(name_or_path: str, vlm: str | None = None, revision: str | None 
     if pipeline not in PIPELINES:
         known = ", ".join(f"{family} ({cls})" for cls, family in PIPELINES.items())
         raise ValueError(f"{name_or_path} is a {pipeline} checkpoint; dopsd knows {known}.")
-    return family_class(PIPELINES[pipeline])(checkpoint, index, vlm)  # type: ignore[call-arg]
+    kind = family_class(PIPELINES[pipeline])
+    if sight and sight.context not in (None, *kind.teacher_contexts):
+        possible = " or ".join(kind.teacher_contexts) or "none"
+        raise ValueError(
+            f"{kind.name} has no teacher context {sight.context}: model.teacher_context can be {possible}."
+        )
+    return kind(checkpoint, index, sight)  # type: ignore[call-arg]
 
 
 def _model_index(checkpoint: Checkpoint) -> dict:

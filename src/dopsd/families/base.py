@@ -1,6 +1,7 @@
 """The noun: what the house needs of a model family. One file a family implements it; nobody branches on a name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -11,15 +12,35 @@ from dopsd.batch import Context
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.flow import Schedule, Space
 
+Size = tuple[int, int]  # (width, height) in pixels, as in Pillow
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a teacher is to see pictures. context: one of the family's `teacher_contexts`; vlm: a hub id or folder, where
+    it sees through one; suffix: words after the caption in its prompt. None: the family's default."""
+
+    context: str | None = None
+    vlm: str | None = None
+    suffix: str | None = None
+
 
 class Reader(Protocol):
-    """Reads prompts (and, for the teacher, pictures) before training, then leaves memory."""
+    """Reads prompts (and pictures: those that a prompt is about, and the teacher's) before training, then leaves
+    memory."""
 
     fingerprint: str  # changes whenever the same prompt would give another context; part of cache keys
 
-    def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
-        """Contexts of prompts [B]; with images [B], what the teacher sees. Raises ValueError for a prompt (plus
-        picture) over the family's limit: nothing is cut in silence."""
+    def context(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        references: Sequence[Sequence[Image.Image]] | None = None,
+    ) -> Context:
+        """Contexts of prompts [B]; with images [B], what the teacher sees. references [B]: the pictures that each
+        prompt edits, as the user has them, of the same number and sizes in every row; None where the family takes
+        none. Raises ValueError for a prompt (plus picture) over the family's limit, nothing being cut
+        in silence, and for a reference that the pipeline would refuse."""
         ...
 
 
@@ -52,17 +73,18 @@ class Family(Protocol):
 
     name: ClassVar[str]
     repo: ClassVar[str]  # the usual checkpoint on the hub
-    licence: ClassVar[str]
-    teacher_contexts: ClassVar[tuple[str, ...]]  # ways a teacher can see a picture; empty = none
+    teacher_contexts: ClassVar[tuple[str, ...]]  # ways a teacher can see a picture, the default first; empty = none
     cell: ClassVar[int]  # pixels per latent cell
     multiple: ClassVar[int]  # picture sides are multiples of this many pixels
     native_space: ClassVar[Space]  # of the network's own answer
     lora_targets: ClassVar[str]  # regular expression over the network's module names
     quantizable: ClassVar[str]  # likewise: the linears that may be put in few bits; all others stay as they are
     export_prefix: ClassVar[str]  # of LoRA keys in public files
-    architecture: ClassVar[str]  # in the words of modelspec.architecture
 
+    architecture: str  # in the words of modelspec.architecture
+    licence: str
     checkpoint: Checkpoint
+    teacher_context: str | None  # the one of `teacher_contexts` that was asked for
     default_nfe: int
     unrelated_prompts: tuple[str, ...]  # of the checkpoint's own world, for health; empty: any prompt will do
     distilled: bool  # whether the checkpoint is a few-step one
@@ -81,13 +103,24 @@ class Family(Protocol):
         """The denoiser from its config, without weights; called where tensors have shapes and no storage."""
         ...
 
-    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
-        """Of each prompt as the reader would see it; with picture sizes (width, height) in pixels, as the teacher's.
-        Raises ValueError for a prompt over the limit. Reads the tokenizer and configs, no weights."""
+    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[Size] | None = None) -> list[int]:
+        """Of each prompt as the reader would see it; with picture sizes, as the teacher's. Raises ValueError for a
+        prompt over the limit. Reads the tokenizer and configs, no weights."""
         ...
 
-    def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
+    def blank_context(
+        self,
+        prompts: Sequence[str],
+        sizes: Sequence[Size] | None = None,
+        references: Sequence[Sequence[Size]] | None = None,
+    ) -> Context:
         """Zeros in the shape of what the reader would answer, likewise."""
+        ...
+
+    @property
+    def reference_size(self) -> Callable[[Size], Size] | None:
+        """The size that a picture to edit is brought to, which raises ValueError for one that the pipeline would
+        refuse; None: prompts of this family come without pictures."""
         ...
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser: ...

@@ -7,38 +7,64 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2VLImageProcessorPil,
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
+from transformers.utils import ModelOutput
 
 from dopsd.batch import Context
+from dopsd.families.base import Size
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import brief
 
 log = logging.getLogger(__name__)
 
-TEXT_TOKENS = 512  # ZImagePipeline's max_sequence_length
+TEXT_TOKENS = 512  # the pipelines' max_sequence_length
 PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
 PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
-HIDDEN_STATE = -2  # the one ZImagePipeline reads
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-class QwenReader:
-    """Prompts as ZImagePipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
+@dataclass(frozen=True)
+class Reading:
+    """How a pipeline reads prompts with its Qwen3. layers: the hidden states that lie side by side in a token;
+    thinking: whether the template leaves room for thoughts; padded: to TEXT_TOKENS, the network being fed what stands
+    on the padding too."""
 
-    def __init__(self, checkpoint: Checkpoint, vlm: str, device: torch.device, dtype: torch.dtype, pictures: bool):
+    layers: tuple[int, ...]
+    thinking: bool
+    padded: bool
+
+
+class QwenReader:
+    """Prompts as a pipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        reading: Reading,
+        vlm: str | None,
+        suffix: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """vlm: what the teacher sees pictures with, None where nobody asks; suffix: of the teacher's prompt."""
+        self.reading, self.suffix = reading, suffix
         part = checkpoint.part("text_encoder")
         with checkpoint.reading("tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
@@ -47,7 +73,7 @@ class QwenReader:
         self.encoder = encoder.to(device).eval()
         self.encoder.requires_grad_(False)
         self.vlm = self.processor = None
-        if pictures:
+        if vlm is not None:
             twin = twin_of(vlm)
             seeing = load_vlm(Qwen3VLModel, twin, dtype)
             transplant(self.encoder, seeing, vlm)  # before the VLM moves, so that no second copy goes along
@@ -55,53 +81,80 @@ class QwenReader:
             self.processor = load_processor(twin)
             self.text_gap = self._text_gap()
             log.info("vlm=%s language_weights=replaced text_only_gap=%.2e", vlm, self.text_gap)
-        marks = [fingerprint_of(self.encoder), str(dtype), self.tokenizer.chat_template or ""]
+        marks = [fingerprint_of(self.encoder), str(dtype), self.tokenizer.chat_template or "", str(reading)]
         if self.vlm is not None:
             marks += [
+                suffix,
                 fingerprint_of(self.vlm.visual),
                 json.dumps(self.processor.to_dict(), default=str, sort_keys=True),
             ]
         self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]
 
     @torch.no_grad()
-    def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
+    def context(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        references: Sequence[Sequence[Image.Image]] | None = None,
+    ) -> Context:
+        assert references is None, "a family that takes references adds them to what this reader answers"
         if images is not None:
             return Context.stack([self._privileged(p, i) for p, i in zip(prompts, images, strict=True)])
-        texts = [templated(self.tokenizer, prompt) for prompt in prompts]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+        texts = [templated(self.tokenizer, prompt, self.reading.thinking) for prompt in prompts]
+        tokens = self._tokens(texts, TEXT_TOKENS)
         _refuse_long(prompts, tokens.attention_mask.sum(1).tolist(), TEXT_TOKENS)
         tokens = tokens.to(self.encoder.device)
-        states = self.encoder(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.bool(), output_hidden_states=True
-        ).hidden_states[HIDDEN_STATE]
-        rows = [state[mask] for state, mask in zip(states, tokens.attention_mask.bool(), strict=True)]
+        states = self._states(
+            self.encoder(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.bool(), output_hidden_states=True
+            )
+        )
+        fed = torch.ones_like(tokens.attention_mask) if self.reading.padded else tokens.attention_mask
+        rows = [state[mask] for state, mask in zip(states, fed.bool(), strict=True)]
         return Context.stack([Context(row[None], (len(row),)) for row in rows])
+
+    def _tokens(self, texts: Sequence[str], length: int) -> BatchEncoding:
+        """Padded to `length` where the pipeline pads, else to the longest."""
+        if self.reading.padded:
+            return self.tokenizer(list(texts), padding="max_length", max_length=length, return_tensors="pt")
+        return self.tokenizer(list(texts), padding=True, return_tensors="pt")
+
+    def _states(self, answer: ModelOutput) -> Tensor:
+        return torch.cat([answer.hidden_states[layer] for layer in self.reading.layers], dim=-1)
 
     def _privileged(self, prompt: str, image: Image.Image) -> Context:
         assert self.vlm is not None and self.processor is not None, "this reader was loaded without its VLM"
         patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
         count = picture_tokens(self.processor, image.size)
-        text = with_picture(self.tokenizer, prompt, count)
-        ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
-        _refuse_long([prompt], [ids.shape[1]], PRIVILEGED_TOKENS, f", {count} of them the picture's")
-        states = self.vlm(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=patches["pixel_values"],
-            image_grid_thw=patches["image_grid_thw"],
-            mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
-            output_hidden_states=True,
-        ).hidden_states[HIDDEN_STATE]
+        text = with_picture(self.tokenizer, with_suffix(prompt, self.suffix), count, self.reading.thinking)
+        limit = _limit(self.reading, count)
+        tokens = self._tokens([text], limit).to(self.vlm.device)
+        ids = tokens.input_ids
+        _refuse_long([prompt], [int(tokens.attention_mask.sum())], limit, f", {count} of them the picture's")
+        kinds = (ids == self.vlm.config.image_token_id).int()
+        # padding keeps its place after the prompt, as in the text encoder; by itself the VLM would put it at 0
+        places, _ = self.vlm.get_rope_index(ids, kinds, patches["image_grid_thw"])
+        states = self._states(
+            self.vlm(
+                input_ids=ids,
+                attention_mask=tokens.attention_mask,
+                position_ids=places,
+                pixel_values=patches["pixel_values"],
+                image_grid_thw=patches["image_grid_thw"],
+                mm_token_type_ids=kinds,
+                output_hidden_states=True,
+            )
+        )
         return Context(states, (ids.shape[1],))
 
     @torch.no_grad()
     def _text_gap(self) -> float:
         """Largest difference of the two text-only hidden states: 0 unless their rope settings or dtypes differ."""
         assert self.vlm is not None
-        ids = self.tokenizer([templated(self.tokenizer, "a picture of a red house")], return_tensors="pt").input_ids
-        ids = ids.to(self.encoder.device)
-        plain = self.encoder(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
-        seeing = self.vlm.language_model(input_ids=ids, output_hidden_states=True).hidden_states[HIDDEN_STATE]
+        text = templated(self.tokenizer, "a picture of a red house", self.reading.thinking)
+        ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.encoder.device)
+        plain = self._states(self.encoder(input_ids=ids, output_hidden_states=True))
+        seeing = self._states(self.vlm.language_model(input_ids=ids, output_hidden_states=True))
         return (plain.float() - seeing.float()).abs().max().item()
 
 
@@ -134,17 +187,22 @@ class Captioner:
         return " ".join(words.split())
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    """One user turn and the start of an answer, with thinking on, as the pipelines write it."""
+def templated(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> str:
+    """One user turn and the start of an answer, as the pipelines write it."""
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
     )
 
 
-def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> str:
+def with_suffix(prompt: str, suffix: str) -> str:
+    """The teacher's prompt: a caption and what is said after it."""
+    return f"{prompt} {suffix}" if suffix else prompt
+
+
+def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, thinking: bool = True) -> str:
     """One user turn, a picture of `count` tokens first, then the prompt; templated once. The picture's marks are
     written here, as Qwen3-VL's template writes them: the text encoder's own template knows no pictures."""
-    return templated(tokenizer, f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>{prompt}")
+    return templated(tokenizer, f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>{prompt}", thinking)
 
 
 def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
@@ -158,17 +216,41 @@ def twin_of(vlm: str) -> Checkpoint:
 
 
 def count_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], pictures: Sequence[int] | None = None
+    checkpoint: Checkpoint,
+    reading: Reading,
+    prompts: Sequence[str],
+    suffix: str = "",
+    vlm: str = "",
+    sizes: Sequence[Size] | None = None,
 ) -> list[int]:
-    """Of each prompt, templated; pictures: the tokens of the one beside each. Raises ValueError over the limit."""
-    if pictures is None:
-        texts, limit = [templated(tokenizer, prompt) for prompt in prompts], TEXT_TOKENS
+    """That QwenReader would answer for each prompt, or, with sizes, for each prompt with a picture of that size beside
+    it, suffix and all. Raises ValueError over the limit. Reads the tokenizer and configs, no weights."""
+    with checkpoint.reading("tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
+    if sizes is None:
+        texts = [templated(tokenizer, prompt, reading.thinking) for prompt in prompts]
+        limits = [TEXT_TOKENS] * len(texts)
     else:
-        pairs = zip(prompts, pictures, strict=True)
-        texts, limit = [with_picture(tokenizer, prompt, count) for prompt, count in pairs], PRIVILEGED_TOKENS
+        processor = load_processor(twin_of(vlm))
+        counts = [picture_tokens(processor, size) for size in sizes]
+        told = [with_suffix(prompt, suffix) for prompt in prompts]
+        texts = [with_picture(tokenizer, *pair, reading.thinking) for pair in zip(told, counts, strict=True)]
+        limits = [_limit(reading, count) for count in counts]
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]  # too long is said below
-    _refuse_long(prompts, lengths, limit)
-    return lengths
+    for prompt, length, limit in zip(prompts, lengths, limits, strict=True):
+        _refuse_long([prompt], [length], limit)
+    return limits if reading.padded else lengths
+
+
+def text_width(checkpoint: Checkpoint) -> int:
+    """Numbers in a hidden state of the text encoder."""
+    with checkpoint.reading("text_encoder"):
+        return AutoConfig.from_pretrained(checkpoint.folder / "text_encoder").hidden_size
+
+
+def _limit(reading: Reading, count: int) -> int:
+    """Tokens of prompt and picture together. What is padded keeps the pipeline's length beside the picture."""
+    return TEXT_TOKENS + count if reading.padded else PRIVILEGED_TOKENS
 
 
 def _refuse_long(prompts: Sequence[str], lengths: Sequence[int], limit: int, of_them: str = "") -> None:

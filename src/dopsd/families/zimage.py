@@ -12,15 +12,15 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
 from dopsd.batch import Context
-from dopsd.families.base import Denoiser
+from dopsd.families.base import Denoiser, Sight, Size
 from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.qwen import QwenReader, count_tokens, fingerprint_of, load_processor, picture_tokens, twin_of
+from dopsd.families.qwen import QwenReader, Reading, count_tokens, fingerprint_of, text_width
 from dopsd.flow import Schedule
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+READING = Reading(layers=(-2,), thinking=True, padded=False)  # as ZImagePipeline.encode_prompt
 # Of the reference code's Z-Image script: 4 pictures a step, 2000 steps.
 TURBO_STARTING_POINTS = {
     "lora.rank": 32,
@@ -42,6 +42,7 @@ class ZImage:
     licence = "Apache-2.0"
     teacher_contexts = ("vlm",)
     default_vlm = "Qwen/Qwen3-VL-4B-Instruct"
+    reference_size = None
     native_space = "velocity"
     lora_targets = (
         r"(layers|noise_refiner|context_refiner)\.\d+\."
@@ -52,11 +53,13 @@ class ZImage:
     export_prefix = "transformer"
     architecture = "Z-Image"
 
-    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], vlm: str | None = None):
+    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], sight: Sight | None = None):
         self.checkpoint, folder = checkpoint, checkpoint.folder
         self._refuse_missing_parts(index)
         own = folder / "vlm"
-        self.vlm = vlm or (str(own) if own.is_dir() else self.default_vlm)
+        self.teacher_context, sight = "vlm", sight or Sight()
+        self.vlm = sight.vlm or (str(own) if own.is_dir() else self.default_vlm)
+        self.suffix = sight.suffix or ""
         with checkpoint.reading("scheduler"):
             self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
             # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
@@ -97,7 +100,8 @@ class ZImage:
         return Schedule(self._scheduler.sigmas.float().clone(), (0.0,) * nfe)
 
     def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> QwenReader:
-        return QwenReader(self.checkpoint, self.vlm, device, dtype, pictures)
+        twin = self.vlm if pictures else None
+        return QwenReader(self.checkpoint, READING, twin, self.suffix, device, dtype)
 
     def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KLPainter":
         part = self.checkpoint.part("vae")
@@ -110,18 +114,16 @@ class ZImage:
             config = ZImageTransformer2DModel.load_config(self.checkpoint.folder / "transformer")
             return ZImageDenoiser(ZImageTransformer2DModel.from_config(config))
 
-    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
-        with self.checkpoint.reading("tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder / "tokenizer")
-        if sizes is None:
-            return count_tokens(tokenizer, prompts)
-        processor = load_processor(twin_of(self.vlm))
-        return count_tokens(tokenizer, prompts, [picture_tokens(processor, size) for size in sizes])
+    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[Size] | None = None) -> list[int]:
+        return count_tokens(self.checkpoint, READING, prompts, self.suffix, self.vlm, sizes)
 
-    def blank_context(self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] | None = None) -> Context:
-        with self.checkpoint.reading("text_encoder"):
-            width = AutoConfig.from_pretrained(self.checkpoint.folder / "text_encoder").hidden_size
-        lengths = self.count_tokens(prompts, sizes)
+    def blank_context(
+        self,
+        prompts: Sequence[str],
+        sizes: Sequence[Size] | None = None,
+        references: Sequence[Sequence[Size]] | None = None,
+    ) -> Context:
+        width, lengths = text_width(self.checkpoint), self.count_tokens(prompts, sizes)
         return Context.stack([Context(torch.zeros(1, length, width), (length,)) for length in lengths])
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "ZImageDenoiser":
