@@ -30,7 +30,8 @@ from dopsd.files import write_json, write_text
 from dopsd.methods import DOPSD, SFT, Method
 from dopsd.paint import noise_for, paint
 from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Answers, Sheet, sit, write_lesson
-from dopsd.pocket.reader import bootstrap, thing_error
+from dopsd.pocket.reader import thing_error
+from dopsd.statistics import bootstrap
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import Plan, steps
 from dopsd.training.roles import Teacher, make_roles

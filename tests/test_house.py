@@ -22,7 +22,7 @@ SOURCE = Path(dopsd.__file__).parent
 # Rooms (top-level names under dopsd, and every __main__), low to high. A room imports from floors below and from
 # itself, never from a neighbour on its floor. So training may use families.base and methods.base: they are lower.
 FLOORS = (
-    ("files", "batch", "flow", "stopping"),
+    ("files", "batch", "flow", "stopping", "statistics"),
     ("families", "rollout"),
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket", "settings"),

@@ -8,7 +8,6 @@ from dopsd.pocket.outlines import CLASSES
 from dopsd.pocket.reader import (
     VALUES,
     attributes,
-    bootstrap,
     measure,
     read,
     sharpness,
@@ -160,12 +159,3 @@ def test_a_true_thing_hits_and_a_random_one_hits_by_chance():
     others = [Scene(**{**vars(scene), "thing": Thing.from_seed(9000 + k)}) for k, scene in enumerate(scenes * 3)]
     hits = thing_hit(np.stack([render(scene) for scene in others]), scenes * 3, DISTRACTORS)
     assert hits.sum() <= 6  # 1/64 expected of 72 pictures; more than 6 hits have a chance below 1e-4
-
-
-def test_the_interval_covers_the_mean_and_narrows_with_more_pictures():
-    values = np.random.default_rng(0).uniform(size=400)
-    mean, low, high = bootstrap(values)
-    few = bootstrap(values[:25])
-    assert low < mean < high
-    assert mean == pytest.approx(values.mean())
-    assert high - low < (few[2] - few[1]) / 2

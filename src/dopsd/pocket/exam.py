@@ -20,9 +20,10 @@ from dopsd.files import write_json, write_text
 from dopsd.flow import Schedule
 from dopsd.paint import noise_for, paint
 from dopsd.pocket.captions import NAMES, caption_of, stated_of
-from dopsd.pocket.reader import bootstrap, measure, thing_error, thing_hit
+from dopsd.pocket.reader import measure, thing_error, thing_hit
 from dopsd.pocket.world import Jitter, Scene, Thing, draw_scene, render, unnamed_style
 from dopsd.rollout import Velocity
+from dopsd.statistics import bootstrap
 
 HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
 UNSEEN_SCENES, UNRELATED = 24, 96
@@ -152,8 +153,7 @@ def sit(
 
 def interval(values: Sequence[float] | np.ndarray) -> str:
     """Mean and 95% bootstrap interval as text."""
-    mean, low, high = bootstrap(np.asarray(values)[~np.isnan(values)])
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return str(bootstrap(np.asarray(values)))
 
 
 @torch.no_grad()

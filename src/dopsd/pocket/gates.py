@@ -24,8 +24,9 @@ from dopsd.paint import noise_for, paint
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
 from dopsd.pocket.model import GUIDANCE
-from dopsd.pocket.reader import bootstrap, measure
+from dopsd.pocket.reader import measure
 from dopsd.rollout import Velocity
+from dopsd.statistics import bootstrap
 
 CAPTIONS, THINGS = 256, 12
 CPU = torch.device("cpu")
@@ -114,6 +115,6 @@ class Parent:
 
 
 def _gate(name: str, values: np.ndarray, bound: float, above: bool) -> Gate:
-    mean, low, high = bootstrap(values[~np.isnan(values)])
+    mean, low, high = bootstrap(values)
     wanted = f"{'>=' if above else '<='} {bound:.3f}"
     return Gate(name, mean, low, high, wanted, bool(mean >= bound if above else mean <= bound))

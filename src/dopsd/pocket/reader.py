@@ -158,13 +158,6 @@ def thing_hit(pictures: np.ndarray, scenes: Sequence[Scene], distractor_seeds: S
     return np.array(hits)
 
 
-def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean of values [N] and its 95% percentile interval over resampled pictures: (mean, low, high)."""
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(np.asarray(values, dtype=float)[picks].mean(1), (2.5, 97.5))
-    return float(np.mean(values)), float(low), float(high)
-
-
 def _is_consistent(scene: Scene, stated: Stated) -> bool:
     return all(getattr(scene, attribute) in allowed(attribute, stated) for attribute in stated)
 
