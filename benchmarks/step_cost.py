@@ -75,7 +75,7 @@ def workbench(model: str, batch_size: int) -> tuple[Roles, Batch]:
     prompts = ("a zib toy at the left on night",) * batch_size
     picture = Image.new("RGB", (family.resolution, family.resolution), "red")
     side = family.resolution // family.cell
-    latents = noise_for(range(batch_size), family.channels, side, side)
+    latents = noise_for(range(batch_size), family.channels, side, side).start
     privileged = reader.context(prompts, [picture] * batch_size)
     return roles, Batch(latents, reader.context(prompts), prompts, torch.ones(batch_size), privileged)
 

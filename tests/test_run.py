@@ -104,7 +104,7 @@ def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffuser
     file = recipe.run_folder / "exported.safetensors"
     noise = noise_for([3, 4], pocket.channels, 16, 16)
     mine = sample_latents(pocket, PROMPTS, noise, lora=file)
-    torch.save({"prompts": PROMPTS, "noise": noise}, tmp_path / "noise.pt")
+    torch.save({"prompts": PROMPTS, "noise": noise.start}, tmp_path / "noise.pt")
     if form == "folder":
         (tmp_path / "lora").mkdir()
         file = file.rename(tmp_path / "lora" / "pytorch_lora_weights.safetensors").parent

@@ -15,10 +15,11 @@ from dopsd.data.importing import fill
 from dopsd.data.sources import Source, read_sources
 from dopsd.deployed import cells_of
 from dopsd.evaluation.health import PROMPTS
-from dopsd.export import read_lora, refuse_unfit
+from dopsd.export import refuse_unfit
 from dopsd.families import load_family
 from dopsd.families.base import Family, Sight
 from dopsd.families.checkpoint import Checkpoint
+from dopsd.families.lora import read_lora
 from dopsd.forecast import Forecast, forecast, memory_of
 from dopsd.methods import METHODS, missing
 from dopsd.preview import Wanted

@@ -14,8 +14,8 @@ from PIL import Image
 from dopsd.checking import family_of, pictures_shown, read_data
 from dopsd.deployed import deployed_on
 from dopsd.evaluation.report import Panel, write_comparison
-from dopsd.export import merge_lora, read_lora
 from dopsd.families.base import Denoiser, Family, Painter
+from dopsd.families.lora import merge_lora, read_lora
 from dopsd.paint import noise_for, to_images
 from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
 from dopsd.preview import paint_each

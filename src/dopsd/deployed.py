@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 
-from dopsd.export import merge_lora, read_lora, refuse_strength
 from dopsd.families import load_family
 from dopsd.families.base import Family
+from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.files import atomic_path
-from dopsd.paint import noise_for, to_images, to_pictures
+from dopsd.paint import Noise, noise_for, to_images, to_pictures
 from dopsd.rollout import walk
 
 
@@ -39,7 +39,7 @@ def sample(
 def sample_latents(
     family: Family,
     prompts: Sequence[str],
-    noise: torch.Tensor,
+    noise: Noise,
     lora: Path | None = None,
     strength: float = 1.0,
     nfe: int | None = None,
@@ -52,7 +52,9 @@ def sample_latents(
     denoiser = family.load_denoiser(device, dtype)
     if lora:
         merge_lora(denoiser.network, lora, family, strength)
-    return walk(denoiser, noise.to(device), family.schedule(nfe or family.default_nfe, *noise.shape[-2:]), context)
+    z, generators = noise.draw()
+    schedule = family.schedule(nfe or family.default_nfe, *noise.cells[1:])
+    return walk(denoiser, z.to(device), schedule, context, generators)
 
 
 def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0) -> None:

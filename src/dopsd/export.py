@@ -1,119 +1,43 @@
-"""The student's adapter as a LoRA file that opens elsewhere, and back.
+"""The student's adapter as a LoRA file that opens elsewhere, and back: what a run writes, and what it starts from.
 
-Keys are `<prefix>.<diffusers module path>.lora_A.weight` / `.lora_B.weight` with the scale baked into B and no alpha:
-the one form that diffusers and ComfyUI both read at strength 1 for what the previews showed.
+The names in the file are the family's (`Family.lora_in_public_form`), with the scale multiplied in: strength 1 is what
+the previews showed.
 """
 
-import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dopsd.families.base import Family
-from dopsd.files import read_metadata, read_tensors, write_tensors
+from dopsd.families.lora import Pairs, read_lora
+from dopsd.files import write_tensors
 from dopsd.training.adapters import lora_pairs
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Size = tuple[int, ...]
-Pairs = Mapping[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by module path
 
 
 def export_lora(
-    path: Path, student: Mapping[str, Tensor], scale: float, prefix: str, metadata: Mapping[str, str]
+    path: Path, student: Mapping[str, Tensor], scale: float, family: Family, metadata: Mapping[str, str]
 ) -> None:
     """Write the adapter, reopen the file, and compare every module's delta with the live one.
 
     scale: alpha / rank. Raises ValueError when the file does not hold what was trained.
     """
-    pairs = lora_pairs(dict(student))
-    tensors = {}
-    for module, (a, b) in pairs.items():
-        tensors[f"{prefix}.{module}.lora_A.weight"] = a.detach().float()
-        tensors[f"{prefix}.{module}.lora_B.weight"] = b.detach().float() * scale
-    write_tensors(path, tensors, {"format": "pt", **metadata})
-    saved = _pairs(path, read_tensors(path), prefix)
-    for module, (a, b) in pairs.items():
+    pairs = {
+        module: (a.detach().cpu().float(), b.detach().cpu().float() * scale)
+        for module, (a, b) in lora_pairs(dict(student)).items()
+    }
+    write_tensors(path, family.lora_in_public_form(pairs), {"format": "pt", **metadata})
+    saved = read_lora(path, family)
+    for module, (a, b) in lora_pairs(dict(student)).items():
+        if module not in saved:
+            raise ValueError(f"{path}: {module} is not found in it again; the file is not to be trusted.")
         delta = (b.detach().cpu().double() @ a.detach().cpu().double()) * scale
         again = saved[module][1].double() @ saved[module][0].double()
         if not torch.allclose(again, delta, rtol=1e-5, atol=1e-8):
             raise ValueError(f"{path}: {module} does not read back as trained; the file is not to be trusted.")
-
-
-def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA file's (A [r, in], B [out, r], scale in it) by module path, whichever tool wrote it. Raises ValueError
-    for a file that is no LoRA of this family, or of a kind whose deltas are not B @ A."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no .safetensors file; dopsd reads no other form of weights.")
-    tensors, scale = read_tensors(path), _scale_in_metadata(path)
-    refuse_other_kinds(path, tensors)
-    try:
-        own = family.lora_in_own_form(tensors)
-    except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:  # of diffusers, on any content
-        raise ValueError(f"{path} is no LoRA that {family.name} can read ({error}).") from error
-    pairs = _pairs(path, own, family.export_prefix)
-    for module, (a, b) in pairs.items():
-        if a.dtype not in DTYPES or b.dtype not in DTYPES:
-            raise ValueError(f"{path} holds {module} as {a.dtype}; dopsd reads float32, float16 and bfloat16.")
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise ValueError(f"{path}: A {tuple(a.shape)} and B {tuple(b.shape)} of {module} do not make a LoRA.")
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"{path}: {module} holds numbers that are not finite; the training broke down.")
-    return {module: (a, b * scale) for module, (a, b) in pairs.items()}
-
-
-def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
-    """Raise ValueError for adapters whose deltas are not B @ A."""
-    names = list(names)
-    for mark, kind in (("dora_scale", "DoRA"), (".lokr_", "LoKr"), (".hada_", "LoHa")):
-        if any(mark in name for name in names):
-            raise ValueError(f"{path} is a {kind} file; dopsd reads plain LoRA only.")
-
-
-def _scale_in_metadata(path: Path) -> float:
-    """alpha / rank where the file says it the way peft through diffusers does; else 1."""
-    try:
-        said = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-        rank, alpha = said.get("transformer.r"), said.get("transformer.lora_alpha")
-        return alpha / rank if rank and alpha else 1.0
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: its lora_adapter_metadata cannot be read ({error}).") from error
-
-
-def _pairs(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
-    left, pairs = dict(tensors), {}
-    for name in tensors:
-        partner = name.replace(".lora_A.weight", ".lora_B.weight")
-        if name.startswith(f"{prefix}.") and name != partner and partner in left:
-            module = name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
-            pairs[module] = (left.pop(name), left.pop(partner))
-    if left or not pairs:
-        example = next(iter(left), "nothing")
-        raise ValueError(f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight (found {example}).")
-    return pairs
-
-
-def refuse_strength(strength: float) -> None:
-    """Raise ValueError for what is no strength."""
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength is {strength}; it must be a number, 1 is what was trained.")
-
-
-@torch.no_grad()
-def merge_lora(network: nn.Module, path: Path, family: Family, strength: float = 1.0) -> None:
-    """Add a LoRA file's deltas to the network's weights. Raises ValueError when a module or shape does not fit."""
-    refuse_strength(strength)
-    for module, (a, b) in read_lora(path, family).items():
-        try:
-            weight = network.get_parameter(f"{module}.weight")
-        except AttributeError as error:
-            raise ValueError(f"{path} adapts {module}, which this model does not have: another family?") from error
-        if weight.shape != (len(b), a.shape[1]):
-            raise ValueError(f"{path} adapts {module} as {len(b)} x {a.shape[1]}; here it is {tuple(weight.shape)}.")
-        delta = b.double() @ a.double() * strength
-        weight.copy_((weight.double().cpu() + delta).to(weight))
 
 
 def refuse_unfit(path: Path, pairs: Pairs, own: Mapping[str, tuple[Size, Size]]) -> None:

@@ -8,7 +8,7 @@ eta       the same share as an angle, r = sin(eta pi/2), as recipes say it (CPS,
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Space = Literal["velocity", "clean", "noise"]
+Rng = torch.Generator | Sequence[torch.Generator]  # one for a whole batch, or one for each of its rows
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,15 @@ def noise_of(z: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     return z + (1 - per_row(t, z)) * velocity
 
 
-def step(z: Tensor, velocity: Tensor, s: Step, rng: torch.Generator | None = None) -> Tensor:
+def noise_like(z: Tensor, rng: Rng) -> Tensor:
+    """Unit noise of z's shape and dtype, drawn where the generator lives and moved to z. With a generator for each row
+    a row's noise does not depend on what else is in the batch."""
+    if isinstance(rng, torch.Generator):
+        return torch.randn(z.shape, generator=rng, device=rng.device, dtype=z.dtype).to(z.device)
+    return torch.cat([noise_like(row, own) for row, own in zip(z.split(1), rng, strict=True)])
+
+
+def step(z: Tensor, velocity: Tensor, s: Step, rng: Rng | None = None) -> Tensor:
     """The next state of a walk. `rng` is needed where the step renoises.
 
     The Euler case is written as the schedulers write it, z + (t' - t) u: the same number up to rounding, and then
@@ -84,8 +93,8 @@ def step(z: Tensor, velocity: Tensor, s: Step, rng: torch.Generator | None = Non
     if s.renoise == 0:
         return z + (s.after - s.now) * velocity
     clean, noise = clean_of(z, velocity, s.now), noise_of(z, velocity, s.now)
-    fresh = torch.randn(z.shape, generator=rng, device=z.device, dtype=z.dtype)
-    return (1 - s.after) * clean + s.after * (math.sqrt(1 - s.renoise**2) * noise + s.renoise * fresh)
+    assert rng is not None, "a step that renoises draws from a generator"
+    return (1 - s.after) * clean + s.after * (math.sqrt(1 - s.renoise**2) * noise + s.renoise * noise_like(z, rng))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dopsd.export import refuse_other_kinds
+from dopsd.families.lora import refuse_other_kinds
 from dopsd.files import read_metadata, read_tensors
 
 # Module paths that only one family has.

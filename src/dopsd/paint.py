@@ -1,6 +1,7 @@
 """From noise to pictures, through the same `rollout` that training walks."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,22 +16,47 @@ from dopsd.rollout import Velocity, walk
 CELLS_AT_ONCE = 128 * 128  # latent cells that a decoder gets in one call
 
 
-def noise_for(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:
-    """Start of a walk for each seed, float32 [B, channels, height, width] in cells: the noise that diffusers draws
-    for `generator=torch.Generator().manual_seed(seed)`, whatever else is in the batch."""
-    shape = (1, channels, height, width)
-    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+@dataclass(frozen=True)
+class Noise:
+    """What walks draw, by one seed a picture and a latent size (channels, height, width): noise to start from, then
+    fresh noise at the steps that renoise. It is what diffusers draws for a picture with
+    `generator=torch.Generator().manual_seed(seed)`, whatever else is in the batch."""
+
+    seeds: tuple[int, ...]
+    cells: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, rows: slice) -> "Noise":
+        return Noise(self.seeds[rows], self.cells)
+
+    def draw(self) -> tuple[Tensor, list[torch.Generator]]:
+        """The starts, float32 [B, C, h, w], and the generators that the walks go on drawing from."""
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        return torch.cat([torch.randn(1, *self.cells, generator=each) for each in generators]), generators
+
+    @property
+    def start(self) -> Tensor:
+        """The starts alone."""
+        return self.draw()[0]
+
+
+def noise_for(seeds: Sequence[int], channels: int, height: int, width: int) -> Noise:
+    """The noise of a picture for each seed, of a size in latent cells."""
+    return Noise(tuple(seeds), (channels, height, width))
 
 
 @torch.no_grad()
 def paint(
-    velocity: Velocity, painter: Painter, schedule: Schedule, context: Context, noise: Tensor, batch_size: int = 16
+    velocity: Velocity, painter: Painter, schedule: Schedule, context: Context, noise: Noise, batch_size: int = 16
 ) -> Tensor:
-    """Pictures, uint8 [B, H, W, 3] on the CPU, from noise [B, C, h, w] and as many contexts."""
+    """Pictures, uint8 [B, H, W, 3] on the CPU, from the noise and contexts of each."""
     pictures = []
     for start in range(0, len(noise), batch_size):
         rows = Context.stack([context.row(i) for i in range(start, min(start + batch_size, len(noise)))])
-        clean = walk(velocity, noise[start : start + batch_size].to(rows.tokens.device), schedule, rows)
+        z, generators = noise[start : start + batch_size].draw()
+        clean = walk(velocity, z.to(rows.tokens.device), schedule, rows, generators)
         pictures.append(to_pictures(painter, clean))
     return torch.cat(pictures)
 

@@ -12,7 +12,7 @@ from dopsd.families.base import Painter, Reader
 from dopsd.files import atomic_path, write_json
 from dopsd.flow import Schedule
 from dopsd.methods.base import Roles
-from dopsd.paint import grid, noise_for, paint, to_images
+from dopsd.paint import Noise, grid, noise_for, paint, to_images
 from dopsd.rollout import Velocity
 
 
@@ -27,12 +27,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Preview:
-    """What is wanted, read; its noise [1, C, h, w]; `privileged` where the teacher sees a picture with it."""
+    """What is wanted, read; its noise; `privileged` where the teacher sees a picture with it."""
 
     wanted: Wanted
     context: Context
     privileged: Context | None
-    noise: torch.Tensor
+    noise: Noise
 
 
 def read_previews(wanted: Sequence[Wanted], reader: Reader, pictures: Sequence[Image.Image]) -> tuple[Preview, ...]:
@@ -54,7 +54,7 @@ def paint_previews(
 ) -> None:
     """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json`: the roles, and of each picture
     prompt, seed and sigmas."""
-    schedules = [schedule_for(*preview.noise.shape[-2:]) for preview in previews]
+    schedules = [schedule_for(*preview.noise.cells[1:]) for preview in previews]
     texts = [preview.context for preview in previews]
     seeing = [preview.privileged for preview in previews if preview.privileged]
     rows: dict[str, tuple[Velocity, Sequence[Context]]] = {"base": (roles.base, texts)}
@@ -81,14 +81,14 @@ def paint_each(
     contexts: Sequence[Context],
     painter: Painter,
     schedules: Sequence[Schedule],
-    noises: Sequence[torch.Tensor],
+    noises: Sequence[Noise],
     device: torch.device,
 ) -> list[torch.Tensor]:
     """Each picture, uint8 [H, W, 3]; those of one size are painted together."""
     painted: dict[int, torch.Tensor] = {}
-    for shape in dict.fromkeys(noise.shape for noise in noises):
-        same = [index for index, noise in enumerate(noises) if noise.shape == shape]
+    for cells in dict.fromkeys(noise.cells for noise in noises):
+        same = [index for index, noise in enumerate(noises) if noise.cells == cells]
         context = Context.stack([contexts[index] for index in same]).to(device)
-        noise = torch.cat([noises[index] for index in same])
+        noise = Noise(tuple(seed for index in same for seed in noises[index].seeds), cells)
         painted |= zip(same, paint(velocity, painter, schedules[same[0]], context, noise), strict=True)
     return [painted[index] for index in range(len(noises))]

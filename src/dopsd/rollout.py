@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dopsd.batch import Context
-from dopsd.flow import Schedule, Step, step
+from dopsd.flow import Rng, Schedule, Step, step
 
 Velocity = Callable[[Tensor, Tensor, Context], Tensor]  # (z [B, C, h, w], t [B], context) -> [B, C, h, w] float32
 
@@ -23,7 +23,7 @@ class Visit:
 
 
 def rollout(
-    velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
+    velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: Rng | None = None
 ) -> Iterator[Visit]:
     """Walk unit noise [B, C, h, w] (float32) down the schedule. The next state is always detached: no graph spans two
     steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them."""
@@ -36,9 +36,7 @@ def rollout(
 
 
 @torch.no_grad()
-def walk(
-    velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: torch.Generator | None = None
-) -> Tensor:
+def walk(velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: Rng | None = None) -> Tensor:
     """The clean latents at the end of the walk from unit noise."""
     z = noise
     for visit in rollout(velocity, noise, schedule, context, rng):

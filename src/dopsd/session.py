@@ -137,7 +137,7 @@ class Session:
     def export(self, path: Path, step: int) -> None:
         """The student after `step` steps as a LoRA file, reopened and compared."""
         scale = (self.recipe.lora.alpha or self.recipe.lora.rank) / self.recipe.lora.rank
-        export_lora(path, self.trainable, scale, self.family.export_prefix, self.metadata(step))
+        export_lora(path, self.trainable, scale, self.family, self.metadata(step))
         log.info("saved=%s reopened_and_compared=yes", path)
 
     def metadata(self, step: int) -> dict[str, str]:

@@ -44,7 +44,7 @@ def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pi
     noise = noise_for(range(3), pocket.channels, height // pocket.cell, width // pocket.cell)
     theirs = pipeline(
         list(PROMPTS), height=height, width=width, num_inference_steps=nfe, guidance_scale=0.0,
-        latents=noise.clone(), output_type="latent", return_dict=False,
+        latents=noise.start, output_type="latent", return_dict=False,
     )[0]  # fmt: skip
     mine = sample_latents(pocket, PROMPTS, noise, nfe=nfe)
     assert (mine - theirs).abs().max() <= 1e-4
@@ -53,7 +53,7 @@ def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pi
 def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
     noise = noise_for(range(3), pocket.channels, 16, 16)
     theirs = pipeline(
-        list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.clone()
+        list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.start
     )
     mine = sample(pocket.checkpoint.folder, PROMPTS, nfe=4)
     for left, right in zip(theirs.images, mine, strict=True):
@@ -70,9 +70,8 @@ def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_r
         return torch.zeros_like(z)
 
     context = pocket_reader.context(PROMPTS[:1])
-    list(
-        rollout(velocity, noise_for([0], pocket.channels, height, width), pocket.schedule(nfe, height, width), context)
-    )
+    noise = noise_for([0], pocket.channels, height, width).start
+    list(rollout(velocity, noise, pocket.schedule(nfe, height, width), context))
     pipeline(
         PROMPTS[0], height=height * pocket.cell, width=width * pocket.cell, num_inference_steps=nfe,
         guidance_scale=0.0, output_type="latent",
@@ -92,8 +91,8 @@ def test_turbo_walks_the_documented_times(pocket):
 def test_a_batch_of_other_captions_does_not_change_a_picture(pocket, pocket_reader):
     denoiser = pocket.load_denoiser(CPU, torch.float32)
     noise, schedule = noise_for(range(3), pocket.channels, 16, 16), pocket.schedule(4, 16, 16)
-    together = walk(denoiser, noise, schedule, pocket_reader.context(PROMPTS))
-    alone = walk(denoiser, noise[1:2], schedule, pocket_reader.context(PROMPTS[1:2]))
+    together = walk(denoiser, noise.start, schedule, pocket_reader.context(PROMPTS))
+    alone = walk(denoiser, noise[1:2].start, schedule, pocket_reader.context(PROMPTS[1:2]))
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 
 

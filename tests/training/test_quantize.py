@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dopsd.export import merge_lora
 from dopsd.families import load_family
+from dopsd.families.lora import merge_lora
 from dopsd.forecast import forecast
 from dopsd.inspection import inspect_lora
 from dopsd.recipe import Recipe, parse_recipe

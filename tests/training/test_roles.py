@@ -31,7 +31,7 @@ class Setup:
         prompts = ("a star", "a big toy at the left")
         pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
         self.batch = Batch(
-            noise_for([5, 6], pocket.channels, 16, 16), reader.context(prompts), prompts, torch.ones(2),
+            noise_for([5, 6], pocket.channels, 16, 16).start, reader.context(prompts), prompts, torch.ones(2),
             privileged=reader.context(prompts, pictures),
         )  # fmt: skip
 

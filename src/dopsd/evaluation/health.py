@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from dopsd.batch import Context
 from dopsd.families.base import Painter
 from dopsd.flow import Schedule
-from dopsd.paint import noise_for, paint
+from dopsd.paint import Noise, noise_for, paint
 from dopsd.rollout import Velocity
 
 PROMPTS = (
@@ -100,7 +99,7 @@ class Checkup:
         self._base = self._pictures(base, painter, self._noise)
         self._again = self._pictures(base, painter, other)
 
-    def _pictures(self, velocity: Velocity, painter: Painter, noise: Tensor) -> "tuple[np.ndarray, np.ndarray]":
+    def _pictures(self, velocity: Velocity, painter: Painter, noise: Noise) -> "tuple[np.ndarray, np.ndarray]":
         """At the deployed forwards and at twice that, float64 [N, H, W, 3] in [0, 1]."""
         once, twice = (paint(velocity, painter, s, self._context, noise).numpy() / 255 for s in self._schedules)
         return once, twice

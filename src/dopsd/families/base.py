@@ -1,5 +1,6 @@
 """The noun: what the house needs of a model family. One file a family implements it; nobody branches on a name."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -79,7 +80,7 @@ class Family(Protocol):
     native_space: ClassVar[Space]  # of the network's own answer
     lora_targets: ClassVar[str]  # regular expression over the network's module names
     quantizable: ClassVar[str]  # likewise: the linears that may be put in few bits; all others stay as they are
-    export_prefix: ClassVar[str]  # of LoRA keys in public files
+    export_prefix: ClassVar[str]  # the network's folder in a checkpoint, and diffusers' word for it in LoRA names
 
     architecture: str  # in the words of modelspec.architecture
     licence: str
@@ -134,7 +135,22 @@ class Family(Protocol):
         their alpha multiplied in. Raises ValueError or KeyError for a form that is not known."""
         ...
 
+    def lora_in_public_form(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The way out: A [r, in] and B [out, r] by module path, with the scale in B, as the tensors of a file that the
+        family's usual loaders read at strength 1."""
+        ...
+
     def starting_points(self, method: str) -> dict[str, Any]:
         """Recipe keys (`section.key`) whose value should differ from the general default for this checkpoint and
         method."""
         ...
+
+
+def fingerprint_of(module: nn.Module) -> str:
+    """A short hash of a module's weights: shapes, dtypes, and a sample of every tensor's bytes."""
+    digest = hashlib.sha256()
+    for key, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from dopsd.batch import Context
-from dopsd.families.base import Size
+from dopsd.families.base import Size, fingerprint_of
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import brief
 
@@ -294,13 +294,3 @@ def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
             "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
         )
     vlm.language_model.load_state_dict(mine, assign=True)  # shares the tensors: one copy in memory serves both
-
-
-def fingerprint_of(module: torch.nn.Module) -> str:
-    """A short hash of a module's weights: shapes, dtypes, and a sample of every tensor's bytes."""
-    digest = hashlib.sha256()
-    for key, tensor in module.state_dict().items():
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
-        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]

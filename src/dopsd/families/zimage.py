@@ -16,7 +16,9 @@ from torch import Tensor
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser, Sight, Size
 from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.qwen import QwenReader, Reading, count_tokens, fingerprint_of, text_width
+from dopsd.families.kl import KLPainter, load_kl_painter
+from dopsd.families.lora import Pairs, diffusers_form
+from dopsd.families.qwen import QwenReader, Reading, count_tokens, text_width
 from dopsd.flow import Schedule
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -29,8 +31,6 @@ TURBO_STARTING_POINTS = {
     "train.gradient_accumulation_steps": 4,
     "train.learning_rate": 1e-4,
 }
-PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder encodes in one call: 2.8 GiB of activations in float32
-TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
 DISTILLED_SHIFT = 3.0  # Turbo's scheduler; the many-step base model ships 6.0
 
 
@@ -103,11 +103,8 @@ class ZImage:
         twin = self.vlm if pictures else None
         return QwenReader(self.checkpoint, READING, twin, self.suffix, device, dtype)
 
-    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KLPainter":
-        part = self.checkpoint.part("vae")
-        with self.checkpoint.reading("vae"):
-            vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype)
-        return KLPainter(vae.to(device), tiled)
+    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLPainter:
+        return load_kl_painter(self.checkpoint, device, dtype, tiled)
 
     def empty_denoiser(self) -> "ZImageDenoiser":
         with self.checkpoint.reading("transformer"):
@@ -142,6 +139,9 @@ class ZImage:
         converted: Mapping[str, Tensor] = ZImagePipeline.lora_state_dict(bare)  # type: ignore[assignment]
         return {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in converted.items()}
 
+    def lora_in_public_form(self, pairs: Pairs) -> dict[str, Tensor]:
+        return diffusers_form(self.export_prefix, pairs)
+
 
 class ZImageDenoiser(Denoiser):
     """ZImageTransformer2DModel in the house's clock."""
@@ -156,32 +156,3 @@ class ZImageDenoiser(Denoiser):
         pictures = list(z.to(dtype).unsqueeze(2).unbind(0))
         answer = self.network(pictures, (1 - t).to(z), captions, return_dict=False)[0]
         return -torch.stack([row.float() for row in answer]).squeeze(2)
-
-
-class KLPainter:
-    """AutoencoderKL with shift and scale applied. Encodes to the mode, and whole, so a picture has one latent."""
-
-    def __init__(self, vae: AutoencoderKL, tiled: bool = False):
-        self.vae = vae.eval().requires_grad_(False)
-        self.tiled = tiled
-        if tiled:
-            side = min(TILE, vae.config.sample_size)
-            vae.tile_sample_min_size, vae.tile_latent_min_size = (
-                side,
-                side // 2 ** (len(vae.config.block_out_channels) - 1),
-            )
-        self.fingerprint = f"{fingerprint_of(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
-        with torch.no_grad():
-            parts = [part.to(self.vae.device, self.vae.dtype) for part in pixels.split(at_once)]
-            mode = torch.cat([self.vae.encode(part).latent_dist.mode().float() for part in parts])
-        return (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        self.vae.use_tiling = self.tiled
-        pixels = self.vae.decode(scaled + self.vae.config.shift_factor, return_dict=False)[0].float()
-        self.vae.use_tiling = False
-        return pixels

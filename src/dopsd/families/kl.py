@@ -1,0 +1,50 @@
+"""AutoencoderKL: pixels to latents and back, for the families that paint through it."""
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from dopsd.families.base import fingerprint_of
+from dopsd.families.checkpoint import Checkpoint
+
+PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder encodes in one call: 2.8 GiB of activations in float32
+TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
+
+
+def load_kl_painter(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, tiled: bool) -> "KLPainter":
+    """The checkpoint's part `vae`."""
+    part = checkpoint.part("vae")
+    with checkpoint.reading("vae"):
+        vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype)
+    return KLPainter(vae.to(device), tiled)
+
+
+class KLPainter:
+    """AutoencoderKL with scale and shift applied (a shift of 0 where it has none). Encodes to the mode, and whole, so a
+    picture has one latent."""
+
+    def __init__(self, vae: AutoencoderKL, tiled: bool = False):
+        self.vae = vae.eval().requires_grad_(False)
+        self.tiled = tiled
+        self.shift: float = vae.config.shift_factor or 0.0
+        if tiled:
+            side = min(TILE, vae.config.sample_size)
+            vae.tile_sample_min_size, vae.tile_latent_min_size = (
+                side,
+                side // 2 ** (len(vae.config.block_out_channels) - 1),
+            )
+        self.fingerprint = f"{fingerprint_of(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
+        with torch.no_grad():
+            parts = [part.to(self.vae.device, self.vae.dtype) for part in pixels.split(at_once)]
+            mode = torch.cat([self.vae.encode(part).latent_dist.mode().float() for part in parts])
+        return (mode - self.shift) * self.vae.config.scaling_factor
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        self.vae.use_tiling = self.tiled
+        pixels = self.vae.decode(scaled + self.shift, return_dict=False)[0].float()
+        self.vae.use_tiling = False
+        return pixels

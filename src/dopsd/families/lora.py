@@ -1,0 +1,102 @@
+"""LoRA files: their names in public and in the house, and their deltas added to a network's weights.
+
+In the house a LoRA is (A [r, in], B [out, r]) by module path with the scale in B; each family says how its public
+files call the modules. Writing what a run has trained is left to `export`.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dopsd.families.base import Family
+from dopsd.files import read_metadata, read_tensors
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Pairs = Mapping[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by module path
+
+
+def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
+    """A LoRA file's (A [r, in], B [out, r], scale in it) by module path, whichever tool wrote it; of a convolution
+    `in` counts its kernel's places. Raises ValueError for a file that is no LoRA of this family, or of a kind whose
+    deltas are not B @ A."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no .safetensors file; dopsd reads no other form of weights.")
+    tensors, scale = read_tensors(path), _scale_in_metadata(path, family.export_prefix)
+    refuse_other_kinds(path, tensors)
+    try:
+        own = family.lora_in_own_form(tensors)
+    except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:  # of diffusers, on any content
+        raise ValueError(f"{path} is no LoRA that {family.name} can read ({error}).") from error
+    pairs = _pairs(path, own, family.export_prefix)
+    for module, (a, b) in pairs.items():
+        if a.dtype not in DTYPES or b.dtype not in DTYPES:
+            raise ValueError(f"{path} holds {module} as {a.dtype}; dopsd reads float32, float16 and bfloat16.")
+        fits = a.ndim == b.ndim and a.ndim in (2, 4) and len(a) == b.shape[1] and b.numel() == len(b) * len(a)
+        if not fits:
+            raise ValueError(f"{path}: A {tuple(a.shape)} and B {tuple(b.shape)} of {module} do not make a LoRA.")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"{path}: {module} holds numbers that are not finite; the training broke down.")
+    return {module: (a.flatten(1), b.flatten(1) * scale) for module, (a, b) in pairs.items()}
+
+
+def diffusers_form(prefix: str, pairs: Pairs) -> dict[str, Tensor]:
+    """`<prefix>.<diffusers module path>.lora_A.weight` / `.lora_B.weight`, no alpha: for transformers the one form that
+    diffusers and ComfyUI both read at strength 1."""
+    a = {f"{prefix}.{module}.lora_A.weight": pair[0] for module, pair in pairs.items()}
+    return a | {f"{prefix}.{module}.lora_B.weight": pair[1] for module, pair in pairs.items()}
+
+
+def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
+    """Raise ValueError for adapters whose deltas are not B @ A."""
+    names = list(names)
+    for mark, kind in (("dora_scale", "DoRA"), (".lokr_", "LoKr"), (".hada_", "LoHa")):
+        if any(mark in name for name in names):
+            raise ValueError(f"{path} is a {kind} file; dopsd reads plain LoRA only.")
+
+
+def _scale_in_metadata(path: Path, prefix: str) -> float:
+    """alpha / rank where the file says it the way peft through diffusers does; else 1."""
+    try:
+        said = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+        rank, alpha = said.get(f"{prefix}.r"), said.get(f"{prefix}.lora_alpha")
+        return alpha / rank if rank and alpha else 1.0
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: its lora_adapter_metadata cannot be read ({error}).") from error
+
+
+def _pairs(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
+    left, pairs = dict(tensors), {}
+    for name in tensors:
+        partner = name.replace(".lora_A.weight", ".lora_B.weight")
+        if name.startswith(f"{prefix}.") and name != partner and partner in left:
+            module = name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
+            pairs[module] = (left.pop(name), left.pop(partner))
+    if left or not pairs:
+        example = next(iter(left), "nothing")
+        raise ValueError(f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight (found {example}).")
+    return pairs
+
+
+def refuse_strength(strength: float) -> None:
+    """Raise ValueError for what is no strength."""
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength is {strength}; it must be a number, 1 is what was trained.")
+
+
+@torch.no_grad()
+def merge_lora(network: nn.Module, path: Path, family: Family, strength: float = 1.0) -> None:
+    """Add a LoRA file's deltas to the network's weights. Raises ValueError when a module or shape does not fit."""
+    refuse_strength(strength)
+    for module, (a, b) in read_lora(path, family).items():
+        try:
+            weight = network.get_parameter(f"{module}.weight")
+        except AttributeError as error:
+            raise ValueError(f"{path} adapts {module}, which this model does not have: another family?") from error
+        if weight.flatten(1).shape != (len(b), a.shape[1]):
+            raise ValueError(f"{path} adapts {module} as {len(b)} x {a.shape[1]}; here it is {tuple(weight.shape)}.")
+        delta = (b.double() @ a.double() * strength).reshape(weight.shape)
+        weight.copy_((weight.double().cpu() + delta).to(weight))
