@@ -29,7 +29,7 @@ FLOORS = (
     ("recipe", "export", "preview", "doctor"),
     ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection"),
     ("ward", "checking"),
-    ("run",),
+    ("run", "preflight"),
     ("compare", "console"),
     ("cli", "__main__"),
 )

@@ -62,6 +62,33 @@ def check(
     found = check_recipe(loaded)
     summarise(loaded, found)
     foretell(loaded, found, card)
+    if "privileged" in loaded.method.needs:
+        out.print(
+            f"next       dopsd preflight {recipe}: can the teacher show what your pictures show?", highlight=False
+        )
+
+
+@app.command()
+@refusing
+def preflight(
+    recipe: RecipeFile,
+    change: Changes = None,
+    json_file: AsJson = None,
+    report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("preflight.html"),
+    seeds: Annotated[int, typer.Option(help="Noises that each picture is painted from.", min=4)] = 4,
+    pictures: Annotated[int, typer.Option(help="Most pictures to look at, evenly over the set.", min=1)] = 16,
+) -> None:
+    """Say whether D-OPSD can learn these pictures: paint as student and as teacher, before anything is trained."""
+    from dopsd.preflight import HEADER
+    from dopsd.preflight import preflight as look_before
+    from dopsd.recipe import load_recipe
+
+    with bars() as advance:
+        result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures)
+    show(HEADER, result.table())
+    write_numbers(json_file, result.as_numbers())
+    out.print(f"report {report}", highlight=False)
+    out.print(result.sentence, markup=False, highlight=False)
 
 
 @app.command()

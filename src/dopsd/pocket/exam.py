@@ -19,9 +19,10 @@ from dopsd.families.base import Painter, Reader
 from dopsd.files import write_json, write_text
 from dopsd.flow import Schedule
 from dopsd.paint import noise_for, paint
+from dopsd.pocket.beyond import thing_of
 from dopsd.pocket.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.reader import measure, thing_error, thing_hit
-from dopsd.pocket.world import Jitter, Scene, Thing, draw_scene, render, unnamed_style
+from dopsd.pocket.world import Jitter, Scene, draw_scene, render, unnamed_style
 from dopsd.rollout import Velocity
 from dopsd.statistics import bootstrap
 
@@ -68,7 +69,7 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def _scenes(seed: int, rng: np.random.Generator, count: int) -> list[Scene]:
-    thing = Thing.from_seed(seed)
+    thing = thing_of(seed)
     return [draw_scene(rng, thing=thing) for _ in range(count)]
 
 
