@@ -166,6 +166,7 @@ def test_check_prints_counts_examples_buckets_and_coverage(desk):
     assert "pictures   5, captions from" in printed
     assert ("4 at 64 x 64" in printed and "1 at 88 x 48" in printed) or "1 at 96 x 48" in printed
     assert "42 of 47 block linears" in printed
+    assert "next       dopsd preflight recipe.yaml" in printed
 
 
 def test_sample_writes_pictures(desk):

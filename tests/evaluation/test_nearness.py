@@ -1,0 +1,40 @@
+"""The distance that preflight judges by, and its interval, against plain arithmetic."""
+
+import numpy as np
+import pytest
+
+from dopsd.evaluation.nearness import distances, nearer
+
+
+@pytest.mark.parametrize("side", [48, 64])
+def test_small_pictures_are_compared_pixel_by_pixel(side):
+    pictures = np.random.default_rng(0).integers(256, size=(4, side, side, 3)).astype(np.uint8)
+    wanted = [np.linalg.norm((p.astype(float) - pictures[0]).ravel()) / np.sqrt(p.size) / 255 for p in pictures]
+    np.testing.assert_allclose(distances(pictures, pictures[0]), wanted, atol=1e-12)
+
+
+def test_large_pictures_are_compared_cell_by_cell_so_grain_does_not_count():
+    rng = np.random.default_rng(1)
+    target = np.repeat(np.repeat(rng.integers(30, 226, size=(32, 64, 3)), 8, 0), 8, 1).astype(np.uint8)
+    checks = np.where(np.indices(target.shape[:2]).sum(0) % 2, 30, -30)[..., None]
+    assert distances((target + checks).astype(np.uint8)[None], target)[0] < 1e-9
+    shifted = target.copy()
+    shifted[:, :256] += 20  # a broad change counts in full: half of the cells, 20 levels
+    assert distances(shifted[None], target)[0] == pytest.approx(20 / 255 / np.sqrt(2))
+
+
+def test_the_share_is_one_minus_the_ratio_and_sure_where_nothing_varies():
+    found = nearer(np.full((3, 4), 0.2), np.full((3, 4), 0.15))
+    assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert str(nearer(np.full((1, 4), 0.2), np.full((1, 4), 0.22))) == "-10% [-10%, -10%]"
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """The teacher is a fifth nearer; distances vary by noise and, much more, by what both share."""
+    rng, held = np.random.default_rng(2), 0
+    for run in range(200):
+        shared = rng.gamma(20, 0.01, size=(1, 40))
+        student, teacher = (share * shared + rng.normal(0, 0.01, size=(1, 40)) for share in (1.0, 0.8))
+        found = nearer(student, teacher, seed=run)
+        held += found.low <= 0.2 <= found.high
+    assert 0.90 <= held / 200 <= 0.99
