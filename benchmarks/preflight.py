@@ -63,7 +63,8 @@ def measure(thing: int) -> dict[str, Any]:
         return {
             "thing": thing,
             "kind": kind_of(thing),
-            "nearer": vars(said.nearer),
+            "nearer": said.nearer._asdict(),
+            "pictures": [look.nearer.value for look in said.looks],
             "verdict": said.verdict,
             "base": bench.error(untouched),
             "dopsd": bench.error(velocity),

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from dopsd.cli import app
 from dopsd.compare import demo_recipe
 from dopsd.deployed import sample
-from dopsd.evaluation.nearness import Nearer
 from dopsd.pocket.exam import write_lesson
 from dopsd.preflight import Preflight, preflight, verdict_of
 from dopsd.recipe import parse_recipe
 from dopsd.run import train
+from dopsd.statistics import Interval
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -54,10 +54,10 @@ def test_what_it_encodes_is_what_training_reads(looked, lesson, tmp_path):
 @pytest.mark.parametrize(
     ("found", "verdict"),
     [
-        (Nearer(0.2, 0.1, 0.3), "can"),
-        (Nearer(0.1, 0.05, 0.3), "little"),
-        (Nearer(0.2, -0.01, 0.4), "cannot"),
-        (Nearer(-0.1, -0.2, -0.05), "cannot"),
+        (Interval(0.2, 0.1, 0.3), "can"),
+        (Interval(0.1, 0.05, 0.3), "little"),
+        (Interval(0.2, -0.01, 0.4), "cannot"),
+        (Interval(-0.1, -0.2, -0.05), "cannot"),
     ],
 )
 def test_chance_is_no_reason_to_train_and_little_is_called_little(found, verdict):
@@ -94,6 +94,6 @@ def test_a_method_without_such_a_teacher_is_refused(lesson, tmp_path):
 
 def test_an_unreadable_picture_in_the_middle_is_named_and_nothing_is_painted(lesson, tmp_path):
     (lesson / "1.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="1.png"):
+    with pytest.raises(ValueError, match=r"1\.png"):
         preflight(demo_recipe("dopsd", lesson, tmp_path / "runs"), tmp_path / "page.html", silent)
     assert not (tmp_path / "page.html").exists()

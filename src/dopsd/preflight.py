@@ -19,12 +19,13 @@ from dopsd.data.buckets import cover_crop
 from dopsd.data.cache import Row, prepare, read_context
 from dopsd.data.folder import open_picture
 from dopsd.deployed import cells_of, deployed_on
-from dopsd.evaluation.nearness import SIDE, Nearer, distances, nearer
+from dopsd.evaluation.nearness import SIDE, distances, nearer
 from dopsd.evaluation.report import Panel, write_comparison
 from dopsd.export import merge_lora
 from dopsd.families.base import Family
 from dopsd.paint import noise_for, paint, to_images
 from dopsd.recipe import Recipe
+from dopsd.statistics import Interval
 
 ENOUGH = 0.15  # share by which the teacher must be nearer; set on other things than those it is judged on
 MOST = 16  # pictures that are looked at where a set has more
@@ -47,7 +48,7 @@ class Look:
     teacher_distance: np.ndarray
 
     @property
-    def nearer(self) -> Nearer:
+    def nearer(self) -> Interval:
         return nearer(self.student_distance[None], self.teacher_distance[None])
 
 
@@ -57,7 +58,7 @@ class Preflight:
 
     looks: tuple[Look, ...]
     pictures: int
-    nearer: Nearer
+    nearer: Interval
     verdict: str
     sentence: str
 
@@ -66,7 +67,7 @@ class Preflight:
         return {
             "verdict": self.verdict,
             "sentence": self.sentence,
-            "nearer": vars(self.nearer),
+            "nearer": self.nearer._asdict(),
             "pictures_in_the_set": self.pictures,
             "pictures": [
                 {
@@ -74,7 +75,7 @@ class Preflight:
                     "caption": look.caption,
                     "student_distance": look.student_distance.tolist(),
                     "teacher_distance": look.teacher_distance.tolist(),
-                    "nearer": vars(look.nearer),
+                    "nearer": look.nearer._asdict(),
                 }
                 for look in self.looks
             ],
@@ -87,12 +88,12 @@ class Preflight:
                 look.name,
                 f"{look.student_distance.mean():.3f}",
                 f"{look.teacher_distance.mean():.3f}",
-                str(look.nearer),
+                _percent(look.nearer),
                 "" if look.nearer.value >= ENOUGH else "too little",
             ]
             for look in self.looks
         ]
-        return [*rows, ["all", "", "", str(self.nearer), self.verdict]]
+        return [*rows, ["all", "", "", _percent(self.nearer), self.verdict]]
 
 
 def preflight(recipe: Recipe, report: Path, progress: Progress, seeds: int = SEEDS, most: int = MOST) -> Preflight:
@@ -112,16 +113,16 @@ def preflight(recipe: Recipe, report: Path, progress: Progress, seeds: int = SEE
     return result
 
 
-def verdict_of(found: Nearer) -> str:
+def verdict_of(found: Interval) -> str:
     """ "cannot": not nearer beyond chance; "little": nearer, by less than ENOUGH; "can": by ENOUGH or more."""
     if found.low <= 0:
         return "cannot"
     return "can" if found.value >= ENOUGH else "little"
 
 
-def _sentence(recipe: Recipe, family: Family, looks: Sequence[Look], total: Nearer) -> str:
+def _sentence(recipe: Recipe, family: Family, looks: Sequence[Look], total: Interval) -> str:
     method, verdict = recipe.method.name, verdict_of(total)
-    by = f"given the picture it comes nearer to it than the student by {total} of the student's distance"
+    by = f"given the picture it comes nearer to it than the student by {_percent(total)} of the student's distance"
     if verdict == "can":
         weak = [look.name for look in looks if look.nearer.high < ENOUGH]
         but = f", but not these pictures: {', '.join(weak)}" if weak else ""
@@ -132,10 +133,16 @@ def _sentence(recipe: Recipe, family: Family, looks: Sequence[Look], total: Near
     return f"{method} cannot learn this set with this teacher: {by}, which may be chance. {advice}"
 
 
+def _percent(found: Interval) -> str:
+    return f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
+
+
 def _others(recipe: Recipe, family: Family) -> list[str]:
     """What else there is to try, for this family."""
-    contexts = [f"the teacher context {name}" for name in family.teacher_contexts[1:]]
-    return [*contexts, "another model.vlm", "captions that leave to the picture what only it shows", "method sft"]
+    now = recipe.model.teacher_context or family.teacher_contexts[0]
+    contexts = [f"model.teacher_context: {name}" for name in family.teacher_contexts if name != now]
+    eyes = ["another model.vlm"] if now == "vlm" else []
+    return [*contexts, *eyes, "captions that leave to the picture what only it shows", "method sft"]
 
 
 def _look(recipe: Recipe, found: Checked, seeds: int, most: int, progress: Progress) -> tuple[Look, ...]:
@@ -196,7 +203,7 @@ def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int) -> No
     notes = [
         f"{len(result.looks)} of {result.pictures} pictures, {seeds} noises each. Distance: root mean square "
         f"difference to the training picture, 0 to 1, both reduced to {SIDE} cells. Intervals: 95% bootstrap over "
-        "noises; for all, over pictures and noises.",
+        "noises; for all, over pictures.",
         f"At least {ENOUGH:.0%} nearer is called enough. The measure sees where which colours are; for the rest "
         "look at the pictures.",
     ]
