@@ -21,8 +21,8 @@ from dopsd.data.folder import open_picture
 from dopsd.deployed import cells_of, deployed_on
 from dopsd.evaluation.nearness import SIDE, distances, nearer
 from dopsd.evaluation.report import Panel, write_comparison
-from dopsd.export import merge_lora
 from dopsd.families.base import Family
+from dopsd.families.lora import merge_lora
 from dopsd.paint import noise_for, paint, to_images
 from dopsd.recipe import Recipe
 from dopsd.statistics import Interval
