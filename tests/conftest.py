@@ -4,12 +4,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from dopsd.families import load_family
+from dopsd.families import POCKET, load_family
 from dopsd.families.base import Family
 from dopsd.pocket.exam import write_lesson
 
@@ -31,6 +32,20 @@ def pocket() -> Family:
 @pytest.fixture(scope="session")
 def pocket_reader(pocket: Family):
     return pocket.load_reader(CPU, torch.float32, pictures=True)
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-VL that generates, in the folder layout of the hub, with pocket's tokenizer."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("vlm")
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(POCKET / "vlm")).save_pretrained(folder)
+    for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
+        shutil.copy(POCKET / "vlm" / name, folder)
+    shutil.copy(POCKET / "tokenizer" / "tokenizer_config.json", folder)
+    return folder
 
 
 @pytest.fixture()

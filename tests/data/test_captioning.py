@@ -1,33 +1,19 @@
 """Captions by a Qwen3-VL: greedy search by hand as the oracle; only what lacks a caption changes."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
-from dopsd.families import POCKET
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.qwen import load_processor, picture_tokens, with_picture
 
 TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-VL that generates, in the folder layout of the hub, with pocket's tokenizer."""
-    folder = tmp_path_factory.mktemp("vlm")
-    torch.manual_seed(0)
-    Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(POCKET / "vlm")).save_pretrained(folder)
-    for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
-        shutil.copy(POCKET / "vlm" / name, folder)
-    shutil.copy(POCKET / "tokenizer" / "tokenizer_config.json", folder)
-    return folder
 
 
 @pytest.fixture()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dopsd.evaluation.judges import MODELS, PIXELS, find_judge, load_judge
+from dopsd.evaluation.judges import find_judge, load_judge
+from dopsd.evaluation.measures import MEASURES, find_measure
 from dopsd.pocket.captions import caption_of, stated_in, stated_of
 from dopsd.pocket.world import Jitter, Scene, draw_scene, render
 
@@ -99,11 +100,12 @@ def test_an_answer_of_another_shape_or_kind_is_refused(answer, said, tmp_path, m
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("pikscore", "pikscore is no judge: give .* Did you mean pickscore"),
-        ("", "is no judge"),
+        ("pikscore", "pikscore is no measure: give .* Did you mean pickscore"),
+        ("", "is no measure"),
+        ("dino=/gone", "the model of dino, /gone, does not exist"),
         ("red=somewhere", "red takes no model"),
         ("aesthetic", "aesthetic has no usual model: name a folder"),
-        ("clip=/gone", "the judge clip=/gone does not exist"),
+        ("clip=/gone", "the model of clip, /gone, does not exist"),
         ("no_such_package.of:mine", "cannot be imported .ModuleNotFoundError"),
         ("math:nothing", "cannot be imported .AttributeError"),
         ("math:pi", "math:pi is a float, which cannot be called"),
@@ -116,6 +118,11 @@ def test_a_name_that_leads_nowhere_is_one_sentence(name, said):
         find_judge(name)
 
 
+def test_a_measure_that_needs_a_target_is_no_judge(tmp_path):
+    with pytest.raises(ValueError, match="dino compares with target pictures: it is a measure, and no judge"):
+        find_judge(f"dino={tmp_path}")
+
+
 def test_every_short_name_is_a_name_of_something():
-    for dotted in (*PIXELS.values(), *(made for made, _ in MODELS.values())):
-        assert callable(find_judge(dotted).made)
+    for measure in MEASURES.values():
+        assert callable(find_measure(measure.made).made)

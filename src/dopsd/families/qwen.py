@@ -168,11 +168,16 @@ class Captioner:
             self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         self.processor = load_processor(checkpoint)
 
-    @torch.no_grad()
     def caption(self, image: Image.Image, question: str, most_tokens: int) -> str:
         """The answer to a question about a picture, on one line."""
-        patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
-        text = with_picture(self.tokenizer, question, picture_tokens(self.processor, image.size))
+        return self.answer([image], question, most_tokens)
+
+    @torch.no_grad()
+    def answer(self, images: Sequence[Image.Image], question: str, most_tokens: int) -> str:
+        """The answer to a question about pictures that stand before it in the same turn, on one line."""
+        patches = self.processor(images=list(images), return_tensors="pt").to(self.vlm.device)
+        marks = "".join(_marks(picture_tokens(self.processor, image.size)) for image in images)
+        text = templated(self.tokenizer, marks + question, thinking=True)
         ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
         answer = self.vlm.generate(
             input_ids=ids,
@@ -202,7 +207,11 @@ def with_suffix(prompt: str, suffix: str) -> str:
 def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, thinking: bool = True) -> str:
     """One user turn, a picture of `count` tokens first, then the prompt; templated once. The picture's marks are
     written here, as Qwen3-VL's template writes them: the text encoder's own template knows no pictures."""
-    return templated(tokenizer, f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>{prompt}", thinking)
+    return templated(tokenizer, _marks(count) + prompt, thinking)
+
+
+def _marks(count: int) -> str:
+    return f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
 
 
 def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:

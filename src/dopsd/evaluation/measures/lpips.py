@@ -1,0 +1,71 @@
+"""LPIPS-D: perceptual distance by the layers of a VGG16, weighted by what people saw (arXiv:1801.03924, version 0.1).
+
+VGG16 is written out here, so that no torchvision is needed. Weights: `lpips_vgg16.safetensors`, see docs/measures.md.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, max_pool2d, relu
+
+from dopsd.families.checkpoint import Checkpoint
+from dopsd.files import read_tensors
+
+WEIGHTS = "lpips_vgg16.safetensors"
+STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers of VGG16's convolutions
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own, of pictures in [-1, 1]
+SHORTEST = 16  # pixels: a side that four poolings leave one of
+EPSILON = 1e-10  # beside a length, as in the authors' code
+
+
+class Lpips:
+    """The VGG variant: 0 = the same picture. The target is scaled and cut about its middle to the pictures' size."""
+
+    def __init__(self, model: str, device: torch.device):
+        file = Checkpoint(model, called=f"the model of lpips, {model},").part() / WEIGHTS
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: VGG16 with LPIPS' weights (docs/measures.md says how to make it).")
+        self.weights = {name: tensor.float().to(device) for name, tensor in read_tensors(file).items()}
+        wanted = [f"features.{n}.{kind}" for stage in STAGES for n in stage for kind in ("weight", "bias")]
+        wanted += [f"lin{index}.model.1.weight" for index in range(len(STAGES))]
+        if lacking := [name for name in wanted if name not in self.weights]:
+            raise ValueError(f"{file} has no {lacking[0]}: it is not VGG16 with LPIPS' weights.")
+        self.shift, self.scale = (torch.tensor(each, device=device)[:, None, None] for each in (SHIFT, SCALE))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, target: Tensor) -> Tensor:
+        """pictures [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B]."""
+        height, width = pictures.shape[2:]
+        if min(height, width) < SHORTEST:
+            raise ValueError(f"lpips needs pictures of {SHORTEST} pixels a side; these are {width} x {height}.")
+        fitted = fit(target[None].float(), height, width)
+        pairs = zip(self._layers(pictures.float()), self._layers(fitted), strict=True)
+        distances = [
+            conv2d((one - other).square(), self.weights[f"lin{index}.model.1.weight"]).mean((1, 2, 3))
+            for index, (one, other) in enumerate(pairs)
+        ]
+        return torch.stack(distances).sum(0)
+
+    def _layers(self, pictures: Tensor) -> list[Tensor]:
+        """Each stage's activations, of length 1 over channels."""
+        z = (2 * pictures.to(self.shift.device) - 1 - self.shift) / self.scale
+        found = []
+        for index, stage in enumerate(STAGES):
+            z = max_pool2d(z, 2) if index else z
+            for number in stage:
+                z = relu(
+                    conv2d(
+                        z, self.weights[f"features.{number}.weight"], self.weights[f"features.{number}.bias"], padding=1
+                    )
+                )
+            found.append(z / (z.square().sum(1, keepdim=True).sqrt() + EPSILON))
+        return found
+
+
+def fit(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures [B, 3, h, w] scaled to cover height x width and cut about the middle, as training cuts its crops."""
+    scale = max(height / pictures.shape[2], width / pictures.shape[3])
+    size = (max(height, round(pictures.shape[2] * scale)), max(width, round(pictures.shape[3] * scale)))
+    if tuple(pictures.shape[2:]) != size:
+        pictures = interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return pictures[:, :, top : top + height, left : left + width]

@@ -1,0 +1,65 @@
+"""VLM-J: a Qwen3-VL says how much of a target picture's thing, or of its style, another picture shows: 4 ... 1.
+
+The levels are those of D-OPSD's evaluation; the questions are our own words.
+"""
+
+import logging
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from dopsd.families.qwen import Captioner
+from dopsd.paint import as_bytes, to_images
+
+log = logging.getLogger(__name__)
+
+JUDGE = "Qwen3-VL-8B-Instruct"  # the paper's: numbers of another are not comparable with it
+MOST_TOKENS = 8
+OBJECT = (
+    "Look at the main object or character of the first picture, and look for it in the second. Pose, place, light and "
+    "background may differ; judge its shape, colours, markings and details only.\n"
+    "4: it is the very same one.\n3: mostly the same, with small differences in details.\n"
+    "2: similar in part, with clear differences.\n1: another one, or it is missing.\n"
+    "Answer with one digit, 4, 3, 2 or 1, and nothing else."
+)
+STYLE = (
+    "Compare how the two pictures are made: technique, lines, colours, light and texture. What they show may differ "
+    "and does not count.\n"
+    "4: the style is highly consistent.\n3: mostly consistent, with small deviations.\n"
+    "2: slightly consistent.\n1: not consistent.\n"
+    "Answer with one digit, 4, 3, 2 or 1, and nothing else."
+)
+
+
+class VlmJudge:
+    """Asks about each picture beside the target; an answer that is no grade is NaN, and is logged."""
+
+    question: str
+
+    def __init__(self, model: str, device: torch.device):
+        self.captioner = Captioner(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+    def __call__(self, pictures: Tensor, target: Tensor) -> Tensor:
+        """pictures [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B] in 1 ... 4."""
+        first = to_images(as_bytes(target[None]))[0]
+        images = to_images(as_bytes(pictures))
+        return torch.tensor([grade_of(self.captioner.answer([first, i], self.question, MOST_TOKENS)) for i in images])
+
+
+class ObjectJudge(VlmJudge):
+    question = OBJECT
+
+
+class StyleJudge(VlmJudge):
+    question = STYLE
+
+
+def grade_of(answer: str) -> float:
+    """The grade in an answer: one digit of 1 to 4, with blanks or a full stop at most. Anything else is NaN: a judge
+    that does not keep to its form is not guessed at."""
+    if found := re.fullmatch(r"\s*([1-4])\.?\s*", answer, flags=re.ASCII):
+        return float(found[1])
+    log.warning("vlm_judge answer=%r grade=none", answer[:80])
+    return math.nan
