@@ -5,15 +5,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
 
 from dopsd.data.buckets import Size, bucket_sizes, nearest_bucket
-from dopsd.data.folder import Listing, picture_size
+from dopsd.data.folder import Example, Listing, open_picture, picture_size
 from dopsd.data.importing import fill
 from dopsd.data.sources import Source, read_sources
-from dopsd.deployed import cells_of
+from dopsd.deployed import cells_of, fitted_size
 from dopsd.evaluation.health import PROMPTS
 from dopsd.export import refuse_unfit
 from dopsd.families import load_family
@@ -74,6 +75,7 @@ def check(recipe: Recipe) -> Checked:
         Checkpoint(model, called=f"health.text_model {model}")
     family = open_family(recipe)
     listing = read_data(recipe)
+    _refuse_references(recipe, family, listing)
     shapes = [picture_size(example.path) for example in listing.examples]
     buckets_of = [bucket_sizes(resolution, family.multiple) for resolution in resolutions_of(recipe, family)]
     cuts = [[nearest_bucket(*shape, sizes) for shape in shapes] for sizes in buckets_of]  # by resolution
@@ -108,6 +110,14 @@ def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequenc
             family.count_tokens([caption for caption, _ in captions], [cut[index] for _, index in captions])
 
 
+def _refuse_references(recipe: Recipe, family: Family, listing: Listing) -> None:
+    """A picture to edit must be one that the family takes; in the data they are known to be pictures."""
+    for path in dict.fromkeys(path for example in listing.examples for path in example.references):
+        fitted_size(family, path, picture_size(path))
+    for path in dict.fromkeys(path for prompt in recipe.sample.prompts for path in prompt.references):
+        fitted_size(family, path, open_picture(path).size)
+
+
 def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
     """Prompts that have nothing to do with the data: the recipe's, the checkpoint's own, or the built-in ones."""
     return recipe.health.prompts or family.unrelated_prompts or PROMPTS
@@ -117,15 +127,26 @@ def pictures_shown(recipe: Recipe, family: Family, listing: Listing) -> list[Wan
     """What a run shows: the recipe's prompts, or the first captions, and some unrelated prompts. Raises ValueError for
     a size that the family cannot paint."""
     sample, side = recipe.sample, max(resolutions_of(recipe, family))
-    captions = list(dict.fromkeys(example.caption for example in listing.examples))[:PREVIEWS]
-    texts = (*(() if sample.prompts else captions), *unrelated_prompts(recipe, family)[: sample.unrelated])
-    prompts = [*sample.prompts, *(PromptSection.model_validate({"prompt": text}) for text in texts)]
+    sizes = bucket_sizes(side, family.multiple)
+    examples = {(e.caption, e.references): e for e in reversed(listing.examples)}.values()  # the first of each
+    shown = () if sample.prompts else [_as_prompt(example, sizes) for example in list(reversed(examples))[:PREVIEWS]]
+    unrelated = [{"prompt": text} for text in unrelated_prompts(recipe, family)[: sample.unrelated]]
+    prompts = [*sample.prompts, *(PromptSection.model_validate(each) for each in (*shown, *unrelated))]
     wanted = []
     for index, each in enumerate(prompts):
         height, width = each.height or sample.height or side, each.width or sample.width or side
         seed = sample.seed + index if each.seed is None else each.seed
-        wanted.append(Wanted(each.prompt, seed, (family.channels, *cells_of(family, height, width))))
+        cells = (family.channels, *cells_of(family, height, width))
+        wanted.append(Wanted(each.prompt, seed, cells, each.references))
     return wanted
+
+
+def _as_prompt(example: Example, sizes: Sequence[Size]) -> dict[str, Any]:
+    """What shows an example; an edited picture keeps the shape that it is trained in."""
+    if not example.references:
+        return {"prompt": example.caption}
+    width, height = nearest_bucket(*picture_size(example.path), sizes)
+    return {"prompt": example.caption, "references": example.references, "width": width, "height": height}
 
 
 def resolutions_of(recipe: Recipe, family: Family) -> tuple[int, ...]:

@@ -133,6 +133,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of the first picture; the next takes seed + 1.", min=0, max=2**62)] = 0,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
+    reference: Annotated[list[Path] | None, typer.Option(help="Picture to edit. Repeatable, in order.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Paint prompts, as the deployed pipeline would."""
@@ -141,7 +142,7 @@ def sample(
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder for the pictures with --out.")
-    images = sample_prompts(model, prompts, lora, strength, nfe, seed, width, height)
+    images = sample_prompts(model, prompts, lora, strength, nfe, seed, width, height, reference or ())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):

@@ -125,7 +125,7 @@ def judge(recipe: Recipe, contestants: Sequence[Contestant], report: Path, title
         panels = _exam_panels(contestants, sheet)
     else:
         wanted = pictures_shown(recipe, family, read_data(recipe))
-        contexts = [reader.context([each.prompt]) for each in wanted]
+        contexts = [each.read(reader) for each in wanted]
         del reader
         noises = [noise_for([each.seed], *each.cells) for each in wanted]
         nfe = recipe.sample.nfe or family.default_nfe

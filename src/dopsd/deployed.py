@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 
+from dopsd.data.folder import open_picture
 from dopsd.families import load_family
-from dopsd.families.base import Family
+from dopsd.families.base import Family, Size
 from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.files import atomic_path
 from dopsd.paint import Noise, noise_for, to_images, to_pictures
@@ -26,13 +27,18 @@ def sample(
     seed: int = 0,
     width: int | None = None,
     height: int | None = None,
+    references: Sequence[Path] = (),
 ) -> list[Image.Image]:
-    """Paint prompts as deployed, picture i from seed + i. Sizes in pixels; None: the model's own."""
+    """Paint prompts as deployed, picture i from seed + i; references: pictures that every prompt edits. Sizes in
+    pixels; None: the first reference's, else the model's own."""
     refuse_strength(strength)
     family = load_family(name_or_path)
-    cells = cells_of(family, height or family.resolution, width or family.resolution)
+    edited = [open_picture(path) for path in references]
+    sizes = [fitted_size(family, path, image.size) for path, image in zip(references, edited, strict=True)]
+    usual = sizes[0] if sizes else (family.resolution, family.resolution)
+    cells = cells_of(family, height or usual[1], width or usual[0])
     noise = noise_for(range(seed, seed + len(prompts)), family.channels, *cells)
-    clean = sample_latents(family, prompts, noise, lora, strength, nfe)
+    clean = sample_latents(family, prompts, noise, lora, strength, nfe, edited)
     return to_images(to_pictures(family.load_painter(clean.device, torch.float32), clean))
 
 
@@ -43,12 +49,14 @@ def sample_latents(
     lora: Path | None = None,
     strength: float = 1.0,
     nfe: int | None = None,
+    references: Sequence[Image.Image] = (),
 ) -> torch.Tensor:
     """The clean latents [B, C, h, w] that the prompts' walks from `noise` end at."""
     if lora:
         read_lora(lora, family)  # refused before gigabytes are loaded
     device, dtype = deployed_on()
-    context = family.load_reader(device, dtype, pictures=False).context(list(prompts))
+    edited = [references] * len(prompts) if references else None
+    context = family.load_reader(device, dtype, pictures=False).context(list(prompts), references=edited)
     denoiser = family.load_denoiser(device, dtype)
     if lora:
         merge_lora(denoiser.network, lora, family, strength)
@@ -77,6 +85,16 @@ def deployed_on() -> tuple[torch.device, torch.dtype]:
     """The device accelerate chooses here, and the dtype that networks are deployed in on it."""
     device = Accelerator().device
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def fitted_size(family: Family, path: Path, size: Size) -> Size:
+    """What a picture to edit is brought to. Raises ValueError where the family edits none, or none of this shape."""
+    if family.reference_size is None:
+        raise ValueError(f"{path} is a picture to edit, and {family.name} edits none: leave the references out.")
+    try:
+        return family.reference_size(size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:

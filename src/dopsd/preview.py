@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dopsd.batch import Context
+from dopsd.data.folder import open_picture
 from dopsd.families.base import Painter, Reader
 from dopsd.files import atomic_path, write_json
 from dopsd.flow import Schedule
@@ -18,11 +19,18 @@ from dopsd.rollout import Velocity
 
 @dataclass(frozen=True)
 class Wanted:
-    """A picture to show: its prompt, the seed of its noise, and its latent size (channels, height, width)."""
+    """A picture to show: its prompt, the seed of its noise, its latent size (channels, height, width), and the pictures
+    that the prompt edits."""
 
     prompt: str
     seed: int
     cells: tuple[int, int, int]
+    references: tuple[Path, ...] = ()
+
+    def read(self, reader: Reader, seen: Image.Image | None = None) -> Context:
+        """What the student reads, or the teacher that sees a picture."""
+        edited = [[open_picture(path) for path in self.references]] if self.references else None
+        return reader.context([self.prompt], [seen] if seen else None, edited)
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,8 @@ def read_previews(wanted: Sequence[Wanted], reader: Reader, pictures: Sequence[I
     """Read the prompts, and for the teacher each with one of the pictures in turn (none: the teacher has no row)."""
     previews = []
     for index, each in enumerate(wanted):
-        seeing = reader.context([each.prompt], [pictures[index % len(pictures)]]) if pictures else None
-        previews.append(Preview(each, reader.context([each.prompt]), seeing, noise_for([each.seed], *each.cells)))
+        seeing = each.read(reader, pictures[index % len(pictures)]) if pictures else None
+        previews.append(Preview(each, each.read(reader), seeing, noise_for([each.seed], *each.cells)))
     return tuple(previews)
 
 
@@ -84,10 +92,11 @@ def paint_each(
     noises: Sequence[Noise],
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Each picture, uint8 [H, W, 3]; those of one size are painted together."""
+    """Each picture, uint8 [H, W, 3]; those of one size, with contexts of one layout, are painted together."""
     painted: dict[int, torch.Tensor] = {}
-    for cells in dict.fromkeys(noise.cells for noise in noises):
-        same = [index for index, noise in enumerate(noises) if noise.cells == cells]
+    kinds = [(noise.cells, context.layout) for noise, context in zip(noises, contexts, strict=True)]
+    for kind in dict.fromkeys(kinds):
+        cells, same = kind[0], [index for index, each in enumerate(kinds) if each == kind]
         context = Context.stack([contexts[index] for index in same]).to(device)
         noise = Noise(tuple(seed for index in same for seed in noises[index].seeds), cells)
         painted |= zip(same, paint(velocity, painter, schedules[same[0]], context, noise), strict=True)

@@ -163,6 +163,9 @@ class PromptSection(Section):
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="Default: sample.seed plus its place in the list.")
     width: int | None = Field(None, gt=0, description="Pixels; default: sample.width.")
     height: int | None = Field(None, gt=0, description="Pixels; default: sample.height.")
+    references: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
+        (), description="Pictures to edit, where the model edits pictures."
+    )
 
 
 def _as_prompt(value: Any) -> Any:

@@ -28,7 +28,9 @@ class LetterReader:
         self.fingerprint = fingerprint
         self.calls: list[tuple[list[str], list[Image.Image] | None]] = []
 
-    def context(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Context:
+    def context(
+        self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None, references: None = None
+    ) -> Context:
         self.calls.append((list(prompts), None if images is None else list(images)))
         pictures = [None] * len(prompts) if images is None else images
         return Context.stack([self._one(p, i) for p, i in zip(prompts, pictures, strict=True)])
@@ -239,7 +241,7 @@ def test_latents_that_are_not_finite_are_refused_with_the_pictures_name(shop, mo
 
 
 def test_the_readers_refusal_of_a_long_prompt_reaches_the_user(shop, monkeypatch):
-    def refuse(self, prompts, images=None):
+    def refuse(self, prompts, images=None, references=None):
         raise ValueError("the caption is over the limit")
 
     monkeypatch.setattr(LetterReader, "context", refuse)

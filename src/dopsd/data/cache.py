@@ -77,12 +77,13 @@ def prepare(
         pixels = torch.stack([to_pixels(_crop(row)) for row in batch])
         return ({"latents": latents} for latents in painter.latents(pixels.to(device)).float())
 
-    def read(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
-        return _context_tensors(reader.context([row.example.caption for row in batch]))
+    def read(batch: Sequence[Row], images: Sequence[Image.Image] | None = None) -> Iterable[Mapping[str, Tensor]]:
+        edited = [[open_picture(path) for path in row.example.references] for row in batch]
+        captions = [row.example.caption for row in batch]
+        return _context_tensors(reader.context(captions, images, edited if any(edited) else None))
 
     def read_with_picture(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
-        images = [_crop(row) for row in batch]
-        return _context_tensors(reader.context([row.example.caption for row in batch], images))
+        return read(batch, [_crop(row) for row in batch])
 
     kinds: list[tuple[str, dict[Path, Row], Encode]] = [
         ("latents", {row.latents: row for row in rows}, paint),
@@ -104,9 +105,9 @@ def prepare(
     return rows
 
 
-def context_file(cache_folder: Path, caption: str, fingerprint: str) -> Path:
-    """Where the context of a caption lies, given the reader's fingerprint."""
-    return cache_folder / "context" / f"{_key('context', caption, fingerprint)}.safetensors"
+def context_file(cache_folder: Path, caption: str, fingerprint: str, references: Sequence[str] = ()) -> Path:
+    """Where the context of a caption lies, given the reader's fingerprint and the hashes of the pictures it edits."""
+    return cache_folder / "context" / f"{_key('context', caption, fingerprint, *references)}.safetensors"
 
 
 def read_context(path: Path) -> Context:
@@ -132,16 +133,16 @@ def _row(
     untold: bool,
 ) -> Row:
     size = nearest_bucket(*picture_size(example.path), buckets)
-    picture = sha256_of(example.path)
+    picture, edited = sha256_of(example.path), tuple(map(sha256_of, example.references))
     latents = _key("latents", picture, size, painter.fingerprint)
 
     def captioned(caption: str) -> Row:
-        pair = _key("privileged", caption, picture, size, reader.fingerprint)
+        pair = _key("privileged", caption, picture, size, reader.fingerprint, *edited)
         return Row(
             replace(example, caption=caption, also=()),
             size,
             latents=folder / "latents" / f"{latents}.safetensors",
-            context=context_file(folder, caption, reader.fingerprint),
+            context=context_file(folder, caption, reader.fingerprint, edited),
             privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
         )
 
@@ -180,9 +181,11 @@ def _usable(path: Path, kind: str) -> bool:
 
 
 def _same_size(files: Mapping[Path, Row], batch_size: int) -> Iterator[list[tuple[Path, Row]]]:
-    """Small batches of pictures of one size."""
-    for size in dict.fromkeys(row.size for row in files.values()):
-        group = [(path, row) for path, row in files.items() if row.size == size]
+    """Small batches of pictures of one size, whose references are of the same sizes too."""
+    groups: dict[tuple[Size, ...], list[tuple[Path, Row]]] = {}
+    for path, row in files.items():
+        groups.setdefault((row.size, *map(picture_size, row.example.references)), []).append((path, row))
+    for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
 

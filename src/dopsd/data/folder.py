@@ -25,7 +25,8 @@ OPENED = tuple(dict.fromkeys(FORMATS.values()))  # no others: Pillow hands a ren
 # Pictures that dopsd does not read; refused by name, so that a folder of them does not shrink in silence.
 FOREIGN = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"} - FORMATS.keys()
 METADATA = ("metadata.jsonl", "metadata.csv")
-PICTURE_COLUMNS = ("file_name", "image", "image_path")
+PICTURE_COLUMNS = ("file_name", "image", "image_path", "target")
+REFERENCE_COLUMN = "references"  # pictures that the caption edits, one or a list
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 CAPTION_EXTENSIONS = (".txt", ".caption")
 SHOWN = 5  # refused items that an error lists
@@ -33,12 +34,14 @@ SHOWN = 5  # refused items that an error lists
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its caption. also: further captions, of which an epoch draws one; weight: of its loss."""
+    """One picture and its caption. also: further captions, of which an epoch draws one; weight: of its loss;
+    references: the pictures that the caption turns into this one, in order."""
 
     path: Path
     caption: str
     also: tuple[str, ...] = ()
     weight: float = 1.0
+    references: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Listing:
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures' bytes and their captions, in any order and wherever they lie."""
-        each = sorted([sha256_of(e.path), e.caption, *e.also] for e in self.examples)
+        each = sorted([*map(sha256_of, (e.path, *e.references)), e.caption, *e.also] for e in self.examples)
         return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
 
@@ -126,13 +129,15 @@ def _listed_in(metadata: Path) -> list[Finding]:
         try:
             if isinstance(row, str):
                 raise ValueError(f"{where} {row}.")
-            path = _picture_named(row, metadata.parent, where)
+            edited = _references(row, metadata.parent, where)
+            named |= set(edited)
+            path = _picture_of(row, metadata.parent, where, bool(edited))
             named.add(path)
             texts = _first(row, CAPTION_COLUMNS, where)
             if texts == [] or not isinstance(texts, list):
                 texts = [texts]
             caption, *also = (as_caption(text, f"the caption of {where}") for text in texts)
-            findings.append((path, Example(path, caption, tuple(also))))
+            findings.append((path, Example(path, caption, tuple(also), references=edited)))
         except ValueError as error:
             findings.append((path, str(error)))
     if not findings:
@@ -175,8 +180,18 @@ def _csv_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]
         yield number, "has more fields than the header: quote captions that hold a comma" if None in row else row
 
 
-def _picture_named(row: Mapping[str, object], folder: Path, where: str) -> Path:
-    name = _first(row, PICTURE_COLUMNS, where)
+def _picture_of(row: Mapping[str, object], folder: Path, where: str, edits: bool) -> Path:
+    if edits and not row.keys() & set(PICTURE_COLUMNS):
+        raise ValueError(f"{where} has {REFERENCE_COLUMN} and no target: name the picture that they are to become.")
+    return _picture_named(_first(row, PICTURE_COLUMNS, where), folder, where)
+
+
+def _references(row: Mapping[str, object], folder: Path, where: str) -> tuple[Path, ...]:
+    names = row.get(REFERENCE_COLUMN) or []
+    return tuple(_picture_named(name, folder, where) for name in (names if isinstance(names, list) else [names]))
+
+
+def _picture_named(name: object, folder: Path, where: str) -> Path:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{where} names its picture with {name!r}, which is not a file name.")
     inside = Path(os.path.normpath(name))
@@ -254,12 +269,13 @@ def _decoded(finding: Finding) -> Finding:
     path, result = finding
     if isinstance(result, str):
         return finding
-    if path.suffix.lower() not in FORMATS:
-        return path, f"{path.name} is not one of {', '.join(FORMATS)}: convert it."
-    try:
-        open_picture(path)
-    except ValueError as error:
-        return path, str(error)
+    for picture in (path, *result.references):
+        if picture.suffix.lower() not in FORMATS:
+            return path, f"{picture.name} is not one of {', '.join(FORMATS)}: convert it."
+        try:
+            open_picture(picture)
+        except ValueError as error:
+            return path, str(error)
     return finding
 
 

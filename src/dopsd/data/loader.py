@@ -4,20 +4,20 @@ So a resumed run, or a second process, asks for the same index and gets the same
 left to the training loop.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
 
 from dopsd.batch import Batch, Context
-from dopsd.data.buckets import Size
 from dopsd.data.cache import Row, read_context, read_latents
 
 
 class Loader:
-    """Rows in shuffled batches of one size. Within an epoch every row comes exactly once, with one of its captions (or,
-    in a share `caption_dropout`, with the empty one); a size's last batch may be smaller. Each file is read once, at
-    the start, and its tensors stay in memory on the CPU."""
+    """Rows in shuffled batches of one size (of the picture, and of those it is edited from). Within an epoch every row
+    comes exactly once, with one of its captions (or, in a share `caption_dropout`, with the empty one); a size's last
+    batch may be smaller. Each file is read once, at the start, and its tensors stay in memory on the CPU."""
 
     def __init__(self, rows: Sequence[Row], batch_size: int, seed: int, caption_dropout: float = 0.0):
         if not rows:
@@ -36,8 +36,7 @@ class Loader:
     @property
     def batches_per_epoch(self) -> int:
         """Batches that visit every row once."""
-        sizes = [row.size for row in self.rows]
-        return sum(-(-sizes.count(size) // self.batch_size) for size in set(sizes))
+        return sum(-(-count // self.batch_size) for count in Counter(map(self._kind, self.rows)).values())
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` of the endless sequence of epochs, counted from 0."""
@@ -61,12 +60,16 @@ class Loader:
             return row.untold
         return (row, *row.also)[rng.integers(1 + len(row.also))]
 
+    def _kind(self, row: Row) -> Hashable:
+        """What the rows of a batch share: the picture's size, and the layouts of its contexts."""
+        return row.size, *(self._contexts[path].layout for path in (row.context, row.privileged) if path)
+
     def _epoch(self, epoch: int) -> list[list[int]]:
-        """The epoch's batches as indices of rows: shuffled, grouped by size, cut, and the batches shuffled again."""
+        """The epoch's batches as indices of rows: shuffled, grouped by kind, cut, and the batches shuffled again."""
         rng = np.random.default_rng([self.seed, epoch])
-        groups: dict[Size, list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for i in rng.permutation(len(self.rows)):
-            groups.setdefault(self.rows[i].size, []).append(int(i))
+            groups.setdefault(self._kind(self.rows[i]), []).append(int(i))
         cut = self.batch_size
         batches = [group[start : start + cut] for group in groups.values() for start in range(0, len(group), cut)]
         return [batches[i] for i in rng.permutation(len(batches))]
