@@ -4,7 +4,7 @@ A Context is opaque to everyone but the family that made it; the house only stac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -65,8 +65,10 @@ class Context:
 class Batch:
     """One micro-batch of examples of one size.
 
-    latents: clean, float32 [B, C, h, w]. context: what the student reads. privileged: what the teacher reads, one per
-    (caption, picture) pair, or None where no method asked for it. weight: [B] float32, 1 = an ordinary example.
+    latents: clean, float32 [B, C, h, w]. context: what the student reads. weight: [B] float32, 1 = an ordinary example.
+    What a method asked for, else None: privileged, what the teacher reads, one per (caption, picture) pair; rejected,
+    the latents of a worse picture for the same prompt; prior, as many pictures of the class; replay, as many prompts
+    that have nothing to do with the data.
     """
 
     latents: Tensor
@@ -74,17 +76,15 @@ class Batch:
     prompts: tuple[str, ...]
     weight: Tensor
     privileged: Context | None = None
+    rejected: Tensor | None = None
+    prior: "Batch | None" = None
+    replay: Context | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        privileged = self.privileged.to(device) if self.privileged else None
-        return replace(
-            self,
-            latents=self.latents.to(device),
-            context=self.context.to(device),
-            weight=self.weight.to(device),
-            privileged=privileged,
-        )
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor | Context | Batch)}
+        return replace(self, **moved)

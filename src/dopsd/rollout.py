@@ -1,6 +1,6 @@
 """The few-step walk, written once: sampling exhausts it, D-OPSD trains at each visit, previews decode its end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,20 @@ class Visit:
 
 
 def rollout(
-    velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: Rng | None = None
+    velocity: Velocity,
+    noise: Tensor,
+    schedule: Schedule,
+    context: Context,
+    rng: Rng | None = None,
+    graph_at: Container[int] | None = None,
 ) -> Iterator[Visit]:
     """Walk unit noise [B, C, h, w] (float32) down the schedule. The next state is always detached: no graph spans two
-    steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them."""
+    steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them. graph_at: the
+    steps whose velocity gets a graph at all; default: every one."""
     z = schedule.start * noise
     for s in schedule.steps():
-        u = velocity(z, s.now.expand(len(z)).to(z.device), context)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (graph_at is None or s.index in graph_at)):
+            u = velocity(z, s.now.expand(len(z)).to(z.device), context)
         z_next = step(z, u.detach(), s, rng)
         yield Visit(s, z, u, z_next)
         z = z_next

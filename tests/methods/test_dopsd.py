@@ -2,47 +2,18 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from dopsd.batch import Batch, Context
-from dopsd.flow import Schedule
-from dopsd.methods import DOPSD, Roles
+from dopsd.batch import Batch
+from dopsd.methods import DOPSD
 
-TIMES = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)
-
-
-class Plain(nn.Module):
-    """A small smooth denoiser: two linear layers over the flattened latent, the time, and the mean context."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(2 * 4 * 4 + 1 + 3, 24), nn.Linear(24, 2 * 4 * 4)
-        self.double()
-
-    def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
-        told = torch.cat([z.flatten(1), t[:, None].to(z), context.tokens.mean(1)], 1)
-        return self.second(torch.tanh(self.first(told))).view_as(z)
+from .plain import TIMES, Plain, batch, context, latents, roles, run, same
 
 
-def context(seed: int, rows: int = 3) -> Context:
-    tokens = torch.randn(rows, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Context(tokens, (5,) * rows)
-
-
-def batch(same_contexts: bool = False) -> Batch:
-    clean = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    text = context(2)
-    weight = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
-    return Batch(clean, text, ("a", "b", "c"), weight, privileged=text if same_contexts else context(3))
-
-
-def roles(student: nn.Module, teacher: nn.Module) -> Roles:
-    return Roles(student, teacher, teacher, lambda nfe, h, w: Schedule(TIMES, (0.0,) * 4))
-
-
-def gradients(module: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in module.parameters()]
+def seeing(same_contexts: bool = False) -> Batch:
+    return batch(privileged=context(2) if same_contexts else context(3))
 
 
 def one_graph_loss(student: nn.Module, teacher: nn.Module, data: Batch, noise: Tensor, weight_of) -> Tensor:
@@ -58,26 +29,15 @@ def one_graph_loss(student: nn.Module, teacher: nn.Module, data: Batch, noise: T
     return total
 
 
-def accumulate(method: DOPSD, parts: Roles, data: Batch) -> float:
-    total = 0.0
-    for piece in method.losses(parts, data, torch.Generator().manual_seed(7)):
-        piece.surrogate.backward()
-        total += piece.log["loss"]
-    return total
-
-
 def check_space(space, weight_of):
-    torch.manual_seed(0)
-    student, teacher, data = Plain(), Plain(), batch()
-    total = accumulate(DOPSD(space=space), roles(student, teacher), data)
-    mine = gradients(student)
+    student, teacher, data = Plain(0), Plain(1), seeing()
+    mine = run(DOPSD(space=space), roles(student, teacher), data, student)
     student.zero_grad()
     noise = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     expected = one_graph_loss(student, teacher, data, noise, weight_of)
     expected.backward()
-    assert abs(total - expected.item()) < 1e-12
-    for left, right in zip(mine, gradients(student), strict=True):
-        torch.testing.assert_close(left, right, atol=1e-10, rtol=1e-10)
+    assert abs(mine.told["loss"] - expected.item()) < 1e-12
+    assert same(mine.gradients, [p.grad for p in student.parameters()], tolerance=1e-10)
 
 
 def test_accumulated_gradient_equals_the_one_graph_gradient_in_velocity_space():
@@ -89,21 +49,128 @@ def test_accumulated_gradient_equals_the_one_graph_gradient_in_clean_space():
 
 
 def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_student():
-    torch.manual_seed(0)
     student = Plain()
-    total = accumulate(DOPSD(), roles(student, student), batch(same_contexts=True))
-    assert total == 0
-    assert all(not gradient.any() for gradient in gradients(student))
+    found = run(DOPSD(), roles(student), seeing(same_contexts=True), student)
+    assert found.told["loss"] == 0
+    assert all(not gradient.any() for gradient in found.gradients)
 
 
 def test_teacher_never_gets_gradient():
-    torch.manual_seed(0)
-    student, teacher = Plain(), Plain()
-    accumulate(DOPSD(), roles(student, teacher), batch())
+    student, teacher = Plain(0), Plain(1)
+    for states in ("student", "teacher", "data"):
+        run(DOPSD(states=states, teacher_guidance=2), roles(student, teacher), seeing(), student)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_the_last_piece_and_only_the_last_closes_the_batch():
+@pytest.mark.parametrize("states", ["student", "teacher", "data"])
+@pytest.mark.parametrize("loss_steps", ["all", 2, (1, 3)])
+@pytest.mark.parametrize("retention", [0.0, 0.5])
+def test_the_last_piece_and_only_the_last_closes_the_batch(states, loss_steps, retention):
+    method = DOPSD(states=states, loss_steps=loss_steps, retention=retention)
+    data = batch(privileged=context(3), replay=context(4))
+    pieces = list(method.losses(roles(Plain()), data, torch.Generator().manual_seed(7)))
+    carried = 4 if loss_steps == "all" else 2
+    assert [piece.last for piece in pieces] == [False] * (carried - 1 + 4 * bool(retention)) + [True]
+
+
+class Counted:
+    """A velocity that counts its forwards, two more where a graph is asked for: what `forwards` promises."""
+
+    def __init__(self, module):
+        self.module, self.units = module, 0
+
+    def __call__(self, z, t, context):
+        self.units += 3 if torch.is_grad_enabled() else 1
+        return self.module(z, t, context)
+
+
+@pytest.mark.parametrize("states", ["student", "teacher", "data"])
+@pytest.mark.parametrize("loss_steps", ["all", 2, (0, 2)])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_announced_cost_is_what_is_computed(states, loss_steps, guidance):
+    method = DOPSD(states=states, loss_steps=loss_steps, teacher_guidance=guidance, retention=0.1)
+    student, teacher, base = Counted(Plain(0)), Counted(Plain(1)), Counted(Plain(2))
+    without = lambda velocity: torch.no_grad()(velocity)  # noqa: E731
+    data = batch(privileged=context(3), replay=context(4))
+    list(method.losses(roles(student, without(teacher), without(base)), data, torch.Generator()))
+    assert student.units + teacher.units + base.units == method.forwards(4)
+
+
+def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
+    """Each step's own loss gradient, written flat, at states of the whole walk."""
+    student, teacher, data = Plain(0), Plain(1), seeing()
+    mine = run(DOPSD(loss_steps=(1, 3)), roles(student, teacher), data, student)
+    student.zero_grad()
+    z = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    total = 0.0
+    for k, (now, after) in enumerate(pairwise(TIMES)):
+        u = student(z, now.expand(3), data.context)
+        if k in (1, 3):
+            target = teacher(z, now.expand(3), data.privileged).detach()
+            total = total + (((u - target) ** 2).mean((1, 2, 3)) * data.weight).mean() / 2
+        z = (z + (after - now) * u).detach()
+    total.backward()
+    assert same(mine.gradients, [p.grad for p in student.parameters()])
+
+
+def test_random_steps_are_drawn_from_the_seed_and_all_come():
     student = Plain()
-    pieces = list(DOPSD().losses(roles(student, Plain()), batch(), torch.Generator().manual_seed(7)))
-    assert [piece.last for piece in pieces] == [False, False, False, True]
+    one, again = (run(DOPSD(loss_steps=1), roles(student, Plain(1)), seeing(), student) for _ in range(2))
+    assert same(one.gradients, again.gradients, tolerance=0)
+    drawn = {DOPSD(loss_steps=1)._carried(4, torch.Generator().manual_seed(seed)) for seed in range(40)}
+    assert drawn == {(0,), (1,), (2,), (3,)}
+
+
+def test_guidance_goes_from_the_text_only_answer_through_the_seeing_one():
+    """Zero picture-given difference: guidance changes nothing. Otherwise the target moves by guidance - 1 of it."""
+    student, teacher, data = Plain(0), Plain(1), seeing()
+    z, t = latents(5), TIMES[1].expand(3)
+    seen, blind = (teacher(z, t, each).detach() for each in (data.privileged, data.context))
+    target = DOPSD(teacher_guidance=2.5)._target(roles(student, teacher), z, t, data)
+    torch.testing.assert_close(target, blind + 2.5 * (seen - blind))
+    blinded = run(DOPSD(teacher_guidance=2.5), roles(student, teacher), seeing(same_contexts=True), student)
+    plain = run(DOPSD(), roles(student, teacher), seeing(same_contexts=True), student)
+    assert same(blinded.gradients, plain.gradients)
+
+
+def test_retention_is_exactly_0_at_the_start_and_pulls_back_later():
+    student, data = Plain(0), batch(privileged=context(2), replay=context(4))
+    found = run(DOPSD(retention=3.0), roles(student), data, student)  # contexts agree: nothing but retention could pull
+    assert found.told["retention"] == 0 and not any(gradient.any() for gradient in found.gradients)
+    moved = run(DOPSD(retention=3.0), roles(student, teacher=student, base=Plain(1)), data, student)
+    assert moved.told["retention"] > 0 and moved.told["loss"] == pytest.approx(3 * moved.told["retention"])
+    assert any(gradient.any() for gradient in moved.gradients)
+
+
+def test_retention_is_measured_on_the_students_own_walk():
+    student, base, data = Plain(0), Plain(1), batch(privileged=context(2), replay=context(4))
+    mine = run(DOPSD(retention=1.0), roles(student, teacher=student, base=base), data, student)
+    student.zero_grad()
+    rng = torch.Generator().manual_seed(7)
+    torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)  # the first walk's
+    z = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
+    total = 0.0
+    for now, after in pairwise(TIMES):
+        u = student(z, now.expand(3), data.replay)
+        total = total + ((u - base(z, now.expand(3), data.replay).detach()) ** 2).mean() / 4
+        z = (z + (after - now) * u).detach()
+    total.backward()
+    assert same(mine.gradients, [p.grad for p in student.parameters()])
+
+
+def test_off_policy_states_are_the_noised_pictures():
+    student, teacher, data = Plain(0), Plain(1), seeing()
+    visited = []
+    watched = lambda z, t, c: (visited.append(z), student(z, t, c))[1]  # noqa: E731
+    list(DOPSD(states="data").losses(roles(watched, teacher), data, torch.Generator().manual_seed(7)))
+    rng = torch.Generator().manual_seed(7)
+    torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
+    for z, t in zip(visited, TIMES, strict=False):
+        noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
+        torch.testing.assert_close(z, (1 - t) * data.latents + t * noise)
+
+
+@pytest.mark.parametrize(("steps", "why"), [(5, "at most 4"), ((0, 4), "0 to 3")])
+def test_steps_beyond_the_walk_are_refused(steps, why):
+    with pytest.raises(ValueError, match=why):
+        DOPSD(loss_steps=steps).refuse_walk(4)

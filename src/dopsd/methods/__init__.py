@@ -4,18 +4,33 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dopsd.methods.base import Loss, Method, Roles
+from dopsd.methods.base import Loss, Method, Roles, ToPaint
 from dopsd.methods.dopsd import DOPSD
+from dopsd.methods.dpo import DPO
+from dopsd.methods.dreambooth import DreamBooth
+from dopsd.methods.pso import PSO
+from dopsd.methods.pso_online import PSOOnline
 from dopsd.methods.sft import SFT
 
-METHODS: dict[str, type[Method]] = {"dopsd": DOPSD, "sft": SFT}
-AnyMethod = Annotated[DOPSD | SFT, Field(discriminator="name")]
+METHODS: dict[str, type[Method]] = {
+    "dopsd": DOPSD,
+    "sft": SFT,
+    "dreambooth": DreamBooth,
+    "pso": PSO,
+    "pso_online": PSOOnline,
+    "dpo": DPO,
+}
+AnyMethod = Annotated[DOPSD | SFT | DreamBooth | PSO | PSOOnline | DPO, Field(discriminator="name")]
 
-__all__ = ["DOPSD", "METHODS", "SFT", "AnyMethod", "Loss", "Method", "Roles", "missing"]
+__all__ = [
+    "DOPSD", "DPO", "METHODS", "PSO", "SFT", "AnyMethod", "DreamBooth", "Loss", "Method", "PSOOnline", "Roles",
+    "ToPaint", "missing",
+]  # fmt: skip
 
 
-def missing(method: type[Method], teacher_contexts: tuple[str, ...]) -> str | None:
-    """Why a family with these teacher contexts cannot run the method; None where it can."""
-    if "privileged" in method.needs and not teacher_contexts:
+def missing(method: Method | type[Method], teacher_contexts: tuple[str, ...]) -> str | None:
+    """Why a family with these teacher contexts cannot run the method, as it is set or by default; None where it can."""
+    settings = method if isinstance(method, Method) else method.model_construct()
+    if "privileged" in settings.needs and not teacher_contexts:
         return "its encoders read no picture, so there is no teacher that sees the target"
     return None

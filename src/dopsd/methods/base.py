@@ -4,9 +4,9 @@ A method knows no file, device, optimizer or family. The gradients of the pieces
 whoever receives a piece runs backward on it at once, so that one forward's activations are alive, not all of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,7 +16,8 @@ from dopsd.batch import Batch
 from dopsd.flow import Schedule
 from dopsd.rollout import Velocity
 
-Need = Literal["teacher", "privileged"]
+# What a method cannot do without: roles, and what a batch brings beside pictures and prompts.
+Need = Literal["teacher", "base", "judge", "privileged", "rejected", "prior", "replay"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,25 @@ class Loss:
 @dataclass(frozen=True)
 class Roles:
     """What a method may ask. student, teacher, base: velocities of one network under three sets of weights; only the
-    student carries gradient. schedule: (nfe or None for the model's own, h, w in cells) -> the sampler's times."""
+    student carries gradient. schedule: (nfe or None for the model's own, h, w in cells) -> the sampler's times.
+    Where the method needs a judge: score, (clean latents, prompts) -> float32 [B], higher is better, NaN = no answer.
+    """
 
     student: Velocity
     teacher: Velocity
     base: Velocity
     schedule: Callable[[int | None, int, int], Schedule]
+    score: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class ToPaint:
+    """Pictures that the untouched model paints before training, at its own NFE. what: the batch's field they become;
+    count: pictures a prompt; prompt: None = each example's own caption."""
+
+    what: Literal["prior", "rejected"]
+    count: int
+    prompt: str | None = None
 
 
 class Method(BaseModel):
@@ -49,7 +63,18 @@ class Method(BaseModel):
     nfe: int | None = Field(default=None, ge=1, description="Steps of the sampler that training walks or draws times "
                             "from; default: the model's own.")  # fmt: skip
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it cannot do without, as it is set."""
+        return frozenset()
+
+    @property
+    def to_paint(self) -> ToPaint | None:
+        """What the untouched model must paint before training."""
+        return None
+
+    def refuse_walk(self, nfe: int) -> None:
+        """Raise ValueError for settings that a walk of `nfe` steps cannot have."""
 
     def forwards(self, nfe: int) -> int:
         """Network forwards a picture costs at this nfe, a backward counted as two."""
@@ -65,11 +90,15 @@ class Method(BaseModel):
         raise NotImplementedError
 
 
+def row_errors(left: Tensor, right: Tensor) -> Tensor:
+    """Each row's mean squared difference. [B, ...] x 2 -> [B]. In float32 (or wider): formed from bf16 values the
+    difference would lose its signal."""
+    return (left - right).square().flatten(1).mean(1)
+
+
 def mean_error(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over the batch of each row's mean squared difference. [B, ...] x 2, [B] -> 0-d. In float32 (or
-    wider): formed from bf16 values the difference would lose its signal."""
-    square = (left - right).square().flatten(1).mean(1)
-    return (weight * square).sum() / len(square)
+    """Weighted mean of the row errors over the batch. [B, ...] x 2, [B] -> 0-d."""
+    return (weight * row_errors(left, right)).mean()
 
 
 def noise_like(latents: Tensor, rng: torch.Generator) -> Tensor:

@@ -5,46 +5,149 @@ z_0 ~ noise;  for each step k of the student's own few-step walk:
     u_t = teacher(z_k, t_k, prompt and target picture)   without
     loss_k = w(t_k) |u_s - u_t|^2 / K                    eq. 7; w = 1 in velocity space
     z_{k+1} = the sampler's step from z_k along u_s, detached
+With retention > 0, the same on prompts that have nothing to do with the data, where the teacher is the untouched model
+with the same prompt: nothing is to be learned there, and nothing lost.
 """
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from dopsd.batch import Batch
-from dopsd.flow import loss_weight
-from dopsd.methods.base import Loss, Method, Need, Roles, mean_error, noise_like
+from dopsd.flow import Schedule, Step, loss_weight, noisy
+from dopsd.methods.base import Loss, Method, Need, Roles, mean_error, noise_like, row_errors
 from dopsd.rollout import rollout
+
+Index = Annotated[int, Field(ge=0)]
 
 
 class DOPSD(Method):
-    """space: where the error is measured; "velocity" is the paper's eq. 7, "clean" the reference code's sigma^2.
-    nfe: steps of the training walk. teacher_decay: 0 = a live copy of the
-    student, 1 = the frozen start, between = exponential moving average (float32)."""
+    """The defaults are the paper's; the other values of states, loss_steps and teacher_decay are its ablations."""
 
     name: Literal["dopsd"] = "dopsd"
-    space: Literal["velocity", "clean"] = "velocity"
-    teacher_decay: float = Field(default=0.9999, ge=0, le=1)
+    space: Literal["velocity", "clean"] = Field(
+        default="velocity", description="Where the error is measured: eq. 7, or the reference code's sigma^2."
+    )
+    teacher_decay: float = Field(
+        default=0.9999, ge=0, le=1, description="0: a live copy, 1: the frozen start, between: average of the student."
+    )
+    states: Literal["student", "teacher", "data"] = Field(
+        default="student", description="Whose: the student's walk, the teacher's, or the noised pictures (off policy)."
+    )
+    loss_steps: Literal["all"] | Annotated[int, Field(ge=1)] | tuple[Index, ...] = Field(
+        default="all", description="Steps of the walk that carry a loss: all, so many drawn at random, or a list."
+    )
+    teacher_guidance: float = Field(
+        default=1.0, ge=0, description="Beyond 1 the teacher goes further from its text-only answer; costs a forward."
+    )
+    teacher_sees: Literal["target", "another"] = Field(
+        default="target", description="The picture that is trained on, or the next one of the same folder."
+    )
+    retention: float = Field(
+        default=0.0, ge=0, description="Weight of staying as the untouched model is on data.replay's prompts."
+    )
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "privileged"})
-
-    def forwards(self, nfe: int) -> int:
-        return 4 * nfe
+    @property
+    def needs(self) -> frozenset[Need]:
+        needs: set[Need] = {"teacher", "privileged"}
+        if self.retention:
+            needs |= {"base", "replay"}
+        return frozenset(needs)
 
     @property
     def decay(self) -> float:
         return self.teacher_decay
 
+    def refuse_walk(self, nfe: int) -> None:
+        steps = self.loss_steps
+        if isinstance(steps, int) and steps > nfe:
+            raise ValueError(f"method.loss_steps asks for {steps} steps of a walk of {nfe}: ask for at most {nfe}.")
+        if isinstance(steps, tuple) and (late := [step for step in steps if step >= nfe]):
+            raise ValueError(f"method.loss_steps names step {late[0]}, and a walk of {nfe} has 0 to {nfe - 1}.")
+
+    def forwards(self, nfe: int) -> int:
+        carried = self._carried(nfe, torch.Generator())
+        walked = 0 if self.states == "data" else nfe if isinstance(self.loss_steps, int) else carried[-1] + 1
+        student = 2 if self.states == "student" else 3  # backward, and where the walk is not its own, forward
+        teacher = 1 if self.teacher_guidance == 1 else 2
+        return walked + len(carried) * (student + teacher) + (4 * nfe if self.retention else 0)
+
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
+        noise = noise_like(batch.latents, rng)
+        carried = self._carried(schedule.nfe, rng)
+        left = len(carried) + (schedule.nfe if self.retention else 0)
+        for step, z, velocity in self._visits(roles, batch, noise, schedule, carried, rng):
+            t = step.now.expand(len(z)).to(z.device)
+            target = self._target(roles, z, t, batch)
+            error = mean_error(velocity, target, batch.weight * loss_weight(t, self.space))
+            left -= 1
+            log = {"loss": error.detach() / len(carried)}
+            if not isinstance(self.loss_steps, int):
+                log[f"loss_at_{step.index}"] = error.detach()
+            yield Loss(error / len(carried), log, last=left == 0)
+        if self.retention:
+            assert batch.replay is not None, "the run must read the replay prompts"
+            for visit in rollout(roles.student, noise_like(noise, rng), schedule, batch.replay, rng):
+                t = visit.step.now.expand(len(noise)).to(noise.device)
+                target = roles.base(visit.z, t, batch.replay)
+                moved = row_errors(visit.velocity, target).mean() / schedule.nfe
+                left -= 1
+                log = {"loss": self.retention * moved.detach(), "retention": moved.detach()}
+                yield Loss(self.retention * moved, log, last=left == 0)
+
+    def _carried(self, nfe: int, rng: torch.Generator) -> tuple[int, ...]:
+        """The steps that carry a loss, in order."""
+        if self.loss_steps == "all":
+            return tuple(range(nfe))
+        if isinstance(self.loss_steps, int):
+            drawn = torch.randperm(nfe, generator=rng, device=rng.device)[: self.loss_steps]
+            return tuple(sorted(drawn.tolist()))
+        return tuple(sorted(set(self.loss_steps)))
+
+    def _visits(
+        self,
+        roles: Roles,
+        batch: Batch,
+        noise: Tensor,
+        schedule: Schedule,
+        carried: Sequence[int],
+        rng: torch.Generator,
+    ) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        """The states that carry a loss, each with the student's velocity there and its graph."""
+        if self.states == "student":
+            for visit in rollout(roles.student, noise, schedule, batch.context, rng, graph_at=carried):
+                if visit.step.index in carried:
+                    yield visit.step, visit.z, visit.velocity
+                if visit.step.index == carried[-1]:
+                    return
+        for step, z in self._foreign_states(roles, batch, noise, schedule, rng):
+            if step.index in carried:
+                yield step, z, roles.student(z, step.now.expand(len(z)).to(z.device), batch.context)
+            if step.index == carried[-1]:
+                return
+
+    def _foreign_states(
+        self, roles: Roles, batch: Batch, noise: Tensor, schedule: Schedule, rng: torch.Generator
+    ) -> Iterator[tuple[Step, Tensor]]:
+        """States that are not the student's own, one a step: off policy."""
+        if self.states == "teacher":
+            assert batch.privileged is not None, "the run must cache the teacher's contexts for D-OPSD"
+            for visit in rollout(roles.teacher, noise, schedule, batch.privileged, rng):
+                yield visit.step, visit.z
+        else:
+            for step in schedule.steps():
+                yield step, noisy(batch.latents, noise_like(noise, rng), step.now)
+
+    @torch.no_grad()
+    def _target(self, roles: Roles, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """Where the teacher would go; with guidance, further along what the picture told it."""
         assert batch.privileged is not None, "the run must cache the teacher's contexts for D-OPSD"
-        z = noise_like(batch.latents, rng)
-        schedule = roles.schedule(self.nfe, *z.shape[-2:])
-        for visit in rollout(roles.student, z, schedule, batch.context, rng):
-            t = visit.step.now.expand(len(z)).to(z.device)
-            with torch.no_grad():
-                target = roles.teacher(visit.z, t, batch.privileged)
-            error = mean_error(visit.velocity, target, batch.weight * loss_weight(t, self.space)) / schedule.nfe
-            log = {"loss": error.detach(), f"loss_at_{visit.step.index}": error.detach() * schedule.nfe}
-            yield Loss(error, log, last=visit.step.index == schedule.nfe - 1)
+        seeing = roles.teacher(z, t, batch.privileged)
+        if self.teacher_guidance == 1:
+            return seeing
+        blind = roles.teacher(z, t, batch.context)
+        return blind + self.teacher_guidance * (seeing - blind)

@@ -1,0 +1,43 @@
+"""DreamBooth with prior preservation (arXiv:2208.12242): SFT on the subject and, beside it, on pictures of its class
+that the untouched model painted before training.
+
+loss = matching(pictures, prompts) + prior_weight matching(class pictures, class prompt)
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from dopsd.batch import Batch
+from dopsd.methods.base import Loss, Need, Roles, ToPaint
+from dopsd.methods.matching import FlowMatching
+
+
+class DreamBooth(FlowMatching):
+    """The class pictures come from the model as it is deployed: few steps, no guidance."""
+
+    name: Literal["dreambooth"] = "dreambooth"
+    class_prompt: str = Field(min_length=1, description="What the class pictures show, e.g. `a dog`.")
+    class_pictures: int = Field(default=100, ge=1, description="How many the untouched model paints.")
+    prior_weight: float = Field(default=1.0, ge=0, description="Of the class pictures' loss; 0 is SFT.")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"prior"})
+
+    @property
+    def to_paint(self) -> ToPaint:
+        return ToPaint("prior", self.class_pictures, self.class_prompt)
+
+    def forwards(self, nfe: int) -> int:
+        return 6
+
+    def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        assert batch.prior is not None, "the run must paint the class pictures"
+        subject = self.matching_error(roles, batch, batch.latents, rng)
+        yield Loss(subject, {"loss": subject.detach(), "subject": subject.detach()}, last=False)
+        prior = self.matching_error(roles, batch.prior, batch.prior.latents, rng)
+        weighted = self.prior_weight * prior
+        yield Loss(weighted, {"loss": weighted.detach(), "prior": prior.detach()}, last=True)

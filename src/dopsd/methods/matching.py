@@ -1,0 +1,67 @@
+"""Flow matching on noised pictures: what SFT, DreamBooth and Diffusion-DPO share. How times are drawn and weighed.
+
+noisy at t:  z = (1-t) clean + t noise;  wanted there: noise - clean
+"""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dopsd.batch import Batch
+from dopsd.flow import Space, loss_weight, noisy
+from dopsd.methods.base import Method, Roles, noise_like, row_errors
+
+Times = Literal["uniform", "logit_normal", "shift", "own_steps"]
+
+
+class DrawsTimes(Method):
+    """A method that meets its pictures at drawn times."""
+
+    times: Times = Field(
+        default="shift",
+        description="How t is drawn: uniform; logit_normal (sigmoid of a standard normal); shift (uniform, moved "
+        "toward noise by s t / (1 + (s-1) t), s = `shift`); own_steps (the sampler's own, its noise end included).",
+    )
+    shift: float = Field(default=3.0, gt=0, description="Of times: shift.")
+
+    def draw_times(self, roles: Roles, clean: Tensor, rng: torch.Generator) -> Tensor:
+        """t: float32 [B] in [0, 1]."""
+        size = (len(clean),)
+        if self.times == "own_steps":
+            times = roles.schedule(self.nfe, *clean.shape[-2:]).times[:-1]
+            return times[torch.randint(len(times), size, generator=rng, device=rng.device).cpu()].to(clean.device)
+        if self.times == "logit_normal":
+            return torch.randn(size, generator=rng, device=rng.device).sigmoid().to(clean.device)
+        u = torch.rand(size, generator=rng, device=rng.device).to(clean.device)
+        return u if self.times == "uniform" else self.shift * u / (1 + (self.shift - 1) * u)
+
+
+class FlowMatching(DrawsTimes):
+    """Regression on the pictures' own velocity."""
+
+    space: Space = Field(default="velocity", description="Where the error is measured: velocity, clean or noise.")
+    min_snr_gamma: float | None = Field(
+        default=None, gt=0, description="Min-SNR weighting of the noise error (arXiv:2303.09556); 5 is usual."
+    )
+
+    @model_validator(mode="after")
+    def _min_snr_weighs_the_noise_error(self) -> Self:
+        if self.min_snr_gamma and self.space != "noise":
+            raise ValueError("min_snr_gamma weighs the noise error: set space: noise beside it")
+        return self
+
+    def time_weight(self, t: Tensor) -> Tensor:
+        """What the squared velocity error at t [B] counts. With min-SNR, (1-t)^2 min(SNR, gamma) / SNR for the signal
+        to noise ratio SNR = ((1-t)/t)^2, written without the division by 0 at t = 1."""
+        if self.min_snr_gamma is None:
+            return loss_weight(t, self.space)
+        return torch.minimum((1 - t) ** 2, self.min_snr_gamma * t**2)
+
+    def matching_error(self, roles: Roles, batch: Batch, clean: Tensor, rng: torch.Generator) -> Tensor:
+        """The batch's loss, 0-d, with `clean` [B, C, h, w] in place of its pictures."""
+        noise = noise_like(clean, rng)
+        t = self.draw_times(roles, clean, rng)
+        errors = row_errors(roles.student(noisy(clean, noise, t), t, batch.context), noise - clean)
+        return (batch.weight * self.time_weight(t) * errors).mean()

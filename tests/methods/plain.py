@@ -1,0 +1,76 @@
+"""Ground for the methods' tests: a denoiser anyone can read, in float64, and batches for it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dopsd.batch import Batch, Context
+from dopsd.flow import Schedule
+from dopsd.methods import Method, Roles
+
+TIMES = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)
+SHAPE = (2, 4, 4)
+
+
+class Plain(nn.Module):
+    """A small smooth denoiser: two linear layers over the flattened latent, the time, and the mean context."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first, self.second = nn.Linear(2 * 4 * 4 + 1 + 3, 24), nn.Linear(24, 2 * 4 * 4)
+        self.double()
+
+    def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
+        told = torch.cat([z.flatten(1), t[:, None].to(z), context.tokens.mean(1)], 1)
+        return self.second(torch.tanh(self.first(told))).view_as(z)
+
+
+def latents(seed: int, rows: int = 3) -> Tensor:
+    return torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def context(seed: int, rows: int = 3) -> Context:
+    tokens = torch.randn(rows, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Context(tokens, (5,) * rows)
+
+
+def batch(rows: int = 3, **more) -> Batch:
+    weight = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)[:rows]
+    return Batch(latents(1, rows), context(2, rows), ("a", "b", "c")[:rows], weight, **more)
+
+
+def roles(student, teacher=None, base=None, score=None, times: Tensor = TIMES) -> Roles:
+    """Of these velocities, with a sampler of four Euler steps."""
+    schedule = Schedule(times, (0.0,) * (len(times) - 1))
+    return Roles(student, teacher or student, base or student, lambda nfe, h, w: schedule, score)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch's pieces added up to."""
+
+    told: dict[str, float]
+    gradients: list[Tensor]
+    pieces: int
+
+
+def run(method: Method, parts: Roles, data: Batch, student: nn.Module, seed: int = 7) -> Outcome:
+    """Backward on each piece as the loop does it."""
+    student.zero_grad()
+    told: dict[str, float] = {}
+    count = 0
+    for piece in method.losses(parts, data, torch.Generator().manual_seed(seed)):
+        count += 1
+        piece.surrogate.backward()
+        for name, value in piece.log.items():
+            told[name] = told.get(name, 0.0) + value.item()
+    assert piece.last
+    return Outcome(told, [p.grad.clone() for p in student.parameters()], count)
+
+
+def same(left: list[Tensor], right: list[Tensor], factor: float = 1.0, tolerance: float = 1e-12) -> bool:
+    """Whether gradients are equal, the right ones times `factor`."""
+    return all(torch.allclose(a, factor * b, atol=tolerance, rtol=1e-8) for a, b in zip(left, right, strict=True))
