@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from accelerate import Accelerator, init_empty_weights
 from dopsd.data.buckets import Size, bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example, Listing, open_picture, picture_size
 from dopsd.data.importing import fill
-from dopsd.data.sources import Source, read_sources
+from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.deployed import cells_of, fitted_size
 from dopsd.evaluation.health import PROMPTS
 from dopsd.export import refuse_unfit
@@ -22,7 +23,7 @@ from dopsd.families.base import Family, Sight
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.lora import read_lora
 from dopsd.forecast import Forecast, forecast, memory_of
-from dopsd.methods import METHODS, missing
+from dopsd.methods import missing
 from dopsd.preview import Wanted
 from dopsd.recipe import PromptSection, Recipe
 from dopsd.trackers import refuse_missing
@@ -55,7 +56,7 @@ def family_of(recipe: Recipe) -> Family:
 def open_family(recipe: Recipe) -> Family:
     """The recipe's checkpoint, refused with one sentence when it or its method cannot be tuned."""
     family = family_of(recipe)
-    if reason := missing(METHODS[recipe.method.name], family.teacher_contexts):
+    if reason := missing(recipe.method, family.teacher_contexts):
         raise ValueError(f"{recipe.method.name} cannot run on {family.name}: {reason}. `dopsd list` shows what can.")
     if not family.distilled and not recipe.model.allow_base:
         raise ValueError(
@@ -87,6 +88,7 @@ def check(recipe: Recipe) -> Checked:
         refuse_unfit(start, read_lora(start, family), lora_sizes(network, targets, recipe.lora.rank))
     _refuse_long(recipe, family, listing, cuts)
     nfe = recipe.method.nfe or family.default_nfe
+    recipe.method.refuse_walk(nfe)
     return Checked(
         family=family,
         listing=listing,
@@ -102,7 +104,12 @@ def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequenc
     sizes, by resolution."""
     captions = [(text, index) for index, e in enumerate(listing.examples) for text in (e.caption, *e.also)]
     shown = [each.prompt for each in pictures_shown(recipe, family, listing)]
-    family.count_tokens([*(caption for caption, _ in captions), *shown, *unrelated_prompts(recipe, family)])
+    other = list(unrelated_prompts(recipe, family))
+    if "replay" in recipe.method.needs:
+        other += replay_prompts(recipe, family)
+    if recipe.method.to_paint and recipe.method.to_paint.prompt:
+        other.append(recipe.method.to_paint.prompt)
+    family.count_tokens([*(caption for caption, _ in captions), *shown, *other])
     if "privileged" in recipe.method.needs:
         side = max(resolutions_of(recipe, family))
         family.count_tokens(shown, [(side, side)] * len(shown))
@@ -158,12 +165,41 @@ def read_data(recipe: Recipe) -> Listing:
     """Every folder of the recipe; one that a data set is to fill is filled first."""
     for s in (recipe.data, *recipe.data.more):
         if s.dataset:
-            fill(s.folder, s.dataset, s.image_column, s.caption_column, s.split)
+            fill(s.folder, s.dataset, s.image_column, s.caption_column, s.split, s.rejected_column)
     data = recipe.data
     sources = [
         Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight) for s in (data, *data.more)
     ]
-    return read_sources(sources, data.trigger, data.skip_bad)
+    listing = read_sources(sources, data.trigger, data.skip_bad)
+    if recipe.method.teacher_sees_another:
+        listing = seen_in_turn(listing)
+    _refuse_unpaired(recipe, listing)
+    return listing
+
+
+def _refuse_unpaired(recipe: Recipe, listing: Listing) -> None:
+    """A method that learns from the data's own pairs needs both sides of each."""
+    if "rejected" not in recipe.method.needs or recipe.method.to_paint:
+        return
+    if alone := [example for example in listing.examples if not example.rejected]:
+        raise ValueError(
+            f"{recipe.method.name} learns from pairs, and {len(alone)} of {len(listing.examples)} pictures (first: "
+            f"{alone[0].path.name}) have no rejected one: name it in a metadata.jsonl, as `chosen`, `rejected`, `text`."
+        )
+
+
+def replay_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
+    """Prompts on which a method with retention stays as it was: the recipe's, a file's lines, or the health prompts.
+    Raises ValueError for a file without any."""
+    prompts = recipe.data.replay
+    if len(prompts) == 1 and prompts[0].endswith(".txt"):
+        try:
+            prompts = tuple(filter(None, map(str.strip, Path(prompts[0]).read_text(encoding="utf-8").splitlines())))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"data.replay: {prompts[0]} cannot be read as UTF-8 text ({error}).") from error
+        if not prompts:
+            raise ValueError(f"data.replay: {recipe.data.replay[0]} holds no prompt: write one a line.")
+    return prompts or unrelated_prompts(recipe, family)
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:

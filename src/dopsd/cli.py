@@ -225,11 +225,12 @@ def import_(
     image_column: Annotated[str, typer.Option(help="Of a data set.")] = "image",
     caption_column: Annotated[list[str] | None, typer.Option(help="Repeatable: all are kept.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    rejected_column: Annotated[str | None, typer.Option(help="Of a data set of pairs: the worse picture.")] = None,
 ) -> None:
     """Turn a data set in another shape into a folder of pictures with metadata.jsonl."""
     from dopsd.data.importing import import_data
 
-    count = import_data(source, folder, image_column, caption_column or (), split)
+    count = import_data(source, folder, image_column, caption_column or (), split, rejected_column)
     out.print(f"{count} pictures in {folder}; next: dopsd init dopsd --data {folder}", highlight=False)
 
 

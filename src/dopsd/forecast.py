@@ -5,7 +5,7 @@ Counted as benchmarks/step_cost.py counts a real step, in bytes of live tensor s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.batch import Batch, Context
 from dopsd.families.base import Family
+from dopsd.methods import Method
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import Plan, backward
@@ -66,8 +67,7 @@ def forecast(
     prompts = sorted(captions, key=len)[-count:]
     prompts += prompts[-1:] * (count - len(prompts))
     cells = height // family.cell, width // family.cell
-    # the walk's graphs are freed step by step, so two of its steps need as much memory as all
-    nfe = min(2, recipe.method.nfe or family.default_nfe)
+    nfe = _shortest_walk(recipe.method, recipe.method.nfe or family.default_nfe)
     method = recipe.method.model_copy(update={"nfe": nfe})
     schedule = family.schedule(nfe, *cells)
     text = family.blank_context(prompts)
@@ -86,13 +86,15 @@ def forecast(
         student = {name: p for name, p in denoiser.network.named_parameters() if p.requires_grad}
         teacher = Teacher(student, method.decay)
         optimizer = torch.optim.AdamW(student.values())
-        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule)
-        batch = Batch(
-            latents=torch.zeros(count, family.channels, *cells),
-            context=_unstored(text, dtype),
-            prompts=tuple(prompts),
-            weight=torch.ones(count),
+        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule, score=_undecided)
+        latents, context = torch.zeros(count, family.channels, *cells), _unstored(text, dtype)
+        plain = Batch(latents, context, tuple(prompts), torch.ones(count))
+        batch = replace(
+            plain,
             privileged=_unstored(seeing, dtype) if seeing else None,
+            rejected=latents if "rejected" in method.needs else None,
+            prior=plain if "prior" in method.needs else None,
+            replay=context if "replay" in method.needs else None,
         )
         plan = Plan(max_steps=1, learning_rate=1.0)
         for parameter in student.values():  # as after a first step: the moments are there
@@ -108,6 +110,21 @@ def forecast(
         optimizer.step()
         teacher.follow()
     return Forecast(resident - saved, meter.peak - saved)
+
+
+def _shortest_walk(method: Method, nfe: int) -> int:
+    """Two steps need as much memory as all, for a walk's graphs are freed step by step. A method that names later steps
+    keeps its own number."""
+    try:
+        method.refuse_walk(2)
+    except ValueError:
+        return nfe
+    return min(2, nfe)
+
+
+def _undecided(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A judge without memory. The real one, and the autoencoder it looks through, stay in memory beside the step."""
+    return torch.zeros(len(latents))
 
 
 def _give_storage(module: nn.Module) -> None:

@@ -24,16 +24,18 @@ from dopsd.checking import (
     dtype_of,
     lean_on,
     pictures_shown,
+    replay_prompts,
     resolutions_of,
     unrelated_prompts,
 )
 from dopsd.data.buckets import cover_crop
-from dopsd.data.cache import Row, prepare
-from dopsd.data.folder import Listing, open_picture
+from dopsd.data.cache import Row, prepare, shown_to_teacher
+from dopsd.data.folder import Example, Listing, open_picture
 from dopsd.data.loader import Loader
 from dopsd.evaluation.report import write_report
 from dopsd.families.base import Family
 from dopsd.files import atomic_path
+from dopsd.generated import with_painted
 from dopsd.preview import Preview, read_previews
 from dopsd.recipe import Recipe, TrainSection
 from dopsd.run_folder import Metrics, claimed, write_header
@@ -55,8 +57,10 @@ class _Material:
     """What the encoders leave behind before they leave memory."""
 
     rows: tuple[Row, ...]
+    prior: tuple[Row, ...]  # class pictures, where the method wants them
     previews: tuple[Preview, ...]
     unrelated: Context  # of the health prompts
+    replay: Context | None  # of the prompts to stay the same on, where the method wants them
 
 
 def train(
@@ -86,7 +90,10 @@ def _train(
     """The steps from `start` on, with what is written between them."""
     recipe, folder = session.recipe, session.recipe.run_folder
     metrics, plan = Metrics(folder / "metrics.jsonl", start), _plan(recipe.train)
-    loader = Loader(material.rows, recipe.train.batch_size, recipe.train.seed, recipe.data.caption_dropout)
+    loader = Loader(
+        material.rows, recipe.train.batch_size, recipe.train.seed, recipe.data.caption_dropout, material.prior,
+        material.replay,
+    )  # fmt: skip
     prompts = unrelated_prompts(recipe, session.family)
     ward = Ward(session, material.unrelated, prompts, start, trackers)
     for report in steps(
@@ -204,28 +211,44 @@ def _read_and_encode(
     progress: Progress | None,
 ) -> _Material:
     """Cache latents and contexts, read the preview prompts; reader and painter are gone when this returns."""
-    privileged = "privileged" in recipe.method.needs
+    needs = recipe.method.needs
+    privileged = "privileged" in needs
+    listing, beside = with_painted(recipe, family, listing, _doing("painting", progress))
     reader = family.load_reader(device, dtype, pictures=privileged)
     painter = family.load_painter(device, torch.float32)
-    rows: list[Row] = []
-    for resolution in resolutions_of(recipe, family):
-        rows += prepare(
-            listing.examples,
+
+    def encode(examples: Sequence[Example], resolution: int, privileged: bool, untold: bool) -> tuple[Row, ...]:
+        return prepare(
+            examples,
             recipe.output_dir / "cache",
             reader,
             painter,
             resolution=resolution,
             multiple=family.multiple,
             privileged=privileged,
-            untold=recipe.data.caption_dropout > 0,
+            untold=untold,
             device=device,
-            progress=(lambda done, total: progress("caching", done, total)) if progress else None,
+            progress=_doing("caching", progress),
         )
+
+    resolutions, untold = resolutions_of(recipe, family), recipe.data.caption_dropout > 0
+    rows = tuple(row for each in resolutions for row in encode(listing.examples, each, privileged, untold))
     previews = read_previews(
-        pictures_shown(recipe, family, listing), reader, [_crop(row) for row in rows[:PREVIEWS]] if privileged else []
+        pictures_shown(recipe, family, listing),
+        reader,
+        [shown_to_teacher(row) for row in rows[:PREVIEWS]] if privileged else [],
     )
-    unrelated = reader.context(list(unrelated_prompts(recipe, family)))
-    return _Material(tuple(rows), previews, unrelated)
+    return _Material(
+        rows,
+        prior=encode(beside, max(resolutions), privileged=False, untold=False) if beside else (),
+        previews=previews,
+        unrelated=reader.context(list(unrelated_prompts(recipe, family))),
+        replay=reader.context(list(replay_prompts(recipe, family))).to("cpu") if "replay" in needs else None,
+    )
+
+
+def _doing(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    return (lambda done, total: progress(what, done, total)) if progress else None
 
 
 def _crop(row: Row) -> Image.Image:

@@ -111,6 +111,7 @@ class SourceSection(Section):
     )
     repeats: int = Field(1, ge=1, description="How often an epoch visits each picture.")
     weight: float = Field(1.0, gt=0, description="Of its pictures' loss; a regularisation folder takes less than 1.")
+    rejected_column: str | None = Field(None, min_length=1, description="Of the data set: worse pictures, for pairs.")
 
 
 class DataSection(SourceSection):
@@ -125,6 +126,9 @@ class DataSection(SourceSection):
         (), description="Sides of the square buckets in pixels, one or several; default: the model's."
     )
     skip_bad: bool = Field(False, description="Leave out pictures that cannot be used (they are listed).")
+    replay: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
+        (), description="Prompts of method.retention, or one .txt file of them; default: the health prompts."
+    )
 
 
 class LoraSection(Section):

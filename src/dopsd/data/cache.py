@@ -32,13 +32,15 @@ Encode = Callable[[Sequence["Row"]], Iterable[Mapping[str, Tensor]]]
 @dataclass(frozen=True)
 class Row:
     """One picture with one caption, its size in pixels, and the files that hold its tensors (privileged: None if not
-    asked for). also: the same picture with its other captions; untold: with the empty one, if asked for."""
+    asked for; rejected: latents of the example's worse pictures, cut to the same size). also: the same picture with its
+    other captions; untold: with the empty one, if asked for."""
 
     example: Example
     size: Size
     latents: Path
     context: Path
     privileged: Path | None
+    rejected: tuple[Path, ...] = ()
     also: tuple["Row", ...] = ()
     untold: "Row | None" = None
 
@@ -83,10 +85,10 @@ def prepare(
         return _context_tensors(reader.context(captions, images, edited if any(edited) else None))
 
     def read_with_picture(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
-        return read(batch, [_crop(row) for row in batch])
+        return read(batch, [shown_to_teacher(row) for row in batch])
 
     kinds: list[tuple[str, dict[Path, Row], Encode]] = [
-        ("latents", {row.latents: row for row in rows}, paint),
+        ("latents", {row.latents: row for row in rows} | _worse(rows), paint),
         ("context", {row.context: row for row in read_rows}, read),
         ("privileged", {row.privileged: row for row in read_rows if row.privileged}, read_with_picture),
     ]
@@ -103,6 +105,11 @@ def prepare(
             done += len(batch)
             report(done, total)
     return rows
+
+
+def shown_to_teacher(row: Row) -> Image.Image:
+    """The picture that the teacher sees with the row's caption, cut to the row's size."""
+    return cover_crop(open_picture(row.example.shown or row.example.path), row.size)
 
 
 def context_file(cache_folder: Path, caption: str, fingerprint: str, references: Sequence[str] = ()) -> Path:
@@ -133,21 +140,34 @@ def _row(
     untold: bool,
 ) -> Row:
     size = nearest_bucket(*picture_size(example.path), buckets)
-    picture, edited = sha256_of(example.path), tuple(map(sha256_of, example.references))
-    latents = _key("latents", picture, size, painter.fingerprint)
+    shown, edited = sha256_of(example.shown or example.path), tuple(map(sha256_of, example.references))
+
+    def latents_of(picture: Path) -> Path:
+        key = _key("latents", sha256_of(picture), size, painter.fingerprint)
+        return folder / "latents" / f"{key}.safetensors"
 
     def captioned(caption: str) -> Row:
-        pair = _key("privileged", caption, picture, size, reader.fingerprint, *edited)
+        pair = _key("privileged", caption, shown, size, reader.fingerprint, *edited)
         return Row(
             replace(example, caption=caption, also=()),
             size,
-            latents=folder / "latents" / f"{latents}.safetensors",
+            latents=latents_of(example.path),
             context=context_file(folder, caption, reader.fingerprint, edited),
             privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
+            rejected=tuple(map(latents_of, example.rejected)),
         )
 
     also = tuple(captioned(caption) for caption in example.also)
     return replace(captioned(example.caption), example=example, also=also, untold=captioned("") if untold else None)
+
+
+def _worse(rows: Sequence[Row]) -> dict[Path, Row]:
+    """For each file of rejected latents, a row whose picture is the rejected one."""
+    return {
+        file: replace(row, example=replace(row.example, path=picture))
+        for row in rows
+        for file, picture in zip(row.rejected, row.example.rejected, strict=True)
+    }
 
 
 def _key(*parts: object) -> str:

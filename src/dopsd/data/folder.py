@@ -25,8 +25,9 @@ OPENED = tuple(dict.fromkeys(FORMATS.values()))  # no others: Pillow hands a ren
 # Pictures that dopsd does not read; refused by name, so that a folder of them does not shrink in silence.
 FOREIGN = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"} - FORMATS.keys()
 METADATA = ("metadata.jsonl", "metadata.csv")
-PICTURE_COLUMNS = ("file_name", "image", "image_path", "target")
+PICTURE_COLUMNS = ("file_name", "image", "image_path", "target", "chosen")
 REFERENCE_COLUMN = "references"  # pictures that the caption edits, one or a list
+REJECTED_COLUMN = "rejected"  # worse pictures for the same caption, one or a list
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 CAPTION_EXTENSIONS = (".txt", ".caption")
 SHOWN = 5  # refused items that an error lists
@@ -35,13 +36,16 @@ SHOWN = 5  # refused items that an error lists
 @dataclass(frozen=True)
 class Example:
     """One picture and its caption. also: further captions, of which an epoch draws one; weight: of its loss;
-    references: the pictures that the caption turns into this one, in order."""
+    references: the pictures that the caption turns into this one, in order; rejected: worse pictures for the same
+    caption, of which an epoch draws one; shown: what the teacher sees, if it is not the picture itself."""
 
     path: Path
     caption: str
     also: tuple[str, ...] = ()
     weight: float = 1.0
     references: tuple[Path, ...] = ()
+    rejected: tuple[Path, ...] = ()
+    shown: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Listing:
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures' bytes and their captions, in any order and wherever they lie."""
-        each = sorted([*map(sha256_of, (e.path, *e.references)), e.caption, *e.also] for e in self.examples)
+        pictures = ([*map(sha256_of, (e.path, *e.references, *e.rejected))] for e in self.examples)
+        each = sorted([*hashes, e.caption, *e.also] for hashes, e in zip(pictures, self.examples, strict=True))
         return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
 
@@ -129,15 +134,15 @@ def _listed_in(metadata: Path) -> list[Finding]:
         try:
             if isinstance(row, str):
                 raise ValueError(f"{where} {row}.")
-            edited = _references(row, metadata.parent, where)
-            named |= set(edited)
+            edited, rejected = _references(row, metadata.parent, where), _rejected(row, metadata.parent, where)
+            named |= {*edited, *rejected}
             path = _picture_of(row, metadata.parent, where, bool(edited))
             named.add(path)
             texts = _first(row, CAPTION_COLUMNS, where)
             if texts == [] or not isinstance(texts, list):
                 texts = [texts]
             caption, *also = (as_caption(text, f"the caption of {where}") for text in texts)
-            findings.append((path, Example(path, caption, tuple(also), references=edited)))
+            findings.append((path, Example(path, caption, tuple(also), references=edited, rejected=rejected)))
         except ValueError as error:
             findings.append((path, str(error)))
     if not findings:
@@ -186,8 +191,20 @@ def _picture_of(row: Mapping[str, object], folder: Path, where: str, edits: bool
     return _picture_named(_first(row, PICTURE_COLUMNS, where), folder, where)
 
 
+def _rejected(row: Mapping[str, object], folder: Path, where: str) -> tuple[Path, ...]:
+    names = row.get(REJECTED_COLUMN)
+    if not names and row.keys() & {"chosen", REJECTED_COLUMN}:
+        raise ValueError(f"{where} is half a pair: it names no picture in {REJECTED_COLUMN}.")
+    return _pictures_named(names, folder, where)
+
+
 def _references(row: Mapping[str, object], folder: Path, where: str) -> tuple[Path, ...]:
-    names = row.get(REFERENCE_COLUMN) or []
+    return _pictures_named(row.get(REFERENCE_COLUMN), folder, where)
+
+
+def _pictures_named(names: object, folder: Path, where: str) -> tuple[Path, ...]:
+    """The pictures of a column that holds none, one or a list."""
+    names = names or []
     return tuple(_picture_named(name, folder, where) for name in (names if isinstance(names, list) else [names]))
 
 
@@ -269,7 +286,7 @@ def _decoded(finding: Finding) -> Finding:
     path, result = finding
     if isinstance(result, str):
         return finding
-    for picture in (path, *result.references):
+    for picture in (path, *result.references, *result.rejected):
         if picture.suffix.lower() not in FORMATS:
             return path, f"{picture.name} is not one of {', '.join(FORMATS)}: convert it."
         try:

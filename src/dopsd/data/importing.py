@@ -21,35 +21,46 @@ EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "AV
 
 ORIGIN = "origin.json"  # where an imported folder came from
 
-Item = tuple[bytes, list[str]]  # a picture's bytes and its captions
+Item = tuple[bytes, list[str], bytes | None]  # a picture, its captions, and the worse picture of a pair
 
 
 def import_data(
-    source: str, target: Path, image_column: str = "image", caption_columns: Sequence[str] = (), split: str = "train"
+    source: str,
+    target: Path,
+    image_column: str = "image",
+    caption_columns: Sequence[str] = (),
+    split: str = "train",
+    rejected_column: str | None = None,
 ) -> int:
     """Write `target` from a .jsonl file of the reference code, or from a data set that `datasets` opens; the number of
-    pictures. All captions of a picture are kept. Raises ValueError, with nothing left behind, when `target` exists or
-    any row cannot be used."""
+    pictures. All captions of a picture are kept, and the worse picture where a column holds it. Raises ValueError, with
+    nothing left behind, when `target` exists or any row cannot be used."""
     if target.exists():
         raise ValueError(f"{target} exists and is not overwritten: choose another folder with --out.")
     if source.endswith(".jsonl"):
         caption_columns = caption_columns or REFERENCE_CAPTIONS
+        if rejected_column:
+            raise ValueError(f"{source} has no pairs: a rejected column is read from a data set only.")
         items = _reference_rows(Path(source), caption_columns)
     else:
         caption_columns = caption_columns or ("text",)
-        items = _dataset_rows(source, image_column, caption_columns, split)
+        items = _dataset_rows(source, image_column, caption_columns, split, rejected_column)
     lines = []
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        for index, (content, captions) in enumerate(items):
-            name = f"{index:06d}{_extension(content, f'row {index + 1} of {source}')}"
-            (temporary / name).write_bytes(content)
-            text = captions[0] if len(captions) == 1 else captions
-            lines.append(json.dumps({"file_name": name, "text": text}, ensure_ascii=False) + "\n")
+        for index, (content, captions, rejected) in enumerate(items):
+            where = f"row {index + 1} of {source}"
+            row: dict[str, Any] = {"file_name": f"{index:06d}{_extension(content, where)}"}
+            (temporary / row["file_name"]).write_bytes(content)
+            row["text"] = captions[0] if len(captions) == 1 else captions
+            if rejected:
+                row["rejected"] = f"{index:06d}-rejected{_extension(rejected, where)}"
+                (temporary / row["rejected"]).write_bytes(rejected)
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if not lines:
             raise ValueError(f"{source} has no rows.")
         write_text(temporary / "metadata.jsonl", "".join(lines))
-        write_json(temporary / ORIGIN, _origin(source, image_column, caption_columns, split))
+        write_json(temporary / ORIGIN, _origin(source, image_column, caption_columns, split, rejected_column))
     return len(lines)
 
 
@@ -59,11 +70,12 @@ def fill(
     image_column: str = "image",
     caption_columns: Sequence[str] = ("text",),
     split: str = "train",
+    rejected_column: str | None = None,
 ) -> None:
     """Import a data set into `folder` unless it was before. Raises ValueError when the folder holds something else."""
-    origin = _origin(source, image_column, caption_columns, split)
+    origin = _origin(source, image_column, caption_columns, split, rejected_column)
     if not folder.exists():
-        import_data(source, folder, image_column, caption_columns, split)
+        import_data(source, folder, image_column, caption_columns, split, rejected_column)
     told = folder / ORIGIN
     if not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != origin:
         raise ValueError(
@@ -72,8 +84,11 @@ def fill(
         )
 
 
-def _origin(source: str, image_column: str, caption_columns: Sequence[str], split: str) -> dict[str, Any]:
-    return {"source": source, "image": image_column, "captions": list(caption_columns), "split": split}
+def _origin(
+    source: str, image_column: str, caption_columns: Sequence[str], split: str, rejected_column: str | None
+) -> dict[str, Any]:
+    origin = {"source": source, "image": image_column, "captions": list(caption_columns), "split": split}
+    return origin | ({"rejected": rejected_column} if rejected_column else {})
 
 
 def _extension(content: bytes, where: str) -> str:
@@ -99,7 +114,7 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}).") from error
-        yield _bytes_of(_picture_of(row, file.parent, where), where), _captions_of(row, columns, where)
+        yield _bytes_of(_picture_of(row, file.parent, where), where), _captions_of(row, columns, where), None
 
 
 def _picture_of(row: Any, folder: Path, where: str) -> Path:
@@ -129,7 +144,9 @@ def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> lis
     return list(dict.fromkeys(as_caption(text, f"the caption of {where}") for text in found))
 
 
-def _dataset_rows(source: str, image_column: str, columns: Sequence[str], split: str) -> Iterator[Item]:
+def _dataset_rows(
+    source: str, image_column: str, columns: Sequence[str], split: str, rejected_column: str | None
+) -> Iterator[Item]:
     try:
         import datasets
     except ImportError as error:
@@ -139,13 +156,20 @@ def _dataset_rows(source: str, image_column: str, columns: Sequence[str], split:
     except Exception as error:  # the library raises its own, the hub's, Arrow's and the system's errors
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{source} cannot be opened as a data set ({type(error).__name__}: {reason}).") from error
-    for column in (image_column, *columns):
+    pictures = [image_column, rejected_column] if rejected_column else [image_column]
+    for column in (*pictures, *columns):
         if column not in table.column_names:
             raise ValueError(f"{source} has no column {column}; it has {', '.join(table.column_names)}.")
-    table = table.cast_column(image_column, datasets.Image(decode=False))
+    for column in pictures:
+        table = table.cast_column(column, datasets.Image(decode=False))
     for number, row in enumerate(table, start=1):
-        picture, where = row[image_column] or {}, f"row {number} of {source}"
-        content = picture.get("bytes") or (_bytes_of(Path(picture["path"]), where) if picture.get("path") else None)
-        if content is None:
-            raise ValueError(f"{where} has no picture in {image_column}.")
-        yield content, _captions_of(row, columns, where)
+        where = f"row {number} of {source}"
+        content, *rejected = (_content_of(row[column] or {}, column, where) for column in pictures)
+        yield content, _captions_of(row, columns, where), rejected[0] if rejected else None
+
+
+def _content_of(picture: dict[str, Any], column: str, where: str) -> bytes:
+    content = picture.get("bytes") or (_bytes_of(Path(picture["path"]), where) if picture.get("path") else None)
+    if content is None:
+        raise ValueError(f"{where} has no picture in {column}.")
+    return content

@@ -37,6 +37,32 @@ def read_sources(sources: Sequence[Source], trigger: str | None = None, skip_bad
     )
 
 
+def seen_in_turn(listing: Listing) -> Listing:
+    """The same examples, where each teacher sees the next picture of the same folder, the last one the first. Raises
+    ValueError for a folder of one picture."""
+    folders: dict[Path, list[Path]] = {}
+    for example in listing.examples:
+        pictures = folders.setdefault(example.path.parent, [])
+        if example.path not in pictures:
+            pictures.append(example.path)
+    if alone := next((folder for folder, pictures in folders.items() if len(pictures) == 1), None):
+        raise ValueError(
+            f"{alone} holds one picture, and the teacher is to see another one: method.teacher_sees: target."
+        )
+
+    def following(path: Path) -> Path:
+        pictures = folders[path.parent]
+        return pictures[(pictures.index(path) + 1) % len(pictures)]
+
+    return replace(listing, examples=tuple(replace(e, shown=following(e.path)) for e in listing.examples))
+
+
+def one_caption_each(listing: Listing) -> Listing:
+    """The same pictures, once with each of their captions."""
+    apart = [replace(e, caption=text, also=()) for e in listing.examples for text in (e.caption, *e.also)]
+    return replace(listing, examples=tuple(apart))
+
+
 def _triggered(example: Example, trigger: str | None) -> Example:
     if trigger is None:
         return example

@@ -18,6 +18,7 @@ from dopsd.rollout import Velocity
 
 # What a method cannot do without: roles, and what a batch brings beside pictures and prompts.
 Need = Literal["teacher", "base", "judge", "privileged", "rejected", "prior", "replay"]
+Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Roles:
     teacher: Velocity
     base: Velocity
     schedule: Callable[[int | None, int, int], Schedule]
-    score: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    score: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Method(BaseModel):
     def to_paint(self) -> ToPaint | None:
         """What the untouched model must paint before training."""
         return None
+
+    @property
+    def teacher_sees_another(self) -> bool:
+        """Whether the teacher is shown another picture of the concept than the one that is trained on."""
+        return False
 
     def refuse_walk(self, nfe: int) -> None:
         """Raise ValueError for settings that a walk of `nfe` steps cannot have."""

@@ -61,6 +61,10 @@ class DOPSD(Method):
     def decay(self) -> float:
         return self.teacher_decay
 
+    @property
+    def teacher_sees_another(self) -> bool:
+        return self.teacher_sees == "another"
+
     def refuse_walk(self, nfe: int) -> None:
         steps = self.loss_steps
         if isinstance(steps, int) and steps > nfe:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser
 from dopsd.flow import Schedule
-from dopsd.methods.base import Roles
+from dopsd.methods.base import Roles, Score
 from dopsd.rollout import Velocity
 from dopsd.training.adapters import untouched
 
@@ -42,6 +42,7 @@ def make_roles(
     student: Mapping[str, nn.Parameter],
     teacher: Teacher,
     schedule: Callable[[int | None, int, int], Schedule],
+    score: Score | None = None,
 ) -> Roles:
     """The roles over a denoiser whose network's trainable parameters are `student` (by their name in the network)."""
 
@@ -53,6 +54,7 @@ def make_roles(
         teacher=velocity_under(denoiser, teacher.tensors),
         base=velocity_under(denoiser, untouched(dict(student))),
         schedule=schedule,
+        score=score,
     )
 
 

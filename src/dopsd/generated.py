@@ -1,0 +1,78 @@
+"""Pictures that the untouched model paints before training, as it is deployed: class pictures, or losers for pairs.
+
+They become an ordinary folder of pictures and captions under the run's cache, found again by everything they depend on;
+one that was interrupted goes on where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dopsd.data.folder import METADATA, Example, Listing
+from dopsd.data.sources import one_caption_each
+from dopsd.deployed import cells_of, deployed_on
+from dopsd.families.base import Family
+from dopsd.files import atomic_path, write_text
+from dopsd.paint import noise_for, to_images, to_pictures
+from dopsd.recipe import Recipe
+from dopsd.rollout import walk
+
+FIRST_SEED = 960_000  # far from previews and checkups
+Progress = Callable[[int, int], None]
+
+
+def with_painted(
+    recipe: Recipe, family: Family, listing: Listing, progress: Progress | None = None
+) -> tuple[Listing, tuple[Example, ...]]:
+    """The listing with the losers that the method wants painted, and the class pictures that it wants beside."""
+    wanted = recipe.method.to_paint
+    if wanted is None:
+        return listing, ()
+    if wanted.what == "prior":
+        assert wanted.prompt is not None, "class pictures have a prompt"
+        (painted,) = paint_ahead(recipe, family, [wanted.prompt], wanted.count, progress).values()
+        return listing, tuple(Example(path, wanted.prompt) for path in painted)
+    if wanted.prompt is None:
+        listing = one_caption_each(listing)
+    prompt_of = [wanted.prompt or example.caption for example in listing.examples]
+    painted_for = paint_ahead(recipe, family, list(dict.fromkeys(prompt_of)), wanted.count, progress)
+    pairs = zip(listing.examples, prompt_of, strict=True)
+    return replace(listing, examples=tuple(replace(e, rejected=tuple(painted_for[p])) for e, p in pairs)), ()
+
+
+def paint_ahead(
+    recipe: Recipe, family: Family, prompts: Sequence[str], count: int, progress: Progress | None = None
+) -> dict[str, list[Path]]:
+    """`count` pictures of each prompt, painted unless they are there: the files by prompt. The networks are in memory
+    only meanwhile."""
+    side, nfe = max(recipe.data.resolution, default=family.resolution), family.default_nfe
+    key = [recipe.model.name_or_path, recipe.model.revision, sorted(prompts), count, side, nfe, FIRST_SEED]
+    folder = recipe.output_dir / "cache" / "generated" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    wanted = [
+        (prompt, folder / f"{place:04d}-{number:03d}.png", FIRST_SEED + place * count + number)
+        for place, prompt in enumerate(sorted(prompts))
+        for number in range(count)
+    ]
+    missing = [each for each in wanted if not each[1].is_file()]
+    if missing:
+        lines = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, path, _ in wanted]
+        write_text(folder / METADATA[0], "\n".join(lines) + "\n")
+        device, dtype = deployed_on()
+        reader = family.load_reader(device, dtype, pictures=False)
+        contexts = {prompt: reader.context([prompt]) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
+        del reader  # gigabytes
+        denoiser, painter = family.load_denoiser(device, dtype), family.load_painter(device, torch.float32)
+        cells = cells_of(family, side, side)
+        schedule = family.schedule(nfe, *cells)
+        for index, (prompt, path, seed) in enumerate(missing, start=len(wanted) - len(missing)):
+            if progress:
+                progress(index, len(wanted))
+            noise = noise_for([seed], family.channels, *cells).to(device)
+            image = to_images(to_pictures(painter, walk(denoiser, noise, schedule, contexts[prompt])))[0]
+            with atomic_path(path) as temporary:
+                image.save(temporary, "png")
+    return {prompt: [path for other, path, _ in wanted if other == prompt] for prompt in prompts}
