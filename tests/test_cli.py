@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dopsd.cli import app
+from dopsd.methods import METHODS
 
 RECIPE = {
     "model": {"name_or_path": "pocket"},
@@ -193,7 +194,7 @@ def test_a_lora_file_that_cannot_be_read_is_refused(desk, name, content, sentenc
 def test_list_prints_the_support_table(desk):
     result = CliRunner().invoke(app, ["list", "--json", "cells.json"])
     assert result.exit_code == 0 and "zimage" in result.output
-    assert json.loads(Path("cells.json").read_text()) == {"zimage": {"dopsd": None, "sft": None}}
+    assert json.loads(Path("cells.json").read_text())["zimage"] == dict.fromkeys(METHODS)
 
 
 def test_compare_refuses_recipes_on_different_data(desk):
@@ -213,18 +214,23 @@ def run_cli(*arguments: str):
     return CliRunner().invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("method", ["dopsd", "sft"])
+@pytest.mark.parametrize("method", METHODS)
 def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, desk):
-    from dopsd.recipe import known_keys, load_recipe
+    from dopsd.recipe import load_recipe
+    from dopsd.settings import Recipe
 
     made = run_cli("init", method, "--data", "pictures", "--out", "new.yaml")
     assert made.exit_code == 0, made.output
-    checked = run_cli("check", "new.yaml")
-    assert checked.exit_code == 0 and "pictures   4" in checked.output
     text = Path("new.yaml").read_text()
-    other = {"method.space", "method.teacher_decay"} if method == "sft" else {"method.times", "method.shift"}
-    for key in set(known_keys()) - other - {"method", "output_dir", "run_name"}:
-        assert f"{key.rpartition('.')[2]}:" in text, key
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()} | {"method": METHODS[method]}
+    for section in sections.values():
+        for key in getattr(section, "model_fields", ()):
+            assert f"{key}:" in text, key
+    checked = run_cli("check", "new.yaml", *(["--set", "method.judge=red"] if method == "pso_online" else []))
+    if method == "dpo":
+        assert checked.exit_code == 2 and "learns from pairs, and 4 of 4" in " ".join(checked.output.split())
+    else:
+        assert checked.exit_code == 0 and "pictures   4" in checked.output
     assert load_recipe(Path("new.yaml")).train.learning_rate == 1e-3  # the pocket checkpoint's own starting point
 
 

@@ -28,7 +28,7 @@ FLOORS = (
     ("training", "data", "evaluation", "pocket", "settings"),
     ("recipe", "export", "preview", "doctor"),
     ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection"),
-    ("ward", "checking"),
+    ("ward", "checking", "generated"),
     ("run", "preflight"),
     ("compare", "console"),
     ("cli", "__main__"),

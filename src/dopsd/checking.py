@@ -17,6 +17,7 @@ from dopsd.data.importing import fill
 from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.deployed import cells_of, fitted_size
 from dopsd.evaluation.health import PROMPTS
+from dopsd.evaluation.judges import find_judge
 from dopsd.export import refuse_unfit
 from dopsd.families import load_family
 from dopsd.families.base import Family, Sight
@@ -74,6 +75,8 @@ def check(recipe: Recipe) -> Checked:
         raise ValueError(f"{key} needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'.")
     if model := recipe.health.text_model:
         Checkpoint(model, called=f"health.text_model {model}")
+    if recipe.method.judged_by:
+        find_judge(recipe.method.judged_by)
     family = open_family(recipe)
     listing = read_data(recipe)
     _refuse_references(recipe, family, listing)

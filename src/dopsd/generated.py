@@ -17,9 +17,8 @@ from dopsd.data.sources import one_caption_each
 from dopsd.deployed import cells_of, deployed_on
 from dopsd.families.base import Family
 from dopsd.files import atomic_path, write_text
-from dopsd.paint import noise_for, to_images, to_pictures
+from dopsd.paint import noise_for, paint, to_images
 from dopsd.recipe import Recipe
-from dopsd.rollout import walk
 
 FIRST_SEED = 960_000  # far from previews and checkups
 Progress = Callable[[int, int], None]
@@ -71,8 +70,8 @@ def paint_ahead(
         for index, (prompt, path, seed) in enumerate(missing, start=len(wanted) - len(missing)):
             if progress:
                 progress(index, len(wanted))
-            noise = noise_for([seed], family.channels, *cells).to(device)
-            image = to_images(to_pictures(painter, walk(denoiser, noise, schedule, contexts[prompt])))[0]
+            noise = noise_for([seed], family.channels, *cells)
+            (image,) = to_images(paint(denoiser, painter, schedule, contexts[prompt], noise))
             with atomic_path(path) as temporary:
                 image.save(temporary, "png")
     return {prompt: [path for other, path, _ in wanted if other == prompt] for prompt in prompts}

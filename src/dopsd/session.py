@@ -14,11 +14,12 @@ from torch import nn
 from dopsd import __version__
 from dopsd.batch import Context
 from dopsd.evaluation.health import Agreement, Checkup, Health
+from dopsd.evaluation.judges import load_judge
 from dopsd.export import export_lora, start_from_lora
 from dopsd.families.base import Family, Painter
 from dopsd.files import sha256_of
 from dopsd.flow import Schedule
-from dopsd.methods.base import Roles
+from dopsd.methods.base import Roles, Score
 from dopsd.preview import Preview, paint_previews
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
@@ -27,6 +28,18 @@ from dopsd.training.quantize import adamw_8bit, quantize
 from dopsd.training.roles import Teacher, make_roles
 
 log = logging.getLogger(__name__)
+
+
+def judged_by(recipe: Recipe, family: Family, device: torch.device, lean: bool) -> Score:
+    """The method's judge, looking at latents through the autoencoder; both stay in memory."""
+    judge = load_judge(str(recipe.method.judged_by), device)
+    painter = family.load_painter(device, torch.float32, tiled=lean)
+
+    @torch.no_grad()
+    def score(clean: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return judge((painter.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
+
+    return score
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,8 @@ class Session:
         def schedule(nfe: int | None, height: int, width: int) -> Schedule:
             return family.schedule(nfe or family.default_nfe, height, width)
 
-        roles = make_roles(denoiser, trainable, teacher, schedule)
+        score = judged_by(recipe, family, accelerator.device, lean) if recipe.method.judged_by else None
+        roles = make_roles(denoiser, trainable, teacher, schedule, score)
         return cls(recipe, family, accelerator, lean, data, gap, trainable, teacher, optimizer, roles)
 
     @property

@@ -37,8 +37,10 @@ def _section_lines(section: str, settings: type[BaseModel], chosen: Mapping[str,
     active = {"method.name"} | set(chosen)
     for key, field in settings.model_fields.items():
         place = f"{section}.{key}"
-        default = field.default if field.default is not PydanticUndefined else None
-        value = chosen.get(place, default)
+        if field.is_required() and place not in chosen:
+            active.add(place)  # the user's to say; the example shows what is meant
+            chosen = {**chosen, place: (field.examples or [None])[0]}
+        value = chosen.get(place, None if field.default is PydanticUndefined else field.default)
         plain = list(value) if isinstance(value, tuple) else value
         shown = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
         words = f"  # {field.description}" if field.description else ""

@@ -300,3 +300,41 @@ def test_a_renamed_postscript_file_is_not_run(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
     with pytest.raises(ValueError, match="holds no JPEG"):
         open_picture(tmp_path / "a.png")
+
+
+def test_pairs_bring_one_or_several_rejected_pictures(tmp_path):
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png")
+    json_lines(
+        tmp_path,
+        {"chosen": "a.png", "rejected": "b.png", "prompt": "a cat"},
+        {"file_name": "c.png", "rejected": ["d.png", "b.png"], "text": "a dog"},
+    )
+    pairs = {e.path.name: [p.name for p in e.rejected] for e in read_folder(tmp_path).examples}
+    assert pairs == {"a.png": ["b.png"], "c.png": ["d.png", "b.png"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"chosen": "a.png", "text": "x"}, "is half a pair: it names no picture in rejected"),
+        ({"file_name": "a.png", "rejected": "", "text": "x"}, "is half a pair"),
+        ({"chosen": "a.png", "rejected": "gone.png", "text": "x"}, "names gone.png, and there is no such file"),
+        ({"chosen": "a.png", "rejected": 7, "text": "x"}, "names its picture with 7"),
+        ({"rejected": "a.png", "text": "x"}, "has none of file_name, image, image_path, chosen"),
+        ({"chosen": "a.png", "rejected": "../a.png", "text": "x"}, "outside the folder"),
+    ],
+)
+def test_a_pair_missing_a_side_is_named(row, said, tmp_path):
+    picture(tmp_path / "a.png")
+    json_lines(tmp_path, row)
+    with pytest.raises(ValueError, match=said):
+        read_folder(tmp_path)
+
+
+def test_a_rejected_picture_that_cannot_be_decoded_refuses_the_pair(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    json_lines(tmp_path, {"chosen": "a.png", "rejected": "b.png", "text": "x"})
+    with pytest.raises(ValueError, match=r"b\.png holds no .* picture"):
+        read_folder(tmp_path)

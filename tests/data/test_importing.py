@@ -105,3 +105,19 @@ def test_a_data_set_that_cannot_be_opened_is_one_sentence(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="cannot be opened as a data set"):
         import_data(str(tmp_path / "nothing"), tmp_path / "out")
+
+
+def test_pairs_of_a_data_set_become_pairs_of_the_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"win": [picture("red")], "lose": [picture("blue", "WEBP")], "prompt": ["a red one"]}
+    features = datasets.Features(
+        {"win": datasets.Image(), "lose": datasets.Image(), "prompt": datasets.Value("string")}
+    )
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / "train.parquet")
+    import_data(str(tmp_path / "table"), tmp_path / "out", "win", ["prompt"], rejected_column="lose")
+    (example,) = read_folder(tmp_path / "out").examples
+    assert example.path.read_bytes() == rows["win"][0]
+    assert [path.read_bytes() for path in example.rejected] == rows["lose"]
+    with pytest.raises(ValueError, match="has no column loser"):
+        import_data(str(tmp_path / "table"), tmp_path / "again", "win", ["prompt"], rejected_column="loser")

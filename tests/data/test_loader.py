@@ -145,3 +145,36 @@ def test_weights_of_a_folder_reach_the_batch(rows):
     weighted = [replace(row, example=replace(row.example, weight=1 + i / 4)) for i, row in enumerate(rows)]
     for batch in epoch(Loader(weighted, 3, seed=0), 0):
         assert batch.weight.tolist() == [1 + int(prompt) / 4 for prompt in batch.prompts]
+
+
+def paired(rows: list[Row]) -> list[Row]:
+    """Each row with the latents of the other rows of its size as rejected ones, or of itself where it is alone."""
+    others = [tuple(other.latents for other in rows if other.size == row.size and other is not row) for row in rows]
+    return [replace(row, rejected=found or (row.latents,)) for row, found in zip(rows, others, strict=True)]
+
+
+def test_rejected_pictures_come_with_the_batch_and_all_get_their_turn(rows):
+    loader = Loader(paired(rows), 3, seed=0)
+    seen: dict[str, set[float]] = {}
+    for index in range(200):
+        batch = loader.batch(index)
+        assert batch.rejected is not None and batch.rejected.shape == batch.latents.shape
+        for prompt, rejected in zip(batch.prompts, batch.rejected[:, 0, 0, 0].tolist(), strict=True):
+            seen.setdefault(prompt, set()).add(rejected)
+    assert seen["0"] == {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}
+    again = Loader(paired(rows), 3, seed=0)
+    assert torch.equal(again.batch(7).rejected, loader.batch(7).rejected)
+
+
+def test_class_pictures_and_replayed_prompts_come_beside_every_batch(rows):
+    replay = Loader(rows, 11, seed=0)._contexts[rows[4].context]
+    loader = Loader(rows[:7], 2, seed=0, prior=rows[7:10], replay=replay)
+    for index in (0, 5, 12):
+        batch = loader.batch(index)
+        assert batch.prior is not None and set(batch.prior.prompts) <= {"7", "8", "9"}
+        assert batch.replay is not None and len(batch.replay) == len(batch)
+        assert set(batch.replay.tokens[:, 0, 0].tolist()) == {4.0}
+    seen = {prompt for index in range(6) for prompt in loader.batch(index).prior.prompts}
+    assert seen == {"7", "8", "9"}
+    plain = Loader(rows[:7], 2, seed=0).batch(3)
+    assert plain.prior is None and plain.replay is None and plain.rejected is None

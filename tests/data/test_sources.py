@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dopsd.data.sources import Source, read_sources
+from dopsd.data.sources import Source, one_caption_each, read_sources, seen_in_turn
 
 
 def folder_of(parent: Path, name: str, *captions: str | list[str]) -> Path:
@@ -38,3 +38,22 @@ def test_the_trigger_is_put_before_captions_that_lack_it(tmp_path):
 def test_a_list_of_captions_is_checked_like_one(captions, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         read_sources([Source(folder_of(tmp_path, "mine", captions))])
+
+
+def test_a_teacher_that_sees_another_picture_sees_the_next_one_of_the_same_folder(tmp_path):
+    mine, others = folder_of(tmp_path, "mine", "a", "b", "c"), folder_of(tmp_path, "others", "d", "e")
+    listing = seen_in_turn(read_sources([Source(mine, repeats=2), Source(others)]))
+    seen = {(e.path.parent.name, e.path.stem): (e.shown.parent.name, e.shown.stem) for e in listing.examples}
+    assert seen == {
+        ("mine", "0"): ("mine", "1"), ("mine", "1"): ("mine", "2"), ("mine", "2"): ("mine", "0"),
+        ("others", "0"): ("others", "1"), ("others", "1"): ("others", "0"),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="holds one picture"):
+        seen_in_turn(read_sources([Source(folder_of(tmp_path, "single", "a"))]))
+
+
+def test_every_caption_can_have_an_example_of_its_own(tmp_path):
+    listing = one_caption_each(read_sources([Source(folder_of(tmp_path, "mine", ["a", "b"], "c"), weight=0.5)]))
+    assert [(e.path.stem, e.caption, e.also, e.weight) for e in listing.examples] == [
+        ("0", "a", (), 0.5), ("0", "b", (), 0.5), ("1", "c", (), 0.5),
+    ]  # fmt: skip

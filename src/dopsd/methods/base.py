@@ -75,6 +75,11 @@ class Method(BaseModel):
         return None
 
     @property
+    def judged_by(self) -> str | None:
+        """Name of the judge that scores pictures while training."""
+        return None
+
+    @property
     def teacher_sees_another(self) -> bool:
         """Whether the teacher is shown another picture of the concept than the one that is trained on."""
         return False

@@ -19,7 +19,7 @@ class DreamBooth(FlowMatching):
     """The class pictures come from the model as it is deployed: few steps, no guidance."""
 
     name: Literal["dreambooth"] = "dreambooth"
-    class_prompt: str = Field(min_length=1, description="What the class pictures show, e.g. `a dog`.")
+    class_prompt: str = Field(min_length=1, description="What the class pictures show.", examples=["a photo of a dog"])
     class_pictures: int = Field(default=100, ge=1, description="How many the untouched model paints.")
     prior_weight: float = Field(default=1.0, ge=0, description="Of the class pictures' loss; 0 is SFT.")
 

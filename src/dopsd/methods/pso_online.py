@@ -25,8 +25,11 @@ class PSOOnline(Preference):
     """Pairs whose pictures score alike, or one of which has no score (NaN), are dropped."""
 
     name: Literal["pso_online"] = "pso_online"
-    judge: str = Field(min_length=1, description="Scores pictures, higher is better: a name of `dopsd list` or "
-                       "package.module:callable, see docs/judges.md.")  # fmt: skip
+    judge: str = Field(
+        min_length=1,
+        description="Scores pictures, higher is better: red, pickscore, clip, ... or package.module:callable.",
+        examples=["pickscore"],
+    )
     eta: float = Field(default=0.5, gt=0, le=1, description="Noise of the steps below: r = sin(eta pi/2).")
     stochastic_steps: tuple[Index, ...] | None = Field(
         default=None, min_length=1, description="Steps that draw noise and are trained; default: the second and third."
@@ -35,6 +38,10 @@ class PSOOnline(Preference):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"base", "judge"})
+
+    @property
+    def judged_by(self) -> str:
+        return self.judge
 
     def refuse_walk(self, nfe: int) -> None:
         if nfe == 1:
