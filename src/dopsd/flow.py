@@ -110,9 +110,9 @@ class Transition:
     share: Tensor  # 1 - t' + q, what of z survives in the mean
 
     @property
-    def weight(self) -> float:
+    def weight(self) -> Tensor:
         """slope^2 / (2 std^2)."""
-        return (self.slope**2 / (2 * self.std**2)).item()
+        return self.slope**2 / (2 * self.std**2)
 
     def implied(self, z: Tensor, z_next: Tensor) -> Tensor:
         """The velocity that would have led from z straight to z_next."""
@@ -123,7 +123,7 @@ def transition(s: Step) -> Transition:
     """The density of a step that renoises. Raises ValueError for one that does not: a point has no density."""
     now, after = s.now.double(), s.after.double()
     std = after * s.renoise
-    if std == 0:
+    if s.renoise == 0:
         raise ValueError(f"step {s.index} draws no noise, so it has no transition density: give it an eta above 0.")
     kept = after * math.sqrt(1 - s.renoise**2)  # q: of the noise that was
     return Transition(std, now * (1 - after) - (1 - now) * kept, 1 - after + kept)

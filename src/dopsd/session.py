@@ -31,13 +31,25 @@ log = logging.getLogger(__name__)
 
 
 def judged_by(recipe: Recipe, family: Family, device: torch.device, lean: bool) -> Score:
-    """The method's judge, looking at latents through the autoencoder; both stay in memory."""
+    """The method's judge, looking at latents through the autoencoder; both stay in memory. Raises ValueError once it
+    has been without an answer for as many steps in a row as the recipe would skip."""
     judge = load_judge(str(recipe.method.judged_by), device)
     painter = family.load_painter(device, torch.float32, tiled=lean)
+    most = 2 * recipe.train.max_skipped_steps * recipe.train.gradient_accumulation_steps  # two walks a batch
+    silent_in_a_row = 0
 
     @torch.no_grad()
     def score(clean: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        return judge((painter.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
+        nonlocal silent_in_a_row
+        scores = judge((painter.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
+        silent_in_a_row = silent_in_a_row + 1 if scores.isnan().all() else 0
+        if silent_in_a_row == most:
+            raise ValueError(
+                f"the judge {recipe.method.judged_by} answered NaN for every picture of {most} walks in a row: there is "
+                "is nothing to learn from. What was saved before is kept; look at what the judge makes of pictures "
+                "[B, 3, H, W] in [0, 1]."
+            )
+        return scores
 
     return score
 

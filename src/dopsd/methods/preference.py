@@ -29,7 +29,7 @@ SATURATED = 4.0  # margins beyond it have a gradient below 2 percent
 @dataclass(frozen=True)
 class Term:
     """A state of a branch: z [B, C, h, w] at t [B], and the velocity wanted there. step: of the walk, for the log;
-    weight: a number, or one a row [B]."""
+    weight: one number, or one a row [B]."""
 
     branch: Branch
     step: int
@@ -74,9 +74,9 @@ def pairwise_losses(
         yield Loss((weight * slope * pull * error).mean(), log if last else {}, last)
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
-    """The same weights with mean 1."""
-    return [weight * len(weights) / sum(weights) for weight in weights]
+def normalised(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The same weights, 0-d, with mean 1."""
+    return [weight / torch.stack(list(weights)).mean() for weight in weights]
 
 
 def _story(

@@ -103,14 +103,14 @@ class PSO(Preference):
                 terms.append(_noised("loser", step, painted, noise, weight * self.loser_share))
         yield from pairwise_losses(roles, batch.context, terms, self.beta, batch.weight, self.link, self.reference)
 
-    def _weights(self, own: list[float]) -> list[float]:
+    def _weights(self, own: list[Tensor]) -> list[Tensor]:
         """One a step; the last, which has no density of its own, takes its neighbour's."""
         if not own:
-            return [1.0]
+            return [torch.ones(())]
         weights = normalised(own) if self.weights == "normalised" else own
         return [*weights, weights[-1]]
 
 
-def _noised(branch: Branch, step: Step, clean: Tensor, noise: Tensor, weight: float) -> Term:
+def _noised(branch: Branch, step: Step, clean: Tensor, noise: Tensor, weight: Tensor) -> Term:
     t = step.now.to(clean).expand(len(clean))
     return Term(branch, step.index, noisy(clean, noise, t), t, noise - clean, weight)
