@@ -321,7 +321,7 @@ def test_pairs_bring_one_or_several_rejected_pictures(tmp_path):
         ({"file_name": "a.png", "rejected": "", "text": "x"}, "is half a pair"),
         ({"chosen": "a.png", "rejected": "gone.png", "text": "x"}, "names gone.png, and there is no such file"),
         ({"chosen": "a.png", "rejected": 7, "text": "x"}, "names its picture with 7"),
-        ({"rejected": "a.png", "text": "x"}, "has none of file_name, image, image_path, chosen"),
+        ({"rejected": "a.png", "text": "x"}, "has none of file_name, image, image_path, target, chosen"),
         ({"chosen": "a.png", "rejected": "../a.png", "text": "x"}, "outside the folder"),
     ],
 )

@@ -59,8 +59,9 @@ class Listing:
 
     def fingerprint(self) -> str:
         """SHA-256 of the pictures' bytes and their captions, in any order and wherever they lie."""
-        pictures = ([*map(sha256_of, (e.path, *e.references, *e.rejected))] for e in self.examples)
-        each = sorted([*hashes, e.caption, *e.also] for hashes, e in zip(pictures, self.examples, strict=True))
+        each = sorted(
+            [*map(sha256_of, (e.path, *e.references, *e.rejected)), e.caption, *e.also] for e in self.examples
+        )
         return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
 
