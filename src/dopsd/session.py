@@ -45,8 +45,8 @@ def judged_by(recipe: Recipe, family: Family, device: torch.device, lean: bool) 
         silent_in_a_row = silent_in_a_row + 1 if scores.isnan().all() else 0
         if silent_in_a_row == most:
             raise ValueError(
-                f"the judge {recipe.method.judged_by} answered NaN for every picture of {most} walks in a row: there is "
-                "is nothing to learn from. What was saved before is kept; look at what the judge makes of pictures "
+                f"the judge {recipe.method.judged_by} answered NaN for every picture of {most} walks in a row: nothing "
+                "can be learned from that. What was saved before is kept; look at what the judge makes of pictures "
                 "[B, 3, H, W] in [0, 1]."
             )
         return scores

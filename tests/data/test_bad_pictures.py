@@ -152,7 +152,7 @@ FILES: dict[str, tuple[dict[str, bytes], str]] = {  # name: (metadata files, sen
     "surplus field": ({"metadata.csv": b"file_name,text\na.png,a cat, asleep\n"}, "has more fields than the header"),
     "missing field": ({"metadata.csv": b"file_name,text\na.png\n"}, "metadata.csv line 2 is None, which is not text"),
     "semicolons": ({"metadata.csv": b"file_name;text\na.png;x\n"}, "(it has file_name;text)"),
-    "no header": ({"metadata.csv": b"a.png,x\nb.png,y\n"}, "image_path (it has a.png, x)"),
+    "no header": ({"metadata.csv": b"a.png,x\nb.png,y\n"}, "chosen (it has a.png, x)"),
     "quote never closed": ({"metadata.csv": b'file_name,text\na.png,"x\nb.png,y\n'}, "b.png has no caption: no row"),
     "CSV in Latin-1": ({"metadata.csv": "file_name,text\na.png,é\n".encode("latin-1")}, "metadata.csv is not UTF-8"),
     "endless CSV field": ({"metadata.csv": b"file_name,text\na.png," + b"x" * 200_000}, "is not readable CSV"),
