@@ -27,9 +27,10 @@ FLOORS = (
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket", "settings"),
     ("recipe", "export", "preview", "doctor"),
-    ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection"),
+    ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection", "budget"),
     ("ward", "checking", "generated"),
-    ("run", "preflight"),
+    ("run", "preflight", "contest"),
+    ("standings",),
     ("compare", "console"),
     ("cli", "__main__"),
 )

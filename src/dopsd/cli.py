@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dopsd.console import bars, err, foretell, out, show, summarise, write_numbers
+from dopsd.console import bars, err, foretell, forwards_of, out, show, summarise, write_numbers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -178,15 +178,20 @@ def compare(
     change: Changes = None,
     json_file: AsJson = None,
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("compare.html"),
+    nfe: Annotated[str | None, typer.Option(help="Forwards, e.g. 1,2,4,8: what step budget holds.")] = None,
+    equal: Annotated[str | None, typer.Option(help="To the first recipe in pictures, seconds or forwards.")] = None,
+    units: Annotated[int, typer.Option(help="Pocket lessons to repeat it on.", min=1)] = 1,
 ) -> None:
-    """Run recipes side by side: same data, noise and measures. Finished runs are not trained again."""
+    """Run recipes side by side: same data, noise and measures. What is finished is not done again."""
+    from dopsd.budget import rule_of
     from dopsd.compare import compare as compare_recipes
     from dopsd.recipe import load_recipe
 
+    nfes, rule = forwards_of(nfe), rule_of(equal)
     loras = [path for path in recipes if path.suffix == ".safetensors"]
     loaded = [load_recipe(path, change or ()) for path in recipes if path not in loras]
     with bars() as advance:
-        outcome = compare_recipes(loaded, report, advance, loras)
+        outcome = compare_recipes(loaded, report, advance, loras, nfes, rule, units)
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {report}", highlight=False)

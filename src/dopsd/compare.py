@@ -1,78 +1,57 @@
 """Recipes side by side: same data, prompts, noise and measures. `demo` is a comparison whose recipes are built in.
 
-Where the data is a pocket lesson every model sits the lesson's exam; elsewhere the pictures speak, beside the cost.
+Where the data is a pocket lesson every model sits the lesson's exam; elsewhere the pictures speak, beside the cost and
+the bleed. What is trained or answered already is not done again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from PIL import Image
-
-from dopsd.checking import family_of, pictures_shown, read_data
-from dopsd.deployed import deployed_on
-from dopsd.evaluation.report import Panel, write_comparison
-from dopsd.families.base import Denoiser, Family, Painter
-from dopsd.families.lora import merge_lora, read_lora
-from dopsd.paint import noise_for, to_images
-from dopsd.pocket.exam import Answers, Sheet, interval, lesson_of, sit, truth, write_lesson
-from dopsd.preview import paint_each
+from dopsd.budget import Rule, forwards_a_step, on_budget_of
+from dopsd.contest import Contest, Contestant
+from dopsd.evaluation.advice import advise
+from dopsd.evaluation.report import write_comparison
+from dopsd.families.lora import read_lora
+from dopsd.pocket.exam import lesson_of, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import Progress, train
 from dopsd.run_folder import read_rows
+from dopsd.standings import Entry, Outcome, notes, panels, tabulate
+from dopsd.training.checkpoint import checkpoints
 
-MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
-KEPT = ("sharpness", "speckle", "attributes")  # read on unrelated prompts; the teacher's row has none
-SHOWN = 8  # pictures of a row in the report
 DEMO_THING = 1_000_003
 DEMO_STEPS = {"dopsd": 150, "sft": 800}  # about equal wall time: 16 and 3 forward units a picture
 DEMO_RATE = {"dopsd": 1e-3, "sft": 3e-4}  # the best of benchmarks/claim.py sweep, on other things
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a comparison found: a table to print, and the same as numbers."""
-
-    header: list[str]
-    table: list[list[str]]
-    numbers: dict[str, Any]
-
-
-@dataclass
-class Contestant:
-    """A model in a comparison: its name, its LoRA (None = the untouched model), and what the tuning cost."""
-
-    name: str
-    lora: Path | None = None
-    seconds: float | None = None
-    pictures: int | None = None
-    seeing: bool = False  # the untouched model with the picture in context: the teacher
-    answers: Answers | None = None
-    images: tuple[Image.Image, ...] = field(default=())
-
-
-def compare(recipes: Sequence[Recipe], report: Path, progress: Progress, loras: Sequence[Path] = ()) -> Outcome:
+def compare(
+    recipes: Sequence[Recipe],
+    report: Path,
+    progress: Progress,
+    loras: Sequence[Path] = (),
+    nfes: Sequence[int] = (),
+    equal: Rule | None = None,
+    units: int = 1,
+) -> Outcome:
     """Run the recipes that are not finished, then judge them, further LoRA files (of any tool) and the untouched model
-    on the same questions, those of the first recipe. Raises ValueError without a recipe, and for a LoRA that does not
-    fit, before anything is trained."""
+    on the same questions, those of the first recipe, at each of `nfes` (default: the recipe's).
+
+    equal: train the others on the first recipe's budget. units: on so many pocket lessons, the recipe's and the things
+    after it. Raises ValueError without a recipe, for recipes of different data, and for a LoRA that does not fit,
+    before anything is trained."""
     if not recipes:
         raise ValueError("give at least one recipe: its model, prompts and data are what LoRA files are compared on.")
-    first = recipes[0]
-    family = family_of(first)
+    _refuse_unlike(recipes, loras, units)
+    contests = [Contest(_on_unit(recipes[0], unit), recipes[0].output_dir / "answers") for unit in range(units)]
+    family = contests[0].family
     for lora in loras:
         read_lora(lora, family)
-    for other in recipes[1:]:
-        if (other.model.name_or_path, other.data.folder) != (first.model.name_or_path, first.data.folder):
-            raise ValueError(
-                f"{other.run_name} and {first.run_name} differ in model or data; a comparison needs the same of both."
-            )
-    contestants = [Contestant("base"), *(_trained(recipe, progress) for recipe in recipes)]
-    contestants += [Contestant(lora.stem, lora) for lora in loras]
-    if lesson_of(first.data.folder) is not None:
-        contestants.insert(1, Contestant("teacher", seeing=True))
-    return judge(first, contestants, report, title="Comparison", intro="Same data, prompts, noise and measures.")
+    nfes = tuple(nfes) or (recipes[0].sample.nfe or family.default_nfe,)
+    untouched = _untouched(contests[0], many=len(nfes) > 1)
+    entries = [Entry([contestant] * units) for contestant in untouched]
+    entries += _tuned(recipes, equal, units, family.default_nfe, progress)
+    entries += [Entry([Contestant(lora.stem, lora=lora)]) for lora in loras]
+    return judge(contests, entries, nfes, report, "Comparison", _intro(recipes[0], equal, units), progress)
 
 
 def demo(folder: Path, progress: Progress) -> Outcome:
@@ -80,17 +59,16 @@ def demo(folder: Path, progress: Progress) -> Outcome:
     lesson = folder / "pictures"
     write_lesson(lesson, DEMO_THING)
     recipes = [demo_recipe(method, lesson, folder) for method in DEMO_STEPS]
-    contestants = [Contestant("base"), Contestant("teacher", seeing=True)]
-    contestants += [_trained(recipe, progress) for recipe in recipes]
-    return judge(
-        recipes[0],
-        contestants,
-        folder / "report.html",
-        title="Four pictures of a new thing",
-        intro="A few-step model was tuned on four pictures of a thing it had never seen, with D-OPSD and with plain "
+    contest = Contest(recipes[0], folder / "answers")
+    nfe = contest.family.default_nfe
+    entries = [Entry([contestant]) for contestant in _untouched(contest, many=False)]
+    entries += _tuned(recipes, None, 1, nfe, progress)
+    intro = (
+        "A few-step model was tuned on four pictures of a thing it had never seen, with D-OPSD and with plain "
         "fine-tuning (SFT) for about the same time. Rows share prompts and noise. Look for the thing in the first "
-        "grid, and at what the model still knows in the second. D-OPSD can learn what its teacher paints, not more.",
+        "grid, and at what the model still knows in the last. D-OPSD can learn what its teacher paints, not more."
     )
+    return judge([contest], entries, (nfe,), folder / "report.html", "Four pictures of a new thing", intro, progress)
 
 
 def demo_recipe(method: str, lesson: Path, folder: Path) -> Recipe:
@@ -110,117 +88,118 @@ def demo_recipe(method: str, lesson: Path, folder: Path) -> Recipe:
     )
 
 
-def judge(recipe: Recipe, contestants: Sequence[Contestant], report: Path, title: str, intro: str) -> Outcome:
-    """Ask every contestant the same questions and write the page."""
-    family = family_of(recipe)
-    device, dtype = deployed_on()
-    thing = lesson_of(recipe.data.folder)
-    reader = family.load_reader(device, dtype, pictures=thing is not None)
-    painter = family.load_painter(device, torch.float32)
-    if thing is not None:
-        sheet = Sheet.write(thing, reader, recipe.data.folder)
-        del reader  # gigabytes, as below
-        for contestant in contestants:
-            _examine(contestant, sheet, family, painter, _denoiser_of(contestant, family, device, dtype))
-        panels = _exam_panels(contestants, sheet)
-    else:
-        wanted = pictures_shown(recipe, family, read_data(recipe))
-        contexts = [each.read(reader) for each in wanted]
-        del reader
-        noises = [noise_for([each.seed], *each.cells) for each in wanted]
-        nfe = recipe.sample.nfe or family.default_nfe
-        schedules = [family.schedule(nfe, *each.cells[1:]) for each in wanted]
-        for contestant in contestants:
-            # the network is bound to no name, so that it leaves memory before the next one comes
-            pictures = paint_each(
-                _denoiser_of(contestant, family, device, dtype), contexts, painter, schedules, noises, device
-            )
-            contestant.images = tuple(image for picture in pictures for image in to_images(picture[None]))
-        rows = tuple((c.name, c.images) for c in contestants)
-        panels = [Panel("Same prompts, same noise", tuple(each.prompt for each in wanted), rows)]
-    outcome = _tabulate(contestants, measured=thing is not None)
-    write_comparison(report, title, intro, outcome.header, outcome.table, panels, _notes(thing is not None))
+def judge(
+    contests: Sequence[Contest],
+    entries: Sequence[Entry],
+    nfes: Sequence[int],
+    report: Path,
+    title: str,
+    intro: str,
+    progress: Progress,
+) -> Outcome:
+    """Ask every contestant the same questions in every unit, and write the page."""
+    for done, entry in enumerate(entries):
+        progress("judging", done, len(entries))
+        asked = [contest.answers(c, nfes) for contest, c in zip(contests, entry.contestants, strict=True)]
+        entry.answers = {nfe: [answers[nfe] for answers in asked] for nfe in nfes}
+    progress("judging", len(entries), len(entries))
+    outcome = tabulate(entries, nfes, measured=contests[0].thing is not None)
+    said = notes(entries, nfes, measured=contests[0].thing is not None)
+    shown = panels(contests[0].questions, entries, nfes)
+    write_comparison(report, title, intro, outcome.header, outcome.table, shown, said)
     return outcome
 
 
-def _trained(recipe: Recipe, progress: Progress) -> Contestant:
-    """The recipe's LoRA, trained now unless the run folder holds it already."""
-    lora = recipe.run_folder / f"{recipe.run_name}.safetensors"
-    config, metrics = recipe.run_folder / "config.yaml", recipe.run_folder / "metrics.jsonl"
-    if lora.exists() and (missing := [file for file in (config, metrics) if not file.is_file()]):
-        raise ValueError(f"{missing[0]} is missing beside a finished LoRA: remove {recipe.run_folder} to run it again.")
-    if lora.exists() and config.read_text(encoding="utf-8") != recipe.to_yaml():
-        raise ValueError(f"{recipe.run_folder} holds a run of another recipe; choose another run_name or output_dir.")
-    if not lora.exists():
-        for step in train(recipe, progress=progress):
-            progress(f"{recipe.run_name}  loss {step.log['loss']:.4f}", step.step, recipe.train.max_steps)
-    rows = read_rows(metrics)
-    return Contestant(
-        recipe.run_name,
-        lora,
-        seconds=sum(row["seconds"] for row in rows),
-        pictures=int(sum(row["pictures"] for row in rows)),
-    )
-
-
-def _denoiser_of(contestant: Contestant, family: Family, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    denoiser = family.load_denoiser(device, dtype)
-    if contestant.lora:
-        merge_lora(denoiser.network, contestant.lora, family)
-    return denoiser
-
-
-def _examine(contestant: Contestant, sheet: Sheet, family: Family, painter: Painter, denoiser: Denoiser) -> None:
-    side = family.resolution // family.cell
-    schedule = family.schedule(family.default_nfe, side, side)
-    contestant.answers = sit(sheet, denoiser, painter, schedule, (family.channels, side, side), contestant.seeing)
-
-
-def _tabulate(contestants: Sequence[Contestant], measured: bool) -> Outcome:
-    header = ["model", *(MEASURES if measured else ()), "seconds", "pictures"]
-    table, numbers = [], {}
-    for contestant in contestants:
-        row: dict[str, float | None] = {}
-        cells = [contestant.name]
-        if measured:
-            assert contestant.answers is not None
-            means = contestant.answers.means()
-            for measure in MEASURES:
-                hidden = contestant.seeing and measure in KEPT
-                row[measure] = None if hidden else means[measure]
-                cells.append("-" if hidden else interval(getattr(contestant.answers, measure)))
-        row |= {"seconds": contestant.seconds, "pictures": contestant.pictures}
-        cells.append("-" if contestant.seconds is None else f"{contestant.seconds:.0f}")
-        cells.append("-" if contestant.pictures is None else str(contestant.pictures))
-        table.append(cells)
-        numbers[contestant.name] = row
-    return Outcome(header, table, numbers)
-
-
-def _exam_panels(contestants: Sequence[Contestant], sheet: Sheet) -> list[Panel]:
-    def rows(attribute: str, seeing: bool) -> tuple[tuple[str, tuple[Image.Image, ...]], ...]:
-        return tuple(
-            (c.name, tuple(to_images(getattr(c.answers, attribute)[:SHOWN])))
-            for c in contestants
-            if seeing or not c.seeing
+def _refuse_unlike(recipes: Sequence[Recipe], loras: Sequence[Path], units: int) -> None:
+    first, names = recipes[0], [recipe.run_name for recipe in recipes]
+    for other in recipes[1:]:
+        if (other.model.name_or_path, other.data.folder) != (first.model.name_or_path, first.data.folder):
+            raise ValueError(
+                f"{other.run_name} and {first.run_name} differ in model or data; a comparison needs the same of both."
+            )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{' and '.join(twice)} is there twice: give every recipe a run_name of its own.")
+    if units > 1 and lesson_of(first.data.folder) is None:
+        raise ValueError(
+            f"{first.data.folder} is no pocket lesson, and only of those there are more: leave out --units."
         )
-
-    scenes = sheet.scenes[:SHOWN]
-    wanted = ("how it should look", tuple(to_images(truth(scenes))))
-    learned = tuple(f"{scene.size}, {scene.place}, {scene.background}" for scene in scenes)
-    kept = tuple(", ".join(stated.values()) or "(nothing stated)" for stated in sheet.stated[:SHOWN])
-    return [
-        Panel("The thing in new scenes", learned, (wanted, *rows("thing_pictures", seeing=True))),
-        Panel("Unrelated prompts", kept, rows("unrelated_pictures", seeing=False)),
-    ]
+    if units > 1 and loras:
+        raise ValueError("a LoRA file was tuned on one set of pictures: compare it without --units.")
 
 
-def _notes(measured: bool) -> list[str]:
-    if not measured:
-        return []
-    return [
-        "Numbers are means with 95% bootstrap intervals over pictures, one seed. thing_error (lower is better) and "
-        "thing_hit (higher) compare 24 unseen scenes with the true thing; sharpness, speckle (lower) and attributes "
-        "are read on 96 unrelated prompts.",
-        "The teacher is the untouched model with one of the four pictures in its context: what D-OPSD learns from.",
-    ]
+def _untouched(contest: Contest, many: bool) -> list[Contestant]:
+    """Who needs no training; the parent only where step budgets are compared, and where the checkpoint carries it."""
+    base, floor = Contestant("base", "base"), Contestant("base, other noise", "floor")
+    if contest.thing is None:
+        return [base, floor]
+    carried = many and (contest.family.checkpoint.folder / "parent").is_dir()
+    return [base, floor, Contestant("teacher", "teacher"), *([Contestant("parent", "parent")] if carried else [])]
+
+
+def _on_unit(recipe: Recipe, unit: int) -> Recipe:
+    """The recipe on its own lesson (unit 0), or on that of the thing so many seeds later, drawn if it is not there."""
+    if unit == 0:
+        return recipe
+    thing = lesson_of(recipe.data.folder)
+    assert thing is not None
+    folder = recipe.output_dir / "lessons" / str(thing + unit)
+    if not folder.is_dir():
+        write_lesson(folder, thing + unit, pictures=len(list(recipe.data.folder.glob("*.png"))))
+    tree = recipe.model_dump()
+    data = tree["data"] | {"folder": folder}
+    return parse_recipe(tree | {"data": data, "run_name": f"{recipe.run_name}-{thing + unit}"})
+
+
+def _tuned(recipes: Sequence[Recipe], equal: Rule | None, units: int, nfe: int, progress: Progress) -> list[Entry]:
+    """Each recipe trained in each unit; where asked for, on the budget of the first recipe in that unit."""
+    entries = [Entry([]) for _ in recipes]
+    for unit in range(units):
+        budget = _on_unit(recipes[0], unit)
+        for entry, named in zip(entries, recipes, strict=True):
+            recipe = _on_unit(named, unit)
+            if equal and named is not recipes[0]:
+                recipe = on_budget_of(budget, recipe, equal, nfe, _cost(budget, nfe)["seconds"])
+            _train(recipe, progress)
+            entry.contestants.append(Contestant(named.run_name, lora=_lora_of(recipe)))
+            entry.cost = {name: entry.cost.get(name, 0) + cost / units for name, cost in _cost(recipe, nfe).items()}
+            if unit == 0 and (found := advise(read_rows(recipe.run_folder / "health.jsonl"))):
+                entry.advice = found.sentence
+    return entries
+
+
+def _train(recipe: Recipe, progress: Progress) -> None:
+    """Unless the run folder holds it already; from where it was stopped, if it was."""
+    folder, lora = recipe.run_folder, _lora_of(recipe)
+    config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    if lora.exists() and (missing := [file for file in (config, metrics) if not file.is_file()]):
+        raise ValueError(f"{missing[0]} is missing beside a finished LoRA: remove {folder} to run it again.")
+    if lora.exists() and config.read_text(encoding="utf-8") != recipe.to_yaml():
+        raise ValueError(f"{folder} holds a run of another recipe; choose another run_name or output_dir.")
+    if not lora.exists():
+        for step in train(recipe, "latest" if checkpoints(folder) else None, progress):
+            progress(f"{recipe.run_name}  loss {step.log['loss']:.4f}", step.step, recipe.train.max_steps)
+
+
+def _lora_of(recipe: Recipe) -> Path:
+    return recipe.run_folder / f"{recipe.run_name}.safetensors"
+
+
+def _cost(recipe: Recipe, nfe: int) -> dict[str, float]:
+    """What a finished run took; nfe: the model's own."""
+    rows = read_rows(recipe.run_folder / "metrics.jsonl")
+    forwards = len(rows) * forwards_a_step(recipe, nfe)
+    return {
+        "seconds": sum(r["seconds"] for r in rows),
+        "pictures": sum(r["pictures"] for r in rows),
+        "forwards": forwards,
+    }
+
+
+def _intro(first: Recipe, equal: Rule | None, units: int) -> str:
+    budget = f" Each was trained on as many {equal} as {first.run_name}." if equal else ""
+    lessons = (
+        f" Means over {units} things, each with trainings of its own; the pictures are of the first."
+        if units > 1
+        else ""
+    )
+    return f"Same data, prompts, noise and measures.{budget}{lessons}"

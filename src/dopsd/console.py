@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dopsd.checking import Checked
     from dopsd.recipe import Recipe
 
+MOST_FORWARDS = 1000  # of a sampler that anyone asks for
 WIDTH = 160  # where there is no terminal whose width must be kept
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 err = Console(stderr=True, soft_wrap=True)
@@ -48,6 +49,14 @@ def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     fitting = [level for level, peak in peaks.items() if peak.fits(room)]
     verdict = f"{where} takes {' and '.join(fitting) or 'neither'}"
     out.print(f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}", highlight=False)
+
+
+def forwards_of(text: str | None) -> tuple[int, ...]:
+    """Of `--nfe 1,2,4,8`: each once, in order; empty for None. Raises ValueError for what is no such list."""
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isdecimal() and 1 <= int(part) <= MOST_FORWARDS for part in parts):
+        raise ValueError(f"--nfe {text}: give numbers of forwards from 1 to {MOST_FORWARDS}, e.g. --nfe 1,2,4,8.")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 class bars:

@@ -4,6 +4,7 @@ The only room that knows all others; only `cli`, `compare` and the package's fac
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from dopsd.files import atomic_path
 from dopsd.generated import with_painted
 from dopsd.preview import Preview, read_previews
 from dopsd.recipe import Recipe, TrainSection
-from dopsd.run_folder import Metrics, claimed, write_header
+from dopsd.run_folder import Metrics, claimed, read_rows, write_header
 from dopsd.session import Session
 from dopsd.stopping import Stopped, Unhealthy, noticing_signals
 from dopsd.trackers import Trackers, tracking
@@ -96,6 +97,7 @@ def _train(
     )  # fmt: skip
     prompts = unrelated_prompts(recipe, session.family)
     ward = Ward(session, material.unrelated, prompts, start, trackers)
+    spent, enough = sum(row["seconds"] for row in read_rows(metrics.path)), recipe.train.max_seconds or math.inf
     for report in steps(
         session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
         session.accelerator, plan, start,
@@ -104,7 +106,8 @@ def _train(
         about = ("grad_norm", "learning_rate", "pictures", "seconds", "skipped")
         told = {name: getattr(report, name) for name in about}
         trackers.numbers("train", {**report.log, **told}, report.step)
-        done, signal = report.step == plan.max_steps, noticed()
+        spent += report.seconds
+        done, signal = report.step == plan.max_steps or spent >= enough, noticed()
         due = _due(report.step, recipe.save.every)
         if done or _due(report.step, recipe.sample.every):
             _preview(session, material, report.step, trackers)
@@ -123,6 +126,8 @@ def _train(
             raise Stopped(signal, report.step)
         if illness:
             raise Unhealthy(report.step, illness)
+        if done:
+            return
 
 
 def _show_examples(recipe: Recipe, rows: Sequence[Row]) -> None:

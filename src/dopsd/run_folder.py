@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FREE = {
     ("train", "max_steps"),
+    ("train", "max_seconds"),
     ("model", "memory"),
     ("model", "offload"),
 }  # what a resumed run may change of what makes its numbers

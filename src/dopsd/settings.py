@@ -146,6 +146,7 @@ class TrainSection(Section):
     """The optimizer and how long it runs."""
 
     max_steps: int = Field(1000, ge=1)
+    max_seconds: float | None = Field(None, gt=0, description="Of steps, after which training ends as at max_steps.")
     batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)

@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from dopsd.evaluation.advice import advise
 from dopsd.evaluation.curves import POINTS, Curve, Metrics, curve_of, curves_of
 from dopsd.files import write_text
 
@@ -240,7 +241,9 @@ def _health_sections(path: Path) -> list[_Section]:
     words = f"Against the untouched model (1 = the same), on unrelated prompts, after step {rows[-1]['step']}."
     header = ("measure", "value", "standard error", "limit", "noise floor", "verdict")
     curves = [curve_of(name, flat, [name]) for name in names] if len(rows) > 1 else []
-    return [_Section("Few-step health", words=[words], header=header, rows=table, curves=curves)]
+    advice = advise(rows)
+    assert advice is not None
+    return [_Section("Few-step health", words=[words, advice.sentence], header=header, rows=table, curves=curves)]
 
 
 def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str, Any]) -> dict:

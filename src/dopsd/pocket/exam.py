@@ -24,7 +24,6 @@ from dopsd.pocket.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.reader import measure, thing_error, thing_hit
 from dopsd.pocket.world import Jitter, Scene, draw_scene, render, unnamed_style
 from dopsd.rollout import Velocity
-from dopsd.statistics import bootstrap
 
 HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
 UNSEEN_SCENES, UNRELATED = 24, 96
@@ -82,6 +81,8 @@ class Sheet:
     seeing_context: Context | None  # the scenes' prompts with a picture of the lesson: the teacher's sheet
     stated: tuple[Mapping[str, str], ...]
     unrelated_context: Context
+    others: tuple[str, ...]  # the scenes' prompts in other words: another made-up name, or none
+    others_context: Context
 
     @staticmethod
     def write(seed: int, reader: Reader, lesson: Path | None = None, unrelated_count: int = UNRELATED) -> "Sheet":
@@ -95,8 +96,18 @@ class Sheet:
             pictures = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(prompts))]
             seeing = reader.context(prompts, pictures)
         stated = unrelated(unrelated_count)
-        others = reader.context([caption_of(s) for s in stated])
-        return Sheet(scenes, reader.context(prompts), seeing, stated, others)
+        unrelated_context = reader.context([caption_of(s) for s in stated])
+        others = tuple(other_words(scene, seed, index) for index, scene in enumerate(scenes))
+        return Sheet(
+            scenes, reader.context(prompts), seeing, stated, unrelated_context, others, reader.context(list(others))
+        )
+
+
+def other_words(scene: Scene, seed: int, index: int) -> str:
+    """A thing's scene by a name that is not its own, in turn by each of the others, and at every second index by none:
+    what shows the thing all the same has bled."""
+    name = NAMES[(seed + 1 + index // 2 % (len(NAMES) - 1)) % len(NAMES)] if index % 2 == 0 else None
+    return caption_of({"size": scene.size, "place": scene.place, "background": scene.background}, thing=True, name=name)
 
 
 def unrelated(count: int, stream: int = 3) -> tuple[dict[str, str], ...]:
@@ -111,16 +122,19 @@ class Answers:
 
     thing_pictures: Tensor  # uint8 [24, 64, 64, 3]
     unrelated_pictures: Tensor
+    others_pictures: Tensor  # of the scenes in other words
     thing_error: np.ndarray
     thing_hit: np.ndarray
     sharpness: np.ndarray
     speckle: np.ndarray
     attributes: np.ndarray  # share of stated attributes read right, per picture
+    others_error: np.ndarray  # thing_error of the scenes in other words: lower than the base's is bleed
 
     def means(self) -> Measures:
-        """One number a measure."""
-        names = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
-        return {name: float(np.nanmean(getattr(self, name))) for name in names}
+        """One number a measure; None where nothing was asked."""
+        names = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes", "others_error")
+        values = {name: getattr(self, name) for name in names}
+        return {name: float(np.nanmean(each)) if len(each) else None for name, each in values.items()}
 
 
 def sit(
@@ -133,28 +147,32 @@ def sit(
     noise_seed: int = NOISE_SEED,
 ) -> Answers:
     """Let a model answer. cells: latent (channels, height, width). With `seeing` the scenes are painted from the
-    teacher's contexts. Another noise_seed with the same model measures the noise floor."""
+    teacher's contexts, and nothing else is asked. Another noise_seed with the same model measures the noise floor."""
     context = sheet.seeing_context if seeing else sheet.scene_context
     assert context is not None, "this sheet was written without the lesson's pictures"
-    count = len(sheet.scenes)
+    count, nothing = len(sheet.scenes), np.zeros(0)
     noise = noise_for(range(noise_seed, noise_seed + count + len(sheet.stated)), *cells)
     things = paint(velocity, painter, schedule, context, noise[:count])
-    others = paint(velocity, painter, schedule, sheet.unrelated_context, noise[count:])
-    kept = measure(others.numpy(), sheet.stated)
+    learned = {
+        "thing_pictures": things,
+        "thing_error": thing_error(things.numpy(), sheet.scenes),
+        "thing_hit": thing_hit(things.numpy(), sheet.scenes, DISTRACTORS).astype(float),
+    }
+    if seeing:
+        return Answers(**learned, unrelated_pictures=things[:0], others_pictures=things[:0], sharpness=nothing,
+                       speckle=nothing, attributes=nothing, others_error=nothing)  # fmt: skip
+    unrelated_pictures = paint(velocity, painter, schedule, sheet.unrelated_context, noise[count:])
+    others = paint(velocity, painter, schedule, sheet.others_context, noise[:count])
+    kept = measure(unrelated_pictures.numpy(), sheet.stated)
     return Answers(
-        thing_pictures=things,
-        unrelated_pictures=others,
-        thing_error=thing_error(things.numpy(), sheet.scenes),
-        thing_hit=thing_hit(things.numpy(), sheet.scenes, DISTRACTORS).astype(float),
+        **learned,
+        unrelated_pictures=unrelated_pictures,
+        others_pictures=others,
         sharpness=kept.sharpness,
         speckle=kept.speckle,
         attributes=kept.attributes.per_picture,
+        others_error=thing_error(others.numpy(), sheet.scenes),
     )
-
-
-def interval(values: Sequence[float] | np.ndarray) -> str:
-    """Mean and 95% bootstrap interval as text."""
-    return str(bootstrap(np.asarray(values)))
 
 
 @torch.no_grad()

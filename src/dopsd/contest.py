@@ -1,0 +1,218 @@
+"""The questions of a comparison, and each contestant's answers: the same prompts and noise for all, kept on disk.
+
+On a pocket lesson they are its exam; elsewhere the recipe's prompts are shown, and prompts that name nothing of the
+data are measured for bleed. What was answered once is read again, so that a comparison can be interrupted.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dopsd.batch import Context
+from dopsd.checking import family_of, pictures_shown, read_data, unrelated_prompts
+from dopsd.data.buckets import cover_crop
+from dopsd.data.folder import open_picture
+from dopsd.deployed import cells_of, deployed_on
+from dopsd.evaluation.nearness import distances
+from dopsd.families.base import Family, Painter
+from dopsd.families.lora import merge_lora
+from dopsd.files import read_tensors, sha256_of, write_tensors
+from dopsd.paint import noise_for, paint
+from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Sheet, lesson_of, sit, truth
+from dopsd.pocket.gates import Parent
+from dopsd.preview import paint_each
+from dopsd.recipe import Recipe
+from dopsd.rollout import Velocity
+
+LAYOUT = 1  # part of every key: raise it when the same question would be answered otherwise
+SHOWN = 8  # pictures of a topic that are kept for the page
+TARGETS = 16  # pictures of the data that neutral prompts are held against
+NEUTRAL_SEEDS = (960_000, 960_001)  # a neutral prompt is painted from both
+
+Kind = Literal["base", "floor", "teacher", "parent", "tuned"]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model. base: untouched; floor: untouched, on other noise; teacher: untouched, with a picture in its context;
+    parent: what it was distilled from; tuned: with this LoRA."""
+
+    name: str
+    kind: Kind = "tuned"
+    lora: Path | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """values: of each measure, one a question, [N], or [N, seeds]; pictures: some of each topic, uint8 [H, W, 3]."""
+
+    values: Mapping[str, np.ndarray]
+    pictures: Mapping[str, Sequence[Tensor]]
+
+
+class Questions(Protocol):
+    """What is asked. captions: of the pictures that are shown, by topic; truth: how they should look, where known."""
+
+    about: Any  # whatever the answers depend on besides the model, as JSON
+    captions: Mapping[str, tuple[str, ...]]
+    truth: Mapping[str, Sequence[Tensor]]
+
+    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> Answer: ...
+
+
+class Contest:
+    """A recipe's model, the questions on its data, and the folder of answers."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.family = family_of(recipe)
+        self.thing = lesson_of(recipe.data.folder)
+        self._folder, self._device, self._dtype = folder, *deployed_on()
+        kind = Pictures if self.thing is None else Lesson
+        self.questions: Questions = kind(recipe, self.family, self._device, self._dtype)
+
+    def answers(self, contestant: Contestant, nfes: Sequence[int]) -> dict[int, Answer]:
+        """At each number of forwards; asks only what is not there."""
+        files = {nfe: self._folder / f"{self._key(contestant, nfe)}.safetensors" for nfe in nfes}
+        if missing := [nfe for nfe in nfes if not files[nfe].is_file()]:
+            velocity = self._velocity(contestant)
+            for nfe in missing:
+                _write(files[nfe], self.questions.ask(velocity, nfe, contestant.kind))
+        return {nfe: _read(file) for nfe, file in files.items()}
+
+    def _velocity(self, contestant: Contestant) -> Velocity:
+        if contestant.kind == "parent":
+            untold = self.family.load_reader(self._device, self._dtype, pictures=False).context([""])
+            return Parent(self.family.checkpoint.folder, untold)
+        denoiser = self.family.load_denoiser(self._device, self._dtype)
+        if contestant.lora:
+            merge_lora(denoiser.network, contestant.lora, self.family)
+        return denoiser
+
+    def _key(self, contestant: Contestant, nfe: int) -> str:
+        lora = sha256_of(contestant.lora) if contestant.lora else None
+        parts = [LAYOUT, self._weights, contestant.kind, lora, nfe, self.questions.about]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    @cached_property
+    def _weights(self) -> list[list[Any]]:
+        """Of the untouched model, told by their files."""
+        part = self.family.checkpoint.part(self.family.export_prefix)
+        return [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(part.glob("*.safetensors"))
+        ]
+
+
+class Lesson:
+    """The exam of a pocket lesson."""
+
+    measures = ("thing_error", "thing_hit", "others_error", "sharpness", "speckle", "attributes")
+
+    def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
+        thing = lesson_of(recipe.data.folder)
+        assert thing is not None
+        self._family = family
+        self._sheet = Sheet.write(thing, family.load_reader(device, dtype, pictures=True), recipe.data.folder)
+        self._painter = family.load_painter(device, torch.float32)
+        self.about = ["lesson", thing, [sha256_of(file) for file in sorted(recipe.data.folder.glob("*.png"))]]
+        scenes = self._sheet.scenes[:SHOWN]
+        self.captions: Mapping[str, tuple[str, ...]] = {
+            "The thing in new scenes": tuple(f"{scene.size}, {scene.place}, {scene.background}" for scene in scenes),
+            "The same scenes by another name, or by none": self._sheet.others[:SHOWN],
+            "Unrelated prompts": tuple(
+                ", ".join(stated.values()) or "(nothing stated)" for stated in self._sheet.stated[:SHOWN]
+            ),
+        }
+        self.truth: Mapping[str, Sequence[Tensor]] = {"The thing in new scenes": list(truth(scenes))}
+
+    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> Answer:
+        side = self._family.resolution // self._family.cell
+        found = sit(
+            self._sheet, velocity, self._painter, self._family.schedule(nfe, side, side),
+            (self._family.channels, side, side), seeing=kind == "teacher",
+            noise_seed=HELD_OUT if kind == "floor" else NOISE_SEED,
+        )  # fmt: skip
+        values = {name: getattr(found, name) for name in self.measures}
+        pictures = (found.thing_pictures, found.others_pictures, found.unrelated_pictures)
+        return Answer(values, dict(zip(self.captions, (list(each[:SHOWN]) for each in pictures), strict=True)))
+
+
+class Pictures:
+    """The recipe's prompts, shown; and neutral prompts (captions without the trigger word, and prompts that have
+    nothing to do with the data), of which each picture's distance to the nearest training picture is measured."""
+
+    def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
+        listing = read_data(recipe)
+        self._family, self._device, self._dtype = family, device, dtype
+        self._wanted = pictures_shown(recipe, family, listing)
+        trigger = recipe.data.trigger
+        plain = [" ".join(e.caption.replace(trigger, " ").split()) for e in listing.examples] if trigger else []
+        self._neutral = list(dict.fromkeys([*plain[:SHOWN], *unrelated_prompts(recipe, family)]))
+        examples = listing.examples
+        count = min(TARGETS, len(examples))
+        self._targets = [examples[index * len(examples) // count].path for index in range(count)]
+        asked = [[each.prompt, each.seed, list(each.cells)] for each in self._wanted]
+        self.about = ["pictures", asked, self._neutral, [sha256_of(path) for path in self._targets]]
+        self.captions: Mapping[str, tuple[str, ...]] = {
+            "The recipe's prompts": tuple(each.prompt for each in self._wanted),
+            "Prompts that name nothing of the data": tuple(self._neutral[:SHOWN]),
+        }
+        self.truth: Mapping[str, Sequence[Tensor]] = {}
+
+    @cached_property
+    def _contexts(self) -> tuple[list[Context], list[Context]]:
+        """Read when something is asked for the first time; the reader leaves memory at once."""
+        reader = self._family.load_reader(self._device, self._dtype, pictures=False)
+        return tuple([reader.context([p]) for p in prompts] for prompts in (
+            [each.prompt for each in self._wanted], self._neutral))  # type: ignore[return-value]  # fmt: skip
+
+    @cached_property
+    def _painter(self) -> Painter:
+        return self._family.load_painter(self._device, torch.float32)
+
+    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> Answer:
+        wanted, neutral = self._contexts
+        aside = HELD_OUT if kind == "floor" else 0
+        noises = [noise_for([each.seed + aside], *each.cells) for each in self._wanted]
+        schedules = [self._family.schedule(nfe, *each.cells[1:]) for each in self._wanted]
+        shown = paint_each(velocity, wanted, self._painter, schedules, noises, self._device)
+        side = self._family.resolution
+        cells = cells_of(self._family, side, side)
+        context = Context.stack([context for context in neutral for _ in NEUTRAL_SEEDS]).to(self._device)
+        noise = noise_for([seed + aside for _ in neutral for seed in NEUTRAL_SEEDS], self._family.channels, *cells)
+        plain = paint(velocity, self._painter, self._family.schedule(nfe, *cells), context, noise)
+        far = [distances(plain.numpy(), np.asarray(target)) for target in self._cropped(side)]
+        nearest = np.min(far, axis=0)
+        shown_plain = list(plain[:: len(NEUTRAL_SEEDS)][:SHOWN])
+        return Answer(
+            {"others_error": nearest.reshape(len(neutral), -1)},
+            dict(zip(self.captions, (shown, shown_plain), strict=True)),
+        )
+
+    def _cropped(self, side: int) -> Iterator[Any]:
+        for path in self._targets:
+            yield cover_crop(open_picture(path), (side, side))
+
+
+def _write(file: Path, answer: Answer) -> None:
+    values = {f"value/{name}": torch.from_numpy(np.asarray(each, dtype=float)) for name, each in answer.values.items()}
+    pictures = {f"{topic}/{k:02d}": p for topic, each in answer.pictures.items() for k, p in enumerate(each)}
+    write_tensors(file, values | pictures)
+
+
+def _read(file: Path) -> Answer:
+    values, pictures = {}, {}
+    for name, tensor in sorted(read_tensors(file).items()):
+        topic, _, rest = name.rpartition("/")
+        if topic == "value":
+            values[rest] = tensor.numpy()
+        else:
+            pictures.setdefault(topic, []).append(tensor)
+    return Answer(values, pictures)
