@@ -3,12 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dopsd.compare import DEMO_STEPS, KEPT, MEASURES, compare, demo_recipe
-from dopsd.pocket.exam import LESSON_FILE
+from dopsd.budget import on_budget_of
+from dopsd.compare import DEMO_STEPS, _tuned, compare, demo_recipe
+from dopsd.deployed import sample
+from dopsd.pocket.exam import LESSON_FILE, lesson_of
 from dopsd.recipe import Recipe, load_recipe, parse_recipe
+from dopsd.run_folder import read_rows
+from dopsd.standings import KEPT, MEASURES
+
+THING = 1_000_100  # of conftest.lesson
 
 
 def short(recipe: Recipe) -> Recipe:
@@ -27,34 +35,105 @@ def recipes(lesson: Path, tmp_path: Path) -> list[Recipe]:
 
 def test_a_lesson_is_examined_and_the_teacher_has_no_kept_measures(recipes, tmp_path):
     outcome = compare(recipes, tmp_path / "page.html", silent)
-    assert list(outcome.numbers) == ["base", "teacher", "dopsd", "sft"]
-    for name, row in outcome.numbers.items():
+    assert list(outcome.numbers) == ["base", "base, other noise", "teacher", "dopsd", "sft"]
+    base = outcome.numbers["base"]["nfe"]["4"]
+    for name, found in outcome.numbers.items():
         for measure in MEASURES:
-            assert (row[measure] is None) == (name == "teacher" and measure in KEPT)
+            score = found["nfe"]["4"][measure]
+            assert (score is None) == (name == "teacher" and measure in KEPT)
+            if score and measure != "bleed":
+                assert score["difference"]["value"] == pytest.approx(score["value"] - base[measure]["value"], abs=1e-9)
+    assert base["bleed"]["value"] == 0
     json.dumps(outcome.numbers)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png") >= 4 * 8
+    assert page.count("data:image/png") == 8 * (5 + 3 + 3)  # truth and four models; three; three
+    answers = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "answers").iterdir()}
+    assert len(answers) == 5
+    assert compare(recipes, tmp_path / "page.html", silent).numbers == outcome.numbers
+    assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "answers").iterdir()}
 
 
-def test_pictures_without_a_lesson_are_shown_not_measured_and_finished_runs_are_not_trained_again(recipes, tmp_path):
+@pytest.fixture()
+def unmeasured(recipes) -> list[Recipe]:
+    """The same recipes on pictures that are no lesson."""
     (recipes[0].data.folder / LESSON_FILE).unlink()
-    first = compare(recipes, tmp_path / "page.html", silent)
-    files = [recipe.run_folder / f"{recipe.run_name}.safetensors" for recipe in recipes]
+    return recipes
+
+
+def test_pictures_without_a_lesson_are_shown_and_finished_runs_are_not_trained_again(unmeasured, tmp_path):
+    first = compare(unmeasured, tmp_path / "page.html", silent, nfes=(1, 2))
+    files = [recipe.run_folder / f"{recipe.run_name}.safetensors" for recipe in unmeasured]
     stamps = [file.stat().st_mtime_ns for file in files]
-    again = compare(recipes, tmp_path / "page.html", silent)
-    assert first.header == ["model", "seconds", "pictures"] and again.numbers == first.numbers
+    again = compare(unmeasured, tmp_path / "page.html", silent, nfes=(1, 2))
+    assert first.header == ["model", "NFE", "bleed", "seconds", "pictures", "forwards"]
+    assert [row[:2] for row in first.table[:2]] == [["base", "1"], ["base", "2"]]
+    assert again.numbers == first.numbers
     assert stamps == [file.stat().st_mtime_ns for file in files]
+    assert first.numbers["dopsd"]["forwards"] == 4 * 16 and first.numbers["sft"]["forwards"] == 4 * 3
+
+
+def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_pictures(unmeasured, tmp_path, pocket):
+    recipe = unmeasured[0]
+    outcome = compare([recipe], tmp_path / "page.html", silent)
+    lora = recipe.run_folder / f"{recipe.run_name}.safetensors"
+    targets = [np.asarray(Image.open(path)) / 255 for path in sorted(recipe.data.folder.glob("*.png"))]
+
+    def nearest(tuned: Path | None) -> float:
+        far = []
+        for prompt in pocket.unrelated_prompts:
+            for image in sample("pocket", [prompt] * 2, tuned, seed=960_000):
+                far.append(min(np.sqrt(np.mean((np.asarray(image) / 255 - target) ** 2)) for target in targets))
+        return float(np.mean(far))
+
+    found = outcome.numbers["dopsd"]["nfe"]["4"]["bleed"]
+    assert found["value"] == pytest.approx(nearest(None) - nearest(lora), abs=1e-5)
+    assert found["low"] <= found["value"] <= found["high"]
+
+
+@pytest.mark.parametrize("rule", ["pictures", "forwards", "seconds"])
+def test_others_are_trained_on_the_first_recipes_budget(unmeasured, tmp_path, rule):
+    numbers = compare(unmeasured, tmp_path / "page.html", silent, nfes=(1,), equal=rule).numbers
+    first, other = numbers["dopsd"], numbers["sft"]
+    if rule == "seconds":
+        rows = read_rows(unmeasured[1].output_dir / "sft-equal-seconds" / "metrics.jsonl")
+        budget = round(first["seconds"], 1)
+        assert other["seconds"] >= budget > other["seconds"] - rows[-1]["seconds"]
+    else:
+        assert other[rule] == pytest.approx(first[rule], abs=12)  # less than a step of SFT
+    assert not (unmeasured[1].output_dir / "sft").exists()
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(unmeasured, tmp_path):
+    page, (one, two) = tmp_path / "page.html", unmeasured
+    cosine = parse_recipe(two.model_dump() | {"train": two.model_dump()["train"] | {"lr_schedule": "cosine"}})
+    with pytest.raises(ValueError, match="no pocket lesson"):
+        compare(unmeasured, page, silent, units=2)
+    with pytest.raises(ValueError, match="dopsd is there twice"):
+        compare([one, one], page, silent)
+    with pytest.raises(ValueError, match="use --equal forwards"):
+        on_budget_of(one, cosine, "seconds", 4, 1.0)
+    with pytest.raises(ValueError, match="give the longer recipe first"):
+        on_budget_of(two, one, "forwards", 4)
+    assert not one.run_folder.exists()
+
+
+def test_units_are_further_lessons_each_with_trainings_of_its_own(recipes, tmp_path):
+    tuned = _tuned(recipes[1:], None, 2, 4, silent)
+    assert [contestant.lora.parent.name for contestant in tuned[0].contestants] == ["sft", f"sft-{THING + 1}"]
+    folder = tmp_path / "runs" / "lessons" / str(THING + 1)
+    assert lesson_of(folder) == THING + 1 and len(list(folder.glob("*.png"))) == 4
+    assert tuned[0].cost["pictures"] == 4
 
 
 def test_lora_files_stand_beside_the_recipes_and_are_read_before_anything_is_trained(recipes, tmp_path):
     (recipes[0].data.folder / LESSON_FILE).unlink()
-    compare(recipes[:1], tmp_path / "page.html", silent)
+    compare(recipes[:1], tmp_path / "page.html", silent, nfes=(1,))
     file = recipes[0].run_folder / f"{recipes[0].run_name}.safetensors"
     other = tmp_path / "elsewhere.safetensors"
     bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
     save_file(bare, other)  # the form of another tool
-    outcome = compare(recipes[:1], tmp_path / "page.html", silent, [other])
-    assert list(outcome.numbers) == ["base", "dopsd", "elsewhere"]
+    outcome = compare(recipes[:1], tmp_path / "page.html", silent, [other], nfes=(1,))
+    assert list(outcome.numbers) == ["base", "base, other noise", "dopsd", "elsewhere"]
     other.write_bytes(b"")
     with pytest.raises(ValueError, match="not a readable safetensors"):
         compare(recipes[1:], tmp_path / "page.html", silent, [other])

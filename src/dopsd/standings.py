@@ -116,7 +116,7 @@ def panels(questions: Questions, entries: Sequence[Entry], nfes: Sequence[int]) 
             rows = [(entry.name, entry.answers[nfe][0].pictures.get(topic, ())) for entry in shown]
             wanted = questions.truth.get(topic)
             rows = [*([("how it should look", wanted)] if wanted else []), *(row for row in rows if row[1])]
-            title = f"{topic}, {nfe} forwards" if len(nfes) > 1 else topic
+            title = f"{topic}, NFE {nfe}" if len(nfes) > 1 else topic
             images = tuple((name, tuple(i for p in pictures for i in to_images(p[None]))) for name, pictures in rows)
             found.append(Panel(title, captions, images))
     return found
