@@ -220,21 +220,19 @@ def _results() -> dict[str, Any]:
 @app.command()
 def write() -> None:
     """Write docs/results.md."""
+    write_text(PAGE, page())
+    print(PAGE)
+
+
+def page() -> str:
+    """docs/results.md: the gates, the claim, and what benchmarks/preflight.py found."""
+    from preflight import section  # which imports this file
+
     results = _results()
     first = [row for row in results["claim"] if row["seed"] == SEEDS[0]]
-    lines = [
-        "# Results on pocket",
-        "",
-        "Written by `python benchmarks/claim.py write`.",
-        "",
-        *_gate_lines(),
-    ]
-    if first:
-        lines += _claim_lines(results, first)
-    else:
-        lines += ["## The claim", "", "Not measured on these weights yet."]
-    write_text(PAGE, "\n".join(lines) + "\n")
-    print(PAGE)
+    lines = ["# Results on pocket", "", "Written by `python benchmarks/claim.py write`.", "", *_gate_lines()]
+    lines += _claim_lines(results, first) if first else ["## The claim", "", "Not measured on these weights yet."]
+    return "\n".join([*lines, "", *section()]).rstrip() + "\n"
 
 
 def _gate_lines() -> list[str]:

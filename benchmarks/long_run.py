@@ -1,0 +1,70 @@
+"""Ten times too long: when do few-step models collapse, does the health check's advice come in time, and what bleeds?
+
+    python benchmarks/long_run.py         # 10 x recipes/pocket-identity-*.yaml on one thing; about 25 minutes on a CPU core
+
+Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the recipe's own length, and
+of 2, 5 and 10 times that. Numbers go to docs/long_run.json; a run or an exam that is finished is not done again.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from dopsd.contest import Contest, Contestant
+from dopsd.evaluation.advice import advise
+from dopsd.files import write_json
+from dopsd.pocket.exam import write_lesson
+from dopsd.recipe import load_recipe
+from dopsd.run import train
+from dopsd.run_folder import read_rows
+from dopsd.standings import Entry, tabulate
+from dopsd.training.checkpoint import checkpoints
+
+THING = 1_000_700
+LONGER, LENGTHS = 10, (1, 2, 5, 10)
+LOOK = {"sft": 100, "dopsd": 50}
+RESULTS = Path("docs/long_run.json")
+
+
+def main(folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = Path("runs/long")) -> None:
+    """Train, look, and write the numbers."""
+    torch.set_num_threads(1)
+    lesson = folder / f"thing-{THING}"
+    if not lesson.is_dir():
+        write_lesson(lesson, THING)
+    found: dict[str, Any] = {"thing": THING}
+    for method, every in LOOK.items():
+        name = f"{method}-{THING}"
+        usual = load_recipe(Path(f"recipes/pocket-identity-{method}.yaml")).train.max_steps
+        changes = [f"data.folder={lesson}", f"output_dir={folder}", f"run_name={name}", f"save.every={every}",
+                   f"health.every={every}", "sample.every=0", f"train.max_steps={LONGER * usual}"]  # fmt: skip
+        recipe = load_recipe(Path(f"recipes/pocket-identity-{method}.yaml"), changes)
+        run = recipe.run_folder
+        if not (run / f"{name}.safetensors").exists():
+            for _ in train(recipe, "latest" if checkpoints(run) else None):
+                pass
+        advice = advise(read_rows(run / "health.jsonl"))
+        assert advice is not None
+        contest = Contest(recipe, folder / "answers")
+        nfe = contest.family.default_nfe
+        steps = sorted({*(length * usual for length in LENGTHS), *([advice.step] if advice.step else [])})
+        tuned = [Contestant(str(step), lora=run / f"{name}{_suffix(step, recipe.train.max_steps)}") for step in steps]
+        entries = []
+        for contestant in (Contestant("base", "base"), Contestant("base, other noise", "floor"), *tuned):
+            entries.append(Entry([contestant]))
+            entries[-1].answers = {nfe: [contest.answers(contestant, (nfe,))[nfe]]}
+            print(method, contestant.name, flush=True)
+        models = tabulate(entries, (nfe,), measured=True).numbers
+        scores = {label: row["nfe"][str(nfe)] for label, row in models.items()}
+        found[method] = {"recipe_steps": usual, "advised": advice.step, "advice": advice.sentence, "after": scores}
+        write_json(RESULTS, found)
+
+
+def _suffix(step: int, last: int) -> str:
+    return ".safetensors" if step == last else f"-step{step:06d}.safetensors"
+
+
+if __name__ == "__main__":
+    typer.run(main)

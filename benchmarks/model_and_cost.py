@@ -1,0 +1,150 @@
+"""docs/model_and_cost.md, from the numbers of the other scripts: does D-OPSD depend on the model, and what does it cost?
+
+    python benchmarks/model_and_cost.py   # needs no training; says of each table by which command it was measured
+
+A number that is not in a JSON file of docs/ is not on the page; tests/test_pages.py holds the two equal.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from claim import _interval as interval
+from preflight import is_right, learned
+
+from dopsd.files import write_text
+from dopsd.methods import DOPSD, SFT
+from dopsd.standings import KEPT, MEASURES
+from dopsd.statistics import spearman
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "model_and_cost.md"
+
+
+def main() -> None:
+    """Write the page."""
+    write_text(PAGE, page())
+    print(PAGE)
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [
+        "# Does D-OPSD depend on the model, and what does it cost?", "",
+        "Written by `python benchmarks/model_and_cost.py` from JSON files in this folder; no number is typed in. All of it is "
+        "measured on pocket (2 M parameters, 2 CPU cores): what a large model does may differ.", "",
+        *_dependence(), *_training_cost(), *_what_is_kept(), *_sampling_cost(), *_too_long(),
+    ]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _dependence() -> list[str]:
+    rows = [row for row in _read("results.json")["claim"] if row["seed"] == 0]
+    lead = np.array([row["base"]["thing_error"] - row["teacher"]["thing_error"] for row in rows])
+    won = np.array([row["base"]["thing_error"] - row["dopsd"]["thing_error"] for row in rows])
+    held = spearman(lead, won)
+    things = _read("preflight.json")
+    found = spearman(np.array([t["nearer"]["value"] for t in things]), np.array([learned(t) for t in things]))
+    right = sum(map(is_right, things))
+    return [
+        "## Does it depend on the model?", "",
+        "On one ability of it: painting a subject that stands in its context. The student is pulled to what the same model "
+        "paints when it sees the picture, and learns that, no more. `dopsd list` says which families have a teacher that sees "
+        "pictures; whether it sees *your* pictures is what `dopsd preflight` asks.", "",
+        "| | |", "|---|---|",
+        f"| thing_error that the teacher takes away, {len(rows)} things | {interval(lead)} |",
+        f"| thing_error that D-OPSD takes away | {interval(won)} |",
+        f"| share of the teacher's that D-OPSD reaches | {interval(won / lead)} |",
+        f"| rank correlation of the two over things | {_ranked(held)} |",
+        f"| rank correlation of preflight's score and what is learned, {len(things)} things | {_ranked(found)} |",
+        f"| preflight's sentence was right | {right} of {len(things)} |", "",
+        "By `benchmarks/claim.py run` and `benchmarks/preflight.py run`; all things in [results](results.md).", "",
+    ]  # fmt: skip
+
+
+def _training_cost() -> list[str]:
+    rows = _read("step_cost.json")
+    sft = next(row for row in rows if row["method"] == "sft")
+    lines = ["## What does training cost?", "", "One batch, forward and backward. Forwards: of the network, a backward counted "
+             "as two. Seconds: the median of a few batches on cores that others used too, so read the ratios. By "
+             "`python benchmarks/step_cost.py --json docs/step_cost.json`.", "",
+             "| method | steps of the walk | forwards a picture | seconds | over SFT | peak memory, MB |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        name = "D-OPSD, one backward a walk (the reference code's way)" if row["variant"] == "one_backward" else "D-OPSD"
+        forwards = DOPSD().forwards(row["nfe"]) if row["nfe"] else SFT().forwards(1)
+        lines.append(f"| {name if row['method'] == 'dopsd' else 'SFT'} | {row['nfe'] or '-'} | {forwards} | "
+                     f"{row['seconds']:.2f} | {row['seconds'] / sft['seconds']:.1f} | {row['peak_bytes'] / 1e6:.1f} |")  # fmt: skip
+    return [*lines, ""]
+
+
+def _what_is_kept() -> list[str]:
+    rows = [row for row in _read("results.json")["claim"] if row["seed"] == 0]
+    match = [row for row in rows if row["sft_first_match"]]
+
+    def over(key: str, measure: str, group: list[dict[str, Any]]) -> str:
+        return interval([row[key][measure] / row["base"][measure] for row in group])
+
+    return [
+        "For the same thing_error SFT needs less time, and pays with sharpness:", "",
+        "| | D-OPSD | SFT, where it first has D-OPSD's thing_error |", "|---|---|---|",
+        f"| seconds | {interval([r['dopsd']['seconds'] for r in rows], 0)} | "
+        f"{interval([r['sft_first_match']['seconds'] for r in match], 0)} |",
+        f"| sharpness over the untouched model's | {over('dopsd', 'sharpness', rows)} | "
+        f"{over('sft_first_match', 'sharpness', match)} |",
+        f"| attributes over the untouched model's | {over('dopsd', 'attributes', rows)} | "
+        f"{over('sft_first_match', 'attributes', match)} |", "",
+        f"{len(match)} of {len(rows)} things reached it. By `benchmarks/claim.py run`.", "",
+    ]  # fmt: skip
+
+
+def _sampling_cost() -> list[str]:
+    models = _read("step_budgets.json")
+    lines = ["## What does it cost afterwards?", "", "Nothing is added when sampling: the result is a LoRA file, painted with as "
+             "many forwards as before. What each number of forwards holds, on one thing, one training each (mean, mean "
+             "difference to the untouched model at the same number, ± half of its 95% interval over prompts):", "",
+             f"| model | NFE | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]  # fmt: skip
+    for name, model in models.items():
+        for nfe, scores in model["nfe"].items():
+            lines.append(f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in MEASURES)} |")
+    return [*lines, "", "thing_error, speckle and bleed: lower is better. bleed: by how much thing_error falls when the prompt gives "
+            "another name, or none. The teacher sees a picture; the parent is the many-step model under guidance, two forwards a "
+            "step. By `dopsd compare recipes/pocket-identity-dopsd.yaml recipes/pocket-identity-sft.yaml --nfe 1,2,4,8 "
+            "--json docs/step_budgets.json` on thing 1000700.", ""]  # fmt: skip
+
+
+def _too_long() -> list[str]:
+    found = _read("long_run.json")
+    lines = ["## How long is too long?", "", f"Ten times the recipe on thing {found['thing']}, one training each, with checkups on the "
+             "way ([health](health.md)). By `python benchmarks/long_run.py`.", ""]  # fmt: skip
+    for method in ("dopsd", "sft"):
+        run = found[method]
+        lines += [f"**{method}** (the recipe says {run['recipe_steps']} steps). The advice: {run['advice']}", "",
+                  f"| after step | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES)]  # fmt: skip
+        for label, scores in run["after"].items():
+            mark = " (advised)" if label == str(run["advised"]) else ""
+            lines.append(f"| {label}{mark} | {' | '.join(_score(scores[m], m, label == 'base') for m in MEASURES)} |")
+        lines.append("")
+    return lines
+
+
+def _score(score: dict[str, Any] | None, measure: str, is_base: bool) -> str:
+    if score is None or (is_base and measure == KEPT[0]):
+        return "-"
+    by = score["difference"]
+    change = "" if is_base else f" {by['value']:+.3f}±{(by['high'] - by['low']) / 2:.3f}"
+    return f"{score['value']:.3f}{change}" if measure != KEPT[0] else change.strip()
+
+
+def _ranked(found: Any) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _read(name: str) -> Any:
+    return json.loads((DOCS / name).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
