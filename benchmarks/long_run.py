@@ -1,9 +1,9 @@
-"""Ten times too long: when do few-step models collapse, does the health check's advice come in time, and what bleeds?
+"""Ten times too long: when does a few-step model collapse, does the health check's advice come in time, what bleeds?
 
-    python benchmarks/long_run.py         # 10 x recipes/pocket-identity-*.yaml on one thing; about 25 minutes on a CPU core
+    python benchmarks/long_run.py         # 10 x recipes/pocket-identity-*.yaml on one thing; 30 minutes on a CPU core
 
-Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the recipe's own length, and
-of 2, 5 and 10 times that. Numbers go to docs/long_run.json; a run or an exam that is finished is not done again.
+Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the recipe's own length,
+and of 2, 5 and 10 times that. Numbers go to docs/long_run.json; a run or an exam that is finished is not done again.
 """
 
 from pathlib import Path

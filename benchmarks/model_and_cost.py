@@ -1,4 +1,4 @@
-"""docs/model_and_cost.md, from the numbers of the other scripts: does D-OPSD depend on the model, and what does it cost?
+"""docs/model_and_cost.md, from the numbers of the other scripts: does D-OPSD depend on the model, what does it cost?
 
     python benchmarks/model_and_cost.py   # needs no training; says of each table by which command it was measured
 
@@ -21,6 +21,41 @@ from dopsd.statistics import spearman
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "model_and_cost.md"
+HEAD = """# Does D-OPSD depend on the model, and what does it cost?
+
+Written by `python benchmarks/model_and_cost.py` from JSON files in this folder; no number is typed in. All of it is
+measured on pocket (2 M parameters, 2 CPU cores): what a large model does may differ.
+"""
+DEPENDENCE = """## Does it depend on the model?
+
+On one ability of it: painting a subject that stands in its context. The student is pulled to what the same model
+paints when it sees the picture, and learns that, no more. `dopsd list` says which families have a teacher that sees
+pictures; whether it sees *your* pictures is what `dopsd preflight` asks.
+"""
+TRAINING = """## What does training cost?
+
+One batch, forward and backward. Forwards: of the network, a backward counted as two. Seconds: the median of a few
+batches on cores that others used too, so read the ratios. By `python benchmarks/step_cost.py --json
+docs/step_cost.json`.
+"""
+SAMPLING = """## What does it cost afterwards?
+
+Nothing is added when sampling: the result is a LoRA file, painted with as many forwards as before. What each number
+of forwards holds, on one thing, one training each (mean, mean difference to the untouched model at the same number,
+and after ± half of its 95% interval over prompts):
+"""
+WORDS = """
+thing_error, speckle and bleed: lower is better. bleed: by how much thing_error falls when the prompt gives another
+name, or none. The teacher sees a picture; the parent is the many-step model under guidance, two forwards a step. By
+`dopsd compare recipes/pocket-identity-dopsd.yaml recipes/pocket-identity-sft.yaml --nfe 1,2,4,8 --json
+docs/step_budgets.json` on thing 1000700.
+"""
+TOO_LONG = """## How long is too long?
+
+The recipe, far beyond its length, on thing {thing}; one training each, with checkups on the way
+([health](health.md)). By `python benchmarks/long_run.py`.
+"""
+REFERENCE = "D-OPSD, one backward a walk (the reference code's way)"
 
 
 def main() -> None:
@@ -31,12 +66,7 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    lines = [
-        "# Does D-OPSD depend on the model, and what does it cost?", "",
-        "Written by `python benchmarks/model_and_cost.py` from JSON files in this folder; no number is typed in. All of it is "
-        "measured on pocket (2 M parameters, 2 CPU cores): what a large model does may differ.", "",
-        *_dependence(), *_training_cost(), *_what_is_kept(), *_sampling_cost(), *_too_long(),
-    ]  # fmt: skip
+    lines = [HEAD, *_dependence(), *_training_cost(), *_what_is_kept(), *_sampling_cost(), *_too_long()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -49,10 +79,7 @@ def _dependence() -> list[str]:
     found = spearman(np.array([t["nearer"]["value"] for t in things]), np.array([learned(t) for t in things]))
     right = sum(map(is_right, things))
     return [
-        "## Does it depend on the model?", "",
-        "On one ability of it: painting a subject that stands in its context. The student is pulled to what the same model "
-        "paints when it sees the picture, and learns that, no more. `dopsd list` says which families have a teacher that sees "
-        "pictures; whether it sees *your* pictures is what `dopsd preflight` asks.", "",
+        DEPENDENCE,
         "| | |", "|---|---|",
         f"| thing_error that the teacher takes away, {len(rows)} things | {interval(lead)} |",
         f"| thing_error that D-OPSD takes away | {interval(won)} |",
@@ -67,16 +94,15 @@ def _dependence() -> list[str]:
 def _training_cost() -> list[str]:
     rows = _read("step_cost.json")
     sft = next(row for row in rows if row["method"] == "sft")
-    lines = ["## What does training cost?", "", "One batch, forward and backward. Forwards: of the network, a backward counted "
-             "as two. Seconds: the median of a few batches on cores that others used too, so read the ratios. By "
-             "`python benchmarks/step_cost.py --json docs/step_cost.json`.", "",
+    lines = [TRAINING,
              "| method | steps of the walk | forwards a picture | seconds | over SFT | peak memory, MB |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
-        name = "D-OPSD, one backward a walk (the reference code's way)" if row["variant"] == "one_backward" else "D-OPSD"
+        name = REFERENCE if row["variant"] == "one_backward" else "D-OPSD" if row["method"] == "dopsd" else "SFT"
         forwards = DOPSD().forwards(row["nfe"]) if row["nfe"] else SFT().forwards(1)
-        lines.append(f"| {name if row['method'] == 'dopsd' else 'SFT'} | {row['nfe'] or '-'} | {forwards} | "
-                     f"{row['seconds']:.2f} | {row['seconds'] / sft['seconds']:.1f} | {row['peak_bytes'] / 1e6:.1f} |")  # fmt: skip
+        ratio = row["seconds"] / sft["seconds"]
+        lines.append(f"| {name} | {row['nfe'] or '-'} | {forwards} | {row['seconds']:.2f} | {ratio:.1f} | "
+                     f"{row['peak_bytes'] / 1e6:.1f} |")  # fmt: skip
     return [*lines, ""]
 
 
@@ -102,23 +128,17 @@ def _what_is_kept() -> list[str]:
 
 def _sampling_cost() -> list[str]:
     models = _read("step_budgets.json")
-    lines = ["## What does it cost afterwards?", "", "Nothing is added when sampling: the result is a LoRA file, painted with as "
-             "many forwards as before. What each number of forwards holds, on one thing, one training each (mean, mean "
-             "difference to the untouched model at the same number, ± half of its 95% interval over prompts):", "",
+    lines = [SAMPLING,
              f"| model | NFE | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]  # fmt: skip
     for name, model in models.items():
         for nfe, scores in model["nfe"].items():
             lines.append(f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in MEASURES)} |")
-    return [*lines, "", "thing_error, speckle and bleed: lower is better. bleed: by how much thing_error falls when the prompt gives "
-            "another name, or none. The teacher sees a picture; the parent is the many-step model under guidance, two forwards a "
-            "step. By `dopsd compare recipes/pocket-identity-dopsd.yaml recipes/pocket-identity-sft.yaml --nfe 1,2,4,8 "
-            "--json docs/step_budgets.json` on thing 1000700.", ""]  # fmt: skip
+    return [*lines, WORDS]
 
 
 def _too_long() -> list[str]:
     found = _read("long_run.json")
-    lines = ["## How long is too long?", "", f"Ten times the recipe on thing {found['thing']}, one training each, with checkups on the "
-             "way ([health](health.md)). By `python benchmarks/long_run.py`.", ""]  # fmt: skip
+    lines = [TOO_LONG.format(thing=found["thing"])]
     for method in ("dopsd", "sft"):
         run = found[method]
         lines += [f"**{method}** (the recipe says {run['recipe_steps']} steps). The advice: {run['advice']}", "",

@@ -31,6 +31,15 @@ from dopsd.statistics import spearman
 THINGS = (*range(HELD_OUT + 910, HELD_OUT + 920), *range(OUT_OF_WORLD + 10, OUT_OF_WORLD + 20))
 STEPS, RATE, SEEDS = 80, 1e-3, 8
 RESULTS = Path("docs/preflight.json")
+ABOUT = """## Does preflight predict what D-OPSD learns?
+
+`python benchmarks/preflight.py run`; numbers in `docs/preflight.json`. {count} things, one training each of {steps}
+steps of {batch} pictures, LoRA rank {rank}, rate {rate:g}, seed 0, 2 CPU cores; preflight with {seeds} noises a
+picture. nearer: the share by which the teacher comes nearer to the training pictures; learned: the share of
+thing_error (24 unseen scenes) that training took away. The sentence is right when it says "can" and learned is
+{enough:.2f} or more, or says "little" or "cannot" and learned is less; this rule and the score were fixed on other
+things before these were looked at.
+"""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -87,13 +96,8 @@ def is_right(row: dict[str, Any]) -> bool:
 def section() -> list[str]:
     """For docs/results.md."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-    lines = ["## Does preflight predict what D-OPSD learns?", "",
-             f"`python benchmarks/preflight.py run`; numbers in `docs/preflight.json`. {len(rows)} things, one training each "
-             f"of {STEPS} steps of {BATCH} pictures, LoRA rank {RANK}, rate {RATE:g}, seed 0, 2 CPU cores; preflight with "
-             f"{SEEDS} noises a picture. nearer: the share by which the teacher comes nearer to the training pictures; "
-             "learned: the share of thing_error (24 unseen scenes) that training took away. The sentence is right when it says "
-             f"\"can\" and learned is {ENOUGH:.2f} or more, or says \"little\" or \"cannot\" and learned is less; this rule "
-             "and the score were fixed on other things before these were looked at.", "",
+    about = ABOUT.format(count=len(rows), steps=STEPS, batch=BATCH, rank=RANK, rate=RATE, seeds=SEEDS, enough=ENOUGH)
+    lines = [*about.splitlines(), "",
              "| things | rank correlation of nearer and learned | sentence right | says \"can\" | learned enough |",
              "|---|---|---|---|---|"]  # fmt: skip
     inside = [row for row in rows if row["kind"] == "of the world"]
@@ -105,7 +109,7 @@ def section() -> list[str]:
                      f"{counts[0]} of {len(group)} | {counts[1]} | {counts[2]} |")  # fmt: skip
     always = max(_enough(rows), len(rows) - _enough(rows))
     lines += ["", f"Saying the same of every thing would have been right for {always} of {len(rows)}.", "",
-              "| thing | in what it is out of the world | nearer | verdict | thing_error before, after | learned | right |",
+              "| thing | out of the world in | nearer | verdict | thing_error before, after | learned | right |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         by = row["nearer"]

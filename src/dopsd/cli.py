@@ -169,12 +169,7 @@ def fuse(
 @app.command()
 @refusing
 def compare(
-    recipes: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Recipes to run side by side, and LoRA files (.safetensors) beside them.", show_default=False
-        ),
-    ],
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, and LoRA files beside them.", show_default=False)],
     change: Changes = None,
     json_file: AsJson = None,
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("compare.html"),

@@ -158,7 +158,10 @@ class Pictures:
         examples = listing.examples
         count = min(TARGETS, len(examples))
         self._targets = [examples[index * len(examples) // count].path for index in range(count)]
-        asked = [[each.prompt, each.seed, list(each.cells)] for each in self._wanted]
+        asked = [
+            [each.prompt, each.seed, list(each.cells), [sha256_of(path) for path in each.references]]
+            for each in self._wanted
+        ]
         self.about = ["pictures", asked, self._neutral, [sha256_of(path) for path in self._targets]]
         self.captions: Mapping[str, tuple[str, ...]] = {
             "The recipe's prompts": tuple(each.prompt for each in self._wanted),
@@ -170,8 +173,7 @@ class Pictures:
     def _contexts(self) -> tuple[list[Context], list[Context]]:
         """Read when something is asked for the first time; the reader leaves memory at once."""
         reader = self._family.load_reader(self._device, self._dtype, pictures=False)
-        return tuple([reader.context([p]) for p in prompts] for prompts in (
-            [each.prompt for each in self._wanted], self._neutral))  # type: ignore[return-value]  # fmt: skip
+        return [each.read(reader) for each in self._wanted], [reader.context([prompt]) for prompt in self._neutral]
 
     @cached_property
     def _painter(self) -> Painter:
