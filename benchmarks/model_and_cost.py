@@ -81,9 +81,9 @@ def _dependence() -> list[str]:
     return [
         DEPENDENCE,
         "| | |", "|---|---|",
-        f"| thing_error that the teacher takes away, {len(rows)} things | {interval(lead)} |",
-        f"| thing_error that D-OPSD takes away | {interval(won)} |",
-        f"| share of the teacher's that D-OPSD reaches | {interval(won / lead)} |",
+        f"| thing_error that the teacher takes away, {len(rows)} things | {interval(lead.tolist())} |",
+        f"| thing_error that D-OPSD takes away | {interval(won.tolist())} |",
+        f"| share of the teacher's that D-OPSD reaches | {interval((won / lead).tolist())} |",
         f"| rank correlation of the two over things | {_ranked(held)} |",
         f"| rank correlation of preflight's score and what is learned, {len(things)} things | {_ranked(found)} |",
         f"| preflight's sentence was right | {right} of {len(things)} |", "",
