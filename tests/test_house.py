@@ -28,10 +28,12 @@ FLOORS = (
     ("training", "data", "evaluation", "pocket", "settings"),
     ("recipe", "export", "preview", "doctor"),
     ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection", "budget"),
-    ("ward", "checking", "generated"),
+    ("ward", "checking", "generated", "protocol"),
     ("run", "preflight", "contest"),
     ("standings",),
     ("compare", "console"),
+    ("door",),
+    ("commands",),
     ("cli", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -69,9 +69,13 @@ Finding = tuple[Path, Example | str]  # a file, and the example it makes or why 
 
 
 def read_folder(
-    folder: Path, instance_prompt: str | None = None, caption_extension: str | None = None, skip_bad: bool = False
+    folder: Path,
+    instance_prompt: str | None = None,
+    caption_extension: str | None = None,
+    skip_bad: bool = False,
+    decode: bool = True,
 ) -> Listing:
-    """Every picture of the folder with its caption; each picture is decoded once to know that it can be.
+    """Every picture of the folder with its caption; with `decode` each is decoded once to know that it can be.
 
     A metadata file may name pictures in subfolders; without one, only the folder itself is looked at. Raises
     ValueError when there is nothing to read, and, unless `skip_bad`, when anything in the folder is refused.
@@ -86,7 +90,7 @@ def read_folder(
     else:
         prompt = None if instance_prompt is None else as_caption(instance_prompt, "the instance prompt")
         findings, source = _beside_pictures(folder, prompt, caption_extension)
-    findings = sorted(map(_decoded, findings), key=lambda finding: finding[0].as_posix())
+    findings = sorted(map(_decoded, findings) if decode else findings, key=lambda finding: finding[0].as_posix())
     examples = tuple(result for _, result in findings if isinstance(result, Example))
     refused = tuple((path, result) for path, result in findings if isinstance(result, str))
     if refused and not (skip_bad and examples):
@@ -300,5 +304,7 @@ def _decoded(finding: Finding) -> Finding:
 def _complaint(folder: Path, refused: list[str], found: int, skip_bad: bool) -> str:
     shown = "\n  ".join(refused[:SHOWN])
     more = f"\n  and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
-    advice = "Nothing is left to train on." if skip_bad else "Repair them, or set data.skip_bad: true to skip them."
+    advice = (
+        "Nothing is left to train on." if skip_bad else "Repair them, or skip them in a recipe by data.skip_bad: true."
+    )
     return f"{len(refused)} of {found} items in {folder} cannot be used:\n  {shown}{more}\n{advice}"

@@ -1,0 +1,1 @@
+"""Commands of the front door that do not fit into cli.py; registered there."""

@@ -1,0 +1,112 @@
+"""`dopsd evaluate` and `dopsd prompts`: pictures measured, and the prompts they are painted from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dopsd.console import bars, forwards_of, out, show, write_numbers
+from dopsd.door import AsJson
+
+
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(help="Pictures to measure; with --prompts, where they are painted.", show_default=False)
+    ],
+    measure: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME, NAME=MODEL (hub id or folder), or module:attribute. Repeatable; docs/measures.md.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Paint these: .txt (one a line), .jsonl, or a folder of .txt.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA file (.safetensors); the untouched model is painted beside it.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Of the LoRA; 1 is what was trained.")] = 1.0,
+    seeds: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
+    nfe: Annotated[
+        str | None, typer.Option(help="Network forwards, several by commas: 1,2,4,8. Default: the model's own.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Without --prompts: pictures of the same names by the untouched model.")
+    ] = None,
+    targets: Annotated[
+        Path | None,
+        typer.Option(help="Real pictures: what fid and kid compare with, and, by the same names, dino and lpips."),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Also write the pictures as `geneval` or `dpg` scorers read them.")
+    ] = None,
+    json_file: AsJson = None,
+) -> None:
+    """Measure pictures: values, differences to the untouched model and noise floors, with intervals over prompts and
+    seeds. Stopped, it goes on where it was: call it again."""
+    from dopsd.data.folder import pictures_in
+    from dopsd.deployed import deployed_on
+    from dopsd.evaluation.measures import named_measure
+    from dopsd.protocol.galleries import BASE, Plan, galleries_of, read_gallery, refuse_unpaired
+    from dopsd.protocol.layouts import LAYOUTS
+    from dopsd.protocol.questions import read_questions
+    from dopsd.protocol.table import HEADER, tabulate
+
+    needs = {named_measure(name)[2].needs for name in measure}
+    questions = read_questions(prompts) if prompts else ()
+    if layout is not None and (layout not in LAYOUTS or not prompts):
+        raise ValueError(f"--layout {layout}: give {' or '.join(LAYOUTS)}, and --prompts, the benchmark's own.")
+    if base and prompts:
+        raise ValueError(
+            "--base is for pictures that are there already; with --prompts the untouched model is painted."
+        )
+    reference = [q.target for q in questions if q.target]
+    if targets and (not targets.is_dir() or not (reference := pictures_in(targets))):
+        raise ValueError(f"no pictures in {targets}: --targets wants a folder of pictures.")
+    with bars() as advance:
+        if prompts:
+            plan = Plan(model, questions, lora, strength, seeds, forwards_of(nfe), width, height)
+            galleries = galleries_of(plan, folder, advance)
+        else:
+            galleries = [read_gallery(folder, "pictures", needs != {"set"}, targets)]
+            if base:
+                galleries.append(read_gallery(base, BASE, needs != {"set"}, targets))
+                refuse_unpaired(*galleries)
+        rows = tabulate(measure, galleries, list(dict.fromkeys(reference)), folder, deployed_on()[0], advance)
+    if layout:
+        for gallery in galleries:
+            LAYOUTS[layout](gallery, questions, folder / layout / f"{gallery.name}-nfe-{gallery.nfe}")
+    show(HEADER, [row.cells() for row in rows])
+    write_numbers(json_file, [row.numbers() for row in rows])
+
+
+def prompts(
+    folder: Annotated[Path, typer.Argument(help="Captioned training pictures.", show_default=False)],
+    trigger: Annotated[str, typer.Option(help="The name of the thing or the style in captions.", show_default=False)],
+    style: Annotated[bool, typer.Option("--style", help="The trigger names a style, not a thing.")] = False,
+    class_word: Annotated[
+        str | None, typer.Option(help="What the thing is, such as dog; prompts must not say it.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="A Qwen3-VL: hub id or local folder.")] = "Qwen/Qwen3-VL-8B-Instruct",
+    file: Annotated[Path, typer.Option("--out", help="Prompts to write, for `dopsd evaluate --prompts`.")] = Path(
+        "prompts.jsonl"
+    ),
+) -> None:
+    """Write test prompts for a concept: of each picture its scene in other words, and four new scenes."""
+    from dopsd.data.folder import read_folder
+    from dopsd.deployed import deployed_on
+    from dopsd.families.qwen import Captioner
+    from dopsd.protocol.asking import MOST_TOKENS, write_test_prompts
+
+    pictures = [(example.path, example.caption) for example in read_folder(folder).examples]
+    captioner = Captioner(model, *deployed_on())
+    with bars() as advance:
+        count = write_test_prompts(
+            pictures, file, lambda image, question: captioner.answer([image], question, MOST_TOKENS), trigger,
+            "style" if style else "object", class_word, lambda done, total: advance("pictures", done, total),
+        )  # fmt: skip
+    out.print(f"{count} prompts in {file}; read them before you evaluate", highlight=False)

@@ -1,0 +1,1 @@
+"""How a model is evaluated: test prompts, pictures on fixed noise, scores, and a table with intervals."""

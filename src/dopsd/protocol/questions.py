@@ -1,0 +1,81 @@
+"""Test prompts from a file: what to paint, and what each picture is compared with."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dopsd.data.folder import CAPTION_COLUMNS, as_caption
+
+KINDS = ("", "rewrite", "scene")  # of a target's own scene in other words, or of its thing in another scene
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt. target: the picture that what is painted should be like; kind: one of KINDS; scored_as: the prompt in
+    words that a text measure knows (a name like "zib" replaced by "dog"); name: of the row; row: all of it."""
+
+    prompt: str
+    target: Path | None = None
+    kind: str = ""
+    scored_as: str = ""
+    name: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_questions(path: Path) -> tuple[Question, ...]:
+    """Of a `.txt` (a prompt a line), a `.jsonl` (`prompt`; `target`, `kind`, `scored_as` where there are any; targets
+    relative to the file), or a folder of `.txt`, a prompt each (DPG-Bench's). Raises ValueError where one cannot be
+    used, naming file and line."""
+    if path.is_dir():
+        found = [Question(_text(file, file.name), name=file.stem) for file in sorted(path.glob("*.txt"))]
+    elif not path.is_file():
+        raise ValueError(f"{path} does not exist: give a .txt or .jsonl of prompts, or a folder of .txt.")
+    elif path.suffix == ".jsonl":
+        found = [_of_row(line, path, number) for number, line in _lines(path)]
+    else:
+        found = [Question(as_caption(_decoded(line, path, number), f"{path.name} line {number}"), name=f"{number}")
+                 for number, line in _lines(path)]  # fmt: skip
+    if not found:
+        raise ValueError(f"{path} holds no prompts.")
+    return tuple(found)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _text(path: Path, called: str) -> str:
+    return as_caption(_decoded(path.read_bytes(), path, 1), called)
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} line {number} is not UTF-8 ({error}): save it again as UTF-8.") from error
+
+
+def _of_row(line: bytes, path: Path, number: int) -> Question:
+    where = f"{path.name} line {number}"
+    try:
+        row = json.loads(_decoded(line, path, number))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}).") from error
+    named = [column for column in CAPTION_COLUMNS if isinstance(row, dict) and column in row]
+    if not named:
+        raise ValueError(f"{where} has no prompt: a row is a JSON object with `prompt`.")
+    prompt = as_caption(row[named[0]], f"the prompt of {where}")
+    kind = row.get("kind", "")
+    if kind not in KINDS:
+        raise ValueError(f"the kind of {where} is {kind!r}: rewrite, scene, or none.")
+    target = None
+    if row.get("target") is not None:
+        target = path.parent / as_caption(row["target"], f"the target of {where}")
+        if not target.is_file():
+            raise ValueError(f"{where} names the target {row['target']}, and there is no such file in {path.parent}.")
+    scored_as = as_caption(row["scored_as"], f"scored_as of {where}") if "scored_as" in row else ""
+    return Question(prompt, target, kind, scored_as, name=str(number - 1), row=row)

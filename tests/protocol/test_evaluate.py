@@ -1,0 +1,284 @@
+"""`dopsd evaluate` on the pocket model and on folders: what is painted, measured, kept, and said of bad input."""
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from typer.testing import CliRunner
+
+from dopsd.cli import app
+from dopsd.deployed import sample
+from dopsd.evaluation.measures.distances import fid
+from dopsd.evaluation.measures.inception import WEIGHTS, Inception, InceptionV3
+from dopsd.families import load_family
+from dopsd.families.base import Family
+from dopsd.protocol.galleries import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE
+from dopsd.statistics import bootstrap, paired
+
+PROMPTS = ("a red star on night", "a big blue tree at the left")
+RED = ["--measure", "red"]
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *map(str, words)])
+
+
+def numbers_of(folder: Path, *words: object) -> list[dict]:
+    result = run(folder, *words, "--json", folder.parent / "numbers.json")
+    assert result.exit_code == 0, result.output
+    return json.loads((folder.parent / "numbers.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA for pocket that changes what is painted."""
+    family = load_family("pocket")
+    rng = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, module in family.empty_denoiser().network.named_modules():
+        if name.endswith(("to_q", "to_v")):
+            key = f"{family.export_prefix}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(2, module.in_features, generator=rng) / 4
+            tensors[f"{key}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=rng) / 4
+    path = tmp_path_factory.mktemp("lora") / "random.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def painted(lora, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A folder painted once for the tests that only read it, and its numbers."""
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    return folder, numbers_of(folder, "--prompts", prompts, "--lora", lora, "--seeds", 2, "--nfe", "1,2", *RED)
+
+
+def redness(path: Path) -> float:
+    red, green, blue = np.asarray(Image.open(path)).reshape(-1, 3).mean(0) / 255
+    return red - (green + blue) / 2
+
+
+def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on_other(painted, lora):
+    folder, _ = painted
+    for name, file, first in (("base", None, FIRST_NOISE), ("tuned", lora, FIRST_NOISE), ("again", None, OTHER_NOISE)):
+        wanted = sample("pocket", PROMPTS[1:], file, nfe=2, seed=first + MOST_SEEDS + 1)[0]
+        found = Image.open(folder / name / "nfe-2" / "0001_01.png")
+        assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1, name
+
+
+def test_values_differences_and_floors_are_of_the_painted_pictures(painted):
+    folder, numbers = painted
+    assert [(row["gallery"], row["nfe"]) for row in numbers] == [("base", 1), ("base", 2), ("tuned", 1), ("tuned", 2)]
+    tables = {
+        name: np.array([[redness(folder / name / "nfe-2" / f"{r:04}_{s:02}.png") for s in range(2)] for r in range(2)])
+        for name in ("base", "again", "tuned")
+    }
+    base, tuned = numbers[1], numbers[3]
+    assert base["value"] == pytest.approx(bootstrap(tables["base"]), abs=1e-6) and base["difference"] is None
+    assert tuned["value"][0] == pytest.approx(tables["tuned"].mean(), abs=1e-6)
+    assert tuned["difference"] == pytest.approx(paired(tables["tuned"], tables["base"]), abs=1e-6)
+    assert (
+        base["floor"]
+        == tuned["floor"]
+        == pytest.approx(np.abs(paired(tables["again"], tables["base"])[1:]).max(), abs=1e-6)
+    )
+
+
+def test_a_second_call_goes_on_and_more_seeds_keep_the_first(painted, lora, tmp_path):
+    folder, numbers = painted
+    prompts = folder.parent / "prompts.txt"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    (gone := folder / "base" / "nfe-1" / "0000_01.png").unlink()
+    again = numbers_of(folder, "--prompts", prompts, "--lora", lora, "--seeds", 2, "--nfe", "1,2", *RED)
+    assert again == numbers
+    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} == {gone}
+    rows = [json.loads(line) for line in next((folder / "scores").glob("red-*")).read_text().splitlines()]
+    assert len(rows) == len({row["key"] for row in rows}) == 24
+
+
+def test_another_plan_in_the_same_folder_is_refused(painted, lora):
+    folder, _ = painted
+    result = run(folder, "--prompts", folder.parent / "prompts.txt", "--seeds", 2, *RED)
+    assert result.exit_code == 2 and "was begun with lora" in result.output and "choose another folder" in result.output
+
+
+@pytest.fixture()
+def pictures(tmp_path: Path) -> Path:
+    """Six pictures of three prompts, ever redder, as somebody may bring them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for k in range(6):
+        Image.new("RGB", (48, 32), (40 * k, 60, 60)).save(folder / f"{k}.png")
+        rows.append({"file_name": f"{k}.png", "prompt": f"prompt {k // 2}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_folder_of_pictures_is_measured_by_prompt_and_beside_another(pictures, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for k in range(6):
+        Image.new("RGB", (48, 32), (40 * k, 70, 50)).save(base / f"{k}.png")
+    (base / "metadata.jsonl").write_text((pictures / "metadata.jsonl").read_text())
+    mine, theirs = numbers_of(pictures, *RED, "--base", base)
+    table = np.array([[(40 * k - 60) / 255 for k in (2 * p, 2 * p + 1)] for p in range(3)])
+    assert mine["value"] == pytest.approx(bootstrap(table), abs=1e-6)
+    assert mine["difference"] == pytest.approx([0, 0, 0], abs=1e-6) and "no difference beyond noise" in mine["note"]
+    assert theirs["gallery"] == "base" and theirs["floor"] is None
+    (base / "5.png").rename(base / "6.png")
+    (base / "metadata.jsonl").write_text((base / "metadata.jsonl").read_text().replace("5.png", "6.png"))
+    result = run(pictures, *RED, "--base", base)
+    assert result.exit_code == 2 and "the two folders differ in 5.png and others" in result.output
+
+
+def test_targets_of_the_same_names_and_fid_on_them(pictures, tmp_path):
+    torch.manual_seed(0)
+    DINOv3ViTModel(DINOv3ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32
+    )).save_pretrained(tmp_path / "dino")  # fmt: skip
+    (tmp_path / "inception").mkdir()
+    for k in (3, 4, 5):
+        (pictures / f"{k}.png").unlink()
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    (pictures / "metadata.jsonl").write_text("\n".join(lines[:3]))
+    network = InceptionV3()
+    save_file(network.state_dict(), tmp_path / "inception" / WEIGHTS)
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    for k in range(2):
+        Image.new("RGB", (32, 32), (30, 50 * k, 60)).save(targets / f"{k}.jpg")
+    words = (
+        "--targets",
+        targets,
+        "--measure",
+        f"dino={tmp_path / 'dino'}",
+        "--measure",
+        f"fid={tmp_path / 'inception'}",
+    )
+    dino, distance, spread = numbers_of(pictures, *words, "--measure", f"kid={tmp_path / 'inception'}")
+    assert dino["value"][0] > 0 and dino["better"] == "lower" and dino["note"] == ""  # 2.png has no target
+    look = Inception(str(tmp_path / "inception"), torch.device("cpu"))
+
+    def seen(folder: Path, names: list[str]) -> torch.Tensor:
+        arrays = [np.asarray(Image.open(folder / name).convert("RGB"), np.float32) / 255 for name in names]
+        return torch.cat([look(torch.from_numpy(a).permute(2, 0, 1)[None]) for a in arrays])
+
+    wanted = fid(seen(pictures, [f"{k}.png" for k in range(3)]), seen(targets, [f"{k}.jpg" for k in range(2)]))
+    assert distance["value"] == [pytest.approx(wanted, rel=1e-6), None, None]
+    assert "3 pictures against 2; of few pictures" in distance["note"] and "over subsets" in spread["note"]
+
+
+def test_missing_models_are_named_gaps_beside_what_could_be_measured(pictures):
+    measures = ["clip", "dino=/gone", "lpips", "fid", "no_such.module:judge", "vlm_style", "red"]
+    numbers = numbers_of(pictures, *(word for name in measures for word in ("--measure", name)))
+    assert [row["measure"] for row in numbers] == [name.partition("=")[0] for name in measures]
+    assert all(row["value"] is None and row["note"].startswith("not measured: ") for row in numbers[:-1])
+    assert numbers[-1]["value"] is not None
+
+
+def test_a_measure_that_needs_targets_says_so_where_there_are_none(pictures, vlm):
+    (row,) = numbers_of(pictures, "--measure", f"vlm_object={vlm}")
+    assert row["note"] == "not measured: no prompt has a target picture that it would be compared with."
+
+
+def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(pictures, vlm):
+    (row,) = numbers_of(pictures, "--measure", f"vlm_object={vlm}", "--targets", pictures)
+    assert row["value"] == [None, None, None]
+    assert "6 of 6 pictures without an answer" in row["note"]
+    assert "not comparable with the paper's: the judge is not Qwen3-VL-8B-Instruct" in row["note"]
+
+
+def test_an_unreadable_picture_in_the_middle_is_named_and_what_was_scored_is_kept(pictures):
+    good = (pictures / "3.png").read_bytes()
+    (pictures / "3.png").write_bytes(good[: len(good) // 2])
+    result = run(pictures, *RED)
+    assert result.exit_code == 2 and "3.png" in result.output and "Traceback" not in result.output
+    (store,) = (pictures / "scores").glob("red-*")
+    assert len(store.read_text().splitlines()) == 3
+    (pictures / "3.png").write_bytes(good)
+    assert numbers_of(pictures, *RED)[0]["value"] is not None
+    assert len(store.read_text().splitlines()) == 6
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """A limit on the size of files, in bytes: a write beyond it fails as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_on(pictures, monkeypatch):
+    monkeypatch.setattr("dopsd.protocol.scores.AT_ONCE", 1)
+    with no_room_beyond(300):
+        result = run(pictures, *RED)
+    assert (
+        result.exit_code == 2 and "cannot be written" in result.output and "finished before is whole" in result.output
+    )
+    (store,) = (pictures / "scores").glob("red-*")
+    assert 0 < len(store.read_bytes()) <= 300
+    straight = numbers_of(pictures, *RED)
+    assert straight[0]["value"] is not None
+    assert all(json.loads(line) for line in store.read_text().splitlines() if line.endswith("}"))
+    assert numbers_of(pictures, *RED) == straight
+
+
+def test_a_full_disk_while_painting_leaves_no_half_picture(tmp_path):
+    (tmp_path / "p.txt").write_text("a red star on night")
+    with no_room_beyond(900):
+        result = run(tmp_path / "run", "--prompts", tmp_path / "p.txt", "--nfe", "1", "--seeds", "2", *RED)
+    assert result.exit_code == 2 and "cannot be written" in result.output
+    assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run").rglob("*.png"))
+    assert numbers_of(tmp_path / "run", "--prompts", tmp_path / "p.txt", "--nfe", "1", "--seeds", "2", *RED)[0]["value"]
+
+
+PAINT = ("{folder}/run", "--prompts", "{p}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{folder}/gone"], "is not a folder: give a folder of pictures"),
+        (["{folder}/empty"], "no pictures in"),
+        (["{folder}/empty", "--measure", "fid=/gone"], "no pictures in"),
+        (["{folder}", "--measure", "redd"], "redd is no measure: give red"),
+        (["{folder}", "--measure", "bright=/model"], "bright takes no model"),
+        (["{folder}", "--targets", "{folder}/empty"], "--targets wants a folder of pictures"),
+        (["{folder}", "--layout", "geneval"], "and --prompts, the benchmark's own"),
+        (["{folder}", "--base", "{folder}", "--prompts", "{p}"], "--base is for pictures that are there"),
+        (["{folder}/run", "--prompts", "{folder}/gone.txt"], "does not exist: give a .txt"),
+        ([*PAINT, "--nfe", "4,x"], "--nfe 4,x: give numbers of forwards"),
+        ([*PAINT, "--nfe", "0"], "--nfe 0: give numbers"),
+        ([*PAINT, "--seeds", "1"], "1 seeds a prompt"),
+        ([*PAINT, "--width", "65"], "must be multiples of"),
+        ([*PAINT, "--lora", "{folder}/gone.safetensors"], "gone.safetensors"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_painted(words, said, pictures, tmp_path):
+    (pictures / "empty").mkdir()
+    (tmp_path / "p.txt").write_text("a red star")
+    result = run(*(word.format(folder=pictures, p=tmp_path / "p.txt") for word in words), *RED)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert not (pictures / "run").exists()
+
+
+def test_the_family_is_not_needed_for_pictures_that_are_there(pictures, pocket: Family):
+    (row,) = numbers_of(pictures, *RED, "--model", "/no/model")
+    assert row["value"] is not None

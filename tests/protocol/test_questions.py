@@ -1,0 +1,73 @@
+"""Test prompts from files: what is read, and one sentence for each way in which it cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dopsd.protocol.questions import read_questions
+
+
+def rows(path: Path, *values: object) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa red star\r\n\n  a blüe tree \n".encode())
+    assert [(q.prompt, q.name) for q in read_questions(tmp_path / "p.txt")] == [
+        ("a red star", "1"),
+        ("a blüe tree", "3"),
+    ]
+
+
+def test_rows_name_targets_beside_the_file_and_keep_what_they_hold(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "0.png")
+    found = read_questions(rows(
+        tmp_path / "p.jsonl",
+        {"prompt": "zib on a hill", "target": "data/0.png", "kind": "rewrite", "scored_as": "dog on a hill"},
+        {"text": "a bus", "tag": "single_object"},
+    ))  # fmt: skip
+    assert (found[0].target, found[0].kind, found[0].scored_as) == (tmp_path / "data/0.png", "rewrite", "dog on a hill")
+    assert found[1].row == {"text": "a bus", "tag": "single_object"} and found[1].target is None
+
+
+def test_a_folder_of_texts_is_a_prompt_each_by_its_name(tmp_path):
+    for name in ("COCOval2014_2", "midjourney10"):
+        (tmp_path / f"{name}.txt").write_text(f"a picture of {name}")
+    assert [(q.name, q.prompt) for q in read_questions(tmp_path)] == [
+        ("COCOval2014_2", "a picture of COCOval2014_2"), ("midjourney10", "a picture of midjourney10")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"a star\n\xff\xfe broken\n", r"p\.txt line 2 is not UTF-8"),
+        ("p.txt", b"\n \n", "holds no prompts"),
+        ("p.jsonl", b'{"prompt": "a"}\n\xff\n', r"p\.jsonl line 2 is not UTF-8"),
+        ("p.jsonl", b'{"prompt": "a"\n', r"p\.jsonl line 1 is not JSON"),
+        ("p.jsonl", b"[1]\n", r"line 1 has no prompt"),
+        ("p.jsonl", b'{"prompt": ""}\n', r"the prompt of p\.jsonl line 1 is empty"),
+        ("p.jsonl", b'{"prompt": 3}\n', "is 3, which is not text"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "is not valid Unicode"),
+        ("p.jsonl", b'{"prompt": "a", "kind": "other"}\n', r"the kind of p\.jsonl line 1 is 'other'"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "target": "gone.png"}\n',
+            r"names the target gone\.png, and there is no such file",
+        ),
+    ],
+)
+def test_bad_prompts_are_named_by_file_and_line(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_questions(tmp_path / name)
+
+
+def test_prompts_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist: give a \.txt or \.jsonl"):
+        read_questions(tmp_path / "gone.txt")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_questions(tmp_path)
