@@ -30,13 +30,16 @@ def write_card(recipe: Recipe, metadata: Mapping[str, str], step: int) -> Path:
     samples = f"samples/step-{step:06d}"
     preview = json.loads((recipe.run_folder / samples / "preview.json").read_text(encoding="utf-8"))
     shown = [(each["prompt"], f"{index}_{each['seed']}.png") for index, each in enumerate(preview["pictures"])]
+    edited = preview["pictures"][0]["references"]
+    kind = "image-to-image" if edited else "text-to-image"
+    pictures = f", image=[Image.open(path) for path in {json.dumps(edited)}]" if edited else ""
     widget = [{"text": prompt, "output": {"url": f"{samples}/student_{file}"}} for prompt, file in shown]
     head: dict[str, Any] = {
         "base_model": metadata["base_model"],
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        "pipeline_tag": kind,
         "license": metadata["modelspec.license"].lower(),
-        "tags": ["lora", "diffusers", "text-to-image", "dopsd"],
+        "tags": ["lora", "diffusers", kind, "dopsd"],
         "widget": widget,
     }
     if recipe.data.trigger:
@@ -65,11 +68,11 @@ Same noise in a row.
 ```python
 import torch
 from diffusers import DiffusionPipeline
-
+{"from PIL import Image" + chr(10) if edited else ""}
 pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights(".", weight_name="{recipe.run_name}.safetensors")
 prompt = {json.dumps(shown[0][0], ensure_ascii=False)}
-picture = pipeline(prompt, num_inference_steps={metadata["nfe"]}, guidance_scale=0.0).images[0]
+picture = pipeline(prompt=prompt{pictures}, num_inference_steps={metadata["nfe"]}, guidance_scale=0.0).images[0]
 ```
 
 ## Training

@@ -213,10 +213,14 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def foresee(recipe: Recipe, found: Checked, dtype: torch.dtype, lean: bool) -> Forecast:
-    """Peak memory of a step at the largest bucket."""
+    """Peak memory of a step at the largest bucket, and the largest references."""
+    examples = found.listing.examples
     size = max(found.buckets, key=lambda size: size[0] * size[1])
-    captions = [caption for example in found.listing.examples for caption in (example.caption, *example.also)]
-    return forecast(recipe, found.family, size, captions, dtype, lean)
+    captions = [caption for example in examples for caption in (example.caption, *example.also)]
+    edited = {e.references: [fitted_size(found.family, path, picture_size(path)) for path in e.references]
+              for e in examples}  # fmt: skip
+    largest = max(edited.values(), key=lambda sizes: sum(width * height for width, height in sizes))
+    return forecast(recipe, found.family, size, captions, dtype, lean, largest)
 
 
 def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.batch import Batch, Context
-from dopsd.families.base import Family
+from dopsd.families.base import Family, Size
 from dopsd.methods import Method
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora
@@ -59,19 +59,26 @@ class _Same:
 
 
 def forecast(
-    recipe: Recipe, family: Family, size: tuple[int, int], captions: Sequence[str], dtype: torch.dtype, lean: bool
+    recipe: Recipe,
+    family: Family,
+    size: Size,
+    captions: Sequence[str],
+    dtype: torch.dtype,
+    lean: bool,
+    references: Sequence[Size] = (),
 ) -> Forecast:
-    """Of a recipe's steps at a picture size (width, height) in pixels with the longest of these captions; lean:
-    with activations recomputed."""
+    """Of a recipe's steps at a picture size (width, height) in pixels with the longest of these captions, edited from
+    pictures of the sizes `references`; lean: with activations recomputed."""
     count, (width, height) = recipe.train.batch_size, size
+    edited = [references] * count if references else None
     prompts = sorted(captions, key=len)[-count:]
     prompts += prompts[-1:] * (count - len(prompts))
     cells = height // family.cell, width // family.cell
     nfe = _shortest_walk(recipe.method, recipe.method.nfe or family.default_nfe)
     method = recipe.method.model_copy(update={"nfe": nfe})
     schedule = family.schedule(nfe, *cells)
-    text = family.blank_context(prompts)
-    seeing = family.blank_context(prompts, [size] * count) if "privileged" in method.needs else None
+    text = family.blank_context(prompts, references=edited)
+    seeing = family.blank_context(prompts, [size] * count, edited) if "privileged" in method.needs else None
     with torch.device("meta"):
         denoiser = family.empty_denoiser().to(dtype)
         kind = recipe.model.quantize

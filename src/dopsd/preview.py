@@ -61,7 +61,7 @@ def paint_previews(
     device: torch.device,
 ) -> None:
     """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json`: the roles, and of each picture
-    prompt, seed and sigmas."""
+    prompt, seed, names of its references, and sigmas."""
     schedules = [schedule_for(*preview.noise.cells[1:]) for preview in previews]
     texts = [preview.context for preview in previews]
     seeing = [preview.privileged for preview in previews if preview.privileged]
@@ -72,7 +72,12 @@ def paint_previews(
     noises = [preview.noise for preview in previews]
     pictures = {role: paint_each(*row, painter, schedules, noises, device) for role, row in rows.items()}
     about = [
-        {"prompt": preview.wanted.prompt, "seed": preview.wanted.seed, "sigmas": schedule.times.tolist()}
+        {
+            "prompt": preview.wanted.prompt,
+            "seed": preview.wanted.seed,
+            "references": [path.name for path in preview.wanted.references],
+            "sigmas": schedule.times.tolist(),
+        }
         for preview, schedule in zip(previews, schedules, strict=True)
     ]
     with atomic_path(folder) as temporary:

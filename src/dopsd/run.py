@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import __version__ as diffusers_version
@@ -37,6 +38,7 @@ from dopsd.evaluation.report import write_report
 from dopsd.families.base import Family
 from dopsd.files import atomic_path
 from dopsd.generated import with_painted
+from dopsd.paint import grid
 from dopsd.preview import Preview, read_previews
 from dopsd.recipe import Recipe, TrainSection
 from dopsd.run_folder import Metrics, claimed, read_rows, write_header
@@ -131,10 +133,18 @@ def _train(
 
 
 def _show_examples(recipe: Recipe, rows: Sequence[Row]) -> None:
-    """The first pictures as they are cut: `samples/data-<i>.png`."""
+    """The first pictures: `samples/data-<i>.png`."""
     for index, row in enumerate(rows[:EXAMPLES]):
         with atomic_path(recipe.run_folder / "samples" / f"data-{index}.png") as temporary:
-            _crop(row).save(temporary, "png")
+            _example(row).save(temporary, "png")
+
+
+def _example(row: Row) -> Image.Image:
+    """The picture as it is cut; beside it, first, those that it is edited from, no larger."""
+    pictures = [*map(open_picture, row.example.references), _crop(row)]
+    for picture in pictures:
+        picture.thumbnail(row.size)
+    return grid([[torch.from_numpy(np.array(picture)) for picture in pictures]])
 
 
 def _preview(session: Session, material: _Material, step: int, trackers: Trackers) -> None:
@@ -188,6 +198,7 @@ def _environment(found: Checked, session: Session) -> dict[str, Any]:
         "pictures": len(listing.examples),
         "data": {
             "pictures": len(listing.examples),
+            "edited": sum(1 for example in listing.examples if example.references),
             "source": listing.source if not session.recipe.data.more else "several folders",
             "buckets": {f"{width} x {height}": count for (width, height), count in sorted(found.buckets.items())},
             "sha256": session.data["data_sha256"],

@@ -217,6 +217,7 @@ def _data_sections(run: Path, data: Mapping[str, Any] | None) -> list[_Section]:
         return []
     rows = [
         ("pictures", str(data["pictures"])),
+        *([("edited from references", f"{data['edited']}; below they stand first")] if data.get("edited") else []),
         ("captions from", data["source"]),
         *((f"at {size}", str(count)) for size, count in data["buckets"].items()),
         ("hash of pictures and captions", data["sha256"]),

@@ -13,8 +13,11 @@ from dopsd.families.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from dopsd.families.base import Family, Sight
 
-FAMILIES = {"zimage": "dopsd.families.zimage:ZImage"}
-PIPELINES = {"ZImagePipeline": "zimage"}
+FAMILIES = {
+    "zimage": "dopsd.families.zimage:ZImage",
+    "flux2_klein": "dopsd.families.flux2_klein:Flux2Klein",
+}
+PIPELINES = {"ZImagePipeline": "zimage", "Flux2KleinPipeline": "flux2_klein"}
 
 POCKET = Path(__file__).parents[1] / "pocket" / "checkpoint"  # what the name "pocket" stands for
 

@@ -3,9 +3,10 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 CONFIGS = ("*.json", "*.txt", "*.jinja", "*.model")  # what can be known without weights, tokenizers included
 
@@ -23,6 +24,15 @@ class Checkpoint:
             raise ValueError(f"{self.name} does not exist: give a folder, a hub id like owner/name, or `pocket`.")
         else:
             self.folder = _fetch(name, revision, CONFIGS)
+
+    def refuse_missing(self, parts: Sequence[str], index: Mapping[str, Any], family: str) -> None:
+        """Raise ValueError where one of a family's parts is not in model_index.json, or has no folder."""
+        if missing := [part for part in parts if not index.get(part)]:
+            raise ValueError(
+                f"{self.name} lacks {', '.join(missing)} in its model_index.json: it is no whole {family}."
+            )
+        if missing := [part for part in parts if not (self.folder / part).is_dir()]:
+            raise ValueError(f"{self.name} lacks the folder {', '.join(missing)}: the checkpoint is incomplete.")
 
     def part(self, name: str = ".") -> Path:
         """The folder of a part (".": the whole is one model) with its weights. Raises ValueError when it has none."""

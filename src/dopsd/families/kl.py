@@ -1,7 +1,7 @@
-"""AutoencoderKL: pixels to latents and back, for the families that paint through it."""
+"""KL autoencoders: pixels to latents and back, for the families that paint through one."""
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
 from dopsd.families.base import fingerprint_of
@@ -20,30 +20,31 @@ def load_kl_painter(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 
 
 class KLPainter:
-    """AutoencoderKL with scale and shift applied (a shift of 0 where it has none). Encodes to the mode, and whole, so a
-    picture has one latent."""
+    """An autoencoder with scale and shift applied, where it has them. Encodes to the mode, and whole, so a picture has
+    one latent."""
 
-    def __init__(self, vae: AutoencoderKL, tiled: bool = False):
+    def __init__(self, vae: AutoencoderKL | AutoencoderKLFlux2, tiled: bool = False):
         self.vae = vae.eval().requires_grad_(False)
         self.tiled = tiled
-        self.shift: float = vae.config.shift_factor or 0.0
+        shift, scale = vae.config.get("shift_factor"), vae.config.get("scaling_factor")
+        self.shift, self.scale = shift or 0.0, scale or 1.0
         if tiled:
             side = min(TILE, vae.config.sample_size)
             vae.tile_sample_min_size, vae.tile_latent_min_size = (
                 side,
                 side // 2 ** (len(vae.config.block_out_channels) - 1),
             )
-        self.fingerprint = f"{fingerprint_of(vae)}:{vae.config.shift_factor}:{vae.config.scaling_factor}"
+        self.fingerprint = f"{fingerprint_of(vae)}:{shift}:{scale}"
 
     def latents(self, pixels: Tensor) -> Tensor:
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
         with torch.no_grad():
             parts = [part.to(self.vae.device, self.vae.dtype) for part in pixels.split(at_once)]
             mode = torch.cat([self.vae.encode(part).latent_dist.mode().float() for part in parts])
-        return (mode - self.shift) * self.vae.config.scaling_factor
+        return (mode - self.shift) * self.scale
 
     def pixels(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        scaled = latents.to(self.vae.device, self.vae.dtype) / self.scale
         self.vae.use_tiling = self.tiled
         pixels = self.vae.decode(scaled + self.shift, return_dict=False)[0].float()
         self.vae.use_tiling = False

@@ -55,7 +55,7 @@ class ZImage:
 
     def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], sight: Sight | None = None):
         self.checkpoint, folder = checkpoint, checkpoint.folder
-        self._refuse_missing_parts(index)
+        checkpoint.refuse_missing(PARTS, index, "Z-Image")
         own = folder / "vlm"
         self.teacher_context, sight = "vlm", sight or Sight()
         self.vlm = sight.vlm or (str(own) if own.is_dir() else self.default_vlm)
@@ -76,13 +76,6 @@ class ZImage:
             self.default_nfe: int = said.get("nfe", 8)
             self.unrelated_prompts: tuple[str, ...] = tuple(said.get("unrelated_prompts", ()))
             self._starting_points: dict[str, Any] = said.get("starting_points", TURBO_STARTING_POINTS)
-
-    def _refuse_missing_parts(self, index: Mapping[str, Any]) -> None:
-        name, folder = self.checkpoint.name, self.checkpoint.folder
-        if missing := [part for part in PARTS if not index.get(part)]:
-            raise ValueError(f"{name} lacks {', '.join(missing)} in its model_index.json: it is no whole Z-Image.")
-        if missing := [part for part in PARTS if not (folder / part).is_dir()]:
-            raise ValueError(f"{name} lacks the folder {', '.join(missing)}: the checkpoint is incomplete.")
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
         """ZImagePipeline's times: its scheduler, asked as the pipeline asks it."""

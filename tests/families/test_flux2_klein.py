@@ -1,0 +1,322 @@
+"""FLUX.2-klein against Flux2KleinPipeline on a tiny random checkpoint: contexts, times, latents; and its teachers."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL import Image
+from tiny_klein import TEXT, write_klein, write_vlm
+
+from dopsd.batch import Batch
+from dopsd.deployed import sample
+from dopsd.families import load_family
+from dopsd.families.base import Sight
+from dopsd.families.flux2_klein import LAST_SUFFIX, SUFFIX, Flux2Klein, KleinReader
+from dopsd.methods import DOPSD
+from dopsd.methods.base import Roles
+from dopsd.paint import noise_for
+from dopsd.rollout import rollout, walk
+from dopsd.training.adapters import coverage
+
+CPU = torch.device("cpu")
+PROMPTS = ["a star", "a big red heart at the left on night in striped style", "words unseen: kaleidoscope, zeppelin"]
+
+
+def noisy_picture(seed: int, width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height))
+
+
+REFERENCES = [noisy_picture(1, 80, 130), noisy_picture(2, 150, 70)]  # neither a multiple of 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_klein(tmp_path_factory.mktemp("klein") / "model")
+
+
+@pytest.fixture(scope="module")
+def klein(folder) -> Flux2Klein:
+    return load_family(str(folder))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def reader(klein) -> KleinReader:
+    return klein.load_reader(CPU, torch.float32, pictures=True)
+
+
+@pytest.fixture(scope="module")
+def denoiser(klein):
+    return klein.load_denoiser(CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder) -> Flux2KleinPipeline:
+    pipeline = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def painted_by(pipeline, noise: torch.Tensor, nfe: int = 4, **inputs) -> torch.Tensor:
+    """The pipeline's last latents before it undoes the batch norm, in the house's shape."""
+    seen = {}
+
+    def keep(pipe, index, time, tensors):
+        seen.update(tensors)
+        return tensors
+
+    height, width = noise.shape[-2:]
+    pipeline(
+        height=16 * height, width=16 * width, num_inference_steps=nfe, latents=noise.clone(), output_type="latent",
+        callback_on_step_end=keep, **inputs,
+    )  # fmt: skip
+    return seen["latents"].mT.reshape(noise.shape)
+
+
+def test_student_contexts_are_what_the_pipeline_feeds_padding_and_all(reader, pipeline):
+    theirs, _ = pipeline.encode_prompt(list(PROMPTS))
+    mine = reader.context(PROMPTS)
+    assert mine.tokens.shape == theirs.shape == (3, 512, 48) and mine.lengths == (512,) * 3
+    torch.testing.assert_close(mine.tokens, theirs, atol=2e-6, rtol=1e-5)
+    assert theirs[:, -1].abs().max() > 0.1  # what stands on the padding is not nothing
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (7, 3)])
+def test_same_latents_prompts_and_references_paint_what_the_pipeline_paints(
+    klein, reader, denoiser, pipeline, count, height, width
+):
+    noise, shown = noise_for(range(3), klein.channels, height, width).start, REFERENCES[:count]
+    theirs = painted_by(pipeline, noise, prompt=list(PROMPTS), image=shown or None)
+    context = reader.context(PROMPTS, references=[shown] * 3 if shown else None)
+    mine = walk(denoiser, noise, klein.schedule(4, height, width), context)
+    assert (theirs[0] - theirs[1]).abs().max() > 0.1
+    assert (mine - theirs).abs().max() <= 1e-4
+
+
+def test_pictures_and_noise_are_the_pipelines(folder, pipeline, tmp_path):
+    for index, picture in enumerate(REFERENCES):
+        picture.save(tmp_path / f"{index}.png")
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    mine = sample(str(folder), PROMPTS[:1], seed=7, references=paths)[0]
+    theirs = pipeline(
+        prompt=PROMPTS[0], image=REFERENCES, num_inference_steps=4, generator=torch.Generator().manual_seed(7)
+    ).images[0]
+    assert mine.size == theirs.size == (80, 128)  # by the first reference
+    assert max(abs(a - b) for a, b in zip(mine.tobytes(), theirs.tobytes(), strict=True)) <= 1
+
+
+@pytest.mark.parametrize("nfe", [1, 4])
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (9, 5), (64, 64), (56, 72), (80, 60)])
+def test_training_visits_bitwise_the_pipelines_sigmas_at_every_size(klein, pipeline, nfe, height, width):
+    # the pipeline's own calls, without the network between them
+    theirs = pipeline.scheduler
+    from diffusers.pipelines.flux2 import pipeline_flux2_klein as source
+
+    mu = source.compute_empirical_mu(image_seq_len=height * width, num_steps=nfe)
+    source.retrieve_timesteps(theirs, nfe, None, sigmas=np.linspace(1.0, 1 / nfe, nfe), mu=mu)
+    wanted = theirs.sigmas.clone()
+    if height * width < 50:  # and, where it is cheap, after a whole call
+        painted_by(pipeline, torch.zeros(1, klein.channels, height, width), nfe=nfe, prompt="a star")
+        assert torch.equal(theirs.sigmas, wanted)
+    assert torch.equal(klein.schedule(nfe, height, width).times, wanted)
+
+
+def test_klein_walks_the_documented_times_at_1024(klein):
+    times = klein.schedule(4, 64, 64).times
+    torch.testing.assert_close(times, torch.tensor([1.0, 0.967, 0.908, 0.767, 0.0]), atol=1e-3, rtol=0)
+
+
+def test_latents_are_those_that_the_pipeline_makes_of_a_reference_and_the_way_back_is_its_own(klein, pipeline):
+    painter = klein.load_painter(CPU, torch.float32)
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        theirs = pipeline._encode_vae_image(pixels, None)
+        torch.testing.assert_close(painter.latents(pixels), theirs, atol=1e-6, rtol=1e-5)
+        std = torch.sqrt(pipeline.vae.bn.running_var + pipeline.vae.config.batch_norm_eps).view(1, -1, 1, 1)
+        raw = pipeline._unpatchify_latents(theirs * std + pipeline.vae.bn.running_mean.view(1, -1, 1, 1))
+        torch.testing.assert_close(painter.pixels(theirs), pipeline.vae.decode(raw).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_references_are_fitted_by_the_pipelines_rule(klein):
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    sizes = [*np.random.default_rng(0).integers(30, 3000, (60, 2)).tolist(), [64, 512], [63, 100], [1024, 1024]]
+    for width, height in sizes:
+        image = Image.new("1", (width, height))
+        try:
+            processor.check_image_input(image)
+        except ValueError:
+            with pytest.raises(ValueError, match="a picture to edit is"):
+                klein.reference_size((width, height))
+            continue
+        found = processor._resize_if_exceeds_area(image).size
+        assert klein.reference_size((width, height)) == (found[0] // 16 * 16, found[1] // 16 * 16)
+
+
+def test_a_batch_of_other_prompts_does_not_change_a_picture(klein, reader, denoiser):
+    noise, schedule = noise_for(range(3), klein.channels, 4, 4).start, klein.schedule(4, 4, 4)
+    together = walk(denoiser, noise, schedule, reader.context(PROMPTS))
+    alone = walk(denoiser, noise[1:2], schedule, reader.context(PROMPTS[1:2]))
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
+
+
+# Doubles, singles, heads and text width of the two sizes, and the block linears that they then have.
+SHAPES = {"4B": (5, 20, 24, 7680, 100), "9B": (8, 24, 32, 12288, 144)}
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_lora_reaches_every_block_linear_of_both_sizes(size):
+    doubles, singles, heads, width, linears = SHAPES[size]
+    with init_empty_weights():
+        network = Flux2Transformer2DModel(
+            num_layers=doubles, num_single_layers=singles, num_attention_heads=heads, joint_attention_dim=width,
+            guidance_embeds=False,
+        )  # fmt: skip
+    reach = coverage(network, Flux2Klein.lora_targets, rank=32)
+    assert (reach.adapted, reach.linears) == (linears, linears)
+    assert reach.adapted_weights == reach.linear_weights
+
+
+@torch.no_grad()
+def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_picture(klein, reader, denoiser):
+    z, t = noise_for([0, 1], klein.channels, 4, 4).start, torch.tensor([1.0, 0.9])
+    plain = reader.context(PROMPTS[:2])
+    seeing = reader.context(PROMPTS[:2], [noisy_picture(seed, 64, 64) for seed in (3, 4)])
+    assert plain.layout == () and seeing.layout == (("reference_0", (klein.channels, 4, 4)),)
+    assert (denoiser(z, t, seeing) - denoiser(z, t, plain)).abs().mean() > 0.05
+    suffixed = reader.context([f"{prompt} {SUFFIX}" for prompt in PROMPTS[:2]])
+    assert torch.equal(seeing.tokens, suffixed.tokens)
+    assert (denoiser(z, t, seeing) - denoiser(z, t, suffixed)).abs().mean() > 0.05  # by the picture, not the words
+    assert torch.equal(denoiser(z, t, reader.context(PROMPTS[:2], references=[[], []])), denoiser(z, t, plain))
+
+
+def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(klein, reader):
+    target = noisy_picture(5, 96, 64)
+    seeing = reader.context(PROMPTS[:1], [target], [REFERENCES])
+    assert [shape for _, shape in seeing.layout] == [(16, 8, 5), (16, 4, 9), (16, 4, 6)]
+    latents = klein.load_painter(CPU, torch.float32).latents(reader._pixels(target, target.size)[None])
+    torch.testing.assert_close(seeing.extras["reference_2"], latents)
+    assert torch.equal(seeing.tokens, reader.context([f"{PROMPTS[0]} {LAST_SUFFIX}"]).tokens)
+
+
+def test_the_suffix_is_the_users_to_choose(folder):
+    for suffix, told in (("as it is", "a star as it is"), ("", "a star")):
+        family = load_family(str(folder), sight=Sight(suffix=suffix))
+        assert family.teachers_prompt("a star", False) == family.teachers_prompt("a star", True) == told
+
+
+def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_reference(klein, reader, denoiser):
+    privileged = reader.context(PROMPTS[:1], [noisy_picture(6, 64, 64)])
+    picture = privileged.extras["reference_0"].clone().requires_grad_(True)
+    scale, seen = torch.ones(1, requires_grad=True), []
+
+    def student(z, t, context):
+        seen.append(t[0].clone())
+        return scale * denoiser(z, t, context)
+
+    teacher = torch.no_grad()(lambda z, t, context: denoiser(z, t, context))
+    roles = Roles(student, teacher, teacher, lambda nfe, h, w: klein.schedule(nfe or klein.default_nfe, h, w))
+    batch = Batch(
+        torch.zeros(1, klein.channels, 4, 4), reader.context(PROMPTS[:1]), tuple(PROMPTS[:1]), torch.ones(1),
+        replace(privileged, extras={"reference_0": picture}),
+    )  # fmt: skip
+    for piece in DOPSD().losses(roles, batch, torch.Generator().manual_seed(0)):
+        piece.surrogate.backward()
+    assert torch.equal(torch.stack(seen), klein.schedule(4, 4, 4).times[:-1])
+    assert picture.grad is None and scale.grad is not None and scale.grad.abs() > 0
+
+
+@pytest.fixture(scope="module")
+def by_vlm(folder) -> KleinReader:
+    return load_family(str(folder), sight=Sight("vlm")).load_reader(CPU, torch.float32, pictures=True)
+
+
+@torch.no_grad()
+def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding(by_vlm, reader):
+    assert by_vlm.text.text_gap == 0
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    context = by_vlm.context(PROMPTS[:1], [red])
+    assert context.lengths == (512 + 16,) and context.layout == ()
+    assert (context.tokens - by_vlm.context(PROMPTS[:1], [blue]).tokens).abs().max() > 1e-3
+    # what precedes every picture is read as the text encoder reads it
+    torch.testing.assert_close(context.tokens[:, :2], reader.context([""]).tokens[:, :2], atol=2e-6, rtol=1e-5)
+    with_references = by_vlm.context(PROMPTS[:1], [red], [REFERENCES[:1]])
+    assert torch.equal(with_references.tokens, context.tokens) and len(with_references.layout) == 1
+
+
+@torch.no_grad()
+def test_padding_beside_a_picture_stands_after_the_prompt_as_in_the_text_encoder(by_vlm):
+    """Text alone, padded, through the VLM's own path for pictures' rows: the states of the text encoder."""
+    text = by_vlm.text
+    tokens = text._tokens([PROMPTS[0]], 512)
+    places, _ = text.vlm.get_rope_index(tokens.input_ids, torch.zeros_like(tokens.input_ids).int())
+    seeing = text._states(
+        text.vlm.language_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, position_ids=places,
+            output_hidden_states=True,
+        )
+    )  # fmt: skip
+    plain = text._states(text.encoder(**tokens, output_hidden_states=True))
+    torch.testing.assert_close(seeing, plain, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_of_several_lengths_are_not_mixed_with_padding(by_vlm, klein, denoiser):
+    short, long = (by_vlm.context(["a star"], [noisy_picture(1, side, side)]) for side in (64, 64))
+    long = replace(long, tokens=torch.cat([long.tokens, long.tokens[:, -5:]], dim=1), lengths=(long.lengths[0] + 5,))
+    z, t = noise_for([0, 1], klein.channels, 4, 4).start, torch.tensor([1.0, 1.0])
+    together = denoiser(z, t, type(short).stack([short, long]))
+    alone = torch.cat([denoiser(z[:1], t[:1], short), denoiser(z[1:], t[1:], long)])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("sight", [Sight("edit"), Sight("vlm")])
+@pytest.mark.parametrize("shown", [(), REFERENCES])
+def test_blank_contexts_have_the_shapes_of_real_ones(folder, reader, by_vlm, sight, shown):
+    family, real = load_family(str(folder), sight=sight), reader if sight.context == "edit" else by_vlm
+    rows = [list(shown)] * 2 if shown else None
+    sizes = [[image.size for image in row] for row in rows] if rows else None
+    target = noisy_picture(5, 96, 64)
+    for images, seen in ((None, None), ([target] * 2, [target.size] * 2)):
+        blank, wanted = family.blank_context(PROMPTS[:2], seen, sizes), real.context(PROMPTS[:2], images, rows)
+        assert (blank.tokens.shape, blank.lengths, blank.layout) == (wanted.tokens.shape, wanted.lengths, wanted.layout)
+
+
+def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_path, folder):
+    assert not load_family(str(write_klein(tmp_path / "base", distilled=False))).distilled
+    with pytest.raises(ValueError, match=r"after layers 9, 18, 27 of its text encoder; this one has 12"):
+        load_family(str(write_klein(tmp_path / "shallow", layers=12)))
+    shutil.copytree(folder, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "vae")
+    with pytest.raises(ValueError, match="lacks the folder vae"):
+        load_family(str(tmp_path / "parts"))
+
+
+def test_a_vlm_of_another_size_is_refused(tmp_path, folder):
+    vlm = write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30})
+    family = load_family(str(folder), sight=Sight("vlm", str(vlm)))
+    with pytest.raises(ValueError, match=r"does not match the checkpoint's text encoder in layers\.28.*model\.vlm"):
+        family.load_reader(CPU, torch.float32, pictures=True)
+
+
+def test_a_caption_over_the_limit_is_said_not_cut(klein, reader):
+    for refuse in (lambda: reader.context(["star " * 600]), lambda: klein.count_tokens(["star " * 600])):
+        with pytest.raises(ValueError, match="the limit is 512"):
+            refuse()
+
+
+def test_another_way_of_seeing_is_another_key_in_the_cache(reader, by_vlm, folder):
+    other = load_family(str(folder), sight=Sight(suffix="as it is")).load_reader(CPU, torch.float32, pictures=True)
+    assert len({reader.fingerprint, by_vlm.fingerprint, other.fingerprint}) == 3
+
+
+def test_the_walk_takes_four_forwards(klein, reader):
+    visits = list(rollout(lambda z, t, c: z, noise_for([0], 16, 4, 4).start, klein.schedule(klein.default_nfe, 4, 4),
+                          reader.context(PROMPTS[:1])))  # fmt: skip
+    assert len(visits) == 4
