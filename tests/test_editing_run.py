@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from PIL import Image
-from safetensors import safe_open
 from tiny_klein import write_klein
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from dopsd.checking import check, foresee
 from dopsd.cli import app
 from dopsd.deployed import sample_latents
 from dopsd.families import load_family
+from dopsd.files import read_metadata, read_tensors
 from dopsd.paint import noise_for
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
@@ -68,7 +68,7 @@ def pairs(tmp_path_factory) -> Path:
     return folder
 
 
-def recipe_of(model: Path, folder: Path, out: Path, **changes) -> Recipe:
+def recipe_of(model: Path, folder: Path, out: Path, /, **changes) -> Recipe:
     """changes: section -> keys."""
     tree = {
         "model": {"name_or_path": str(model), "memory": "high"},
@@ -94,8 +94,8 @@ def run(model, pairs, tmp_path_factory) -> Recipe:
 
 
 def test_the_file_holds_exactly_the_models_block_modules(run, model):
-    with safe_open(run.run_folder / "edited.safetensors", "pt") as file:
-        shapes, said = {name: tuple(file.get_tensor(name).shape) for name in file}, file.metadata()
+    file = run.run_folder / "edited.safetensors"
+    shapes, said = {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()}, read_metadata(file)
     network = Flux2Transformer2DModel.from_pretrained(model / "transformer")
     wanted = {}
     for name, module in network.named_modules():
@@ -143,10 +143,10 @@ def test_other_ways_to_train_on_the_pairs_move_the_student(model, pairs, tmp_pat
     recipe = recipe_of(model, pairs, tmp_path, **changes)
     reports = list(train(recipe))
     assert len(reports) == 3 and all(np.isfinite(report.log["loss"]) for report in reports)
-    with safe_open(recipe.run_folder / "edited.safetensors", "pt") as file:
-        assert all(file.get_tensor(name).any() for name in file)
-        wanted = "none" if recipe.method.name == "sft" else recipe.model.teacher_context or "edit"
-        assert file.metadata()["teacher_context"] == wanted
+    file = recipe.run_folder / "edited.safetensors"
+    assert all(tensor.any() for tensor in read_tensors(file).values())
+    wanted = "none" if recipe.method.name == "sft" else recipe.model.teacher_context or "edit"
+    assert read_metadata(file)["teacher_context"] == wanted
 
 
 def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
