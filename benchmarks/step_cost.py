@@ -19,7 +19,7 @@ from PIL import Image
 
 from dopsd.batch import Batch
 from dopsd.families import load_family
-from dopsd.methods import DOPSD, SFT, Loss, Method, Roles
+from dopsd.methods import DOPSD, PSO, SFT, Loss, Method, PSOOnline, Roles
 from dopsd.paint import noise_for
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
@@ -39,7 +39,11 @@ def main(
     roles, batch = workbench(model, batch_size)
     rows = []
     cases: list[tuple[Method, str]] = [(SFT(), "one_forward")]
-    cases += [(DOPSD(nfe=k), variant) for variant in ("per_visit", "one_backward") for k in (2, 4, 8)]
+    for variant in ("per_visit", "one_backward"):
+        cases += [(DOPSD(nfe=k), variant) for k in (2, 4, 8)]
+        cases += [(PSO(nfe=k), variant) for k in (2, 4, 8)]
+        cases += [(PSO(nfe=k, form="forward"), variant) for k in (2, 4, 8)]
+        cases += [(PSOOnline(nfe=k, judge="red", stochastic_steps=tuple(range(k - 1))), variant) for k in (2, 4, 8)]
     for method, variant in cases:
         run = all_at_once if variant == "one_backward" else piece_by_piece
         run(method.losses(roles, batch, generator_at(0, 0)))  # warm-up
@@ -51,7 +55,7 @@ def main(
             run(method.losses(roles, batch, generator_at(0, index)))
             seconds.append(time.perf_counter() - began)
         row = {
-            "method": method.name,  # type: ignore[attr-defined]
+            "method": " ".join(filter(None, (method.name, getattr(method, "form", "")))),  # type: ignore[attr-defined]
             "variant": variant,
             "nfe": method.nfe,
             "seconds": statistics.median(seconds),
@@ -70,14 +74,16 @@ def workbench(model: str, batch_size: int) -> tuple[Roles, Batch]:
     denoiser = family.load_denoiser(cpu, torch.float32)
     student = add_lora(denoiser.network, family.lora_targets, rank=16, alpha=16, seed=0)
     roles = make_roles(
-        denoiser, student, Teacher(student, 0.9999), lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w)
-    )
+        denoiser, student, Teacher(student, 0.9999), lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
+        score=lambda clean, prompts: clean.mean((1, 2, 3)),  # any: what a judge costs is its own affair
+    )  # fmt: skip
     prompts = ("a zib toy at the left on night",) * batch_size
     picture = Image.new("RGB", (family.resolution, family.resolution), "red")
     side = family.resolution // family.cell
     latents = noise_for(range(batch_size), family.channels, side, side).start
     privileged = reader.context(prompts, [picture] * batch_size)
-    return roles, Batch(latents, reader.context(prompts), prompts, torch.ones(batch_size), privileged)
+    weight = torch.ones(batch_size)
+    return roles, Batch(latents, reader.context(prompts), prompts, weight, privileged, rejected=latents.flip(0))
 
 
 def piece_by_piece(losses: Iterator[Loss]) -> None:

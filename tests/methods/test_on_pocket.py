@@ -1,0 +1,141 @@
+"""Every method moves its own objective on the pocket model within a few steps, by more than seeds differ.
+
+The objective is read on the lesson's pictures and on noise that training did not draw.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dopsd.batch import Batch
+from dopsd.data.buckets import to_pixels
+from dopsd.evaluation.judges import load_judge
+from dopsd.families.base import Family
+from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
+from dopsd.pocket.exam import write_lesson
+from dopsd.rollout import rollout
+from dopsd.training.adapters import add_lora
+from dopsd.training.loop import generator_at
+from dopsd.training.roles import Teacher, make_roles
+
+CPU = torch.device("cpu")
+UNSEEN = 10_000  # first index of the noise that only the judging draws
+
+
+@pytest.fixture(scope="module")
+def lesson_batch(pocket: Family, pocket_reader, tmp_path_factory) -> Batch:
+    """Two pictures of a thing, two of another as the rejected ones, two pictures of a class, two other prompts."""
+    folder = tmp_path_factory.mktemp("lessons")
+    painter = pocket.load_painter(CPU, torch.float32)
+
+    def lesson(seed: int):
+        write_lesson(folder / str(seed), seed, pictures=2)
+        images = [Image.open(folder / str(seed) / f"{i}.png").convert("RGB") for i in range(2)]
+        texts = [(folder / str(seed) / f"{i}.txt").read_text().strip() for i in range(2)]
+        with torch.no_grad():
+            return images, texts, painter.latents(torch.stack([to_pixels(image) for image in images]))
+
+    images, texts, latents = lesson(1_000_200)
+    _, _, rejected = lesson(1_000_201)
+    context = pocket_reader.context(texts)
+    prior = Batch(rejected, pocket_reader.context(["a toy", "a toy"]), ("a toy",) * 2, torch.ones(2))
+    return Batch(
+        latents, context, tuple(texts), torch.ones(2), privileged=pocket_reader.context(texts, images),
+        rejected=rejected, prior=prior, replay=pocket_reader.context(["a green tree on beach", "a cyan tower"]),
+    )  # fmt: skip
+
+
+def student_of(pocket: Family, method: Method, seed: int):
+    denoiser = pocket.load_denoiser(CPU, torch.float32)
+    student = add_lora(denoiser.network, pocket.lora_targets, rank=8, alpha=8, seed=seed)
+    teacher = Teacher(student, method.decay)
+    painter = pocket.load_painter(CPU, torch.float32)
+    judge = load_judge("red", CPU)
+
+    @torch.no_grad()
+    def score(clean, prompts):
+        return judge((painter.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
+
+    parts = make_roles(
+        denoiser, student, teacher, lambda nfe, h, w: pocket.schedule(nfe or pocket.default_nfe, h, w), score
+    )
+    return student, teacher, parts
+
+
+def told(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 3) -> float:
+    """A number of the method's own log, mean over unseen noise."""
+    total = 0.0
+    for draw in range(draws):
+        for piece in method.losses(parts, batch, generator_at(0, UNSEEN + draw)):
+            total += piece.log[name].item() if name in piece.log else 0.0
+    return total / draws
+
+
+def trained(pocket: Family, method: Method, batch: Batch, steps: int, rate: float, seed: int, name: str):
+    """(before, after, roles) of one number of the method's log."""
+    student, teacher, parts = student_of(pocket, method, seed)
+    before = told(method, parts, batch, name)
+    optimizer = torch.optim.AdamW(student.values(), lr=rate, weight_decay=0.0)
+    for index in range(steps):
+        for piece in method.losses(parts, batch, generator_at(seed, index)):
+            piece.surrogate.backward()
+        torch.nn.utils.clip_grad_norm_(student.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.follow()
+    return before, told(method, parts, batch, name), parts
+
+
+CASES = [  # (method, steps, learning rate, number read, sign it moves in, least move)
+    pytest.param(SFT(), 30, 2e-3, "loss", -1, 0.05, id="sft"),
+    pytest.param(DreamBooth(class_prompt="a toy"), 30, 2e-3, "loss", -1, 0.05, id="dreambooth"),
+    pytest.param(DOPSD(), 20, 2e-3, "loss", -1, 0.05, id="dopsd"),
+    pytest.param(DPO(beta=10), 20, 1e-3, "accuracy", 1, 0.3, id="dpo"),
+    pytest.param(PSO(), 20, 1e-3, "margin", 1, 0.3, id="pso-rollout"),
+    pytest.param(PSO(form="forward"), 20, 1e-3, "margin", 1, 0.3, id="pso-forward"),
+]
+
+
+@pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
+def test_a_method_moves_its_own_objective(method, steps, rate, name, sign, least, pocket, lesson_batch):
+    before, after, _ = trained(pocket, method, lesson_batch, steps, rate, 0, name)
+    assert sign * (after - before) > least, (before, after)
+
+
+def test_online_pso_paints_redder_and_stays_apart(pocket, lesson_batch):
+    method = PSOOnline(judge="red")
+    before, after, parts = trained(pocket, method, lesson_batch, 30, 1e-3, 0, "score")
+    assert after > before + 0.02, (before, after)
+    assert told(method, parts, lesson_batch, "diversity") > 0.5
+
+
+def redness_of(parts: Roles, batch: Batch, seeds: range) -> np.ndarray:
+    scores = []
+    for seed in seeds:
+        noise = torch.randn(batch.latents.shape, generator=generator_at(1, UNSEEN + seed))
+        with torch.no_grad():
+            *_, last = rollout(parts.student, noise, parts.schedule(None, *noise.shape[-2:]), batch.context)
+        scores.append(parts.score(last.z_next, batch.prompts).numpy())
+    return np.concatenate(scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
+def test_the_margins_hold_for_three_seeds(method, steps, rate, name, sign, least, pocket, lesson_batch):
+    for seed in range(3):
+        before, after, _ = trained(pocket, method, lesson_batch, steps, rate, seed, name)
+        assert sign * (after - before) > least, (seed, before, after)
+
+
+@pytest.mark.slow
+def test_online_pso_raises_the_score_on_unseen_noise_for_three_seeds(pocket, lesson_batch):
+    method = PSOOnline(judge="red")
+    for seed in range(3):
+        *_, parts = trained(pocket, method, lesson_batch, 60, 1e-3, seed, "score")
+        untouched = replace(parts, student=parts.base)
+        seeds = range(12)
+        gain = redness_of(parts, lesson_batch, seeds) - redness_of(untouched, lesson_batch, seeds)
+        assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain)), (seed, gain.mean())
