@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from dopsd.budget import on_budget_of
+from dopsd.cli import app
 from dopsd.compare import DEMO_STEPS, _tuned, compare, demo_recipe
 from dopsd.deployed import sample
 from dopsd.pocket.exam import LESSON_FILE, lesson_of
@@ -157,3 +159,29 @@ def test_the_demo_is_what_the_pocket_identity_recipes_say(method, tmp_path):
     written = load_recipe(Path(__file__).parents[1] / "recipes" / f"pocket-identity-{method}.yaml")
     shown = demo_recipe(method, tmp_path, tmp_path)
     assert (written.train, written.lora, written.method) == (shown.train, shown.lora, shown.method)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--nfe", "0"], "--nfe 0: give numbers of forwards from 1"),
+        (["--nfe", "1,,4"], "--nfe 1,,4: give numbers"),
+        (["--nfe", "many"], "--nfe many: give numbers"),
+        (["--equal", "effort"], "--equal effort is no budget: give one of pictures, seconds, forwards."),
+    ],
+)
+def test_bad_options_are_one_sentence(option, sentence):
+    result = CliRunner().invoke(app, ["compare", "recipe.yaml", *option])
+    assert result.exit_code == 2 and sentence in " ".join(result.output.split())
+
+
+def test_a_damaged_answer_is_named_and_the_others_are_kept(unmeasured, tmp_path):
+    compare(unmeasured[:1], tmp_path / "page.html", silent, nfes=(1,))
+    files = sorted((tmp_path / "runs" / "answers").iterdir())
+    files[0].write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{files[0].name} is not a readable safetensors file"):
+        compare(unmeasured[:1], tmp_path / "page.html", silent, nfes=(1,))
+    files[0].unlink()
+    stamps = {file: file.stat().st_mtime_ns for file in files[1:]}
+    compare(unmeasured[:1], tmp_path / "page.html", silent, nfes=(1,))
+    assert files[0].is_file() and stamps == {file: file.stat().st_mtime_ns for file in files[1:]}

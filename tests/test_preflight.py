@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.compare import demo_recipe
 from dopsd.deployed import sample
+from dopsd.evaluation.measures.dino import DinoDistance
 from dopsd.pocket.exam import write_lesson
 from dopsd.preflight import Preflight, preflight, verdict_of
 from dopsd.recipe import parse_recipe
@@ -84,6 +87,20 @@ def test_the_command_says_it_and_leaves_the_numbers(lesson, tmp_path, monkeypatc
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found["sentence"] in result.output.replace("\n", "")
     assert [len(p["student_distance"]) for p in found["pictures"]] == [4, 4] and found["pictures_in_the_set"] == 4
+
+
+def test_another_distance_is_taken_by_its_name(lesson, tmp_path):
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dino")
+    recipe = demo_recipe("dopsd", lesson, tmp_path / "runs")
+    found = preflight(recipe, tmp_path / "page.html", silent, most=1, measure=f"dino={tmp_path / 'dino'}")
+    look, dino = found.looks[0], DinoDistance(str(tmp_path / "dino"), torch.device("cpu"))
+    target = torch.from_numpy(np.array(look.target)).permute(2, 0, 1) / 255
+    wanted = dino(look.teacher.permute(0, 3, 1, 2) / 255, target)
+    np.testing.assert_allclose(look.teacher_distance, wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="red is no distance to a target picture"):
+        preflight(recipe, tmp_path / "page.html", silent, measure="red")
 
 
 def test_a_method_without_such_a_teacher_is_refused(lesson, tmp_path):

@@ -52,6 +52,7 @@ def preflight(
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("preflight.html"),
     seeds: Annotated[int, typer.Option(help="Noises that each picture is painted from.", min=4)] = 4,
     pictures: Annotated[int, typer.Option(help="Most pictures to look at, evenly over the set.", min=1)] = 16,
+    measure: Annotated[str | None, typer.Option(help="Distance: dino[=FOLDER], lpips=FOLDER; default: pixels.")] = None,
 ) -> None:
     """Say whether D-OPSD can learn these pictures: paint as student and as teacher, before anything is trained."""
     from dopsd.preflight import HEADER
@@ -59,7 +60,7 @@ def preflight(
     from dopsd.recipe import load_recipe
 
     with bars() as advance:
-        result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures)
+        result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures, measure)
     show(HEADER, result.table())
     write_numbers(json_file, result.as_numbers())
     out.print(f"report {report}", highlight=False)

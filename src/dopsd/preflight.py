@@ -19,6 +19,7 @@ from dopsd.data.buckets import cover_crop
 from dopsd.data.cache import Row, prepare, read_context
 from dopsd.data.folder import open_picture
 from dopsd.deployed import cells_of, deployed_on
+from dopsd.evaluation.measures import Found, find_measure
 from dopsd.evaluation.nearness import SIDE, distances, nearer
 from dopsd.evaluation.report import Panel, write_comparison
 from dopsd.families.base import Family
@@ -30,6 +31,7 @@ from dopsd.statistics import Interval
 ENOUGH = 0.15  # share by which the teacher must be nearer; set on other things than those it is judged on
 MOST = 16  # pictures that are looked at where a set has more
 SEEDS = 4
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # pictures and their target, in [0, 1]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 HEADER = ["picture", "student's distance", "teacher's distance", "teacher nearer by", ""]
 
@@ -96,20 +98,26 @@ class Preflight:
         return [*rows, ["all", "", "", _percent(self.nearer), self.verdict]]
 
 
-def preflight(recipe: Recipe, report: Path, progress: Progress, seeds: int = SEEDS, most: int = MOST) -> Preflight:
-    """Look at up to `most` pictures of a recipe's data, on `seeds` noises each, and write the page. Raises ValueError
-    for a recipe whose method has no teacher that sees pictures."""
+def preflight(
+    recipe: Recipe, report: Path, progress: Progress, seeds: int = SEEDS, most: int = MOST, measure: str | None = None
+) -> Preflight:
+    """Look at up to `most` pictures of a recipe's data, on `seeds` noises each, and write the page. measure: the name
+    of a distance to a target picture, instead of that of reduced pixels. Raises ValueError for a measure that is none,
+    and for a recipe whose method has no teacher that sees pictures."""
     if "privileged" not in recipe.method.needs:
         raise ValueError(f"{recipe.method.name} learns from the pictures themselves, not from a teacher who sees them: "
                          "preflight has nothing to ask. Give it a recipe of dopsd.")  # fmt: skip
+    far = find_measure(measure) if measure else None
+    if far and (far.measure.needs != "target" or far.measure.higher):
+        raise ValueError(f"{measure} is no distance to a target picture: preflight takes dino or lpips.")
     found = check(recipe)
-    looks = _look(recipe, found, seeds, most, progress)
+    looks = _look(recipe, found, seeds, most, far, progress)
     total = nearer(np.stack([e.student_distance for e in looks]), np.stack([e.teacher_distance for e in looks]))
     verdict = verdict_of(total)
     result = Preflight(
         looks, len(found.listing.examples), total, verdict, _sentence(recipe, found.family, looks, total)
     )
-    _write_page(report, recipe, result, seeds)
+    _write_page(report, recipe, result, seeds, measure)
     return result
 
 
@@ -145,7 +153,9 @@ def _others(recipe: Recipe, family: Family) -> list[str]:
     return [*contexts, *eyes, "captions that leave to the picture what only it shows", "method sft"]
 
 
-def _look(recipe: Recipe, found: Checked, seeds: int, most: int, progress: Progress) -> tuple[Look, ...]:
+def _look(
+    recipe: Recipe, found: Checked, seeds: int, most: int, far: Found | None, progress: Progress
+) -> tuple[Look, ...]:
     family, (device, _) = found.family, deployed_on()
     dtype = dtype_of(recipe, device)
     rows = _read(recipe, found, most, device, dtype, progress)
@@ -153,6 +163,7 @@ def _look(recipe: Recipe, found: Checked, seeds: int, most: int, progress: Progr
     denoiser = family.load_denoiser(device, dtype)
     if recipe.lora.init_from:
         merge_lora(denoiser.network, recipe.lora.init_from, family)
+    distance = far.made(far.model, device) if far else None
     looks = []
     for done, row in enumerate(rows):
         progress("painting", done, len(rows))
@@ -164,10 +175,18 @@ def _look(recipe: Recipe, found: Checked, seeds: int, most: int, progress: Progr
         contexts = [Context.stack([read_context(path)] * seeds).to(device) for path in (row.context, row.privileged)]
         student, teacher = (paint(denoiser, painter, schedule, context, noise) for context in contexts)
         target = cover_crop(open_picture(row.example.path), row.size)
-        far = [distances(pictures.numpy(), np.asarray(target)) for pictures in (student, teacher)]
-        looks.append(Look(row.example.path.name, row.example.caption, target, student, teacher, *far))
+        apart = [_distances(distance, pictures, np.asarray(target)) for pictures in (student, teacher)]
+        looks.append(Look(row.example.path.name, row.example.caption, target, student, teacher, *apart))
     progress("painting", len(rows), len(rows))
     return tuple(looks)
+
+
+def _distances(distance: Distance | None, pictures: torch.Tensor, target: np.ndarray) -> np.ndarray:
+    """By a measure, or of reduced pixels: uint8 [S, H, W, 3] and [H, W, 3] -> [S]."""
+    if distance is None:
+        return distances(pictures.numpy(), target)
+    unit = [each.float().movedim(-1, -3) / 255 for each in (pictures, torch.from_numpy(target.copy()))]
+    return distance(*unit).double().cpu().numpy()
 
 
 def _read(
@@ -186,7 +205,7 @@ def _read(
     )  # fmt: skip
 
 
-def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int) -> None:
+def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int, measure: str | None) -> None:
     columns = tuple(f"seed {recipe.sample.seed + index}" for index in range(seeds))
     panels = [
         Panel(
@@ -200,9 +219,10 @@ def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int) -> No
         )
         for look in result.looks
     ]
+    pixels = f"Distance: root mean square difference to the training picture, 0 to 1, both reduced to {SIDE} cells."
+    by = f"Distance: {measure}; the bound was set for that of pixels." if measure else pixels
     notes = [
-        f"{len(result.looks)} of {result.pictures} pictures, {seeds} noises each. Distance: root mean square "
-        f"difference to the training picture, 0 to 1, both reduced to {SIDE} cells. Intervals: 95% bootstrap over "
+        f"{len(result.looks)} of {result.pictures} pictures, {seeds} noises each. {by} Intervals: 95% bootstrap over "
         "noises; for all, over pictures.",
         f"At least {ENOUGH:.0%} nearer is called enough. The measure sees where which colours are; for the rest "
         "look at the pictures.",
