@@ -35,8 +35,8 @@ pictures; whether it sees *your* pictures is what `dopsd preflight` asks.
 TRAINING = """## What does training cost?
 
 One batch, forward and backward. Forwards: of the network, a backward counted as two. Seconds: the median of a few
-batches on cores that others used too, so read the ratios. By `python benchmarks/step_cost.py --json
-docs/step_cost.json`.
+batches on cores that others used too, so read the ratios. By `python
+benchmarks/step_cost.py --threads 1 --repeats 3 --json docs/step_cost.json`.
 """
 SAMPLING = """## What does it cost afterwards?
 
@@ -141,7 +141,8 @@ def _too_long() -> list[str]:
     lines = [TOO_LONG.format(thing=found["thing"])]
     for method in ("dopsd", "sft"):
         run = found[method]
-        lines += [f"**{method}** (the recipe says {run['recipe_steps']} steps). The advice: {run['advice']}", "",
+        said = f"**{method}**, {run['steps']} steps where the recipe says {run['recipe_steps']}. {run['advice']}"
+        lines += [said, "",
                   f"| after step | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES)]  # fmt: skip
         for label, scores in run["after"].items():
             mark = " (advised)" if label == str(run["advised"]) else ""
