@@ -106,8 +106,10 @@ class Parent:
     """The undistilled model that pocket was distilled from: many steps, and guidance away from the empty caption."""
 
     def __init__(self, checkpoint: Path, untold: Context):
-        network = ZImageTransformer2DModel.from_pretrained(checkpoint / "parent", subfolder="transformer")
-        self.denoiser, self.untold = ZImageDenoiser(network.to(torch.float32)), untold
+        network = ZImageTransformer2DModel.from_pretrained(
+            checkpoint / "parent", subfolder="transformer", torch_dtype=torch.float32
+        )
+        self.denoiser, self.untold = ZImageDenoiser(network), untold
 
     def __call__(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
         untold = Context.stack([self.untold] * len(z))
