@@ -5,10 +5,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_dmd2_lora, write_sdxl
 
 from dopsd.families import POCKET, load_family
 from dopsd.families.base import Family
@@ -54,3 +57,15 @@ def lesson(tmp_path: Path) -> Path:
     folder = tmp_path / "lesson"
     write_lesson(folder, THING)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny SDXL of a kind: base, turbo or dmd2."""
+    return cache(lambda kind: write_sdxl(tmp_path_factory.mktemp("sdxl") / kind, kind))
+
+
+@pytest.fixture(scope="session")
+def dmd2_lora(sdxl: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA file like DMD2's for the tiny base."""
+    return write_dmd2_lora(tmp_path_factory.mktemp("dmd2") / "dmd2_lora.safetensors", sdxl("base"))

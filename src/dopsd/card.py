@@ -7,10 +7,13 @@ from typing import Any
 
 import yaml
 
+from dopsd.families.base import Usage
 from dopsd.files import write_text
 from dopsd.recipe import Recipe
 
+HUB_LICENCES = ("apache-2.0", "cc-by-nc-4.0", "openrail++")
 TOLD = {
+    "distilled_by": "the base is made a few-step model by",
     "method": "method",
     "method_settings": "its settings",
     "teacher_context": "the teacher sees",
@@ -25,8 +28,9 @@ TOLD = {
 }
 
 
-def write_card(recipe: Recipe, metadata: Mapping[str, str], step: int) -> Path:
-    """Write README.md from what the LoRA file says of itself and the previews after `step` steps."""
+def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: int) -> Path:
+    """Write README.md from what the LoRA file says of itself and the previews after `step` steps. usage: how the base
+    is painted with."""
     samples = f"samples/step-{step:06d}"
     preview = json.loads((recipe.run_folder / samples / "preview.json").read_text(encoding="utf-8"))
     shown = [(each["prompt"], f"{index}_{each['seed']}.png") for index, each in enumerate(preview["pictures"])]
@@ -38,7 +42,7 @@ def write_card(recipe: Recipe, metadata: Mapping[str, str], step: int) -> Path:
         "base_model": metadata["base_model"],
         "library_name": "diffusers",
         "pipeline_tag": kind,
-        "license": metadata["modelspec.license"].lower(),
+        **_licence(metadata["modelspec.license"]),
         "tags": ["lora", "diffusers", kind, "dopsd"],
         "widget": widget,
     }
@@ -49,6 +53,13 @@ def write_card(recipe: Recipe, metadata: Mapping[str, str], step: int) -> Path:
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     rows = [f"| {_cell(p)} | ![]({samples}/base_{f}) | ![]({samples}/student_{f}) |" for p, f in shown]
     facts = [f"| {words} | {_cell(metadata[key])} |" for key, words in TOLD.items() if key in metadata]
+    imports = ["import torch", "from diffusers import DiffusionPipeline", *usage.imports]
+    imports += ["from PIL import Image"] if edited else []
+    opened = (
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.bfloat16)",
+        *usage.setup,
+        f'pipeline.load_lora_weights(".", weight_name="{recipe.run_name}.safetensors")',
+    )
     text = f"""---
 {front}---
 
@@ -66,13 +77,11 @@ Same noise in a row.
 ## Use
 
 ```python
-import torch
-from diffusers import DiffusionPipeline
-{"from PIL import Image" + chr(10) if edited else ""}
-pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.bfloat16)
-pipeline.load_lora_weights(".", weight_name="{recipe.run_name}.safetensors")
+{chr(10).join(imports)}
+
+{chr(10).join(opened)}
 prompt = {json.dumps(shown[0][0], ensure_ascii=False)}
-picture = pipeline(prompt=prompt{pictures}, num_inference_steps={metadata["nfe"]}, guidance_scale=0.0).images[0]
+picture = pipeline(prompt=prompt{pictures}, {usage.arguments}).images[0]
 ```
 
 ## Training
@@ -84,6 +93,12 @@ picture = pipeline(prompt=prompt{pictures}, num_inference_steps={metadata["nfe"]
     path = recipe.run_folder / "README.md"
     write_text(path, text)
     return path
+
+
+def _licence(name: str) -> dict[str, str]:
+    """In the hub's words: one that it knows by its identifier, another as `other` with its name."""
+    known = name.lower()
+    return {"license": known} if known in HUB_LICENCES else {"license": "other", "license_name": name}
 
 
 def _cell(text: str) -> str:

@@ -51,7 +51,7 @@ def family_of(recipe: Recipe) -> Family:
     """The recipe's checkpoint, its teacher seeing pictures as the recipe says."""
     model = recipe.model
     sight = Sight(model.teacher_context, model.vlm, model.teacher_suffix)
-    return load_family(model.name_or_path, model.revision, sight)
+    return load_family(model.name_or_path, model.revision, sight, model.distilled_by)
 
 
 def open_family(recipe: Recipe) -> Family:
@@ -60,9 +60,10 @@ def open_family(recipe: Recipe) -> Family:
     if reason := missing(recipe.method, family.teacher_contexts):
         raise ValueError(f"{recipe.method.name} cannot run on {family.name}: {reason}. `dopsd list` shows what can.")
     if not family.distilled and not recipe.model.allow_base:
+        by_file = ", or a file in model.distilled_by that makes it one" if family.distillable else ""
         raise ValueError(
             f"{recipe.model.name_or_path} is a many-step base model, and few-step tuning needs a distilled one such as "
-            f"{family.repo}. Set model.allow_base: true to tune it all the same."
+            f"{family.repo}{by_file}. Set model.allow_base: true to tune it all the same."
         )
     return family
 

@@ -10,7 +10,7 @@ import typer
 
 from dopsd.commands.measuring import evaluate, prompts
 from dopsd.console import bars, err, foretell, forwards_of, out, show, summarise, write_numbers
-from dopsd.door import AsJson, Changes, RecipeFile, refusing
+from dopsd.door import AsJson, Changes, DistilledBy, RecipeFile, refusing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,6 +110,7 @@ def sample(
     width: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
     reference: Annotated[list[Path] | None, typer.Option(help="Picture to edit. Repeatable, in order.")] = None,
+    distilled_by: DistilledBy = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Paint prompts, as the deployed pipeline would."""
@@ -118,7 +119,7 @@ def sample(
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder for the pictures with --out.")
-    images = sample_prompts(model, prompts, lora, strength, nfe, seed, width, height, reference or ())
+    images = sample_prompts(model, prompts, lora, strength, nfe, seed, width, height, reference or (), distilled_by)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
@@ -133,12 +134,13 @@ def fuse(
     lora: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).", show_default=False)],
     model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
     strength: Annotated[float, typer.Option(help="Of the LoRA; 1 is what was trained.")] = 1.0,
+    distilled_by: DistilledBy = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("fused"),
 ) -> None:
     """Write the model with a LoRA added to its weights, as a diffusers folder."""
     from dopsd.deployed import fuse as fuse_lora
 
-    fuse_lora(model, lora, folder, strength)
+    fuse_lora(model, lora, folder, strength, distilled_by)
     out.print(f"{folder}; open it with diffusers, or: dopsd sample PROMPT --model {folder}", highlight=False)
 
 
@@ -173,6 +175,7 @@ def compare(
 def init(
     method: Annotated[str, typer.Argument(help="dopsd or sft; `dopsd list` shows what runs where.")],
     model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
+    distilled_by: DistilledBy = None,
     data: Annotated[Path, typer.Option(help="Folder of pictures.")] = Path("data"),
     file: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
@@ -186,7 +189,7 @@ def init(
         raise ValueError(f"{method} is no method: choose one of {', '.join(METHODS)}.")
     if file.exists():
         raise ValueError(f"{file} exists and is not overwritten: choose another name with --out.")
-    family = load_family(model)
+    family = load_family(model, distilled_by=distilled_by)
     if why := missing(METHODS[method], family.teacher_contexts):
         raise ValueError(f"{method} cannot run on {family.name}: {why}.")
     write_text(file, starter_recipe(model, family, method, data))
@@ -196,16 +199,29 @@ def init(
 @app.command("import")
 @refusing
 def import_(
-    source: Annotated[str, typer.Argument(help="The reference code's .jsonl, or a data set (hub id or folder).")],
-    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("data"),
+    source: Annotated[
+        str,
+        typer.Argument(help="The reference code's .jsonl, a data set (hub id or folder), or a weights file (.bin)."),
+    ],
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write, or .safetensors file; default: data, or beside it.")
+    ] = None,
     image_column: Annotated[str, typer.Option(help="Of a data set.")] = "image",
     caption_column: Annotated[list[str] | None, typer.Option(help="Repeatable: all are kept.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
     rejected_column: Annotated[str | None, typer.Option(help="Of a data set of pairs: the worse picture.")] = None,
 ) -> None:
-    """Turn a data set in another shape into a folder of pictures with metadata.jsonl."""
+    """Turn a data set in another shape into a folder of pictures with metadata.jsonl, or a pickled weights file into
+    safetensors."""
     from dopsd.data.importing import import_data
+    from dopsd.pickled import convert_pickle
 
+    if source.endswith(".bin"):
+        file = target or Path(source).with_suffix(".safetensors")
+        count = convert_pickle(Path(source), file)
+        out.print(f"{count} tensors in {file}", highlight=False)
+        return
+    folder = target or Path("data")
     count = import_data(source, folder, image_column, caption_column or (), split, rejected_column)
     out.print(f"{count} pictures in {folder}; next: dopsd init dopsd --data {folder}", highlight=False)
 

@@ -113,7 +113,9 @@ def judge(
 def _refuse_unlike(recipes: Sequence[Recipe], loras: Sequence[Path], units: int) -> None:
     first, names = recipes[0], [recipe.run_name for recipe in recipes]
     for other in recipes[1:]:
-        if (other.model.name_or_path, other.data.folder) != (first.model.name_or_path, first.data.folder):
+        if any(getattr(other.model, key) != getattr(first.model, key) for key in ("name_or_path", "distilled_by")) or (
+            other.data.folder != first.data.folder
+        ):
             raise ValueError(
                 f"{other.run_name} and {first.run_name} differ in model or data; a comparison needs the same of both."
             )

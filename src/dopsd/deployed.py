@@ -28,11 +28,12 @@ def sample(
     width: int | None = None,
     height: int | None = None,
     references: Sequence[Path] = (),
+    distilled_by: str | None = None,
 ) -> list[Image.Image]:
     """Paint prompts as deployed, picture i from seed + i; references: pictures that every prompt edits. Sizes in
-    pixels; None: the first reference's, else the model's own."""
+    pixels; None: the first reference's, else the model's own. distilled_by: what makes a base a few-step model."""
     refuse_strength(strength)
-    family = load_family(name_or_path)
+    family = load_family(name_or_path, distilled_by=distilled_by)
     edited = [open_picture(path) for path in references]
     sizes = [fitted_size(family, path, image.size) for path, image in zip(references, edited, strict=True)]
     usual = sizes[0] if sizes else (family.resolution, family.resolution)
@@ -65,11 +66,11 @@ def sample_latents(
     return walk(denoiser, z.to(device), schedule, context, generators)
 
 
-def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0) -> None:
+def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0, distilled_by: str | None = None) -> None:
     """Write the checkpoint as a diffusers folder with the LoRA added to its weights: what opens it needs no LoRA."""
     if folder.exists():
         raise ValueError(f"{folder} exists and is not overwritten: choose another folder with --out.")
-    family = load_family(name_or_path)
+    family = load_family(name_or_path, distilled_by=distilled_by)
     read_lora(lora, family)  # refused before gigabytes are loaded
     network = family.load_denoiser(*deployed_on()).network
     merge_lora(network, lora, family, strength)
@@ -79,6 +80,7 @@ def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0) -> 
             network.save_pretrained(temporary / family.export_prefix)  # type: ignore[operator] - of every diffusers model
         except SafetensorError as error:  # how safetensors says "no space left"
             raise OSError(str(error)) from error
+        family.settle(temporary)
 
 
 def deployed_on() -> tuple[torch.device, torch.dtype]:

@@ -13,6 +13,9 @@ from dopsd.console import err
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML); see recipes/.", show_default=False)]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.max_steps=500. Repeatable.")]
+DistilledBy = Annotated[
+    str | None, typer.Option(help="What makes an SDXL base a few-step model: DMD2's LoRA or UNet (.safetensors).")
+]
 AsJson = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
 
 

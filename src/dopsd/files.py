@@ -95,6 +95,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
+def tensor_names(path: Path) -> list[str]:
+    """What a safetensors file holds, by its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The string metadata of a safetensors file."""
     try:

@@ -23,7 +23,7 @@ FAMILY_MARKS = {
 PARTNERS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
 UNKNOWN = "not known here"
 BAKED, ALPHA, SAID = "scale multiplied in, or alpha = rank", "alpha tensors", "alpha in the metadata"
-# (form, how the scale is given) -> what Z-Image loaders make of it: diffusers, ComfyUI.
+# By family: (form, how the scale is given) -> what loaders make of it: diffusers, ComfyUI.
 ZIMAGE_LOADERS = {
     ("transformer.", BAKED): ("strength 1", "strength 1"),
     ("transformer.", SAID): ("strength 1", "off by alpha / rank: it does not read the metadata"),
@@ -34,6 +34,15 @@ ZIMAGE_LOADERS = {
     ("base_model.model.", BAKED): ("nothing is loaded, in silence", "no"),
     ("kohya", ALPHA): ("strength 1", "only with the original model's names"),
 }
+SDXL_LOADERS = {
+    ("kohya", ALPHA): ("strength 1", "strength 1"),
+    ("unet.", BAKED): ("strength 1", UNKNOWN),
+    ("unet.", ALPHA): ("error", UNKNOWN),
+    ("diffusion_model.", BAKED): ("nothing is loaded, in silence", UNKNOWN),
+    ("base_model.model.", BAKED): ("nothing is loaded, in silence", UNKNOWN),
+    ("bare names", BAKED): ("nothing is loaded, in silence", UNKNOWN),
+}
+LOADERS = {"zimage": ZIMAGE_LOADERS, "sdxl": SDXL_LOADERS}
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,13 @@ def inspect_lora(path: Path) -> Inspected:
     form, scale = _form(tensors), _scale(tensors, metadata)
     families = [name for name, mark in FAMILY_MARKS.items() if any(re.search(mark, key) for key in downs)]
     family = metadata.get("ss_base_model_version") or " or ".join(families) or UNKNOWN
-    diffusers, comfy = ZIMAGE_LOADERS.get((form, scale), (UNKNOWN, UNKNOWN))
-    if families != ["zimage"]:
-        diffusers = comfy = UNKNOWN
+    loaders = LOADERS.get(families[0], {}) if len(families) == 1 else {}
+    diffusers, comfy = loaders.get((form, scale), (UNKNOWN, UNKNOWN))
     ranks = Counter(str(min(t.shape[:2])) for t in downs.values())
     own = [
         (key, metadata[key])
-        for key in ("base_model", "method", "nfe", "sigmas", "teacher_context", "ss_steps", "modelspec.license",
-                    "modelspec.trigger_phrase", "pictures", "data_sha256", "parent_adapter_sha256",
+        for key in ("base_model", "distilled_by", "method", "nfe", "sigmas", "teacher_context", "ss_steps",
+                    "modelspec.license", "modelspec.trigger_phrase", "pictures", "data_sha256", "parent_adapter_sha256",
                     "base_while_training", "dopsd_version")
         if key in metadata
     ]  # fmt: skip
@@ -85,7 +93,7 @@ def inspect_lora(path: Path) -> Inspected:
 
 def _form(names: Iterable[str]) -> str:
     first = next(iter(names))
-    for prefix in ("transformer.", "diffusion_model.", "base_model.model."):
+    for prefix in ("transformer.", "unet.", "diffusion_model.", "base_model.model."):
         if first.startswith(prefix):
             return prefix
     return "kohya" if first.startswith(("lora_unet_", "lora_te")) else "bare names"

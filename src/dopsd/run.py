@@ -116,7 +116,7 @@ def _train(
         illness = ward.visit(report.step, done)
         if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
             session.export(folder / f"{recipe.run_name}.safetensors", report.step)
-            write_card(recipe, session.metadata(report.step), report.step)
+            write_card(recipe, session.family.usage(session.deployed_nfe), session.metadata(report.step), report.step)
             write_report(folder)
         elif due:
             session.export(folder / f"{recipe.run_name}-step{report.step:06d}.safetensors", report.step)

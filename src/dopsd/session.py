@@ -85,7 +85,8 @@ class Session:
         starts_on = torch.device("cpu") if kind or recipe.model.offload else accelerator.device
         denoiser = family.load_denoiser(starts_on, dtype)
         if kind:
-            gap = quantize(denoiser, family.quantizable, kind, accelerator.device, probe, family.channels)
+            start = family.schedule(family.default_nfe, 16, 16).times[:1]
+            gap = quantize(denoiser, family.quantizable, kind, accelerator.device, probe, family.channels, start)
             log.info("quantize=%s first_velocity_moved_by=%.3f", kind, gap)
         if lean:
             denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator] - every diffusers model has it
@@ -180,7 +181,7 @@ class Session:
             "modelspec.license": family.licence,
             "modelspec.resolution": f"{self._side}x{self._side}",
             "modelspec.usage_hint": f"{self.deployed_nfe} steps, no guidance, strength 1",
-            "ss_base_model_version": family.name,
+            "ss_base_model_version": family.base_version,
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(recipe.lora.rank),
             "ss_network_alpha": str(recipe.lora.rank),  # the true alpha is multiplied into B
@@ -198,6 +199,8 @@ class Session:
             "nfe": str(self.deployed_nfe),
             "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells).times.tolist()),
         }
+        if file := recipe.model.distilled_by:
+            metadata["distilled_by"] = Path(file).name if Path(file).exists() else file
         if recipe.model.quantize:
             metadata["base_while_training"] = recipe.model.quantize
         if recipe.data.trigger:

@@ -65,6 +65,12 @@ class ModelSection(Section):
     teacher_suffix: str | None = Field(None, description="Words after the caption in the teacher's prompt.")
     vlm: str | None = Field(None, description="Qwen3-VL the teacher sees pictures with; default: the family's.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    distilled_by: str | None = Field(
+        None,
+        min_length=1,
+        description="What makes an SDXL base a few-step model: DMD2's LoRA or UNet (.safetensors), a file or "
+        "owner/name/file on the hub.",
+    )
     allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(po
         whole = pocket.load_denoiser(CPU, torch.float32)
         bytes_before = sum(p.nbytes for p in whole.network.parameters())
         promised = saved_bytes(whole.network, pocket.quantizable, kind)
-        gaps[kind] = quantize(whole, pocket.quantizable, kind, CPU, context, pocket.channels)
+        gaps[kind] = quantize(whole, pocket.quantizable, kind, CPU, context, pocket.channels, torch.ones(1))
         small = [n for n, p in whole.network.named_parameters() if p.dtype in (torch.uint8, torch.int8)]
         assert small and all(name.startswith("layers.") for name in small)
         kept = bytes_before - sum(p.nbytes for p in whole.network.parameters())

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 FAMILIES = {
     "zimage": "dopsd.families.zimage:ZImage",
     "flux2_klein": "dopsd.families.flux2_klein:Flux2Klein",
+    "sdxl": "dopsd.families.sdxl:SDXL",
 }
-PIPELINES = {"ZImagePipeline": "zimage", "Flux2KleinPipeline": "flux2_klein"}
+PIPELINES = {"ZImagePipeline": "zimage", "Flux2KleinPipeline": "flux2_klein", "StableDiffusionXLPipeline": "sdxl"}
 
 POCKET = Path(__file__).parents[1] / "pocket" / "checkpoint"  # what the name "pocket" stands for
 
@@ -28,11 +29,14 @@ def family_class(name: str) -> "type[Family]":
     return getattr(import_module(module), attribute)
 
 
-def load_family(name_or_path: str, revision: str | None = None, sight: "Sight | None" = None) -> "Family":
+def load_family(
+    name_or_path: str, revision: str | None = None, sight: "Sight | None" = None, distilled_by: str | None = None
+) -> "Family":
     """Open a checkpoint: a local diffusers folder, a hub id, or "pocket". Only its index and configs are read.
 
-    Raises ValueError when the folder is missing, incomplete, or of a family that is not here, and where its teacher
-    cannot see pictures as `sight` wants.
+    distilled_by: a file that makes a base checkpoint a few-step one. Raises ValueError when the folder is missing,
+    incomplete, or of a family that is not here, where its teacher cannot see pictures as `sight` wants, and where it is
+    not to be distilled by a file.
     """
     checkpoint = Checkpoint(str(POCKET) if name_or_path == "pocket" else name_or_path, revision)
     index = _model_index(checkpoint)
@@ -46,7 +50,10 @@ def load_family(name_or_path: str, revision: str | None = None, sight: "Sight | 
         raise ValueError(
             f"{kind.name} has no teacher context {sight.context}: model.teacher_context can be {possible}."
         )
-    return kind(checkpoint, index, sight)  # type: ignore[call-arg]
+    if distilled_by and not kind.distillable:
+        raise ValueError(f"{kind.name} takes no model.distilled_by: its few-step checkpoint is {kind.repo}.")
+    further = {"distilled_by": distilled_by} if distilled_by else {}
+    return kind(checkpoint, index, sight, **further)  # type: ignore[call-arg]
 
 
 def _model_index(checkpoint: Checkpoint) -> dict:

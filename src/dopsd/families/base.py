@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,6 +25,21 @@ class Sight:
     context: str | None = None
     vlm: str | None = None
     suffix: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How diffusers paints with a checkpoint, for a model card: lines of imports, lines between opening the pipeline
+    and loading a LoRA, and the arguments of a call beside the prompt."""
+
+    arguments: str
+    imports: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+
+
+def plain_usage(nfe: int) -> Usage:
+    """Of a pipeline that needs nothing but its number of steps."""
+    return Usage(f"num_inference_steps={nfe}, guidance_scale=0.0")
 
 
 class Reader(Protocol):
@@ -82,6 +98,9 @@ class Family(Protocol):
     quantizable: ClassVar[str]  # likewise: the linears that may be put in few bits; all others stay as they are
     export_prefix: ClassVar[str]  # the network's folder in a checkpoint, and diffusers' word for it in LoRA names
 
+    distillable: ClassVar[bool]  # whether a base checkpoint can be made a few-step one by a file, model.distilled_by
+    base_version: ClassVar[str]  # in the words of ss_base_model_version, by which interfaces sort LoRA files
+
     architecture: str  # in the words of modelspec.architecture
     licence: str
     checkpoint: Checkpoint
@@ -128,6 +147,15 @@ class Family(Protocol):
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
         """The pipeline's own times for `nfe` forwards at a latent size of height x width cells."""
+        ...
+
+    def usage(self, nfe: int) -> Usage:
+        """What to write to paint with `nfe` forwards in diffusers."""
+        ...
+
+    def settle(self, folder: Path) -> None:
+        """Make a copy of the checkpoint's folder, which holds this family's network as it is loaded, say which sampler
+        the network is for where the checkpoint itself does not."""
         ...
 
     def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = ("*.json", "*.txt", "*.jinja", "*.model")  # what can be known without weights, tokenizers included
+WHOLE = (*CONFIGS, "*.md", "*/*.safetensors")  # not the weights of all parts in one file, nor those of other libraries
+TWICE = ("*.fp16.safetensors",)  # the same weights again, in half precision
 
 
 class Checkpoint:
@@ -37,7 +39,7 @@ class Checkpoint:
     def part(self, name: str = ".") -> Path:
         """The folder of a part (".": the whole is one model) with its weights. Raises ValueError when it has none."""
         if self._repo is not None:  # by the commit that the configs are of, whatever is pushed meanwhile
-            _fetch(self._repo, self.folder.name, [f"{name}/*" if name != "." else "*.safetensors"])
+            _fetch(self._repo, self.folder.name, [f"{name}/*.safetensors" if name != "." else "*.safetensors"], TWICE)
         part = self.folder / name
         if not any(part.glob("*.safetensors")):
             raise ValueError(
@@ -58,11 +60,26 @@ class Checkpoint:
             ) from error
 
     def whole(self) -> Path:
-        """The folder with all that the repository holds."""
-        return self.folder if self._repo is None else _fetch(self._repo, self.folder.name, ["*"])
+        """The folder with every part of the repository."""
+        return self.folder if self._repo is None else _fetch(self._repo, self.folder.name, WHOLE, TWICE)
 
 
-def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def weights_file(name: str, called: str) -> Path:
+    """A safetensors file by its path, or on the hub as owner/name/file. called: the key that names it, for sentences.
+    Raises ValueError when there is no such thing."""
+    if Path(name).is_file():
+        return Path(name)
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if name.startswith((".", "/", "~")) or not file:
+        raise ValueError(f"{called} {name} does not exist: give a file, or owner/name/file.safetensors on the hub.")
+    found = _fetch(f"{owner}/{repository}", None, [file]) / file
+    if not found.is_file():
+        raise ValueError(f"{called}: {owner}/{repository} on the hub holds no {file}.")
+    return found
+
+
+def _fetch(repo: str, revision: str | None, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
     """The snapshot folder, these files of it up to date; from the cache where the hub cannot be reached."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -75,7 +92,9 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(without))
+        )
     except HFValidationError as error:
         raise ValueError(f"{repo} is neither a local folder nor a name that the hub could have.") from error
     except GatedRepoError as error:

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dopsd.batch import Context
-from dopsd.families.base import Denoiser, Sight, Size
+from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.kl import KLPainter
 from dopsd.families.lora import Pairs, diffusers_form
@@ -76,6 +77,8 @@ class Flux2Klein:
     )
     quantizable = lora_targets
     export_prefix = "transformer"
+    distillable = False
+    base_version = "flux2_klein"
     unrelated_prompts: tuple[str, ...] = ()
     default_nfe = NFE
 
@@ -191,6 +194,12 @@ class Flux2Klein:
         if method == "dopsd":
             return shared | {"lora.alpha": 64, "train.max_steps": 3000, "train.learning_rate": 2e-5}
         return shared | {"train.max_steps": 2000, "train.learning_rate": 1e-4}
+
+    def usage(self, nfe: int) -> Usage:
+        return plain_usage(nfe)
+
+    def settle(self, folder: Path) -> None:
+        pass  # the checkpoint says it itself
 
     def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By diffusers' conversion, which multiplies alpha in for kohya's names only, and knows no prefix but its own

@@ -6,6 +6,7 @@ teacher reads its picture through a Qwen3-VL whose language weights are replaced
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_de
 from torch import Tensor
 
 from dopsd.batch import Context
-from dopsd.families.base import Denoiser, Sight, Size
+from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.kl import KLPainter, load_kl_painter
 from dopsd.families.lora import Pairs, diffusers_form
@@ -51,6 +52,8 @@ class ZImage:
     # The refiners, the embedders and the modulation stay: a seventh of the weights, and every token passes them first.
     quantizable = r"layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     export_prefix = "transformer"
+    distillable = False
+    base_version = "zimage"
     architecture = "Z-Image"
 
     def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], sight: Sight | None = None):
@@ -125,6 +128,12 @@ class ZImage:
     def starting_points(self, method: str) -> dict[str, Any]:
         walk = {"method.nfe": 4} if method == "dopsd" and self.default_nfe == 8 else {}
         return self._starting_points | walk
+
+    def usage(self, nfe: int) -> Usage:
+        return plain_usage(nfe)
+
+    def settle(self, folder: Path) -> None:
+        pass  # the checkpoint says it itself
 
     def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By diffusers' conversion, which wants bare names; raw PEFT files and ours bring a prefix."""

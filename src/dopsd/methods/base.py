@@ -110,8 +110,3 @@ def row_errors(left: Tensor, right: Tensor) -> Tensor:
 def mean_error(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean of the row errors over the batch. [B, ...] x 2, [B] -> 0-d."""
     return (weight * row_errors(left, right)).mean()
-
-
-def noise_like(latents: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal noise of the latents' shape, drawn where the generator lives and moved to the latents."""
-    return torch.randn(latents.shape, generator=rng, device=rng.device, dtype=latents.dtype).to(latents.device)

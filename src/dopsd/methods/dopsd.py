@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dopsd.batch import Batch
-from dopsd.flow import Schedule, Step, loss_weight, noisy
-from dopsd.methods.base import Loss, Method, Need, Roles, mean_error, noise_like, row_errors
+from dopsd.flow import Schedule, Step, loss_weight, noise_like, noisy
+from dopsd.methods.base import Loss, Method, Need, Roles, mean_error, row_errors
 from dopsd.rollout import rollout
 
 Index = Annotated[int, Field(ge=0)]

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 
 from dopsd.batch import Batch
-from dopsd.flow import Space, loss_weight, noisy
-from dopsd.methods.base import Loss, Need, Roles, noise_like
+from dopsd.flow import Space, loss_weight, noise_like, noisy
+from dopsd.methods.base import Loss, Need, Roles
 from dopsd.methods.matching import DrawsTimes
 from dopsd.methods.preference import Preference, Term, pairwise_losses
 

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dopsd.batch import Batch
-from dopsd.flow import Space, loss_weight, noisy
-from dopsd.methods.base import Method, Roles, noise_like, row_errors
+from dopsd.flow import Space, loss_weight, noise_like, noisy
+from dopsd.methods.base import Method, Roles, row_errors
 
 Times = Literal["uniform", "logit_normal", "shift", "own_steps"]
 
@@ -27,15 +27,18 @@ class DrawsTimes(Method):
     shift: float = Field(default=3.0, gt=0, description="Of times: shift.")
 
     def draw_times(self, roles: Roles, clean: Tensor, rng: torch.Generator) -> Tensor:
-        """t: float32 [B] in [0, 1]."""
-        size = (len(clean),)
+        """t: float32 [B], from 0 to where the sampler starts: 1, or below it where the network was trained on no more
+        noise than that."""
+        size, times = (len(clean),), roles.schedule(self.nfe, *clean.shape[-2:]).times
         if self.times == "own_steps":
-            times = roles.schedule(self.nfe, *clean.shape[-2:]).times[:-1]
-            return times[torch.randint(len(times), size, generator=rng, device=rng.device).cpu()].to(clean.device)
+            own = torch.randint(len(times) - 1, size, generator=rng, device=rng.device)
+            return times[own.cpu()].to(clean.device)
         if self.times == "logit_normal":
-            return torch.randn(size, generator=rng, device=rng.device).sigmoid().to(clean.device)
-        u = torch.rand(size, generator=rng, device=rng.device).to(clean.device)
-        return u if self.times == "uniform" else self.shift * u / (1 + (self.shift - 1) * u)
+            t = torch.randn(size, generator=rng, device=rng.device).sigmoid()
+        else:
+            u = torch.rand(size, generator=rng, device=rng.device)
+            t = u if self.times == "uniform" else self.shift * u / (1 + (self.shift - 1) * u)
+        return times[0].to(clean.device) * t.to(clean.device)
 
 
 class FlowMatching(DrawsTimes):

@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dopsd.batch import Batch
-from dopsd.flow import Step, noisy, transition
-from dopsd.methods.base import Loss, Need, Roles, ToPaint, noise_like
+from dopsd.flow import Step, noise_like, noisy, transition
+from dopsd.methods.base import Loss, Need, Roles, ToPaint
 from dopsd.methods.preference import Branch, Link, Preference, Term, normalised, pairwise_losses
 from dopsd.rollout import rollout
 

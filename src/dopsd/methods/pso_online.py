@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dopsd.batch import Batch
-from dopsd.flow import transition
-from dopsd.methods.base import Loss, Need, Roles, noise_like, row_errors
+from dopsd.flow import noise_like, transition
+from dopsd.methods.base import Loss, Need, Roles, row_errors
 from dopsd.methods.preference import Branch, Preference, Term, normalised, pairwise_losses
 from dopsd.rollout import rollout
 

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 
 from dopsd.batch import Batch
-from dopsd.methods.base import Loss, Need, Roles, noise_like
+from dopsd.flow import noise_like
+from dopsd.methods.base import Loss, Need, Roles
 from dopsd.methods.matching import FlowMatching
 from dopsd.rollout import walk
 

@@ -1,5 +1,6 @@
 """Frozen weights of the blocks stay in main memory; each block is lent a copy on the device while it works.
 
+A block is what diffusers compiles and checkpoints as one: an instance of the classes in a network's `_repeated_blocks`.
 With gradient checkpointing a block is run again before its backward pass, which lends the weights again; autograd lets
 go of them when that block is done. Without it, all copies would stay alive until the end of the backward pass.
 """
@@ -12,13 +13,12 @@ from torch.func import functional_call
 
 
 def offload_blocks(network: nn.Module, device: torch.device) -> int:
-    """Keep what is frozen in the blocks (the members of the network's own module lists) where it is, put everything
-    else on the device, and let every block borrow. Returns the bytes that stay away from the device."""
+    """Keep what is frozen in the blocks where it is, put everything else on the device, and let every block borrow.
+    Returns the bytes that stay away from the device."""
     away: dict[int, Tensor] = {}
-    for blocks in network.children():
-        if isinstance(blocks, nn.ModuleList):
-            for block in blocks:
-                away |= {id(p): p for p in _borrow(block, device).values()}
+    names: list[str] = network._repeated_blocks  # type: ignore[assignment] - of every diffusers transformer and UNet
+    for block in [module for module in network.modules() if type(module).__name__ in names]:
+        away |= {id(p): p for p in _borrow(block, device).values()}
     for tensor in (*network.parameters(), *network.buffers()):
         if id(tensor) not in away:
             tensor.data = tensor.data.to(device)

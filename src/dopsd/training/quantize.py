@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser
@@ -16,15 +16,14 @@ BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # a weight; nf4 keeps a float32 scal
 
 @torch.no_grad()
 def quantize(
-    denoiser: Denoiser, targets: str, kind: Kind, device: torch.device, context: Context, channels: int
+    denoiser: Denoiser, targets: str, kind: Kind, device: torch.device, context: Context, channels: int, now: Tensor
 ) -> float:
     """Put the linears whose names match `targets` in `kind`, in place, and move the denoiser to the device. Returns how
-    far that moves its first velocity on a small canvas: |after - before| / |before|.
+    far that moves its velocity on a small canvas of noise at the time now [1]: |after - before| / |before|.
 
     The denoiser comes on the CPU, so that the device never holds it whole. Raises ValueError without bitsandbytes.
     """
     z = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    now = torch.ones(1)
     before = denoiser(z, now, context.to("cpu"))
     network = denoiser.network
     dtype = next(network.parameters()).dtype

@@ -1,0 +1,60 @@
+"""Prompts through a pair of CLIP text encoders, as SDXL's pipelines read them."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+
+from dopsd.batch import Context
+from dopsd.families.base import fingerprint_of
+from dopsd.families.checkpoint import Checkpoint
+from dopsd.files import brief
+
+
+class ClipPairReader:
+    """Prompts padded to the limit: both encoders' penultimate states side by side, and the second one's pooled answer
+    as the extra `pooled`."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        self.device, self.encoders, self.tokenizers = device, [], []
+        for end, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+            part = checkpoint.part(f"text_encoder{end}")
+            with checkpoint.reading(f"tokenizer{end}"):
+                self.tokenizers.append(AutoTokenizer.from_pretrained(checkpoint.folder / f"tokenizer{end}"))
+            with checkpoint.reading(f"text_encoder{end}"):
+                encoder = kind.from_pretrained(part, dtype=dtype)
+            self.encoders.append(encoder.to(device).eval().requires_grad_(False))
+        marks = [*(fingerprint_of(encoder) for encoder in self.encoders), str(dtype)]
+        self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def context(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        references: Sequence[Sequence[Image.Image]] | None = None,
+    ) -> Context:
+        assert images is None and references is None, "no encoder here reads pictures"
+        states = []
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            count_tokens(tokenizer, prompts)
+            limit = tokenizer.model_max_length
+            ids = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt").input_ids
+            answer = encoder(ids.to(self.device), output_hidden_states=True)
+            states.append(answer.hidden_states[-2])
+        tokens = torch.cat(states, dim=-1)
+        return Context(tokens, (tokens.shape[1],) * len(tokens), {"pooled": answer.text_embeds})
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt. Raises ValueError for one that the pipeline would cut."""
+    lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]  # too long is said below
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length > tokenizer.model_max_length:
+            raise ValueError(
+                f'the caption "{brief(prompt, 60)}" makes {length} tokens; the limit is {tokenizer.model_max_length}. '
+                "Shorten it."
+            )
+    return lengths

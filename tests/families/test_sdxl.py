@@ -1,0 +1,242 @@
+"""SDXL against StableDiffusionXLPipeline on the same tiny folder: contexts, times, latents; and what it refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from dopsd.deployed import sample, sample_latents
+from dopsd.families import load_family
+from dopsd.families.lora import read_lora
+from dopsd.paint import noise_for
+from dopsd.rollout import rollout, walk
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "a cat",
+    "a big red heart at the left on night",
+    "words without a known merge: kaleidoscope, zeppelin",
+]
+DMD2_TIMESTEPS = {1: [999], 4: [999, 749, 499, 249]}  # as DMD2's authors give them
+
+
+def pipeline_of(folder: Path) -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def painted(pipeline: StableDiffusionXLPipeline, nfe: int, width: int, height: int, **more) -> torch.Tensor:
+    renoising = isinstance(pipeline.scheduler, LCMScheduler)
+    steps = {"timesteps": DMD2_TIMESTEPS[nfe]} if renoising else {"num_inference_steps": nfe}
+    return pipeline(
+        list(PROMPTS), height=height, width=width, guidance_scale=0.0, output_type="latent", return_dict=False,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))], **steps, **more,
+    )[0]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["turbo", "dmd2"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(kind, sdxl) -> Path:
+    return sdxl(kind)
+
+
+@pytest.fixture(scope="module")
+def family(folder):
+    return load_family(str(folder))
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return pipeline_of(folder)
+
+
+def test_contexts_are_what_the_pipeline_feeds(family, pipeline):
+    tokens, _, pooled, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+    mine = family.load_reader(CPU, torch.float32, pictures=False).context(PROMPTS)
+    assert torch.equal(mine.tokens, tokens) and torch.equal(mine.extras["pooled"], pooled)
+    blank = family.blank_context(PROMPTS)
+    assert (blank.tokens.shape, blank.layout, blank.lengths) == (mine.tokens.shape, mine.layout, mine.lengths)
+
+
+@pytest.mark.parametrize(("nfe", "width", "height"), [(1, 64, 64), (4, 64, 64), (4, 96, 64), (4, 64, 128)])
+def test_same_prompts_and_seeds_paint_what_the_pipeline_paints(family, pipeline, nfe, width, height):
+    noise = noise_for(range(3), family.channels, height // family.cell, width // family.cell)
+    mine = sample_latents(family, PROMPTS, noise, nfe=nfe)
+    assert (mine - painted(pipeline, nfe, width, height)).abs().max() <= 1e-4
+
+
+def test_pictures_are_the_pipelines_pictures(folder, pipeline, kind):
+    steps = {"timesteps": DMD2_TIMESTEPS[4]} if kind == "dmd2" else {"num_inference_steps": 4}
+    theirs = pipeline(PROMPTS[1], guidance_scale=0.0, generator=torch.Generator().manual_seed(7), **steps).images[0]
+    mine = sample(str(folder), [PROMPTS[1]], nfe=4, seed=7)[0]
+    assert max(abs(a - b) for a, b in zip(theirs.tobytes(), mine.tobytes(), strict=True)) <= 1
+
+
+@pytest.mark.parametrize(("nfe", "height", "width"), [(4, 8, 8), (4, 16, 8), (1, 8, 12)])
+def test_training_visits_bitwise_the_pipelines_sigmas_and_timesteps(family, pipeline, nfe, height, width):
+    denoiser = family.load_denoiser(CPU, torch.float32)
+    context = family.load_reader(CPU, torch.float32, pictures=False).context(PROMPTS)
+    mine, theirs = [], []
+    times = []
+    for network, seen in ((denoiser.network, mine), (pipeline.unet, theirs)):
+        network.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1].float().max()))
+    noise = noise_for(range(3), family.channels, height, width)
+    for visit in rollout(denoiser, noise.start, family.schedule(nfe, height, width), context, torch.Generator()):
+        times.append(visit.step.now)
+    painted(pipeline, nfe, width * family.cell, height * family.cell)
+    pipeline.unet._forward_pre_hooks.clear()
+    assert torch.equal(torch.stack(mine), torch.stack(theirs))
+    products = pipeline.scheduler.alphas_cumprod[torch.stack(theirs).long()]
+    sigmas = ((1 - products) / products) ** 0.5
+    assert torch.equal(torch.stack(times), sigmas / (1 + sigmas))
+
+
+def test_between_the_samplers_times_timesteps_are_in_proportion(family):
+    denoiser = family.empty_denoiser()
+    assert torch.equal(denoiser.timesteps(denoiser.times), torch.arange(1000.0))
+    middle = (denoiser.times[1:] + denoiser.times[:-1]) / 2
+    torch.testing.assert_close(denoiser.timesteps(middle), torch.arange(999) + 0.5, atol=0.05, rtol=0)
+    assert denoiser.timesteps(torch.tensor([0.0, 1.0])).tolist() == [0, 999]
+
+
+def test_the_velocity_says_the_noise_that_the_unet_says(family):
+    """Where x = clean + sigma noise, the UNet reads x / sqrt(1 + sigma^2) and answers the noise."""
+    denoiser = family.load_denoiser(CPU, torch.float32)
+    context = family.load_reader(CPU, torch.float32, pictures=False).context(PROMPTS[:1])
+    z, t = torch.randn(1, 4, 8, 8), denoiser.times[[500]]
+    sigma = (t / (1 - t)).item()
+    sizes = torch.tensor([[64, 64, 0, 0, 64, 64.0]])
+    noise = denoiser.network(
+        z * (1 + sigma) / (1 + sigma**2) ** 0.5, torch.tensor(500), context.tokens,
+        added_cond_kwargs={"text_embeds": context.extras["pooled"], "time_ids": sizes}, return_dict=False,
+    )[0]  # fmt: skip
+    velocity = denoiser(z, t, context)
+    torch.testing.assert_close(z + (1 - t) * velocity, noise, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_other_captions_does_not_change_a_picture_and_its_own_caption_does(family):
+    reader, denoiser = family.load_reader(CPU, torch.float32, pictures=False), family.load_denoiser(CPU, torch.float32)
+    noise, schedule = noise_for(range(3), family.channels, 8, 8), family.schedule(4, 8, 8)
+
+    def walked(rows: slice, prompts: list[str]) -> torch.Tensor:
+        z, generators = noise[rows].draw()
+        return walk(denoiser, z, schedule, reader.context(prompts), generators)
+
+    together, alone = walked(slice(0, 3), PROMPTS), walked(slice(1, 2), PROMPTS[1:2])
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
+    assert (walked(slice(1, 2), PROMPTS[2:]) - alone).abs().max() > 1e-3
+
+
+def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_unet(sdxl, dmd2_lora, tmp_path):
+    base = sdxl("base")
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
+    save_file(unet.state_dict(), tmp_path / "unet.safetensors")
+    for file in (dmd2_lora, tmp_path / "unet.safetensors"):
+        pipeline = pipeline_of(base)
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+        if file == dmd2_lora:
+            pipeline.load_lora_weights(file.parent, weight_name=file.name)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        else:
+            pipeline.unet.load_state_dict(load_file(file))
+        family = load_family(str(base), distilled_by=str(file))
+        assert family.distilled and family.default_nfe == 4
+        mine = sample_latents(family, PROMPTS, noise_for(range(3), 4, 8, 8))
+        theirs = painted(pipeline, 4, 64, 64)
+        assert (mine - theirs).abs().max() <= 1e-4
+        untouched = sample_latents(load_family(str(sdxl("dmd2"))), PROMPTS, noise_for(range(3), 4, 8, 8))
+        assert (mine - untouched).abs().max() > 0.01, "the file did nothing, so the comparison would prove nothing"
+
+
+def test_lora_targets_reach_every_linear_of_the_transformers_and_no_name_is_lost_in_kohyas_form(family):
+    network = family.empty_denoiser().network
+    linears = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and ".attentions." in n}
+    pairs = {name: (torch.zeros(2, 1), torch.zeros(1, 2)) for name in linears}
+    assert all(re.fullmatch(family.lora_targets, name) for name in linears)
+    public = family.lora_in_public_form(pairs)
+    assert len(public) == 3 * len(linears)
+    assert set(family.lora_in_own_form(public)) == {f"unet.{n}.lora_{m}.weight" for n in linears for m in "AB"}
+
+
+KOHYA = {
+    "diffusers' modules": "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+    "the original model's modules": "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+}
+
+
+@pytest.mark.parametrize("form", [*KOHYA, "diffusers' names", "bare names", "raw PEFT"])
+def test_public_forms_of_one_adapter_read_as_the_same_deltas(form, family, tmp_path):
+    module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    a, b = torch.randn(2, 16), torch.randn(16, 2)
+    if form in KOHYA:
+        name = KOHYA[form]
+        tensors = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(4.0)}
+    else:
+        prefix = {"diffusers' names": "unet.", "bare names": "", "raw PEFT": "base_model.model."}[form]
+        tensors = {f"{prefix}{module}.lora_A.weight": a, f"{prefix}{module}.lora_B.weight": 2 * b}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = read_lora(tmp_path / "lora.safetensors", family)
+    assert list(found) == [module]
+    torch.testing.assert_close(found[module][1] @ found[module][0], 2 * b @ a)
+
+
+def copied(sdxl, kind: str, tmp_path: Path) -> Path:
+    shutil.copytree(sdxl(kind), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_checkpoint_that_is_not_whole_or_for_another_sampler_is_refused(sdxl, tmp_path):
+    folder = copied(sdxl, "turbo", tmp_path)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    said = json.loads(scheduler.read_text())
+    for change, words in (
+        ({"timestep_spacing": "leading"}, "EulerAncestralDiscreteScheduler with leading spacing"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "DPMSolverMultistepScheduler"),
+        ({"prediction_type": "v_prediction"}, "predicts v_prediction"),
+    ):
+        scheduler.write_text(json.dumps(said | change))
+        with pytest.raises(ValueError, match=words):
+            load_family(str(folder))
+    shutil.rmtree(folder / "text_encoder_2")
+    with pytest.raises(ValueError, match="lacks the folder text_encoder_2"):
+        load_family(str(folder))
+
+
+def test_a_file_that_cannot_distil_is_refused(sdxl, dmd2_lora, pocket, tmp_path):
+    base = str(sdxl("base"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "half.safetensors")
+    for model, file, words in (
+        (base, "unet.bin", "`dopsd import` turns a .bin into one"),
+        (base, str(tmp_path / "other.safetensors"), "neither a LoRA nor a UNet"),
+        (str(sdxl("turbo")), str(dmd2_lora), "is a few-step model already"),
+        (str(pocket.checkpoint.folder), str(dmd2_lora), "zimage takes no model.distilled_by"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_family(model, distilled_by=file)
+    for file, words in (("half.safetensors", "is no UNet of"), ("missing.safetensors", "does not exist")):
+        with pytest.raises(ValueError, match=words):
+            load_family(base, distilled_by=str(tmp_path / file)).load_denoiser(CPU, torch.float32)
+
+
+def test_a_caption_over_the_limit_is_said_not_cut(family):
+    with pytest.raises(ValueError, match="makes 82 tokens; the limit is 77"):
+        family.count_tokens(["i" + " i" * 79])
+    with pytest.raises(ValueError, match="the limit is 77"):
+        family.load_reader(CPU, torch.float32, pictures=False).context(["i" + " i" * 79])
+
+
+def test_a_walk_of_no_steps_is_refused(family):
+    with pytest.raises(ValueError, match="nfe is 0"):
+        family.schedule(0, 8, 8)

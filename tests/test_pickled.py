@@ -1,0 +1,64 @@
+"""Pickled weights become safetensors, tensor by tensor; a pickle that is more than tensors is refused and never run."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from dopsd.cli import app
+
+SHARED = torch.arange(6.0)
+WEIGHTS = {"a.weight": torch.randn(2, 3, dtype=torch.float16), "b": SHARED.view(2, 3).T, "again": SHARED[:2]}
+
+
+def imported(source: Path, *options: str):
+    return CliRunner().invoke(app, ["import", str(source), *options])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_tensor_is_there_again(tmp_path, zipped):
+    torch.save(WEIGHTS, tmp_path / "unet.bin", _use_new_zipfile_serialization=zipped)
+    done = imported(tmp_path / "unet.bin")
+    assert done.exit_code == 0, done.output
+    found = load_file(tmp_path / "unet.safetensors")
+    assert found.keys() == WEIGHTS.keys() and all(torch.equal(found[name], WEIGHTS[name]) for name in found)
+
+
+class Runs:
+    """Unpickled by whoever trusts it, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_is_more_than_tensors_is_refused_in_one_sentence(tmp_path):
+    for name, content, words in (
+        ("code", Runs(tmp_path / "ran"), "runs no code"),
+        ("code beside tensors", {"a": SHARED, "b": Runs(tmp_path / "ran")}, "runs no code"),
+        ("list", [SHARED], "holds a list"),
+        ("nested", {"state_dict": WEIGHTS}, "state_dict of type dict"),
+        ("nothing", {}, "holds a dict"),
+    ):
+        torch.save(content, tmp_path / "unet.bin")
+        done = imported(tmp_path / "unet.bin")
+        assert done.exit_code == 2 and words in " ".join(done.output.split()), (name, done.output)
+    assert not (tmp_path / "ran").exists() and os.listdir(tmp_path) == ["unet.bin"]
+
+
+def test_a_file_that_is_none_or_a_target_that_is_taken_is_refused(tmp_path):
+    for content in (b"", b"hello"):
+        (tmp_path / "unet.bin").write_bytes(content)
+        done = imported(tmp_path / "unet.bin")
+        assert done.exit_code == 2 and "cannot be read as weights alone" in " ".join(done.output.split())
+    assert imported(tmp_path / "missing.bin").exit_code == 2
+    torch.save(WEIGHTS, tmp_path / "unet.bin")
+    (tmp_path / "unet.safetensors").write_bytes(b"mine")
+    assert imported(tmp_path / "unet.bin").exit_code == 2
+    assert (tmp_path / "unet.safetensors").read_bytes() == b"mine"
+    assert imported(tmp_path / "unet.bin", "--out", str(tmp_path / "unet.pt")).exit_code == 2
