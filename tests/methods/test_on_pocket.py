@@ -65,7 +65,7 @@ def student_of(pocket: Family, method: Method, seed: int):
     return student, teacher, parts
 
 
-def told(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 3) -> float:
+def told(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 2) -> float:
     """A number of the method's own log, mean over unseen noise."""
     total = 0.0
     for draw in range(draws):
@@ -90,12 +90,12 @@ def trained(pocket: Family, method: Method, batch: Batch, steps: int, rate: floa
 
 
 CASES = [  # (method, steps, learning rate, number read, sign it moves in, least move)
-    pytest.param(SFT(), 30, 2e-3, "loss", -1, 0.05, id="sft"),
-    pytest.param(DreamBooth(class_prompt="a toy"), 30, 2e-3, "loss", -1, 0.05, id="dreambooth"),
-    pytest.param(DOPSD(), 20, 2e-3, "loss", -1, 0.05, id="dopsd"),
-    pytest.param(DPO(beta=10), 20, 1e-3, "accuracy", 1, 0.3, id="dpo"),
-    pytest.param(PSO(), 20, 1e-3, "margin", 1, 0.3, id="pso-rollout"),
-    pytest.param(PSO(form="forward"), 20, 1e-3, "margin", 1, 0.3, id="pso-forward"),
+    pytest.param(SFT(), 20, 2e-3, "loss", -1, 0.05, id="sft"),
+    pytest.param(DreamBooth(class_prompt="a toy"), 15, 2e-3, "loss", -1, 0.05, id="dreambooth"),
+    pytest.param(DOPSD(nfe=2), 15, 2e-3, "loss", -1, 0.05, id="dopsd"),
+    pytest.param(DPO(beta=10), 12, 1e-3, "accuracy", 1, 0.3, id="dpo"),
+    pytest.param(PSO(nfe=2), 10, 1e-3, "margin", 1, 0.3, id="pso-rollout"),
+    pytest.param(PSO(nfe=2, form="forward"), 10, 1e-3, "margin", 1, 0.3, id="pso-forward"),
 ]
 
 

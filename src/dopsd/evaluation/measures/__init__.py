@@ -3,6 +3,7 @@
 Pictures come as float tensors in [0, 1]; nothing here knows which model painted them.
 """
 
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -92,6 +93,8 @@ def _attribute(dotted: str) -> Any:
     """What `package.module:attribute` names."""
     module, _, attribute = dotted.partition(":")
     try:
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # a module in the working directory is found, as by `python -m`
         found = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
