@@ -225,14 +225,15 @@ def write() -> None:
 
 
 def page() -> str:
-    """docs/results.md: the gates, the claim, and what benchmarks/preflight.py found."""
+    """docs/results.md: the gates, the claim, the paper's comparisons, and what benchmarks/preflight.py found."""
+    from paper_tables import sections
     from preflight import section  # which imports this file
 
     results = _results()
     first = [row for row in results["claim"] if row["seed"] == SEEDS[0]]
     lines = ["# Results on pocket", "", "Written by `python benchmarks/claim.py write`.", "", *_gate_lines()]
     lines += _claim_lines(results, first) if first else ["## The claim", "", "Not measured on these weights yet."]
-    return "\n".join([*lines, "", *section()]).rstrip() + "\n"
+    return "\n".join([*lines, "", *sections(), *section()]).rstrip() + "\n"
 
 
 def _gate_lines() -> list[str]:

@@ -1,0 +1,92 @@
+"""The paper's comparisons on pocket: what came out, and what of the paper's order agrees.
+
+    python -m dopsd.pocket pictures runs/pocket-thing
+    dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json docs/ablations.json
+    dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json docs/table1.json
+    python benchmarks/claim.py write          # docs/results.md, with sections on these
+
+The statements below are the paper's, as known to us at second hand; they were written down before the numbers were seen.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+MEASURES = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
+BETTER_IF_LESS = {"thing_error", "bleed", "speckle"}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What the paper says: `better` does better than `worse` in a measure of ours."""
+
+    words: str
+    measure: str
+    better: str
+    worse: str
+
+
+ABLATIONS = (
+    Statement("on-policy states learn faster than off-policy ones", "thing_error", "1-on-policy", "2-off-policy"),
+    Statement("teacher samples teach more slowly", "thing_error", "1-on-policy", "3-sft-on-teacher-samples"),
+    Statement("teacher samples keep quality, the pictures lose it", "sharpness", "3-sft-on-teacher-samples",
+              "4-sft-own-steps"),
+    Statement("the pictures lose quality, on-policy keeps it", "sharpness", "1-on-policy", "4-sft-own-steps"),
+    Statement("a live copy as teacher collapses", "sharpness", "1-on-policy", "5-live-copy"),
+    Statement("a frozen base teaches more slowly", "thing_error", "1-on-policy", "6-frozen-base"),
+    Statement("an average of 0.9 keeps less than 0.9999", "sharpness", "1-on-policy", "7-average-0.9"),
+)  # fmt: skip
+TABLE1 = (
+    Statement("PSO fits the pictures more closely than D-OPSD", "thing_error", "4-pso", "1-dopsd"),
+    Statement("DreamBooth fits them more closely than plain SFT", "thing_error", "3-dreambooth", "2-sft"),
+    Statement("D-OPSD keeps more quality than SFT", "sharpness", "1-dopsd", "2-sft"),
+    Statement("D-OPSD keeps more quality than DreamBooth", "sharpness", "1-dopsd", "3-dreambooth"),
+    Statement("D-OPSD keeps more quality than PSO", "sharpness", "1-dopsd", "4-pso"),
+    Statement("D-OPSD follows prompts better than PSO", "attributes", "1-dopsd", "4-pso"),
+)
+TABLES = (
+    ("The paper's ablations", "ablations", ABLATIONS),
+    ("The paper's LoRA comparison", "table1", TABLE1),
+)
+
+
+def sections() -> list[str]:
+    """For docs/results.md: one section a comparison that was run."""
+    lines: list[str] = []
+    for title, name, statements in TABLES:
+        file = DOCS / f"{name}.json"
+        if file.is_file():
+            lines += _section(title, name, json.loads(file.read_text(encoding="utf-8")), statements)
+    return lines
+
+
+def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[Statement]) -> list[str]:
+    ((nfe, _),) = found["base"]["nfe"].items()
+    lines = [
+        f"## {title}",
+        "",
+        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in `docs/{name}.json`. NFE {nfe}; three "
+        "things, one training of each recipe a thing (seed 0), all at the forwards of the first recipe; 2 CPU cores.",
+        "Intervals: 95% bootstrap over prompts, with these things.",
+        "",
+        f"| model | {' | '.join(MEASURES)} | pictures |",
+        "|---" * (len(MEASURES) + 2) + "|",
+    ]
+    for model, row in found.items():
+        cells = [_cell(row["nfe"][nfe][measure]) for measure in MEASURES]
+        lines.append(f"| {model} | {' | '.join(cells)} | {'-' if not row['pictures'] else round(row['pictures'])} |")
+    lines += ["", "| the paper says | measure | here | came out, things of 3 |", "|---|---|---|---|"]
+    for each in statements:
+        better, worse = (found[model]["nfe"][nfe][each.measure] for model in (each.better, each.worse))
+        sign = -1 if each.measure in BETTER_IF_LESS else 1
+        agreeing = sum(sign * (a - b) > 0 for a, b in zip(better["units"], worse["units"], strict=True))
+        here = f"{each.better} {better['value']:.3f}, {each.worse} {worse['value']:.3f}"
+        lines.append(f"| {each.words} | {each.measure} | {here} | {agreeing} |")
+    return [*lines, ""]
+
+
+def _cell(score: dict[str, Any] | None) -> str:
+    return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
