@@ -5,7 +5,7 @@
     dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json docs/table1.json
     python benchmarks/claim.py write          # docs/results.md, with sections on these
 
-The statements below are the paper's, as known to us at second hand; they were written down before the numbers were seen.
+The statements below are the paper's, as known to us at second hand, written down before the numbers were seen.
 """
 
 import json
@@ -68,8 +68,8 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
     lines = [
         f"## {title}",
         "",
-        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in `docs/{name}.json`. NFE {nfe}; three "
-        "things, one training of each recipe a thing (seed 0), all at the forwards of the first recipe; 2 CPU cores.",
+        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in `docs/{name}.json`. NFE {nfe};",
+        "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",
         "",
         f"| model | {' | '.join(MEASURES)} | pictures |",
