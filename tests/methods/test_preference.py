@@ -430,8 +430,9 @@ def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_t
     rng = torch.Generator().manual_seed(7)
     walks = []
     r = math.sin(0.25 * math.pi)
+    start = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     for _ in range(2):
-        z = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
+        z = start
         for k in range(4):
             now, after = TIMES[k], TIMES[k + 1]
             with torch.no_grad():

@@ -31,6 +31,10 @@ class PSOOnline(Preference):
         examples=["pickscore"],
     )
     eta: float = Field(default=0.5, gt=0, le=1, description="Noise of the steps below: r = sin(eta pi/2).")
+    start: Literal["shared", "own"] = Field(
+        default="shared",
+        description="Noise that the walks start from: shared, so that the steps decide who wins; own is the paper's code.",
+    )
     stochastic_steps: tuple[Index, ...] | None = Field(
         default=None, min_length=1, description="Steps that draw noise and are trained; default: the second and third."
     )
@@ -64,11 +68,10 @@ class PSOOnline(Preference):
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
         chosen = self._stochastic(schedule.nfe)
         schedule = schedule.stochastic(self.eta, chosen)
+        first = noise_like(batch.latents, rng)
+        starts = (first, first if self.start == "shared" else noise_like(first, rng))
         with torch.no_grad():
-            walks = [
-                list(rollout(roles.student, noise_like(batch.latents, rng), schedule, batch.context, rng))
-                for _ in range(2)
-            ]
+            walks = [list(rollout(roles.student, start, schedule, batch.context, rng)) for start in starts]
         ends = [walk[-1].z_next for walk in walks]
         scores = torch.stack([roles.score(end, batch.prompts).to(end) for end in ends])
         better = _better(scores)
