@@ -33,7 +33,7 @@ class PSOOnline(Preference):
     eta: float = Field(default=0.5, gt=0, le=1, description="Noise of the steps below: r = sin(eta pi/2).")
     start: Literal["shared", "own"] = Field(
         default="shared",
-        description="Noise that the walks start from: shared, so that the steps decide who wins; own is the paper's code.",
+        description="Noise the walks start from: shared, so that the steps decide who wins; own is the paper's code.",
     )
     stochastic_steps: tuple[Index, ...] | None = Field(
         default=None, min_length=1, description="Steps that draw noise and are trained; default: the second and third."
