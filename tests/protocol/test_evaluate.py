@@ -168,7 +168,8 @@ def test_targets_of_the_same_names_and_fid_on_them(pictures, tmp_path):
         f"fid={tmp_path / 'inception'}",
     )
     dino, distance, spread = numbers_of(pictures, *words, "--measure", f"kid={tmp_path / 'inception'}")
-    assert dino["value"][0] > 0 and dino["better"] == "lower" and dino["note"] == ""  # 2.png has no target
+    assert dino["value"][0] > 0 and dino["better"] == "lower"  # 2.png has no target and is not asked
+    assert dino["note"] == "not comparable with numbers by dinov3-vits16plus-pretrain-lvd1689m"
     look = Inception(str(tmp_path / "inception"), torch.device("cpu"))
 
     def seen(folder: Path, names: list[str]) -> torch.Tensor:
@@ -197,7 +198,7 @@ def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(pic
     (row,) = numbers_of(pictures, "--measure", f"vlm_object={vlm}", "--targets", pictures)
     assert row["value"] == [None, None, None]
     assert "6 of 6 pictures without an answer" in row["note"]
-    assert "not comparable with the paper's: the judge is not Qwen3-VL-8B-Instruct" in row["note"]
+    assert "not comparable with numbers by Qwen3-VL-8B-Instruct" in row["note"]
 
 
 def test_an_unreadable_picture_in_the_middle_is_named_and_what_was_scored_is_kept(pictures):
@@ -260,6 +261,7 @@ PAINT = ("{folder}/run", "--prompts", "{p}")
         (["{folder}", "--measure", "redd"], "redd is no measure: give red"),
         (["{folder}", "--measure", "bright=/model"], "bright takes no model"),
         (["{folder}", "--targets", "{folder}/empty"], "--targets wants a folder of pictures"),
+        (["{folder}", "--nfe", "4"], "are for painting: give --prompts as well"),
         (["{folder}", "--layout", "geneval"], "and --prompts, the benchmark's own"),
         (["{folder}", "--base", "{folder}", "--prompts", "{p}"], "--base is for pictures that are there"),
         (["{folder}/run", "--prompts", "{folder}/gone.txt"], "does not exist: give a .txt"),

@@ -64,6 +64,8 @@ def evaluate(
         raise ValueError(
             "--base is for pictures that are there already; with --prompts the untouched model is painted."
         )
+    if not prompts and (lora or nfe or width or height):
+        raise ValueError("--lora, --nfe, --width and --height are for painting: give --prompts as well.")
     reference = [q.target for q in questions if q.target]
     if targets and (not targets.is_dir() or not (reference := pictures_in(targets))):
         raise ValueError(f"no pictures in {targets}: --targets wants a folder of pictures.")

@@ -54,7 +54,7 @@ class Gallery:
     @property
     def shape(self) -> tuple[int, int]:
         """(prompts, most seeds of one)."""
-        return tuple(1 + max(getattr(p, axis) for p in self.pictures) for axis in ("row", "seed"))  # type: ignore[return-value]
+        return 1 + max(p.row for p in self.pictures), 1 + max(p.seed for p in self.pictures)
 
 
 @dataclass(frozen=True)

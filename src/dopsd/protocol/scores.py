@@ -55,7 +55,7 @@ class Scores:
         self.cut = bool(lines) and not path.read_bytes().endswith(b"\n")
 
     def add(self, found: Sequence[tuple[str, str, float]]) -> None:
-        """(key, file, value) of some pictures; NaN becomes null."""
+        """(key, file, value) of some pictures; NaN is null in the file."""
         rows = [{"key": key, "file": file, "value": None if np.isnan(v) else v} for key, file, v in found]
         text = "\n" * self.cut + "".join(json.dumps(row) + "\n" for row in rows)
         with writing(self.path):
@@ -85,7 +85,7 @@ def score(
         done = 0
         for group, pixels in _groups(pictures):
             assert measure is not None
-            values = measure(group, pixels.to(device))
+            values = [v if np.isfinite(v) else float("nan") for v in measure(group, pixels.to(device))]
             store.add([(keys[p], str(p.path), v) for p, v in zip(group, values, strict=True)])
             done += len(group)
             progress(f"{found.short} of {gallery.label}", done, len(pictures))

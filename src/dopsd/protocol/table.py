@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from dopsd.evaluation.measures import HERE, Found, find_measure, named_measure
+from dopsd.evaluation.measures import Found, find_measure, named_measure
 from dopsd.evaluation.measures.distances import fid, kid
-from dopsd.evaluation.measures.vlm import JUDGE
 from dopsd.protocol.galleries import AGAIN, BASE, Gallery, Progress
 from dopsd.protocol.scores import Scored, Unmeasured, features, score
 from dopsd.statistics import Interval, bootstrap, paired
@@ -123,8 +122,9 @@ def _remarks(found: Found, scored: Scored) -> list[str]:
     remarks = []
     if scored.answered < scored.asked:
         remarks.append(f"{scored.asked - scored.answered} of {scored.asked} pictures without an answer")
-    if found.measure.made.startswith(f"{HERE}.vlm:") and Path(found.model).name != JUDGE:
-        remarks.append(f"not comparable with the paper's: the judge is not {JUDGE}")
+    usual = Path(found.measure.model or "").name
+    if usual and Path(found.model).name != usual:
+        remarks.append(f"not comparable with numbers by {usual}")
     if len(scored.values) < 2:
         remarks.append("one prompt: the interval is over its seeds")
     return remarks

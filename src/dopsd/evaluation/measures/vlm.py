@@ -15,7 +15,6 @@ from dopsd.paint import as_bytes, to_images
 
 log = logging.getLogger(__name__)
 
-JUDGE = "Qwen3-VL-8B-Instruct"  # the paper's: numbers of another are not comparable with it
 MOST_TOKENS = 8
 OBJECT = (
     "Look at the main object or character of the first picture, and look for it in the second. Pose, place, light and "
