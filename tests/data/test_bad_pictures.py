@@ -169,7 +169,7 @@ IMPORTS: dict[str, tuple[str | bytes, str]] = {  # name: (d.jsonl of the referen
     "picture of 300 letters": (f'{{"path": "{"a" * 300}", "short_en": "a"}}', "which is neither in"),
     "picture that is text": ('{"path": "d.jsonl", "short_en": "a"}', "row 1 of d.jsonl holds no JPEG"),
     "picture of 10 gigapixels": ('{"path": "bomb.png", "short_en": "a"}', "row 1 of d.jsonl"),
-    "two pictures": ('{"path": ["a.png", "b.png"], "short_en": "a"}', "line 1 names 2 pictures"),
+    "a reference missing": ('{"path": ["b.png", "a.png"], "short_en": "a"}', "line 1 names b.png, which is neither in"),
     "no caption": ('{"path": "a.png"}', "has no caption in"),
     "caption blank": ('{"path": "a.png", "short_en": " "}', "line 1 has no caption in short_en"),
     "caption a number": ('{"path": "a.png", "short_en": 7}', "line 1 has no caption in short_en"),

@@ -40,6 +40,17 @@ def test_the_reference_codes_rows_become_a_folder_with_all_english_captions(refe
     assert first.path.read_bytes() == picture("red", "JPEG") and second.path.read_bytes() == picture("blue")
 
 
+def test_a_row_of_several_pictures_becomes_an_editing_row_with_the_last_as_its_target(tmp_path):
+    for name, colour in (("one", "red"), ("two", "green"), ("three", "blue")):
+        (tmp_path / f"{name}.png").write_bytes(picture(colour))
+    row = {"local_path_list": ["one.png", "two.png", "three.png"], "h*w": [], "short_en": "join them"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    import_data(str(tmp_path / "data.jsonl"), tmp_path / "out")
+    (example,) = read_folder(tmp_path / "out").examples
+    assert example.path.read_bytes() == picture("blue") and example.caption == "join them"
+    assert [path.read_bytes() for path in example.references] == [picture("red"), picture("green")]
+
+
 def test_one_caption_column_can_be_chosen(reference, tmp_path):
     with pytest.raises(ValueError, match="line 2 has no caption in medium_en"):
         import_data(str(reference), tmp_path / "out", caption_columns=["medium_en"])
@@ -76,7 +87,7 @@ BAD = {
     "not JSON": ("{", "line 1 is not JSON"),
     "a list": ("[1]", "names no picture"),
     "no picture": ('{"short_en": "a"}', "names no picture"),
-    "editing": ('{"local_path_list": ["a.png", "b.png"], "short_en": "a"}', "names 2 pictures"),
+    "reference gone": ('{"local_path_list": ["b.png", "a.png"], "short_en": "a"}', "names b.png, which is neither in"),
     "gone": ('{"path": "gone.png", "short_en": "a"}', "neither in"),
     "no caption": ('{"path": "a.png", "class_name": "x"}', "has no caption"),
     "no rows": ("", "has no rows"),

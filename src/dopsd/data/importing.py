@@ -21,7 +21,8 @@ EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "AV
 
 ORIGIN = "origin.json"  # where an imported folder came from
 
-Item = tuple[bytes, list[str], bytes | None]  # a picture, its captions, and the worse picture of a pair
+# A picture, its captions, and further pictures by their column: `rejected` of a pair, `references` of an editing row.
+Item = tuple[bytes, list[str], dict[str, list[bytes]]]
 
 
 def import_data(
@@ -48,14 +49,16 @@ def import_data(
     lines = []
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        for index, (content, captions, rejected) in enumerate(items):
+        for index, (content, captions, further) in enumerate(items):
             where = f"row {index + 1} of {source}"
             row: dict[str, Any] = {"file_name": f"{index:06d}{_extension(content, where)}"}
             (temporary / row["file_name"]).write_bytes(content)
             row["text"] = captions[0] if len(captions) == 1 else captions
-            if rejected:
-                row["rejected"] = f"{index:06d}-rejected{_extension(rejected, where)}"
-                (temporary / row["rejected"]).write_bytes(rejected)
+            for column, pictures in further.items():
+                names = [f"{index:06d}-{column}{i or ''}{_extension(each, where)}" for i, each in enumerate(pictures)]
+                for name, each in zip(names, pictures, strict=True):
+                    (temporary / name).write_bytes(each)
+                row[column] = names[0] if len(names) == 1 else names
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if not lines:
             raise ValueError(f"{source} has no rows.")
@@ -114,20 +117,23 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}).") from error
-        yield _bytes_of(_picture_of(row, file.parent, where), where), _captions_of(row, columns, where), None
+        *references, target = [_bytes_of(path, where) for path in _pictures_of(row, file.parent, where)]
+        yield target, _captions_of(row, columns, where), {"references": references} if references else {}
 
 
-def _picture_of(row: Any, folder: Path, where: str) -> Path:
+def _pictures_of(row: Any, folder: Path, where: str) -> list[Path]:
+    """Of an editing row the references, then the target."""
     key = next((key for key in PATH_KEYS if isinstance(row, dict) and row.get(key)), None)
     if key is None:
         raise ValueError(f"{where} names no picture: it has none of {', '.join(PATH_KEYS)}.")
-    paths = row[key] if isinstance(row[key], list) else [row[key]]
-    if len(paths) > 1:
-        raise ValueError(f"{where} names {len(paths)} pictures: editing rows cannot be trained on by a family here.")
-    for path in (folder / str(paths[0]), Path(str(paths[0]))):
+    return [_found(str(name), folder, where) for name in (row[key] if isinstance(row[key], list) else [row[key]])]
+
+
+def _found(name: str, folder: Path, where: str) -> Path:
+    for path in (folder / name, Path(name)):
         if os.path.isfile(path):
             return path
-    raise ValueError(f"{where} names {brief(str(paths[0]))}, which is neither in {folder} nor the working directory.")
+    raise ValueError(f"{where} names {brief(name)}, which is neither in {folder} nor the working directory.")
 
 
 def _bytes_of(picture: Path, where: str) -> bytes:
@@ -165,7 +171,7 @@ def _dataset_rows(
     for number, row in enumerate(table, start=1):
         where = f"row {number} of {source}"
         content, *rejected = (_content_of(row[column] or {}, column, where) for column in pictures)
-        yield content, _captions_of(row, columns, where), rejected[0] if rejected else None
+        yield content, _captions_of(row, columns, where), {"rejected": rejected} if rejected else {}
 
 
 def _content_of(picture: dict[str, Any], column: str, where: str) -> bytes:
