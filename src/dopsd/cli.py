@@ -18,8 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune few-step text-to-image models without losing the few steps.",
 )
-app.command()(refusing(evaluate))
-app.command()(refusing(prompts))
 
 
 @app.command()
@@ -168,6 +166,10 @@ def compare(
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {report}", highlight=False)
+
+
+app.command()(refusing(evaluate))
+app.command()(refusing(prompts))
 
 
 @app.command()
