@@ -42,7 +42,15 @@ SDXL_LOADERS = {
     ("base_model.model.", BAKED): ("nothing is loaded, in silence", UNKNOWN),
     ("bare names", BAKED): ("nothing is loaded, in silence", UNKNOWN),
 }
-LOADERS = {"zimage": ZIMAGE_LOADERS, "sdxl": SDXL_LOADERS}
+FLUX2_LOADERS = {
+    ("transformer.", BAKED): ("strength 1", "strength 1"),
+    ("transformer.", SAID): ("strength 1", "off by alpha / rank: it does not read the metadata"),
+    ("transformer.", ALPHA): ("off by alpha / rank: it passes over alpha, in silence", "strength 1"),
+    ("bare names", BAKED): ("nothing is loaded, in silence", "strength 1"),
+    ("base_model.model.", BAKED): ("strength 1", "no"),
+    ("kohya", ALPHA): ("strength 1, with the original model's names", "only with the original model's names"),
+}
+LOADERS = {"zimage": ZIMAGE_LOADERS, "flux2": FLUX2_LOADERS, "sdxl": SDXL_LOADERS}
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def _read_and_encode(
     previews = read_previews(
         pictures_shown(recipe, family, listing),
         reader,
-        [shown_to_teacher(row) for row in rows[:PREVIEWS]] if privileged else [],
+        [shown_to_teacher(row) for row in list(dict.fromkeys(rows))[:PREVIEWS]] if privileged else [],
     )
     return _Material(
         rows,

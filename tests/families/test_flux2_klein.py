@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_klein import TEXT, write_klein, write_vlm
 
 from dopsd.batch import Batch
@@ -18,6 +19,7 @@ from dopsd.deployed import sample
 from dopsd.families import load_family
 from dopsd.families.base import Sight
 from dopsd.families.flux2_klein import LAST_SUFFIX, SUFFIX, Flux2Klein, KleinReader
+from dopsd.families.lora import read_lora
 from dopsd.methods import DOPSD
 from dopsd.methods.base import Roles
 from dopsd.paint import noise_for
@@ -309,6 +311,34 @@ def test_a_caption_over_the_limit_is_said_not_cut(klein, reader):
     for refuse in (lambda: reader.context(["star " * 600]), lambda: klein.count_tokens(["star " * 600])):
         with pytest.raises(ValueError, match="the limit is 512"):
             refuse()
+
+
+FORMS = {
+    "ours": ("transformer.", "lora_A", "lora_B", False),
+    "with alpha": ("transformer.", "lora_A", "lora_B", True),
+    "ComfyUI's": ("diffusion_model.", "lora_A", "lora_B", False),
+    "ComfyUI's with alpha": ("diffusion_model.", "lora_A", "lora_B", True),
+    "down and up": ("diffusion_model.", "lora_down", "lora_up", True),
+    "bare names": ("", "lora_A", "lora_B", False),
+    "raw PEFT": ("base_model.model.", "lora_A", "lora_B", False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(klein, tmp_path, form):
+    prefix, down, up, alpha = FORMS[form]
+    generator, wanted, tensors = torch.Generator().manual_seed(0), {}, {}
+    for module in ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.1.ff.linear_in",
+                   "single_transformer_blocks.2.attn.to_out"):  # fmt: skip
+        a, b = torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
+        wanted[module] = b @ a * 2
+        tensors |= {f"{prefix}{module}.{down}.weight": a, f"{prefix}{module}.{up}.weight": b if alpha else b * 2}
+        tensors |= {f"{prefix}{module}.alpha": torch.tensor(8.0)} if alpha else {}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = read_lora(tmp_path / "lora.safetensors", klein)
+    assert found.keys() == wanted.keys()
+    for module, delta in wanted.items():
+        torch.testing.assert_close(found[module][1] @ found[module][0], delta)
 
 
 def test_another_way_of_seeing_is_another_key_in_the_cache(reader, by_vlm, folder):
