@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from dopsd.checking import check, foresee
 from dopsd.cli import app
+from dopsd.compare import compare
 from dopsd.deployed import sample_latents
 from dopsd.families import load_family
 from dopsd.files import read_metadata, read_tensors
 from dopsd.paint import noise_for
+from dopsd.preflight import preflight
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 
@@ -207,3 +209,16 @@ def test_sample_edits_the_references_it_is_given_and_refuses_what_it_cannot(mode
     assert code == 2 and "zimage edits none" in said
     code, said = painted("--model", str(model), "--reference", str(tmp_path / "gone.png"))
     assert code == 2 and "gone.png cannot be decoded (No such file" in said.replace("[Errno 2] ", "")
+
+
+def test_preflight_asks_the_teacher_that_sees_the_target_beside_the_references(run, tmp_path):
+    found = preflight(run, tmp_path / "page.html", lambda what, done, total: None)
+    assert {look.caption for look in found.looks} == {"make it red", "make it blue", "wider", "join them"}
+    assert all((look.student != look.teacher).any() for look in found.looks)
+    assert "model.teacher_context: vlm" in found.sentence or found.verdict == "can"
+
+
+def test_compare_takes_a_run_on_pairs(run, tmp_path):
+    outcome = compare([run], tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
+    assert list(outcome.numbers) == ["base", "base, other noise", "edited"]
+    assert outcome.numbers["edited"]["nfe"]["1"]["bleed"]["value"] != 0

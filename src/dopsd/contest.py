@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dopsd.batch import Context
-from dopsd.checking import family_of, pictures_shown, read_data, unrelated_prompts
+from dopsd.checking import family_of, pictures_shown, read_data, resolutions_of, unrelated_prompts
 from dopsd.data.buckets import cover_crop
 from dopsd.data.folder import open_picture
 from dopsd.deployed import cells_of, deployed_on
@@ -152,6 +152,7 @@ class Pictures:
         listing = read_data(recipe)
         self._family, self._device, self._dtype = family, device, dtype
         self._wanted = pictures_shown(recipe, family, listing)
+        self._side = max(resolutions_of(recipe, family))
         trigger = recipe.data.trigger
         plain = [" ".join(e.caption.replace(trigger, " ").split()) for e in listing.examples] if trigger else []
         self._neutral = list(dict.fromkeys([*plain[:SHOWN], *unrelated_prompts(recipe, family)]))
@@ -162,7 +163,7 @@ class Pictures:
             [each.prompt, each.seed, list(each.cells), [sha256_of(path) for path in each.references]]
             for each in self._wanted
         ]
-        self.about = ["pictures", asked, self._neutral, [sha256_of(path) for path in self._targets]]
+        self.about = ["pictures", asked, self._side, self._neutral, [sha256_of(path) for path in self._targets]]
         self.captions: Mapping[str, tuple[str, ...]] = {
             "The recipe's prompts": tuple(each.prompt for each in self._wanted),
             "Prompts that name nothing of the data": tuple(self._neutral[:SHOWN]),
@@ -185,12 +186,11 @@ class Pictures:
         noises = [noise_for([each.seed + aside], *each.cells) for each in self._wanted]
         schedules = [self._family.schedule(nfe, *each.cells[1:]) for each in self._wanted]
         shown = paint_each(velocity, wanted, self._painter, schedules, noises, self._device)
-        side = self._family.resolution
-        cells = cells_of(self._family, side, side)
+        cells = cells_of(self._family, self._side, self._side)
         context = Context.stack([context for context in neutral for _ in NEUTRAL_SEEDS]).to(self._device)
         noise = noise_for([seed + aside for _ in neutral for seed in NEUTRAL_SEEDS], self._family.channels, *cells)
         plain = paint(velocity, self._painter, self._family.schedule(nfe, *cells), context, noise)
-        far = [distances(plain.numpy(), np.asarray(target)) for target in self._cropped(side)]
+        far = [distances(plain.numpy(), np.asarray(target)) for target in self._cropped()]
         nearest = np.min(far, axis=0)
         shown_plain = list(plain[:: len(NEUTRAL_SEEDS)][:SHOWN])
         return Answer(
@@ -198,9 +198,9 @@ class Pictures:
             dict(zip(self.captions, (shown, shown_plain), strict=True)),
         )
 
-    def _cropped(self, side: int) -> Iterator[Any]:
+    def _cropped(self) -> Iterator[Any]:
         for path in self._targets:
-            yield cover_crop(open_picture(path), (side, side))
+            yield cover_crop(open_picture(path), (self._side, self._side))
 
 
 def _write(file: Path, answer: Answer) -> None:
