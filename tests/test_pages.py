@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("script", "page"), [("claim", "results.md")])
+@pytest.mark.parametrize(("script", "page"), [("claim", "results.md"), ("model_and_cost", "model_and_cost.md")])
 def test_the_page_is_what_its_script_writes(script: str, page: str, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)

@@ -15,15 +15,15 @@ def checkups(healthy: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("healthy", "step", "said"),
     [
-        ("++++", None, "No reason to stop before step 200"),
-        ("+-++", None, "No reason"),  # one alone may be chance
-        ("++--", 100, "Stop at step 100: from step 150 on it is no longer healthy (sharpness 0.80, limit 0.90)"),
-        ("+-+--+", 150, "Stop at step 150"),
-        ("+++-", 150, "Stop at step 150"),  # at the end nothing speaks for chance
-        ("--++", None, "Unhealthy from the first checkup on, at step 50"),
+        ("++++", None, "No reason to stop before step 200: the last checkup was healthy."),
+        ("+-++", None, "(1 of 4 checkups were not healthy, and it recovered)"),
+        ("++--", 100, "Stop at step 100: after it no checkup was healthy (step 150: sharpness 0.80, limit 0.90)"),
+        ("+-+--+", None, "No reason"),
+        ("+-+--", 150, "Stop at step 150"),
+        ("--", None, "Unhealthy from the first checkup on, at step 50"),
     ],
 )
-def test_two_unhealthy_checkups_in_a_row_are_a_reason_to_stop_before_them(healthy, step, said):
+def test_the_last_healthy_checkup_is_the_place_to_stop_unless_the_run_ends_healthy(healthy, step, said):
     found = advise(checkups(healthy))
     assert found is not None and found.step == step and said in found.sentence
 

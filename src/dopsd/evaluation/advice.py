@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IN_A_ROW = 2  # unhealthy checkups that are no chance; one at the very end counts as well
-
 
 @dataclass(frozen=True)
 class Advice:
@@ -16,20 +14,20 @@ class Advice:
 
 
 def advise(rows: Sequence[Mapping[str, Any]]) -> Advice | None:
-    """From rows of health.jsonl, in order; None where there was no checkup."""
+    """From rows of health.jsonl, in order; None where there was no checkup. A model that recovers had not collapsed:
+    what counts is the healthy checkup after which there was none."""
     if not rows:
         return None
-    for index, row in enumerate(rows):
-        if not any(each["healthy"] for each in rows[index : index + IN_A_ROW]):
-            return _ended(row, rows[index - 1] if index else None)
-    return Advice(None, f"No reason to stop before step {rows[-1]['step']}: no two checkups in a row were unhealthy.")
-
-
-def _ended(ill: Mapping[str, Any], before: Mapping[str, Any] | None) -> Advice:
+    healthy = [index for index, row in enumerate(rows) if row["healthy"]]
+    if healthy and healthy[-1] == len(rows) - 1:
+        passing = len(rows) - len(healthy)
+        some = f" ({passing} of {len(rows)} checkups were not healthy, and it recovered)" if passing else ""
+        return Advice(None, f"No reason to stop before step {rows[-1]['step']}: the last checkup was healthy{some}.")
+    ill = rows[healthy[-1] + 1 if healthy else 0]
     measures = {name: found for name, found in ill.items() if name not in ("step", "healthy")}
     why = ", ".join(f"{n} {m['value']:.2f}, limit {m['limit']:.2f}" for n, m in measures.items() if not m["healthy"])
-    if before is None:
+    if not healthy:
         return Advice(None, f"Unhealthy from the first checkup on, at step {ill['step']} ({why}): lower "
                             "train.learning_rate, or look sooner (health.every).")  # fmt: skip
-    return Advice(int(before["step"]), f"Stop at step {before['step']}: from step {ill['step']} on it is no longer "
-                                       f"healthy ({why}).")  # fmt: skip
+    step = int(rows[healthy[-1]]["step"])
+    return Advice(step, f"Stop at step {step}: after it no checkup was healthy (step {ill['step']}: {why}).")
