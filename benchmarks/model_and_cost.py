@@ -114,7 +114,7 @@ def _what_is_kept() -> list[str]:
         return interval([row[key][measure] / row["base"][measure] for row in group])
 
     return [
-        "For the same thing_error SFT needs less time, and pays with sharpness:", "",
+        "For the same thing_error SFT needs less time, and pays with sharpness, not with attributes:", "",
         "| | D-OPSD | SFT, where it first has D-OPSD's thing_error |", "|---|---|---|",
         f"| seconds | {interval([r['dopsd']['seconds'] for r in rows], 0)} | "
         f"{interval([r['sft_first_match']['seconds'] for r in match], 0)} |",
