@@ -1,0 +1,126 @@
+"""Every method on every family: two steps are finite, move the student and nothing else, and adapt what `check` says;
+every empty cell says why."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, init_empty_weights
+from PIL import Image
+from tiny_klein import write_klein
+
+from dopsd.batch import Batch
+from dopsd.families import FAMILIES, POCKET, family_class, load_family
+from dopsd.families.base import Family
+from dopsd.methods import METHODS, missing
+from dopsd.training.adapters import add_lora, coverage
+from dopsd.training.loop import Plan, steps
+from dopsd.training.roles import Teacher, make_roles
+
+CPU = torch.device("cpu")
+RANK = 2
+CELLS = 8
+PROMPTS = ("a red star", "a cat on the left")
+TOLD = {"dreambooth": {"class_prompt": "a toy"}, "pso_online": {"judge": "sharpness"}}  # what has no default
+# Linears of blocks that no token passes: they turn the time into scales and shifts, and adapters leave them.
+OF_THE_TIME = r"adaLN_modulation|time_emb_proj"
+
+
+@pytest.fixture(scope="module")
+def opened(sdxl, dmd2_lora, tmp_path_factory) -> Callable[[str], Family]:
+    """A tiny checkpoint by family, and by kind where a family has several."""
+    folders: dict[str, Callable[[], tuple[Path, str | None]]] = {
+        "zimage": lambda: (POCKET, None),
+        "flux2_klein": lambda: (write_klein(tmp_path_factory.mktemp("klein") / "model"), None),
+        "sdxl": lambda: (sdxl("turbo"), None),
+        "sdxl distilled by a LoRA": lambda: (sdxl("base"), str(dmd2_lora)),
+    }
+    assert {name.split()[0] for name in folders} == set(FAMILIES), "a family without a tiny checkpoint"
+
+    @cache
+    def of(name: str) -> Family:
+        folder, distilled_by = folders[name]()
+        return load_family(str(folder), distilled_by=distilled_by)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def batch_of(opened) -> Callable[[str, bool], Batch]:
+    """Two pictures with all that any method may ask for."""
+
+    @cache
+    def of(name: str, seeing: bool) -> Batch:
+        family = opened(name)
+        rng = torch.Generator().manual_seed(0)
+        reader = family.load_reader(CPU, torch.float32, pictures=seeing)
+        side = CELLS * family.cell
+        images = [Image.new("RGB", (side, side), color) for color in ("red", "blue")]
+        latents, worse = (torch.randn(2, family.channels, CELLS, CELLS, generator=rng) for _ in range(2))
+        plain = Batch(latents, reader.context(PROMPTS), PROMPTS, torch.ones(2))
+        seen = reader.context(PROMPTS, images) if seeing else None
+        return replace(plain, privileged=seen, rejected=worse, prior=plain, replay=plain.context)
+
+    return of
+
+
+class Same:
+    def __init__(self, batch: Batch):
+        self._batch = batch
+
+    def batch(self, index: int) -> Batch:
+        return self._batch
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [*FAMILIES, "sdxl distilled by a LoRA"])
+def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, batch_of):
+    family, settings = opened(name), METHODS[method].model_validate({"nfe": 2} | TOLD.get(method, {}))
+    if why := missing(settings, family.teacher_contexts):
+        assert "privileged" in settings.needs and not family.teacher_contexts and len(why) > 20
+        return
+    batch = batch_of(name, "privileged" in settings.needs)
+    denoiser = family.load_denoiser(CPU, torch.float32)
+    student = add_lora(denoiser.network, family.lora_targets, RANK, RANK, seed=0)
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    teacher = Teacher(student, settings.decay)
+    roles = make_roles(
+        denoiser, student, teacher, lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
+        score=lambda clean, prompts: clean.flatten(1).mean(1),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(student.values(), weight_decay=0.0)
+    plan = Plan(max_steps=2, learning_rate=1e-3)
+    for report in steps(roles, settings, Same(batch), student, optimizer, teacher, Accelerator(cpu=True), plan):
+        assert math.isfinite(report.log["loss"]) and math.isfinite(report.grad_norm) and not report.skipped
+    moved = {name for name, tensor in denoiser.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved <= {f"network.{name}" for name in student}
+    assert {name for name in moved if ".lora_B." in name} == {
+        f"network.{name}" for name in student if ".lora_B." in name
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_reach_what_check_says_and_every_block_linear_that_tokens_pass(name, opened):
+    family = opened(name)
+    with init_empty_weights():
+        network = family.empty_denoiser().network
+    said = coverage(network, family.lora_targets, RANK)
+    linears = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and re.search(r"\.\d+\.", n)]
+    for_tokens = [n for n in linears if not re.search(OF_THE_TIME, n)]
+    reached = [n for n in for_tokens if re.fullmatch(family.lora_targets, n)]
+    assert len(reached) >= 0.95 * len(for_tokens)
+    student = add_lora(family.load_denoiser(CPU, torch.float32).network, family.lora_targets, RANK, RANK, seed=0)
+    assert len(student) == 2 * said.adapted == 2 * len(reached)
+    assert sum(parameter.numel() for parameter in student.values()) == said.parameters
+
+
+def test_every_cell_is_open_or_says_why():
+    cells = {(f, m): missing(METHODS[m], family_class(f).teacher_contexts) for f in FAMILIES for m in METHODS}
+    closed = {cell: why for cell, why in cells.items() if why}
+    assert closed.keys() == {("sdxl", "dopsd")}
+    assert "read no picture" in closed["sdxl", "dopsd"]
