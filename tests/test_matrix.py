@@ -77,8 +77,10 @@ class Same:
         return self._batch
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [*FAMILIES, "sdxl distilled by a LoRA"])
+CELLS_OF_THE_MATRIX = [(family, method) for family in FAMILIES for method in METHODS]
+
+
+@pytest.mark.parametrize(("name", "method"), [*CELLS_OF_THE_MATRIX, ("sdxl distilled by a LoRA", "sft")])
 def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, batch_of):
     family, settings = opened(name), METHODS[method].model_validate({"nfe": 2} | TOLD.get(method, {}))
     if why := missing(settings, family.teacher_contexts):

@@ -37,7 +37,7 @@ SDXL_UNET = {
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
 }
-TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 16, 32), "transformer_layers_per_block": (1, 2, 4),
+TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 16, 32), "transformer_layers_per_block": (1, 1, 2),
              "attention_head_dim": (2, 2, 4), "cross_attention_dim": 48, "addition_time_embed_dim": 8,
              "projection_class_embeddings_input_dim": 6 * 8 + 32, "norm_num_groups": 8}  # fmt: skip
 REAL_UNET = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),

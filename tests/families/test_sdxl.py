@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,14 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from dopsd.deployed import sample, sample_latents
+from dopsd.deployed import fuse, sample, sample_latents
 from dopsd.families import load_family
 from dopsd.families.lora import read_lora
+from dopsd.inspection import inspect_lora
 from dopsd.paint import noise_for
+from dopsd.recipe import parse_recipe
 from dopsd.rollout import rollout, walk
+from dopsd.run import train
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -240,3 +245,69 @@ def test_a_caption_over_the_limit_is_said_not_cut(family):
 def test_a_walk_of_no_steps_is_refused(family):
     with pytest.raises(ValueError, match="nfe is 0"):
         family.schedule(0, 8, 8)
+
+
+OPEN_WITH_DIFFUSERS = """
+import json, sys
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+
+model, distilled_by, lora, target = sys.argv[1:]
+pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32)
+steps = {"num_inference_steps": 4}
+if distilled_by:
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights(distilled_by)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    steps = {"timesteps": [999, 749, 499, 249]}
+if lora:
+    pipeline.load_lora_weights(lora)
+steps |= {"generator": torch.Generator().manual_seed(5), "guidance_scale": 0.0, "output_type": "latent"}
+picture = pipeline("a big red star", return_dict=False, **steps)[0]
+torch.save(picture, target)
+"""
+
+
+@pytest.mark.parametrize("kind", ["turbo", "base and a LoRA"])
+def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(kind, sdxl, dmd2_lora, lesson, tmp_path):
+    model = {"name_or_path": str(sdxl("turbo"))}
+    if kind != "turbo":
+        model = {"name_or_path": str(sdxl("base")), "distilled_by": str(dmd2_lora)}
+    recipe = parse_recipe(
+        {
+            "model": model,
+            "data": {"folder": str(lesson)},
+            "method": {"name": "sft", "space": "noise"},
+            "lora": {"rank": 2, "alpha": 4},
+            "train": {"max_steps": 3, "learning_rate": 0.02},
+            "sample": {"every": 0, "prompts": "a star", "unrelated": 0},
+            "health": {"every": 0},
+            "output_dir": str(tmp_path),
+            "run_name": "tuned",
+        }
+    )
+    for _ in train(recipe):
+        pass
+    file = recipe.run_folder / "tuned.safetensors"
+    base = load_family(model["name_or_path"], distilled_by=model.get("distilled_by"))
+    noise = noise_for([5], 4, 8, 8)
+    mine, untuned = (sample_latents(base, ["a big red star"], noise, lora) for lora in (file, None))
+    assert (mine - untuned).abs().max() > 0.01, "the adapter did nothing, so the comparison would prove nothing"
+
+    def opened(folder: str, distilled_by: str, lora: str) -> torch.Tensor:
+        command = [sys.executable, "-c", OPEN_WITH_DIFFUSERS, folder, distilled_by, lora, str(tmp_path / "out.pt")]
+        subprocess.run(command, check=True)
+        return torch.load(tmp_path / "out.pt")
+
+    assert (opened(model["name_or_path"], model.get("distilled_by", ""), str(file)) - mine).abs().max() <= 1e-4
+    modules = {name.split(".")[0] for name in load_file(file)}
+    targets = [n for n, _ in base.empty_denoiser().network.named_modules() if re.fullmatch(base.lora_targets, n)]
+    assert modules == {"lora_unet_" + name.replace(".", "_") for name in targets}
+    found = dict(inspect_lora(file).lines)
+    assert found["family"] == "sdxl_base_v1-0" and found["diffusers"] == "strength 1" and found["rank"] == "2"
+    fuse(model["name_or_path"], file, tmp_path / "fused", distilled_by=model.get("distilled_by"))
+    fused = load_family(str(tmp_path / "fused"))
+    assert fused.distilled and (sample_latents(fused, ["a big red star"], noise) - mine).abs().max() <= 1e-4
+    card = (recipe.run_folder / "README.md").read_text(encoding="utf-8")
+    assert ("LCMScheduler" in card and "pipeline.fuse_lora()" in card) == (kind != "turbo")

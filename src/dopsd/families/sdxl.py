@@ -261,7 +261,8 @@ class SDXL:
         return tensors
 
     def starting_points(self, method: str) -> dict[str, Any]:
-        return STARTING_POINTS | ({"model.distilled_by": self.distilled_by} if self.distilled_by else {})
+        own = {"method.space": self.native_space} if method in ("sft", "dreambooth", "dpo") else {}
+        return STARTING_POINTS | own | ({"model.distilled_by": self.distilled_by} if self.distilled_by else {})
 
 
 def _clock(sigmas: Tensor) -> Tensor:
