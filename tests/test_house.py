@@ -26,7 +26,7 @@ FLOORS = (
     ("families", "rollout"),
     ("methods", "paint"),
     ("training", "data", "evaluation", "pocket", "settings"),
-    ("recipe", "export", "preview", "doctor", "pickled"),
+    ("recipe", "export", "model_folder", "preview", "doctor", "pickled"),
     ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection", "budget"),
     ("ward", "checking", "generated", "protocol"),
     ("run", "preflight", "contest"),

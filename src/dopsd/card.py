@@ -24,13 +24,15 @@ TOLD = {
     "pictures": "pictures",
     "data_sha256": "data (hash of pictures and captions)",
     "parent_adapter_sha256": "went on from the LoRA",
+    "trained_on": "trained on the weights of",
+    "training_adapter_sha256": "with a LoRA in the weights while training, off now",
     "sigmas": "noise levels of the walk",
 }
 
 
 def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: int) -> Path:
-    """Write README.md from what the LoRA file says of itself and the previews after `step` steps. usage: how the base
-    is painted with."""
+    """Write README.md from what the run's result says of itself and the previews after `step` steps. usage: how the
+    base is painted with."""
     samples = f"samples/step-{step:06d}"
     preview = json.loads((recipe.run_folder / samples / "preview.json").read_text(encoding="utf-8"))
     shown = [(each["prompt"], f"{index}_{each['seed']}.png") for index, each in enumerate(preview["pictures"])]
@@ -43,7 +45,7 @@ def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: 
         "library_name": "diffusers",
         "pipeline_tag": kind,
         **_licence(metadata["modelspec.license"]),
-        "tags": ["lora", "diffusers", kind, "dopsd"],
+        "tags": [*(["lora"] if recipe.adapter == "lora" else []), "diffusers", kind, "dopsd"],
         "widget": widget,
     }
     if recipe.data.trigger:
@@ -55,20 +57,25 @@ def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: 
     facts = [f"| {words} | {_cell(metadata[key])} |" for key, words in TOLD.items() if key in metadata]
     imports = ["import torch", "from diffusers import DiffusionPipeline", *usage.imports]
     imports += ["from PIL import Image"] if edited else []
-    opened = (
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.bfloat16)",
+    lora, result = recipe.adapter == "lora", recipe.result().name
+    opened = [
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base if lora else result)}, torch_dtype=torch.bfloat16)",
         *usage.setup,
-        f'pipeline.load_lora_weights(".", weight_name="{recipe.run_name}.safetensors")',
-    )
+    ]
+    if lora:
+        what = f"A LoRA (strength 1) for {metadata['base_model']}"
+        opened.append(f'pipeline.load_lora_weights(".", weight_name="{result}")')
+    else:
+        what = f"{metadata['base_model']} with every weight of its network"
     text = f"""---
 {front}---
 
 # {recipe.run_name}
 
-A LoRA for {metadata["base_model"]}, tuned with dopsd {metadata["dopsd_version"]}. It paints in {metadata["nfe"]} steps
-without guidance, at strength 1{f", and answers to `{recipe.data.trigger}`" if recipe.data.trigger else ""}.
+{what}, tuned with dopsd {metadata["dopsd_version"]}. It paints in {metadata["nfe"]} steps
+without guidance{f", and answers to `{recipe.data.trigger}`" if recipe.data.trigger else ""}.
 
-| prompt | untouched model | with this LoRA |
+| prompt | untouched model | tuned |
 |---|---|---|
 {chr(10).join(rows)}
 

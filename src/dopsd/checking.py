@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
+from torch import nn
 
 from dopsd.data.buckets import Size, bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example, Listing, open_picture, picture_size
@@ -22,13 +23,14 @@ from dopsd.export import refuse_unfit
 from dopsd.families import load_family
 from dopsd.families.base import Family, Sight
 from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.lora import read_lora
+from dopsd.families.lora import read_lora, refuse_misfit
 from dopsd.forecast import Forecast, forecast, memory_of
 from dopsd.methods import missing
 from dopsd.preview import Wanted
 from dopsd.recipe import PromptSection, Recipe
 from dopsd.trackers import refuse_missing
 from dopsd.training.adapters import Coverage, coverage, lora_sizes
+from dopsd.training.student import Everything
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Checked:
     family: Family
     listing: Listing
     buckets: dict[tuple[int, int], int]
-    coverage: Coverage
+    coverage: Coverage | Everything
     nfe: int
     forwards_per_picture: int  # network forwards, a backward counted as two
 
@@ -87,7 +89,11 @@ def check(recipe: Recipe) -> Checked:
     with init_empty_weights():
         network = family.empty_denoiser().network
     targets = recipe.lora.targets or family.lora_targets
-    reach = coverage(network, targets, recipe.lora.rank)
+    if recipe.adapter == "full":
+        reach = Everything(sum(parameter.numel() for parameter in network.parameters()))
+    else:
+        reach = coverage(network, targets, recipe.lora.rank)
+    _refuse_other_weights(recipe, family, network)
     if start := recipe.lora.init_from:
         refuse_unfit(start, read_lora(start, family), lora_sizes(network, targets, recipe.lora.rank))
     _refuse_long(recipe, family, listing, cuts)
@@ -101,6 +107,23 @@ def check(recipe: Recipe) -> Checked:
         nfe=nfe,
         forwards_per_picture=recipe.method.forwards(nfe),
     )
+
+
+def _refuse_other_weights(recipe: Recipe, family: Family, network: nn.Module) -> None:
+    """What is trained on instead of the deployed weights must be of their architecture."""
+    if path := recipe.model.training_adapter:
+        for module, (a, b) in read_lora(path, family).items():
+            refuse_misfit(path, module, network, (len(b), a.shape[1]))
+    if name := recipe.model.train_on:
+        other = load_family(name)
+        with init_empty_weights():
+            its = other.empty_denoiser().network
+        shapes, wanted = ({n: p.shape for n, p in each.named_parameters()} for each in (its, network))
+        if other.name != family.name or shapes != wanted:
+            raise ValueError(
+                f"model.train_on {name} is of another architecture than {recipe.model.name_or_path}: a LoRA of one "
+                "does not fit the other. Give a checkpoint of the same network, such as the many-step parent."
+            )
 
 
 def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequence[Sequence[Size]]) -> None:
@@ -233,8 +256,22 @@ def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, s
     return room, dtype_of(recipe, device), f"this machine's {device.type} with {room / 2**30:.0f} GiB"
 
 
+def refuse_too_large(peak: Forecast, room: int, where: str) -> None:
+    """Raise ValueError where full fine-tuning's step, at the least memory that it can take, does not fit."""
+    if not peak.fits(room):
+        raise ValueError(
+            f"full fine-tuning takes {peak.peak / 2**30:.2f} GiB in a step at model.memory: low, too much for {where}. "
+            "Set model.offload: true (teacher and untouched model stay in main memory), train.optimizer: adamw_8bit or "
+            "a smaller data.resolution, or tune LoRA (adapter: lora)."
+        )
+
+
 def lean_on(recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to save memory: as the recipe says, or where the device is too small to do without."""
+    """Whether to save memory: as the recipe says, or where the device is too small to do without. Raises ValueError
+    where full fine-tuning is too large for it all the same."""
+    if recipe.adapter == "full":
+        room, dtype, where = planned_for(recipe, None)
+        refuse_too_large(foresee(recipe, found, dtype, lean=True), room, where)
     if recipe.model.offload:
         return True  # or all copies of the weights would stay alive until the end of a backward pass
     if recipe.model.memory != "auto":

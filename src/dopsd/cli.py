@@ -90,9 +90,9 @@ def train(
         raise
     except Unhealthy as stop:
         err.print(f"dopsd: stopped after step {stop.step}: {stop.found}.")
-        err.print(f"The last healthy LoRA, if any, is in {loaded.run_folder}.")
+        err.print(f"The last healthy result, if any, is in {loaded.run_folder}.")
         raise
-    out.print(f"saved {loaded.run_folder / loaded.run_name}.safetensors (reopened and compared)", highlight=False)
+    out.print(f"saved {loaded.result()} (reopened and compared)", highlight=False)
     out.print(f"report {loaded.run_folder / 'report.html'}", highlight=False)
 
 
@@ -145,7 +145,7 @@ def fuse(
 @app.command()
 @refusing
 def compare(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes, and LoRA files beside them.", show_default=False)],
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes; LoRA files, models.", show_default=False)],
     change: Changes = None,
     json_file: AsJson = None,
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("compare.html"),
@@ -156,13 +156,14 @@ def compare(
     """Run recipes side by side: same data, noise and measures. What is finished is not done again."""
     from dopsd.budget import rule_of
     from dopsd.compare import compare as compare_recipes
+    from dopsd.model_folder import is_model
     from dopsd.recipe import load_recipe
 
     nfes, rule = forwards_of(nfe), rule_of(equal)
-    loras = [path for path in recipes if path.suffix == ".safetensors"]
-    loaded = [load_recipe(path, change or ()) for path in recipes if path not in loras]
+    tuned = [path for path in recipes if path.suffix == ".safetensors" or is_model(path)]
+    loaded = [load_recipe(path, change or ()) for path in recipes if path not in tuned]
     with bars() as advance:
-        outcome = compare_recipes(loaded, report, advance, loras, nfes, rule, units)
+        outcome = compare_recipes(loaded, report, advance, tuned, nfes, rule, units)
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {report}", highlight=False)
@@ -179,6 +180,7 @@ def init(
     model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
     distilled_by: DistilledBy = None,
     data: Annotated[Path, typer.Option(help="Folder of pictures.")] = Path("data"),
+    adapter: Annotated[str, typer.Option(help="lora, or full: every weight of the network.")] = "lora",
     file: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe for a model and a method: every key with its default and its meaning."""
@@ -189,12 +191,14 @@ def init(
 
     if method not in METHODS:
         raise ValueError(f"{method} is no method: choose one of {', '.join(METHODS)}.")
+    if adapter not in ("lora", "full"):
+        raise ValueError(f"{adapter} is no adapter: choose lora or full.")
     if file.exists():
         raise ValueError(f"{file} exists and is not overwritten: choose another name with --out.")
     family = load_family(model, distilled_by=distilled_by)
     if why := missing(METHODS[method], family.teacher_contexts):
         raise ValueError(f"{method} cannot run on {family.name}: {why}.")
-    write_text(file, starter_recipe(model, family, method, data))
+    write_text(file, starter_recipe(model, family, method, data, adapter))
     out.print(f"{file}; next: dopsd check {file}", highlight=False)
 
 
@@ -267,11 +271,12 @@ def schema() -> None:
 
 @app.command()
 @refusing
-def inspect(file: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).", show_default=False)]) -> None:
-    """Say what a LoRA file is: family, rank, method, steps, and which loaders take it at what strength."""
-    from dopsd.inspection import inspect_lora
+def inspect(file: Annotated[Path, typer.Argument(help="LoRA file, or a model's folder.", show_default=False)]) -> None:
+    """Say what a LoRA file or a model's folder is: family, rank, method, steps, and which loaders take it and how."""
+    from dopsd.inspection import inspect_lora, inspect_model
+    from dopsd.model_folder import is_model
 
-    for label, value in inspect_lora(file).lines:
+    for label, value in (inspect_model if is_model(file) else inspect_lora)(file).lines:
         out.print(f"{label:<26} {value}", markup=False, highlight=False)
 
 

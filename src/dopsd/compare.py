@@ -11,7 +11,9 @@ from dopsd.budget import Rule, forwards_a_step, on_budget_of
 from dopsd.contest import Contest, Contestant
 from dopsd.evaluation.advice import advise
 from dopsd.evaluation.report import write_comparison
+from dopsd.families import load_family
 from dopsd.families.lora import read_lora
+from dopsd.model_folder import is_model
 from dopsd.pocket.exam import lesson_of, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import Progress, train
@@ -44,8 +46,11 @@ def compare(
     _refuse_unlike(recipes, loras, units)
     contests = [Contest(_on_unit(recipes[0], unit), recipes[0].output_dir / "answers") for unit in range(units)]
     family = contests[0].family
-    for lora in loras:
-        read_lora(lora, family)
+    for path in loras:
+        if not is_model(path):
+            read_lora(path, family)
+        elif (its := load_family(str(path)).name) != family.name:
+            raise ValueError(f"{path} is a {its} model, and {family.checkpoint.name} a {family.name}: compare alike.")
     nfes = tuple(nfes) or (recipes[0].sample.nfe or family.default_nfe,)
     untouched = _untouched(contests[0], many=len(nfes) > 1)
     entries = [Entry([contestant] * units) for contestant in untouched]
@@ -162,7 +167,7 @@ def _tuned(recipes: Sequence[Recipe], equal: Rule | None, units: int, nfe: int, 
             if equal and named is not recipes[0]:
                 recipe = on_budget_of(budget, recipe, equal, nfe, _cost(budget, nfe)["seconds"])
             _train(recipe, progress)
-            entry.contestants.append(Contestant(named.run_name, lora=_lora_of(recipe)))
+            entry.contestants.append(Contestant(named.run_name, lora=recipe.result()))
             entry.cost = {name: entry.cost.get(name, 0) + cost / units for name, cost in _cost(recipe, nfe).items()}
             if unit == 0 and (found := advise(read_rows(recipe.run_folder / "health.jsonl"))):
                 entry.advice = found.sentence
@@ -171,7 +176,7 @@ def _tuned(recipes: Sequence[Recipe], equal: Rule | None, units: int, nfe: int, 
 
 def _train(recipe: Recipe, progress: Progress) -> None:
     """Unless the run folder holds it already; from where it was stopped, if it was."""
-    folder, lora = recipe.run_folder, _lora_of(recipe)
+    folder, lora = recipe.run_folder, recipe.result()
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if lora.exists() and (missing := [file for file in (config, metrics) if not file.is_file()]):
         raise ValueError(f"{missing[0]} is missing beside a finished LoRA: remove {folder} to run it again.")
@@ -180,10 +185,6 @@ def _train(recipe: Recipe, progress: Progress) -> None:
     if not lora.exists():
         for step in train(recipe, "latest" if checkpoints(folder) else None, progress):
             progress(f"{recipe.run_name}  loss {step.log['loss']:.4f}", step.step, recipe.train.max_steps)
-
-
-def _lora_of(recipe: Recipe) -> Path:
-    return recipe.run_folder / f"{recipe.run_name}.safetensors"
 
 
 def _cost(recipe: Recipe, nfe: int) -> dict[str, float]:

@@ -30,7 +30,8 @@ def summarise(loaded: "Recipe", found: "Checked") -> None:
         out.print(f"left out   {path.name}: {why}", markup=False, highlight=False)
     sizes = ", ".join(f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items()))
     out.print(f"buckets    {sizes}", highlight=False)
-    out.print(f"LoRA       rank {loaded.lora.rank} on {found.coverage}", highlight=False)
+    of = f"LoRA       rank {loaded.lora.rank} on" if loaded.adapter == "lora" else "full      "
+    out.print(f"{of} {found.coverage}", highlight=False)
     pictures = train.max_steps * train.batch_size * train.gradient_accumulation_steps
     out.print(
         f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, "
@@ -40,8 +41,9 @@ def summarise(loaded: "Recipe", found: "Checked") -> None:
 
 
 def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
-    """Peak memory of a step at each `model.memory`, and which of them fits."""
-    from dopsd.checking import foresee, planned_for
+    """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where full fine-tuning
+    fits at neither."""
+    from dopsd.checking import foresee, planned_for, refuse_too_large
 
     room, dtype, where = planned_for(loaded, card)
     peaks = {level: foresee(loaded, found, dtype, lean=level == "low") for level in ("low", "high")}
@@ -49,6 +51,8 @@ def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     fitting = [level for level, peak in peaks.items() if peak.fits(room)]
     verdict = f"{where} takes {' and '.join(fitting) or 'neither'}"
     out.print(f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}", highlight=False)
+    if loaded.adapter == "full":
+        refuse_too_large(peaks["low"], room, where)
 
 
 def forwards_of(text: str | None) -> tuple[int, ...]:

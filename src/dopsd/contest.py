@@ -22,9 +22,11 @@ from dopsd.data.buckets import cover_crop
 from dopsd.data.folder import open_picture
 from dopsd.deployed import cells_of, deployed_on
 from dopsd.evaluation.nearness import distances
+from dopsd.families import load_family
 from dopsd.families.base import Family, Painter
 from dopsd.families.lora import merge_lora
 from dopsd.files import read_tensors, sha256_of, write_tensors
+from dopsd.model_folder import is_model
 from dopsd.paint import noise_for, paint
 from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Sheet, lesson_of, sit, truth
 from dopsd.pocket.gates import Parent
@@ -91,13 +93,19 @@ class Contest:
         if contestant.kind == "parent":
             untold = self.family.load_reader(self._device, self._dtype, pictures=False).context([""])
             return Parent(self.family.checkpoint.folder, untold)
+        if contestant.lora and is_model(contestant.lora):
+            return load_family(str(contestant.lora)).load_denoiser(self._device, self._dtype)
         denoiser = self.family.load_denoiser(self._device, self._dtype)
         if contestant.lora:
             merge_lora(denoiser.network, contestant.lora, self.family)
         return denoiser
 
     def _key(self, contestant: Contestant, nfe: int) -> str:
-        lora = sha256_of(contestant.lora) if contestant.lora else None
+        lora = contestant.lora
+        if lora and is_model(lora):
+            lora = [sha256_of(file) for file in sorted((lora / self.family.export_prefix).glob("*.safetensors"))]
+        elif lora:
+            lora = sha256_of(lora)
         parts = [LAYOUT, self._weights, contestant.kind, lora, nfe, self.questions.about]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

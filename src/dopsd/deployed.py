@@ -1,19 +1,17 @@
 """The model as its users run it: prompts to pictures, with or without a LoRA file."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import SafetensorError
 
 from dopsd.data.folder import open_picture
 from dopsd.families import load_family
 from dopsd.families.base import Family, Size
 from dopsd.families.lora import merge_lora, read_lora, refuse_strength
-from dopsd.files import atomic_path
+from dopsd.model_folder import write_model
 from dopsd.paint import Noise, noise_for, to_images, to_pictures
 from dopsd.rollout import walk
 
@@ -74,13 +72,7 @@ def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0, dis
     read_lora(lora, family)  # refused before gigabytes are loaded
     network = family.load_denoiser(*deployed_on()).network
     merge_lora(network, lora, family, strength)
-    with atomic_path(folder) as temporary:
-        shutil.copytree(family.checkpoint.whole(), temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*"))
-        try:
-            network.save_pretrained(temporary / family.export_prefix)  # type: ignore[operator] - of every diffusers model
-        except SafetensorError as error:  # how safetensors says "no space left"
-            raise OSError(str(error)) from error
-        family.settle(temporary)
+    write_model(folder, network, family)
 
 
 def deployed_on() -> tuple[torch.device, torch.dtype]:

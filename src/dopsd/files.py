@@ -80,7 +80,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors as one safetensors file, atomically. Views are made contiguous and independent."""
     with atomic_path(path) as temporary:
-        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        whole = torch.contiguous_format
+        copies = {name: t.detach().to("cpu", copy=True, memory_format=whole) for name, t in tensors.items()}
         try:
             save_file(copies, temporary, metadata=dict(metadata or {}))
         except SafetensorError as error:  # how safetensors says "no space left", "permission denied", ...

@@ -17,19 +17,20 @@ from dopsd.batch import Batch, Context
 from dopsd.families.base import Family, Size
 from dopsd.methods import Method
 from dopsd.recipe import Recipe
-from dopsd.training.adapters import add_lora
+from dopsd.training.adapters import add_lora, untouched
 from dopsd.training.loop import Plan, backward
 from dopsd.training.meter import LiveBytes
 from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import saved_bytes
 from dopsd.training.roles import Teacher, make_roles
+from dopsd.training.student import Student, full_student
 
 ITS_OWN = 2**30  # bytes of a device that tensors never get
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes. resident: weights, adapters, teacher and optimizer; peak: the most that is alive during a step."""
+    """Bytes. resident: weights, what trains, teacher and optimizer; peak: the most that is alive during a step."""
 
     resident: int
     peak: int
@@ -83,17 +84,16 @@ def forecast(
         denoiser = family.empty_denoiser().to(dtype)
         kind = recipe.model.quantize
         saved = saved_bytes(denoiser.network, family.quantizable, kind) if kind else 0
-        add_lora(denoiser.network, recipe.lora.targets or family.lora_targets, recipe.lora.rank, alpha=1, seed=0)
+        if recipe.adapter == "lora":
+            add_lora(denoiser.network, recipe.lora.targets or family.lora_targets, recipe.lora.rank, alpha=1, seed=0)
     if lean:
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
         _give_storage(denoiser)
-        if recipe.model.offload:
-            saved += offload_blocks(denoiser.network, torch.device("cpu"))
-        student = {name: p for name, p in denoiser.network.named_parameters() if p.requires_grad}
-        teacher = Teacher(student, method.decay)
+        subject, teacher, away = _student_of(recipe, denoiser.network)
+        student, saved = subject.weights, saved + away
         optimizer = torch.optim.AdamW(student.values())
-        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule, score=_undecided)
+        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule, score=_undecided, base=subject.base)
         latents, context = torch.zeros(count, family.channels, *cells), _unstored(text, dtype)
         plain = Batch(latents, context, tuple(prompts), torch.ones(count))
         batch = replace(
@@ -132,6 +132,19 @@ def _shortest_walk(method: Method, nfe: int) -> int:
 def _undecided(latents: Tensor, prompts: Sequence[str]) -> Tensor:
     """A judge without memory. The real one, and the autoencoder it looks through, stay in memory beside the step."""
     return torch.zeros(len(latents))
+
+
+def _student_of(recipe: Recipe, network: nn.Module) -> tuple[Student, Teacher, int]:
+    """Student, teacher, and the bytes that `model.offload` keeps in main memory."""
+    home = torch.device("cpu")
+    if recipe.adapter == "full":
+        student = full_student(network, home)
+        teacher = Teacher(student.weights, recipe.method.decay, student.base, home)
+        frozen = {id(tensor): tensor.nbytes for tensor in (*student.base.values(), *teacher.state.values())}
+        return student, teacher, sum(frozen.values()) if recipe.model.offload else 0
+    away = offload_blocks(network, home) if recipe.model.offload else 0
+    weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return Student(weights, untouched(dict(weights)), lambda: None), Teacher(weights, recipe.method.decay), away
 
 
 def _give_storage(module: nn.Module) -> None:

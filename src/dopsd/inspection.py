@@ -1,4 +1,4 @@
-"""What a LoRA file is: family, form, rank, what it says of itself, and which loaders take it at what strength.
+"""What a LoRA file or a model's folder is: family, form, rank, what it says of itself, which loaders take it and how.
 
 The loaders' column is what was measured and read in their sources (docs/lora_files.md), not guessed.
 """
@@ -11,8 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dopsd.families import load_family
 from dopsd.families.lora import refuse_other_kinds
 from dopsd.files import read_metadata, read_tensors
+from dopsd.model_folder import told_of
 
 # Module paths that only one family has.
 FAMILY_MARKS = {
@@ -52,10 +54,17 @@ FLUX2_LOADERS = {
 }
 LOADERS = {"zimage": ZIMAGE_LOADERS, "flux2": FLUX2_LOADERS, "sdxl": SDXL_LOADERS}
 
+OWN = (
+    "base_model", "distilled_by", "method", "nfe", "sigmas", "teacher_context", "ss_steps", "modelspec.license",
+    "modelspec.trigger_phrase", "pictures", "data_sha256", "parent_adapter_sha256", "base_while_training",
+    "trained_on", "training_adapter_sha256",
+    "dopsd_version",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Inspected:
-    """A LoRA file in words, label by label."""
+    """A LoRA file or a model's folder in words, label by label."""
 
     lines: tuple[tuple[str, str], ...]
 
@@ -77,13 +86,6 @@ def inspect_lora(path: Path) -> Inspected:
     loaders = LOADERS.get(families[0], {}) if len(families) == 1 else {}
     diffusers, comfy = loaders.get((form, scale), (UNKNOWN, UNKNOWN))
     ranks = Counter(str(min(t.shape[:2])) for t in downs.values())
-    own = [
-        (key, metadata[key])
-        for key in ("base_model", "distilled_by", "method", "nfe", "sigmas", "teacher_context", "ss_steps",
-                    "modelspec.license", "modelspec.trigger_phrase", "pictures", "data_sha256", "parent_adapter_sha256",
-                    "base_while_training", "dopsd_version")
-        if key in metadata
-    ]  # fmt: skip
     return Inspected(
         (
             ("family", family),
@@ -94,9 +96,32 @@ def inspect_lora(path: Path) -> Inspected:
             ("scale", scale),
             ("diffusers", diffusers),
             ("ComfyUI", comfy),
-            *own,
+            *_own(metadata),
         )
     )
+
+
+def inspect_model(folder: Path) -> Inspected:
+    """Read a diffusers folder's configs, the weights of its network, and what dopsd wrote of its tuning. Raises
+    ValueError for what is no whole model of a known family."""
+    family = load_family(str(folder))
+    part = family.checkpoint.part(family.export_prefix)
+    tensors = {name: tensor for file in part.glob("*.safetensors") for name, tensor in read_tensors(file).items()}
+    told = told_of(folder)
+    return Inspected(
+        (
+            ("family", family.name),
+            ("network", f"{sum(t.numel() for t in tensors.values()) / 1e6:.2f} M weights in {len(tensors)} tensors"),
+            ("dtype", ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))),
+            ("diffusers", "from_pretrained"),
+            ("tuned by dopsd", "every weight" if told else "no, or it does not say"),
+            *_own(told),
+        )
+    )
+
+
+def _own(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(key, metadata[key]) for key in OWN if key in metadata]
 
 
 def _form(names: Iterable[str]) -> str:

@@ -137,6 +137,8 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             yield f"{place} is missing."
         elif fault["type"].startswith("union_tag"):
             yield f"method.name must be one of {', '.join(METHODS)}."
+        elif not place:  # of the recipe as a whole
+            yield f"{fault['msg'].removeprefix('Value error, ')}."
         else:
             yield f"{place} is {_shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
 

@@ -5,6 +5,7 @@ The only room that knows all others; only `cli`, `compare` and the package's fac
 
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +116,12 @@ def _train(
             _preview(session, material, report.step, trackers)
         illness = ward.visit(report.step, done)
         if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
-            session.export(folder / f"{recipe.run_name}.safetensors", report.step)
+            session.export(recipe.result(), report.step)
             write_card(recipe, session.family.usage(session.deployed_nfe), session.metadata(report.step), report.step)
             write_report(folder)
         elif due:
-            session.export(folder / f"{recipe.run_name}-step{report.step:06d}.safetensors", report.step)
+            session.export(recipe.result(f"-step{report.step:06d}"), report.step)
+            _keep_last_models(recipe)
         if done or due or signal or illness:
             keep = recipe.save.keep_last
             save_checkpoint(folder, report.step, session.trainable, session.teacher, session.optimizer, keep)
@@ -130,6 +132,13 @@ def _train(
             raise Unhealthy(report.step, illness)
         if done:
             return
+
+
+def _keep_last_models(recipe: Recipe) -> None:
+    """LoRA files are small and all kept; of whole models as many as of checkpoints."""
+    if recipe.adapter == "full" and recipe.save.keep_last:
+        for old in sorted(recipe.run_folder.glob(f"{recipe.run_name}-step*"))[: -recipe.save.keep_last]:
+            shutil.rmtree(old)
 
 
 def _show_examples(recipe: Recipe, rows: Sequence[Row]) -> None:
@@ -156,7 +165,9 @@ def _restore(session: Session, states: Sequence[Path]) -> int:
     """Put back the first state that is whole; the steps it had done. Raises ValueError when none is."""
     for index, state in enumerate(states):
         try:
-            return load_checkpoint(state, session.trainable, session.teacher, session.optimizer)
+            done = load_checkpoint(state, session.trainable, session.teacher, session.optimizer)
+            session.student.publish()
+            return done
         except ValueError as error:
             if index == len(states) - 1:
                 raise

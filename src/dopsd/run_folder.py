@@ -85,6 +85,11 @@ def _states(recipe: Recipe, resume: str | None) -> list[Path]:
 def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
     """A resumed run may be longer, save and sample otherwise; what makes its numbers must be the same."""
     before = load_recipe(folder / "config.yaml")
+    if before.adapter != recipe.adapter:
+        raise ValueError(
+            f"{folder} was begun with adapter = {before.adapter}, now it is {recipe.adapter}: a resumed run must be "
+            "the same run. Put it back, or choose another run_name."
+        )
     for section in ("model", "data", "method", "lora", "train"):
         old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
         for key in old.keys() | new.keys():

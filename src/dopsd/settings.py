@@ -73,17 +73,29 @@ class ModelSection(Section):
     )
     allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")
 
+    train_on: str | None = Field(
+        None, description="Train the LoRA on this checkpoint of the same architecture; it is shown on name_or_path."
+    )
+    training_adapter: Path | None = Field(
+        None, description="LoRA file in the weights while training and not afterwards: a de-distill adapter."
+    )
+
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
-        if self.offload and self.quantize:
-            raise ValueError("offload and quantize exclude one another: choose one")
+        keys = ("offload", "quantize", "train_on", "training_adapter")
+        if len(chosen := [key for key in keys if getattr(self, key)]) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude one another: choose one")
         return self
 
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Of frozen weights; auto: bf16 on GPU.")
     quantize: Literal["nf4", "int8"] | None = Field(
         None, description="Put the frozen block linears in 4 or 8 bits while training (extra `quantize`)."
     )
-    offload: bool = Field(False, description="Lend each block its frozen weights from main memory; memory is low then.")
+    offload: bool = Field(
+        False,
+        description="Frozen weights stay in main memory and are lent while they work; memory is low then. Under "
+        "`adapter: full` these are the teacher's and the untouched model's.",
+    )
     memory: Literal["auto", "low", "high"] = Field(
         "auto", description="low: recompute activations, decode in tiles; high: neither; auto: high where it fits."
     )
@@ -218,7 +230,9 @@ class SaveSection(Section):
     """Checkpoints."""
 
     every: int = Field(250, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep_last: int | None = Field(2, ge=2, description="Checkpoints to keep; null: all. LoRA files are all kept.")
+    keep_last: int | None = Field(
+        2, ge=2, description="Checkpoints (and whole models) to keep; null: all. LoRA files are all kept."
+    )
 
 
 class TrackSection(Section):
@@ -236,6 +250,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     method: AnyMethod
+    adapter: Literal["lora", "full"] = Field("lora", description="What trains: LoRA, or every weight of the network.")
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]
     train: TrainSection = TrainSection()  # type: ignore[call-arg]
     sample: SampleSection = SampleSection()  # type: ignore[call-arg]
@@ -248,10 +263,26 @@ class Recipe(Section):
         pattern=r"^[\w-][\w.-]*$", max_length=200, description="Folder name of the run and file name of the LoRA."
     )
 
+    @model_validator(mode="after")
+    def _full_has_no_lora(self) -> Self:
+        if self.adapter == "full" and self.model.quantize:
+            raise ValueError("adapter: full trains every weight, and model.quantize freezes them: leave one out")
+        if self.adapter == "full" and (self.model.train_on or self.model.training_adapter):
+            raise ValueError("adapter: full trains the weights that are deployed: no model.train_on and the like")
+        if self.adapter == "full" and (chosen := self.lora.model_dump(exclude_defaults=True)):
+            raise ValueError(
+                f"adapter: full has no LoRA: leave out lora.{', lora.'.join(chosen)}, or set adapter: lora"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         """Where the run lives."""
         return self.output_dir / self.run_name
+
+    def result(self, mark: str = "") -> Path:
+        """What the run leaves: a LoRA file, or the folder of a model. mark: of one that it leaves on the way."""
+        return self.run_folder / f"{self.run_name}{mark}{'.safetensors' if self.adapter == 'lora' else ''}"
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

@@ -39,5 +39,5 @@ class Ward:
         log.log(logging.INFO if found.healthy else logging.WARNING, "step=%d health=%s", step, found)
         recipe = self._session.recipe
         if found.healthy:
-            self._session.export(recipe.run_folder / f"{recipe.run_name}-healthy.safetensors", step)
+            self._session.export(recipe.result("-healthy"), step)
         return str(found) if recipe.stop.unhealthy and not found.healthy else None

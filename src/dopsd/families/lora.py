@@ -92,11 +92,17 @@ def merge_lora(network: nn.Module, path: Path, family: Family, strength: float =
     """Add a LoRA file's deltas to the network's weights. Raises ValueError when a module or shape does not fit."""
     refuse_strength(strength)
     for module, (a, b) in read_lora(path, family).items():
-        try:
-            weight = network.get_parameter(f"{module}.weight")
-        except AttributeError as error:
-            raise ValueError(f"{path} adapts {module}, which this model does not have: another family?") from error
-        if weight.flatten(1).shape != (len(b), a.shape[1]):
-            raise ValueError(f"{path} adapts {module} as {len(b)} x {a.shape[1]}; here it is {tuple(weight.shape)}.")
+        weight = refuse_misfit(path, module, network, (len(b), a.shape[1]))
         delta = (b.double() @ a.double() * strength).reshape(weight.shape)
         weight.copy_((weight.double().cpu() + delta).to(weight))
+
+
+def refuse_misfit(path: Path, module: str, network: nn.Module, size: tuple[int, int]) -> nn.Parameter:
+    """The weight that a delta of this size (out, in) is for. Raises ValueError when the network has no such weight."""
+    try:
+        weight = network.get_parameter(f"{module}.weight")
+    except AttributeError as error:
+        raise ValueError(f"{path} adapts {module}, which this model does not have: another family?") from error
+    if weight.flatten(1).shape != size:
+        raise ValueError(f"{path} adapts {module} as {size[0]} x {size[1]}; here it is {tuple(weight.shape)}.")
+    return weight

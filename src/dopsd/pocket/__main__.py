@@ -80,6 +80,22 @@ def assemble(work: Work = WORK, target: Path = PACKAGED) -> None:
 
 
 @app.command()
+def parent(folder: Path) -> None:
+    """Write the undistilled parent as a checkpoint of its own (for `model.train_on`)."""
+    import shutil
+
+    from dopsd.files import atomic_path
+
+    if folder.exists():
+        raise typer.BadParameter(f"{folder} exists and is not overwritten")
+    with atomic_path(folder) as temporary:
+        shutil.copytree(
+            PACKAGED, temporary, ignore=shutil.ignore_patterns("parent", "transformer", "*.md", "gates.json")
+        )
+        shutil.copytree(PACKAGED / "parent" / "transformer", temporary / "transformer")
+
+
+@app.command()
 def gates(checkpoint: Path = PACKAGED) -> None:
     """Measure the gates of a checkpoint and write them into it (4 minutes)."""
     from dopsd.pocket.gates import measure_gates

@@ -23,8 +23,6 @@ from dopsd.files import (
 )
 from dopsd.training.roles import Teacher
 
-TENSORS = ("student", "teacher", "optimizer")
-
 
 def checkpoint_path(run: Path, step: int) -> Path:
     """Where the state after `step` optimizer steps lies."""
@@ -48,10 +46,11 @@ def save_checkpoint(
     checkpoints are removed (None: none is)."""
     path = checkpoint_path(run, step)
     with atomic_path(path) as temporary:
-        write_tensors(temporary / "student.safetensors", student)
-        write_tensors(temporary / "teacher.safetensors", teacher.tensors)
-        write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer))
-        hashes = {f"{name}.safetensors": sha256_of(temporary / f"{name}.safetensors") for name in TENSORS}
+        state = {"student": student, "teacher": teacher.state, "optimizer": optimizer_tensors(optimizer)}
+        files = [temporary / f"{name}.safetensors" for name, tensors in state.items() if tensors]
+        for file in files:
+            write_tensors(file, state[file.stem])
+        hashes = {file.name: sha256_of(file) for file in files}
         write_json(temporary / "state.json", {"step": step, "sha256": hashes})
     for old in checkpoints(run)[:-keep_last] if keep_last else []:
         shutil.rmtree(old)
@@ -76,7 +75,8 @@ def load_checkpoint(
     if damaged:
         raise ValueError(f"{path} is damaged: the bytes of {', '.join(damaged)} are not those that were written.")
     _put(path / "student.safetensors", student)
-    _put(path / "teacher.safetensors", teacher.tensors)
+    if teacher.state:
+        _put(path / "teacher.safetensors", teacher.state)
     load_optimizer_tensors(optimizer, read_tensors(path / "optimizer.safetensors"))
     return step
 

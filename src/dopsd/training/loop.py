@@ -82,7 +82,7 @@ def steps(
     """Train from optimizer step `start` to `plan.max_steps`, yielding after each.
 
     A step whose loss or gradient is not finite is skipped. Raises ValueError when `plan.most_skipped` in a row are, or
-    when an adapter has not moved after the very first update.
+    when an adapter has not moved after the very first update, or nothing has.
     """
     skipped_in_a_row, untried = 0, start == 0
     for step in range(start, plan.max_steps):
@@ -104,14 +104,21 @@ def steps(
             optimizer.step()
             teacher.follow()
         optimizer.zero_grad(set_to_none=True)
-        if untried and not skipped and (still := unmoved(dict(trainable))):
-            raise ValueError(
-                f"after the first update {len(still)} adapters have not moved (first: {still[0]}): their gradient is "
-                "exactly zero, so training would teach them nothing. Check lora.targets and the method's contexts."
-            )
+        if untried and not skipped:
+            _refuse_unmoved(trainable, grad_norm)
         untried = untried and skipped
         seconds = time.perf_counter() - began
         yield StepReport(step + 1, log, grad_norm, learning_rate, pictures, seconds, skipped)
+
+
+def _refuse_unmoved(trainable: Mapping[str, nn.Parameter], grad_norm: float) -> None:
+    still = unmoved(dict(trainable))
+    if still or grad_norm == 0:
+        which = f"{len(still)} adapters have not moved (first: {still[0]})" if still else "no weight has moved"
+        raise ValueError(
+            f"after the first update {which}: the gradient is exactly zero, so training would teach nothing. Check "
+            "lora.targets and the method's contexts."
+        )
 
 
 def backward(

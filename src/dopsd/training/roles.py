@@ -1,6 +1,6 @@
-"""Student, teacher and base: one network under three sets of trainable tensors.
+"""Student, teacher and base: one network under three sets of tensors.
 
-No adapter is ever switched: the teacher and the base run by `functional_call` with tensors of their own, so the
+Nothing is ever switched: the teacher and the base run by `functional_call` with tensors of their own, so the
 student stays active and trainable whatever happens, and a checkpointed block recomputes with the right weights.
 """
 
@@ -22,19 +22,36 @@ class Teacher:
     """The teacher's tensors, float32: an exponential average of the student's. decay 1 = the frozen start, 0 = the
     student itself (the tensors are then the student's own)."""
 
-    def __init__(self, student: Mapping[str, nn.Parameter], decay: float):
+    def __init__(
+        self,
+        student: Mapping[str, nn.Parameter],
+        decay: float,
+        start: Mapping[str, Tensor] | None = None,
+        home: torch.device | None = None,
+    ):
+        """start: a frozen copy of the student as it begins, where there is one: then decay 1 makes no other. home:
+        where the average stays; default: beside the student."""
         self.decay = decay
-        self._student = student
-        self.tensors = {
-            n: p.detach() if decay == 0 else p.detach().to(torch.float32, copy=True) for n, p in student.items()
-        }
+        self._student, self._start = student, start
+        if decay == 0:
+            self.tensors: Mapping[str, Tensor] = {n: p.detach() for n, p in student.items()}
+        elif decay == 1 and start is not None:
+            self.tensors = start
+        else:
+            self.tensors = {n: p.detach().to(home or p.device, torch.float32, copy=True) for n, p in student.items()}
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What a checkpoint must hold of it: nothing, where it is a whole model that is held already."""
+        return self.tensors if 0 < self.decay < 1 or self._start is None else {}
 
     @torch.no_grad()
     def follow(self) -> None:
         """teacher = decay * teacher + (1 - decay) * student; after each optimizer step."""
         if 0 < self.decay < 1:
             for name, parameter in self._student.items():
-                self.tensors[name].lerp_(parameter.float(), 1 - self.decay)
+                average = self.tensors[name]
+                average.lerp_(parameter.to(average), 1 - self.decay)
 
 
 def make_roles(
@@ -43,8 +60,10 @@ def make_roles(
     teacher: Teacher,
     schedule: Callable[[int | None, int, int], Schedule],
     score: Score | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> Roles:
-    """The roles over a denoiser whose network's trainable parameters are `student` (by their name in the network)."""
+    """The roles over a denoiser whose network trains `student` (by name in the network). base: tensors under which it
+    is the untouched model; default: those of LoRA, every B zero."""
 
     def trained(z: Tensor, t: Tensor, context: Context) -> Tensor:
         return denoiser(z, t, context)
@@ -52,18 +71,20 @@ def make_roles(
     return Roles(
         student=trained,
         teacher=velocity_under(denoiser, teacher.tensors),
-        base=velocity_under(denoiser, untouched(dict(student))),
+        base=velocity_under(denoiser, untouched(dict(student)) if base is None else base),
         schedule=schedule,
         score=score,
     )
 
 
 def velocity_under(denoiser: Denoiser, tensors: Mapping[str, Tensor]) -> Velocity:
-    """The denoiser's velocity, without gradient, with these tensors in place of its network's own."""
-    named = {f"network.{name}": tensor for name, tensor in tensors.items()}
+    """The denoiser's velocity, without gradient, with these tensors in place of its network's own, lent in the dtype
+    and on the device of those."""
+    own = dict(denoiser.network.named_parameters())
 
     @torch.no_grad()
     def velocity(z: Tensor, t: Tensor, context: Context) -> Tensor:
-        return functional_call(denoiser, named, (z, t, context))
+        lent = {f"network.{name}": tensor.to(own[name]) for name, tensor in tensors.items()}
+        return functional_call(denoiser, lent, (z, t, context))
 
     return velocity

@@ -1,0 +1,72 @@
+"""A whole model as a diffusers folder: a tuned network beside the parts of the checkpoint that it came from.
+
+`dopsd.json` in it says how it was tuned, as a LoRA file's metadata do; what opens the folder needs no dopsd.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from dopsd.families import load_family
+from dopsd.families.base import Family
+from dopsd.files import atomic_path, read_tensors, write_json
+
+ABOUT, TUNED = "dopsd.json", "tuned"
+
+
+def write_model(folder: Path, network: nn.Module, family: Family, tuned: Mapping[str, str] | None = None) -> None:
+    """Write the network in place of the family's own, reopen the folder and compare every tensor with the live one.
+
+    tuned: what the folder says of its tuning. The folder appears whole or not at all, in place of an older one. Raises
+    ValueError when it does not hold the network.
+    """
+    with atomic_path(folder) as temporary:
+        source = family.checkpoint.whole()
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*"))
+        part = temporary / family.export_prefix
+        try:
+            network.save_pretrained(part)  # type: ignore[operator] - of every diffusers model
+        except SafetensorError as error:  # how safetensors says "no space left"
+            raise OSError(str(error)) from error
+        family.settle(temporary)
+        if tuned is not None:
+            (temporary / "README.md").unlink(missing_ok=True)  # the card of the untouched checkpoint
+            write_json(temporary / ABOUT, _about(temporary) | {TUNED: dict(tuned)})
+        load_family(str(temporary))
+        _refuse_other_tensors(part, network)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a diffusers folder."""
+    return (path / "model_index.json").is_file()
+
+
+def told_of(folder: Path) -> dict[str, str]:
+    """What a model folder says of its tuning; nothing, where dopsd did not tune it."""
+    tuned = _about(folder).get(TUNED, {})
+    if not isinstance(tuned, dict):
+        raise ValueError(f"{folder / ABOUT} is damaged: `{TUNED}` holds no names and values.")
+    return {str(key): str(value) for key, value in tuned.items()}
+
+
+def _about(folder: Path) -> dict:
+    file = folder / ABOUT
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")).items()) if file.is_file() else {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read ({error}).") from error
+
+
+def _refuse_other_tensors(part: Path, network: nn.Module) -> None:
+    live = network.state_dict()
+    for file in sorted(part.glob("*.safetensors")):
+        for name, tensor in read_tensors(file).items():
+            if name not in live or not torch.equal(tensor, live.pop(name).cpu()):
+                raise ValueError(f"{file}: {name} does not read back as trained; the folder is not to be trusted.")
+    if live:
+        raise ValueError(f"{part} lacks {next(iter(live))}; the folder is not to be trusted.")
