@@ -58,7 +58,7 @@ def train_by_hand(dtype, method, steps, rate=1e-2, decay=None):
     student = full_student(denoiser.network, CPU)
     teacher = Teacher(student.weights, method.decay if decay is None else decay, student.base, CPU)
     schedule = lambda nfe, h, w: Schedule(torch.tensor([1.0, 0.5, 0.0]), (0.0, 0.0))  # noqa: E731
-    roles = make_roles(denoiser, student.weights, teacher, schedule, student.base)
+    roles = make_roles(denoiser, student.weights, teacher, schedule, base=student.base)
     optimizer = torch.optim.SGD(student.weights.values(), lr=rate)
     history = []
     for step in range(steps):
@@ -153,7 +153,7 @@ def test_full_gradients_with_activations_recomputed_are_the_same(pocket, pocket_
         student = full_student(denoiser.network, CPU)
         teacher = Teacher(student.weights, 1.0, student.base)
         roles = make_roles(
-            denoiser, student.weights, teacher, lambda nfe, h, w: pocket.schedule(nfe or 4, h, w), student.base
+            denoiser, student.weights, teacher, lambda nfe, h, w: pocket.schedule(nfe or 4, h, w), base=student.base
         )
         latents = torch.randn(1, pocket.channels, 16, 16, generator=generator_at(0, 1))
         batch = Batch(latents, pocket_reader.context(["a star"]), ("a star",), torch.ones(1))
