@@ -31,7 +31,7 @@ from dopsd.families.base import Family, Size
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.zimage import PARTS, ZImage, ZImageDenoiser
 from dopsd.forecast import forecast
-from dopsd.recipe import Recipe, parse_recipe
+from dopsd.recipe import parse_recipe
 
 WIDTH = 2560  # of Qwen3-4B, Z-Image's text encoder
 TOKENS, SEEING = 100, 676

@@ -159,7 +159,7 @@ def test_whole_models_on_the_way_are_kept_like_checkpoints(finished):
 def test_a_full_result_stands_in_a_comparison_and_is_inspected(finished, tmp_path):
     before = finished.result().stat().st_mtime_ns
     outcome = compare([finished], tmp_path / "page.html", lambda *_: None, [finished.result("-step000001")])
-    assert list(outcome.numbers) == ["base", "whole", "whole-step000001"]
+    assert list(outcome.numbers) == ["base", "base, other noise", "whole", "whole-step000001"]
     assert finished.result().stat().st_mtime_ns == before, "a finished run is not trained again"
     said = CliRunner().invoke(app, ["inspect", str(finished.result())])
     assert said.exit_code == 0 and "every weight" in said.output and "zimage" in said.output

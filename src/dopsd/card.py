@@ -58,8 +58,9 @@ def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: 
     imports = ["import torch", "from diffusers import DiffusionPipeline", *usage.imports]
     imports += ["from PIL import Image"] if edited else []
     lora, result = recipe.adapter == "lora", recipe.result().name
+    opened_from = json.dumps(base if lora else result)
     opened = [
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base if lora else result)}, torch_dtype=torch.bfloat16)",
+        f"pipeline = DiffusionPipeline.from_pretrained({opened_from}, torch_dtype=torch.bfloat16)",
         *usage.setup,
     ]
     if lora:
