@@ -29,7 +29,7 @@ FLOORS = (
     ("recipe", "export", "model_folder", "preview", "doctor", "pickled"),
     ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection", "budget"),
     ("ward", "checking", "generated", "protocol"),
-    ("run", "preflight", "contest"),
+    ("run", "preflight", "contest", "dedistill"),
     ("standings",),
     ("compare", "console"),
     ("door",),

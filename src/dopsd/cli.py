@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dopsd.commands.adapter import adapter
 from dopsd.commands.measuring import evaluate, prompts
 from dopsd.console import bars, err, foretell, forwards_of, out, show, summarise, write_numbers
 from dopsd.door import AsJson, Changes, DistilledBy, RecipeFile, refusing
@@ -171,6 +172,7 @@ def compare(
 
 app.command()(refusing(evaluate))
 app.command()(refusing(prompts))
+app.add_typer(adapter, name="adapter")
 
 
 @app.command()

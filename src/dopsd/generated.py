@@ -49,7 +49,8 @@ def paint_ahead(
     """`count` pictures of each prompt, painted unless they are there: the files by prompt. The networks are in memory
     only meanwhile."""
     side, nfe = max(recipe.data.resolution, default=family.resolution), family.default_nfe
-    key = [recipe.model.name_or_path, recipe.model.revision, sorted(prompts), count, side, nfe, FIRST_SEED]
+    model = recipe.model
+    key = [model.name_or_path, model.revision, model.distilled_by, sorted(prompts), count, side, nfe, FIRST_SEED]
     folder = recipe.output_dir / "cache" / "generated" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     wanted = [
         (prompt, folder / f"{place:04d}-{number:03d}.png", FIRST_SEED + place * count + number)
