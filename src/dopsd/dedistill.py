@@ -17,7 +17,7 @@ def adapter_recipe(
     model: str, prompts: Sequence[str], pictures: int, changes: dict[str, Any], progress: Progress | None = None
 ) -> Recipe:
     """Paint `pictures` of each prompt with the model, unless they are there, and say the recipe that tunes on them.
-    changes: keys of the recipe, `run_name` among them, sections as mappings. Other keys start where the model's SFT does.
+    changes: keys of the recipe, `run_name` among them, sections as mappings; others start where the model's SFT does.
     """
     tree: dict[str, Any] = {"model": {"name_or_path": model}, "data": {"folder": "."}, "method": {"name": "sft"}}
     family = open_family(parse_recipe(tree | {"run_name": "adapter"}, "the adapter"))
