@@ -104,9 +104,10 @@ def steps(
             optimizer.step()
             teacher.follow()
         optimizer.zero_grad(set_to_none=True)
-        if untried and not skipped:
+        idle = skipped or log.get("pairs") == 0  # where every pair was dropped there is nothing to move by
+        if untried and not idle:
             _refuse_unmoved(trainable, grad_norm)
-        untried = untried and skipped
+        untried = untried and idle
         seconds = time.perf_counter() - began
         yield StepReport(step + 1, log, grad_norm, learning_rate, pictures, seconds, skipped)
 
