@@ -26,10 +26,10 @@ demo: env  ## tune the pocket model on a thing it never saw, with D-OPSD and wit
 	@.venv/bin/dopsd demo
 
 test: env  ## the fast tests
-	@.venv/bin/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	@.venv/bin/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 test-all: env  ## all tests
-	@.venv/bin/python -m pytest -q -n auto --dist loadfile
+	@.venv/bin/python -m pytest -q -n auto --dist worksteal
 
 lint: env  ## ruff and pyright
 	@.venv/bin/ruff check .

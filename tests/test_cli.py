@@ -64,7 +64,7 @@ def model_without_transformer():
 
 
 def model_of_another_family():
-    copied_model(lambda: Path("model/model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}'))
+    copied_model(lambda: Path("model/model_index.json").write_text('{"_class_name": "FluxPipeline"}'))
 
 
 def base_model():
@@ -111,7 +111,7 @@ BAD = {
     "truncated picture": (truncated_picture, "0.png"),
     "model missing": (lambda: write_recipe({"model": {"name_or_path": "./nothing"}}), "does not exist"),
     "model lacks a part": (model_without_transformer, "lacks the folder transformer"),
-    "model of another family": (model_of_another_family, "StableDiffusionXLPipeline"),
+    "model of another family": (model_of_another_family, "FluxPipeline"),
     "base model": (base_model, "many-step base model"),
     "vlm that does not match": (vlm_of_another_size, "does not match the checkpoint's text encoder"),
     "caption over the limit": (long_caption, "the limit is"),
