@@ -149,7 +149,7 @@ SCHEDULER, ABOUT, TEXT = "model/scheduler/scheduler_config.json", "model/dopsd.j
 MODELS: dict[str, tuple[Build, str]] = {
     "index missing": (remove(INDEX), "no model_index.json"), "index cut off": (write(INDEX, "{"), "is not valid JSON"),
     "index deep": (write(INDEX, DEEP), "index"), "list": (write(INDEX, "[]"), "index"),
-    "another pipeline": (edit(INDEX, _class_name="FluxPipeline"), "is a StableDiffusionXLPipeline"),
+    "another pipeline": (edit(INDEX, _class_name="FluxPipeline"), "is a FluxPipeline"),
     "part null": (edit(INDEX, vae=None), "lacks vae in its"), "part missing": (remove(TEXT), "the folder text_encoder"),
     "base": (edit(SCHEDULER, shift=6.0), "many-step base model"), "no shift": (remove(SCHEDULER), "scheduler"),
     "vae config cut off": (write(VAE, "{"), "vae"), "vae config a list": (write(VAE, "[]"), "vae"),
