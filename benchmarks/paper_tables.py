@@ -89,6 +89,9 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
     for model, row in found.items():
         cells = [_cell(row["nfe"][nfe][measure]) for measure in MEASURES]
         lines.append(f"| {model} | {' | '.join(cells)} | {'-' if not row['pictures'] else round(row['pictures'])} |")
+    recipes = sorted(file.stem for file in (DOCS.parent / "recipes" / name).glob("*.yaml"))
+    if later := [recipe for recipe in recipes if recipe not in found]:
+        lines += ["", f"Not run yet: {', '.join(later)}."]
     lines += ["", "| the paper says | measure | here | came out, things of 3 |", "|---|---|---|---|"]
     for each in statements:
         better, worse = (found[model]["nfe"][nfe][each.measure] for model in (each.better, each.worse))
