@@ -89,6 +89,18 @@ def test_the_command_says_it_and_leaves_the_numbers(lesson, tmp_path, monkeypatc
     assert [len(p["student_distance"]) for p in found["pictures"]] == [4, 4] and found["pictures_in_the_set"] == 4
 
 
+def test_check_looks_as_well_where_it_is_asked_to(lesson, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for picture in ("2.png", "3.png"):
+        (lesson / picture).unlink()
+        (lesson / picture).with_suffix(".txt").unlink()
+    demo_recipe("dopsd", lesson, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
+    result = CliRunner().invoke(app, ["check", "recipe.yaml", "--preflight"])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "pictures 2" in said and "nearer to it than the student" in said and (tmp_path / "preflight.html").is_file()
+
+
 def test_another_distance_is_taken_by_its_name(lesson, tmp_path):
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}

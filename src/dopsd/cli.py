@@ -27,6 +27,7 @@ def check(
     recipe: RecipeFile,
     change: Changes = None,
     card: Annotated[float | None, typer.Option(help="GiB of a GPU to plan for; default: this machine.", min=0)] = None,
+    ahead: Annotated[bool, typer.Option("--preflight", help="Look what the teacher paints, too.")] = False,
 ) -> None:
     """Say what a recipe would do and how much memory it would take, or why it cannot, before any weight is loaded."""
     from dopsd.checking import check as check_recipe
@@ -36,7 +37,9 @@ def check(
     found = check_recipe(loaded)
     summarise(loaded, found)
     foretell(loaded, found, card)
-    if "privileged" in loaded.method.needs:
+    if ahead:
+        preflight(recipe, change)
+    elif "privileged" in loaded.method.needs:
         out.print(
             f"next       dopsd preflight {recipe}: can the teacher show what your pictures show?", highlight=False
         )

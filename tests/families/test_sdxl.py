@@ -12,6 +12,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from dopsd.checking import open_family
 from dopsd.deployed import fuse, sample, sample_latents
 from dopsd.families import load_family
 from dopsd.families.lora import read_lora
@@ -233,6 +234,18 @@ def test_a_file_that_cannot_distil_is_refused(sdxl, dmd2_lora, pocket, tmp_path)
     for file, words in (("half.safetensors", "is no UNet of"), ("missing.safetensors", "does not exist")):
         with pytest.raises(ValueError, match=words):
             load_family(base, distilled_by=str(tmp_path / file)).load_denoiser(CPU, torch.float32)
+
+
+def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_lora, lesson):
+    def opened(**more):
+        model = {"name_or_path": str(sdxl("base")), **more}
+        tree = {"model": model, "data": {"folder": str(lesson)}, "method": {"name": "sft"}, "run_name": "x"}
+        return open_family(parse_recipe(tree))
+
+    with pytest.raises(ValueError, match="is a many-step base model"):
+        opened()
+    assert not opened(allow_base=True).distilled
+    assert opened(distilled_by=str(dmd2_lora)).distilled
 
 
 def test_a_caption_over_the_limit_is_said_not_cut(family):
