@@ -82,7 +82,7 @@ def fork_and_train(recipe: Recipe, resume: str | None) -> int:
         os._exit(code)
 
 
-@pytest.mark.parametrize("kills", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_run(kills, lesson, tmp_path):
     straight = recipe_for(lesson, tmp_path, "straight")
     began = time.monotonic()
