@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dopsd.commands.adapter import adapter
-from dopsd.commands.measuring import evaluate, prompts
+from dopsd.commands.measuring import evaluate, preflight, prompts
 from dopsd.console import bars, err, foretell, forwards_of, out, show, summarise, write_numbers
 from dopsd.door import AsJson, Changes, DistilledBy, RecipeFile, refusing
 
@@ -45,28 +45,7 @@ def check(
         )
 
 
-@app.command()
-@refusing
-def preflight(
-    recipe: RecipeFile,
-    change: Changes = None,
-    json_file: AsJson = None,
-    report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("preflight.html"),
-    seeds: Annotated[int, typer.Option(help="Noises that each picture is painted from.", min=4)] = 4,
-    pictures: Annotated[int, typer.Option(help="Most pictures to look at, evenly over the set.", min=1)] = 16,
-    measure: Annotated[str | None, typer.Option(help="Distance: dino[=FOLDER], lpips=FOLDER; default: pixels.")] = None,
-) -> None:
-    """Say whether D-OPSD can learn these pictures: paint as student and as teacher, before anything is trained."""
-    from dopsd.preflight import HEADER
-    from dopsd.preflight import preflight as look_before
-    from dopsd.recipe import load_recipe
-
-    with bars() as advance:
-        result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures, measure)
-    show(HEADER, result.table())
-    write_numbers(json_file, result.as_numbers())
-    out.print(f"report {report}", highlight=False)
-    out.print(result.sentence, markup=False, highlight=False)
+app.command()(refusing(preflight))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`dopsd evaluate` and `dopsd prompts`: pictures measured, and the prompts they are painted from."""
+"""`dopsd preflight`, `evaluate`, `prompts`: what can be learned, pictures measured, and the prompts they come from."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dopsd.console import bars, forwards_of, out, show, write_numbers
-from dopsd.door import AsJson
+from dopsd.door import AsJson, Changes, RecipeFile
 
 
 def evaluate(
@@ -112,3 +112,25 @@ def prompts(
             "style" if style else "object", class_word, lambda done, total: advance("pictures", done, total),
         )  # fmt: skip
     out.print(f"{count} prompts in {file}; read them before you evaluate", highlight=False)
+
+
+def preflight(
+    recipe: RecipeFile,
+    change: Changes = None,
+    json_file: AsJson = None,
+    report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("preflight.html"),
+    seeds: Annotated[int, typer.Option(help="Noises that each picture is painted from.", min=4)] = 4,
+    pictures: Annotated[int, typer.Option(help="Most pictures to look at, evenly over the set.", min=1)] = 16,
+    measure: Annotated[str | None, typer.Option(help="Distance: dino[=FOLDER], lpips=FOLDER; default: pixels.")] = None,
+) -> None:
+    """Say whether D-OPSD can learn these pictures: paint as student and as teacher, before anything is trained."""
+    from dopsd.preflight import HEADER
+    from dopsd.preflight import preflight as look_before
+    from dopsd.recipe import load_recipe
+
+    with bars() as advance:
+        result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures, measure)
+    show(HEADER, result.table())
+    write_numbers(json_file, result.as_numbers())
+    out.print(f"report {report}", highlight=False)
+    out.print(result.sentence, markup=False, highlight=False)
