@@ -1,8 +1,8 @@
 """What SDXL's UNet (2.57 B parameters) would take in training, by shapes alone: no weight, no GPU, no network.
 
-    python benchmarks/forecast_sdxl.py FOLDER        # an SDXL, of which only configs and tokenizers are needed
+    python benchmarks/forecast_sdxl.py FOLDER recipes/sdxl-*.yaml
 
-LoRA rank 16, bfloat16, batch 1, SDXL-Turbo's 512 x 512 and DMD2's 1024 x 1024; every method at its own settings.
+FOLDER: an SDXL, of which only configs and tokenizers are needed. About a minute and a half a row on one CPU core.
 """
 
 from pathlib import Path
@@ -11,24 +11,25 @@ from typing import Annotated
 import torch
 import typer
 
+from dopsd.checking import resolutions_of
 from dopsd.families import load_family
 from dopsd.forecast import forecast
-from dopsd.recipe import parse_recipe
-
-METHODS = {"sft": {}, "dreambooth": {"class_prompt": "x"}, "pso": {}, "pso_online": {"judge": "sharpness"}}
+from dopsd.recipe import load_recipe
 
 
-def main(folder: Annotated[Path, typer.Argument(help="An SDXL folder.")]) -> None:
-    """Print a row for each method, size and level of memory."""
+def main(
+    folder: Annotated[Path, typer.Argument(help="An SDXL folder.")],
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes for an SDXL.")],
+) -> None:
+    """Print a row for each recipe and level of memory: what stays, and the peak of a step."""
     torch.set_num_threads(1)
     family = load_family(str(folder))
-    for side in (512, 1024):
-        for method, told in METHODS.items():
-            for level in ("low", "high"):
-                tree = {"model": {"name_or_path": "x"}, "data": {"folder": "x"}, "run_name": "x",
-                        "method": {"name": method} | told, "lora": {"rank": 16}}  # fmt: skip
-                found = forecast(parse_recipe(tree), family, (side, side), ["x"], torch.bfloat16, lean=level == "low")
-                print(f"{side} {method} {level} {found.resident / 2**30:.1f} {found.peak / 2**30:.1f} GiB", flush=True)
+    for path in recipes:
+        recipe = load_recipe(path)
+        side = max(resolutions_of(recipe, family))
+        for level in ("low", "high"):
+            found = forecast(recipe, family, (side, side), ["x"], torch.bfloat16, lean=level == "low")
+            print(f"{path.stem} {level} {found.resident / 2**30:.1f} {found.peak / 2**30:.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":

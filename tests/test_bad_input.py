@@ -217,7 +217,9 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
     "VLM without processor": (vlm(remove("vlm/preprocessor_config.json")), (*TRAIN, *SEEING), f"{VLM}"),
     "VLM of another size": (
         together(vlm(), model(edit(f"{TEXT}/config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2))),
-        (*LOADED, *SEEING), "late! does not match the checkpoint's text encoder in"),
+        (*LOADED, *SEEING), "does not match the checkpoint's text encoder: num_hidden_layers 3, not 2. Set model.vlm"),
+    "VLM of another kind": (vlm(edit("vlm/config.json", model_type="qwen2_vl")), (*CHECK, *SEEING),
+                            f"{VLM} is a qwen2_vl, not a Qwen3-VL"),
     "transformer weights missing": (model(remove(WEIGHTS)), LOADED, "late! transformer"),
     "text encoder truncated": (model(write(f"{TEXT}/model.safetensors", "")), LOADED, "late! text_encoder"),
     "vocabulary missing": (model(remove(WORDS)), LOADED, "./model"),

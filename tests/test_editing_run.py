@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from PIL import Image
-from tiny_klein import write_klein
+from tiny_klein import TEXT, write_klein, write_vlm
 from typer.testing import CliRunner
 
 from dopsd.checking import check, foresee
@@ -179,6 +179,14 @@ def test_what_cannot_be_edited_is_one_sentence_and_exit_2(model, pairs, tmp_path
     assert "zimage edits none" in refused(recipe_of(model, pairs, tmp_path, model=pocket), tmp_path)
     base = {"name_or_path": str(write_klein(tmp_path / "base", distilled=False))}
     assert "many-step base model" in refused(recipe_of(model, pairs, tmp_path, model=base), tmp_path)
+    shallow = {"name_or_path": str(write_klein(tmp_path / "shallow", layers=12))}
+    assert "after layers 9, 18, 27 of its text encoder; this one has 12" in refused(
+        recipe_of(model, pairs, tmp_path, model=shallow), tmp_path
+    )
+    twin = {"teacher_context": "vlm", "vlm": str(write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30}))}
+    assert "num_hidden_layers 30, not 28. Set model.vlm" in refused(
+        recipe_of(model, pairs, tmp_path, model=twin), tmp_path
+    )
     unknown = recipe_of(model, pairs, tmp_path, model={"teacher_context": "words"})
     assert "flux2_klein has no teacher context words: model.teacher_context can be edit or vlm" in refused(
         unknown, tmp_path

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dopsd.cli import app
+from dopsd.files import read_tensors
 from dopsd.recipe import Recipe, parse_recipe
-from dopsd.run import train
 from dopsd.training.checkpoint import checkpoints
 
 JUDGES = """
@@ -54,26 +56,43 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "own_judges", raising=False)
 
 
+def refused(recipe: Recipe, tmp_path: Path) -> str:
+    """What `dopsd train` says of a run that it ends."""
+    recipe.save_as(tmp_path / "recipe.yaml")
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
+    printed = " ".join(done.output.split())
+    assert done.exit_code == 2 and "Traceback" not in printed, done.output
+    return printed.rpartition("dopsd: ")[2]
+
+
 def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(lesson, tmp_path, desk):
-    steps = []
-    with pytest.raises(ValueError, match="answered NaN for every picture of 4 walks in a row"):
-        for report in train(recipe_of(lesson, tmp_path / "runs", "own_judges:falls_silent")):
-            steps.append(report.step)
-    assert steps == [1, 2, 3]  # two steps with a judge, one without
-    assert checkpoints(tmp_path / "runs" / "run")[-1].name == "step-000003"
+    said = refused(recipe_of(lesson, tmp_path / "runs", "own_judges:falls_silent"), tmp_path)
+    assert said.startswith("the judge own_judges:falls_silent answered NaN for every picture of 4 walks in a row")
+    kept = checkpoints(tmp_path / "runs" / "run")[-1]
+    assert kept.name == "step-000003"  # two steps with a judge, one without
+    assert read_tensors(kept / "student.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("judge", "said"),
+    ("judge", "words"),
     [
-        ("own_judges:one_number", r"answered torch.float32 \[\] to 1 pictures"),
-        ("own_judges:whole_numbers", r"answered torch.int64 \[1\] to 1 pictures"),
+        ("own_judges:one_number", "answered torch.float32 [] to 1 pictures"),
+        ("own_judges:whole_numbers", "answered torch.int64 [1] to 1 pictures"),
         ("own_judges:nobody", "cannot be imported"),
         ("own_judges:calls", "is a int, which cannot be called"),
         ("no_such_module:judge", "cannot be imported"),
     ],
 )
-def test_a_judge_that_cannot_judge_is_one_sentence(judge, said, lesson, tmp_path, desk):
-    with pytest.raises(ValueError, match=said):
-        list(train(recipe_of(lesson, tmp_path / "runs", judge)))
+def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(judge, words, lesson, tmp_path, desk):
+    assert words in refused(recipe_of(lesson, tmp_path / "runs", judge), tmp_path)
     assert not list((tmp_path / "runs").glob("run/*.safetensors"))
+
+
+def test_check_says_that_the_judges_own_model_comes_on_top(lesson, tmp_path):
+    scorer = tmp_path / "scorer"
+    scorer.mkdir()
+    for judge, words in (("red", ""), (f"pickscore={scorer}", f"the judge's own model, {scorer}, comes on top")):
+        recipe_of(lesson, tmp_path / "runs", judge).save_as(tmp_path / "recipe.yaml")
+        done = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
+        assert done.exit_code == 0 and words in done.output.replace("\n", ""), done.output
+        assert words or "comes on top" not in done.output

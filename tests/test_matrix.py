@@ -17,7 +17,9 @@ from tiny_klein import write_klein
 from dopsd.batch import Batch
 from dopsd.families import FAMILIES, POCKET, family_class, load_family
 from dopsd.families.base import Family
+from dopsd.forecast import forecast
 from dopsd.methods import METHODS, missing
+from dopsd.recipe import parse_recipe
 from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.loop import Plan, steps
 from dopsd.training.roles import Teacher, make_roles
@@ -26,7 +28,7 @@ CPU = torch.device("cpu")
 RANK = 2
 CELLS = 8
 PROMPTS = ("a red star", "a cat on the left")
-TOLD = {"dreambooth": {"class_prompt": "a toy"}, "pso_online": {"judge": "sharpness"}}  # what has no default
+TOLD = {"dreambooth": {"class_prompt": "a toy"}, "pso_online": {"judge": "red"}}  # what has no default
 # Linears of blocks that no token passes: they turn the time into scales and shifts, and adapters leave them.
 OF_THE_TIME = r"adaLN_modulation|time_emb_proj"
 
@@ -119,6 +121,19 @@ def test_adapters_reach_what_check_says_and_every_block_linear_that_tokens_pass(
     student = add_lora(family.load_denoiser(CPU, torch.float32).network, family.lora_targets, RANK, RANK, seed=0)
     assert len(student) == 2 * said.adapted == 2 * len(reached)
     assert sum(parameter.numel() for parameter in student.values()) == said.parameters
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_autoencoder_that_a_judge_looks_through_is_in_the_forecast(name, opened):
+    family, side = opened(name), CELLS * opened(name).cell
+    resident = {}
+    for method in ("pso", "pso_online"):
+        tree = {"model": {"name_or_path": "x"}, "data": {"folder": "x"}, "run_name": "x", "lora": {"rank": RANK},
+                "method": {"name": method} | TOLD.get(method, {})}  # fmt: skip
+        resident[method] = forecast(parse_recipe(tree), family, (side, side), PROMPTS, torch.float32, False).resident
+    vae = family.load_painter(CPU, torch.float32).vae
+    size = sum(tensor.nbytes for tensor in vae.state_dict().values())
+    assert resident["pso_online"] - resident["pso"] == pytest.approx(size, rel=0.05)
 
 
 def test_every_cell_is_open_or_says_why():

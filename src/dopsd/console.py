@@ -44,6 +44,7 @@ def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where full fine-tuning
     fits at neither."""
     from dopsd.checking import foresee, planned_for, refuse_too_large
+    from dopsd.evaluation.judges import find_judge
 
     room, dtype, where = planned_for(loaded, card)
     peaks = {level: foresee(loaded, found, dtype, lean=level == "low") for level in ("low", "high")}
@@ -51,6 +52,8 @@ def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     fitting = [level for level, peak in peaks.items() if peak.fits(room)]
     verdict = f"{where} takes {' and '.join(fitting) or 'neither'}"
     out.print(f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}", highlight=False)
+    if (judge := loaded.method.judged_by) and (model := find_judge(judge).model):
+        out.print(f"           the judge's own model, {model}, comes on top", highlight=False)
     if loaded.adapter == "full":
         refuse_too_large(peaks["low"], room, where)
 

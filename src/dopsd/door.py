@@ -25,7 +25,7 @@ def refusing(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-        for noisy in ("httpx", "accelerate", "diffusers", "transformers"):
+        for noisy in ("httpx", "httpx2", "accelerate", "diffusers", "transformers"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels and says so every time
         try:

@@ -1,7 +1,8 @@
 """Peak memory of training, known before a weight is loaded: one step on tensors that have shapes and no storage.
 
 Counted as benchmarks/step_cost.py counts a real step, in bytes of live tensor storage. What a device needs beside that
-(CUDA's own half a gigabyte, gaps between blocks) is not in it, nor are the encoders, which leave before training.
+(CUDA's own half a gigabyte, gaps between blocks) is not in it, nor are the encoders, which leave before training. Where
+a judge looks at pictures the autoencoder is in it, and the judge's own model is not.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.batch import Batch, Context
-from dopsd.families.base import Family, Size
+from dopsd.families.base import Family, Painter, Size
 from dopsd.methods import Method
+from dopsd.methods.base import Score
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora, untouched
 from dopsd.training.loop import Plan, backward
@@ -90,10 +92,11 @@ def forecast(
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
         _give_storage(denoiser)
+        score = _unjudged(family.empty_painter(tiled=lean)) if method.judged_by else None
         subject, teacher, away = _student_of(recipe, denoiser.network)
         student, saved = subject.weights, saved + away
         optimizer = torch.optim.AdamW(student.values())
-        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule, score=_undecided, base=subject.base)
+        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule, score, subject.base)
         latents, context = torch.zeros(count, family.channels, *cells), _unstored(text, dtype)
         plain = Batch(latents, context, tuple(prompts), torch.ones(count))
         batch = replace(
@@ -129,9 +132,14 @@ def _shortest_walk(method: Method, nfe: int) -> int:
     return min(2, nfe)
 
 
-def _undecided(latents: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A judge without memory. The real one, and the autoencoder it looks through, stay in memory beside the step."""
-    return torch.zeros(len(latents))
+def _unjudged(painter: Painter) -> Score:
+    """A judge without memory, looking through the autoencoder, which stays in memory beside the step."""
+
+    @torch.no_grad()
+    def score(clean: Tensor, prompts: Sequence[str]) -> Tensor:
+        return painter.pixels(clean).flatten(1).mean(1)
+
+    return score
 
 
 def _student_of(recipe: Recipe, network: nn.Module) -> tuple[Student, Teacher, int]:

@@ -303,6 +303,8 @@ def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_pat
 def test_a_vlm_of_another_size_is_refused(tmp_path, folder):
     vlm = write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30})
     family = load_family(str(folder), sight=Sight("vlm", str(vlm)))
+    with pytest.raises(ValueError, match=r"text encoder: num_hidden_layers 30, not 28\. Set model\.vlm"):
+        family.count_tokens(PROMPTS, [(64, 64)] * len(PROMPTS))
     with pytest.raises(ValueError, match=r"does not match the checkpoint's text encoder in layers\.28.*model\.vlm"):
         family.load_reader(CPU, torch.float32, pictures=True)
 

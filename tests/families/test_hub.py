@@ -126,6 +126,19 @@ def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
         assert words in line
 
 
+def test_a_gated_model_without_a_token_is_exit_2_and_says_what_to_do(hub, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name_or_path: gated/model}}\ndata: {{folder: {tmp_path}}}\nmethod: {{name: sft}}\n", encoding="utf-8"
+    )
+    code = (
+        "from typer.testing import CliRunner; from dopsd.cli import app; "
+        f"done = CliRunner().invoke(app, ['check', {str(recipe)!r}]); print(done.exit_code, done.output)"
+    )
+    said = " ".join(run(code, tmp_path, hub[0]).split())
+    assert said == "2 dopsd: gated/model is gated: accept its licence on the hub, then run `hf auth login`."
+
+
 def test_offline_a_checkpoint_that_is_not_whole_in_the_cache_is_refused(hub, tmp_path):
     endpoint, _ = hub
     run(OPEN.format(cases=[("tiny/zimage", None)]), tmp_path, endpoint)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from dopsd.checking import open_family
+from dopsd.cli import app
 from dopsd.deployed import fuse, sample, sample_latents
 from dopsd.families import load_family
 from dopsd.families.lora import read_lora
@@ -246,6 +249,28 @@ def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_
         opened()
     assert not opened(allow_base=True).distilled
     assert opened(distilled_by=str(dmd2_lora)).distilled
+
+
+def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(sdxl, dmd2_lora, lesson, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, turbo, edited = str(sdxl("base")), str(sdxl("turbo")), tmp_path / "edited"
+    shutil.copytree(lesson, edited)
+    rows = [{"target": path.name, "references": [path.name], "text": "a toy"} for path in edited.glob("*.png")]
+    (edited / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cases = (
+        ({"name_or_path": base}, lesson, "sft", "many-step base model"),
+        ({"name_or_path": turbo}, edited, "sft", "sdxl edits none"),
+        ({"name_or_path": turbo}, lesson, "dopsd", "read no picture"),
+        ({"name_or_path": turbo, "distilled_by": str(dmd2_lora)}, lesson, "sft", "is a few-step model already"),
+        ({"name_or_path": base, "distilled_by": "unet.bin"}, lesson, "sft", "`dopsd import` turns a .bin into one"),
+    )
+    for model, folder, method, words in cases:
+        tree = {"model": model, "data": {"folder": str(folder)}, "method": {"name": method}}
+        Path("recipe.yaml").write_text(yaml.safe_dump(tree))
+        done = CliRunner().invoke(app, ["train", "recipe.yaml"])
+        said = " ".join(done.output.split())
+        assert done.exit_code == 2 and words in said and said.startswith("dopsd: "), said
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "edited", "lesson"}
 
 
 def test_a_caption_over_the_limit_is_said_not_cut(family):

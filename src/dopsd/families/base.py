@@ -119,6 +119,10 @@ class Family(Protocol):
         """The autoencoder; tiled: decodes large pictures in overlapping tiles, with less memory."""
         ...
 
+    def empty_painter(self, tiled: bool) -> Painter:
+        """The autoencoder from its config, without weights; called where tensors have shapes and no storage."""
+        ...
+
     def empty_denoiser(self) -> Denoiser:
         """The denoiser from its config, without weights; called where tensors have shapes and no storage."""
         ...

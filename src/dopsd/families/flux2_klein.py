@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
 from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.kl import KLPainter
+from dopsd.families.kl import KLPainter, empty_vae, load_vae
 from dopsd.families.lora import Pairs, diffusers_form
 from dopsd.families.qwen import QwenReader, Reading, count_tokens, with_suffix
 from dopsd.flow import Schedule
@@ -133,10 +133,10 @@ class Flux2Klein:
         return KleinReader(self, text, self.load_painter(device, torch.float32))
 
     def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KleinPainter":
-        part = self.checkpoint.part("vae")
-        with self.checkpoint.reading("vae"):
-            vae = AutoencoderKLFlux2.from_pretrained(part, torch_dtype=dtype)
-        return KleinPainter(vae.to(device), tiled)
+        return KleinPainter(load_vae(AutoencoderKLFlux2, self.checkpoint, device, dtype), tiled)
+
+    def empty_painter(self, tiled: bool) -> "KleinPainter":
+        return KleinPainter(empty_vae(AutoencoderKLFlux2, self.checkpoint), tiled)
 
     def empty_denoiser(self) -> "KleinDenoiser":
         with self.checkpoint.reading("transformer"):

@@ -1,5 +1,8 @@
 """KL autoencoders: pixels to latents and back, for the families that paint through one."""
 
+from functools import cached_property
+from typing import TypeVar
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
@@ -11,12 +14,20 @@ PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder encodes in one call: 2.8 Gi
 TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
 
 
-def load_kl_painter(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, tiled: bool) -> "KLPainter":
+Autoencoder = TypeVar("Autoencoder", AutoencoderKL, AutoencoderKLFlux2)
+
+
+def load_vae(kind: type[Autoencoder], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """The checkpoint's part `vae`."""
     part = checkpoint.part("vae")
     with checkpoint.reading("vae"):
-        vae = AutoencoderKL.from_pretrained(part, torch_dtype=dtype)
-    return KLPainter(vae.to(device), tiled)
+        return kind.from_pretrained(part, torch_dtype=dtype).to(device)
+
+
+def empty_vae(kind: type[Autoencoder], checkpoint: Checkpoint) -> Autoencoder:
+    """The part `vae` by its config, without weights."""
+    with checkpoint.reading("vae"):
+        return kind.from_config(kind.load_config(checkpoint.folder / "vae"))  # type: ignore[return-value]
 
 
 class KLPainter:
@@ -34,7 +45,12 @@ class KLPainter:
                 side,
                 side // 2 ** (len(vae.config.block_out_channels) - 1),
             )
-        self.fingerprint = f"{fingerprint_of(vae)}:{shift}:{scale}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, and of what their latents are scaled by."""
+        config = self.vae.config
+        return f"{fingerprint_of(self.vae)}:{config.get('shift_factor')}:{config.get('scaling_factor')}"
 
     def latents(self, pixels: Tensor) -> Tensor:
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))

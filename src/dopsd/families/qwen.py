@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 
 TEXT_TOKENS = 512  # the pipelines' max_sequence_length
 PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
+# What gives the language weights their shapes, in the configs of Qwen3 and of Qwen3-VL.
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "vocab_size")  # fmt: skip
+CURE = "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
 PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -240,7 +244,9 @@ def count_tokens(
         texts = [templated(tokenizer, prompt, reading.thinking) for prompt in prompts]
         limits = [TEXT_TOKENS] * len(texts)
     else:
-        processor = load_processor(twin_of(vlm))
+        twin = twin_of(vlm)
+        refuse_other_size(checkpoint, twin)
+        processor = load_processor(twin)
         counts = [picture_tokens(processor, size) for size in sizes]
         told = [with_suffix(prompt, suffix) for prompt in prompts]
         texts = [with_picture(tokenizer, *pair, reading.thinking) for pair in zip(told, counts, strict=True)]
@@ -255,6 +261,20 @@ def text_width(checkpoint: Checkpoint) -> int:
     """Numbers in a hidden state of the text encoder."""
     with checkpoint.reading("text_encoder"):
         return AutoConfig.from_pretrained(checkpoint.folder / "text_encoder").hidden_size
+
+
+def refuse_other_size(checkpoint: Checkpoint, twin: Checkpoint) -> None:
+    """Raise ValueError where a VLM's language weights could not be replaced by the text encoder's, by their configs;
+    `transplant` looks at the weights themselves."""
+    with checkpoint.reading("text_encoder"):
+        mine = AutoConfig.from_pretrained(checkpoint.folder / "text_encoder").to_dict()
+    with twin.reading("config.json"):
+        theirs = AutoConfig.from_pretrained(twin.folder).to_dict()
+    if theirs["model_type"] != "qwen3_vl":
+        raise ValueError(f"{twin.name} is a {theirs['model_type']}, not a Qwen3-VL. {CURE}")
+    language = theirs["text_config"]
+    if differing := [f"{key} {language[key]}, not {mine[key]}" for key in SIZES if language[key] != mine[key]]:
+        raise ValueError(f"{twin.name} does not match the checkpoint's text encoder: {', '.join(differing)}. {CURE}")
 
 
 def _limit(reading: Reading, count: int) -> int:
@@ -298,8 +318,5 @@ def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
     ]
     if differing:
         listed = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise ValueError(
-            f"the VLM {name} does not match the checkpoint's text encoder in {listed}. "
-            "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
-        )
+        raise ValueError(f"the VLM {name} does not match the checkpoint's text encoder in {listed}. {CURE}")
     vlm.language_model.load_state_dict(mine, assign=True)  # shares the tensors: one copy in memory serves both

@@ -30,7 +30,7 @@ from dopsd.batch import Context
 from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
 from dopsd.families.checkpoint import Checkpoint, weights_file
 from dopsd.families.clip_pair import ClipPairReader, count_tokens
-from dopsd.families.kl import KLPainter, load_kl_painter
+from dopsd.families.kl import KLPainter, empty_vae, load_vae
 from dopsd.families.lora import Pairs, merge_lora
 from dopsd.files import brief, read_tensors, tensor_names, write_json
 from dopsd.flow import Schedule, per_row
@@ -166,7 +166,10 @@ class SDXL:
         return ClipPairReader(self.checkpoint, device, dtype)
 
     def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLPainter:
-        return load_kl_painter(self.checkpoint, device, dtype, tiled)
+        return KLPainter(load_vae(AutoencoderKL, self.checkpoint, device, dtype), tiled)
+
+    def empty_painter(self, tiled: bool) -> KLPainter:
+        return KLPainter(empty_vae(AutoencoderKL, self.checkpoint), tiled)
 
     def empty_denoiser(self) -> "SDXLDenoiser":
         with self.checkpoint.reading("unet"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
 from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.kl import KLPainter, load_kl_painter
+from dopsd.families.kl import KLPainter, empty_vae, load_vae
 from dopsd.families.lora import Pairs, diffusers_form
 from dopsd.families.qwen import QwenReader, Reading, count_tokens, text_width
 from dopsd.flow import Schedule
@@ -100,7 +100,10 @@ class ZImage:
         return QwenReader(self.checkpoint, READING, twin, self.suffix, device, dtype)
 
     def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLPainter:
-        return load_kl_painter(self.checkpoint, device, dtype, tiled)
+        return KLPainter(load_vae(AutoencoderKL, self.checkpoint, device, dtype), tiled)
+
+    def empty_painter(self, tiled: bool) -> KLPainter:
+        return KLPainter(empty_vae(AutoencoderKL, self.checkpoint), tiled)
 
     def empty_denoiser(self) -> "ZImageDenoiser":
         with self.checkpoint.reading("transformer"):
