@@ -1,120 +1,147 @@
-"""What full-size transformers would take in training, by shapes alone: no weight, no GPU, no network.
+"""What a step of a recipe would take of a GPU's memory, by shapes alone: no weight, no GPU, no network.
 
-    python benchmarks/forecast.py --json forecast.json              # Z-Image-Turbo, about three minutes on one CPU core
-    python benchmarks/forecast.py --model klein-4b                  # or klein-9b
+    python benchmarks/forecast.py recipes/zimage-*.yaml recipes/klein-*.yaml recipes/sdxl-*.yaml --json docs/forecast.json
+    python benchmarks/forecast.py recipes/zimage-turbo-identity-dopsd.yaml --set model.quantize=nf4
 
-LoRA rank 32, bfloat16, batch 1, 1024 x 1024. Z-Image: a caption of 100 tokens, 676 with the teacher's picture. klein:
-the `edit` teacher, and rows that edit one picture of 1024 x 1024.
+What `dopsd check --card` says, for who has the checkpoint not: each is a folder of configs written down here, in bfloat16.
+A caption is of about 100 tokens, an editing recipe's rows have one reference of the target's size. One to three minutes
+a row on one CPU core.
 """
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    LCMScheduler,
+    UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from transformers import Qwen3Config
+from transformers import AutoTokenizer, CLIPTextConfig, Qwen3Config, Qwen3VLConfig
 
-from dopsd.batch import Context
+from dopsd.checking import resolutions_of
+from dopsd.door import Changes
 from dopsd.families import POCKET, load_family
-from dopsd.families.base import Family, Size
-from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.zimage import PARTS, ZImage, ZImageDenoiser
+from dopsd.families.base import Family, Sight
 from dopsd.forecast import forecast
-from dopsd.recipe import parse_recipe
+from dopsd.recipe import Recipe, load_recipe
 
-WIDTH = 2560  # of Qwen3-4B, Z-Image's text encoder
-TOKENS, SEEING = 100, 676
-SIDES = (1024, 1024)
-
-
-class FullSize(ZImage):
-    """Z-Image-Turbo by its shapes: diffusers' default config of the transformer is the 6 B one."""
-
-    def __init__(self) -> None:
-        super().__init__(Checkpoint(str(POCKET)), json.loads((POCKET / "model_index.json").read_text()))
-        self.channels, self.cell, self.default_nfe = 16, 8, 8
-
-    def empty_denoiser(self) -> ZImageDenoiser:
-        return ZImageDenoiser(ZImageTransformer2DModel())
-
-    def blank_context(
-        self,
-        prompts: Sequence[str],
-        sizes: Sequence[Size] | None = None,
-        references: Sequence[Sequence[Size]] | None = None,
-    ) -> Context:
-        length = TOKENS if sizes is None else SEEING
-        return Context(torch.zeros(len(prompts), length, WIDTH), (length,) * len(prompts))
-
-
-# Of klein: blocks, heads, and what its text encoder's config says beside Qwen3's own.
-KLEIN = {
-    "klein-4b": ({"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
-                 {"hidden_size": 2560, "num_hidden_layers": 36}),
-    "klein-9b": ({"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
-                 {"hidden_size": 4096, "num_hidden_layers": 36}),
+PROMPT = "star " * 90
+QWEN_4B = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}
+QWEN_8B = {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288}
+KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+VAE = BLOCKS | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+SDXL_UNET: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 2,
+    "use_linear_projection": True, "addition_embed_type": "text_time", "sample_size": 128,
+    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
+SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def klein(name: str, folder: Path) -> Family:
-    """A klein by its configs, written into a folder; the tokenizer is pocket's, for klein pads every prompt."""
-    transformer, text = KLEIN[name]
-    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": True, **dict.fromkeys(PARTS, ("", ""))}
-    (folder / "model_index.json").write_text(json.dumps(index))
+def zimage(folder: Path) -> None:
+    """Z-Image-Turbo: diffusers' default config of the transformer is the 6 B one."""
+    _index(folder, "ZImagePipeline", ("text_encoder", "tokenizer", "transformer"))
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    ZImageTransformer2DModel().save_config(folder / "transformer")
+    AutoencoderKL(**VAE, latent_channels=16, sample_size=1024).save_config(folder / "vae")
+    _qwen(folder, QWEN_4B)
+
+
+def klein(transformer: dict[str, int], text: dict[str, int], folder: Path) -> None:
+    """FLUX.2-klein."""
+    _index(folder, "Flux2KleinPipeline", ("text_encoder", "tokenizer", "transformer"), is_distilled=True)
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
+    Flux2Transformer2DModel(**transformer, guidance_embeds=False).save_config(folder / "transformer")
+    AutoencoderKLFlux2(**VAE, sample_size=1024).save_config(folder / "vae")
+    _qwen(folder, text)
+
+
+def sdxl(scheduler: Any, folder: Path) -> None:
+    """SDXL for the sampler of its few-step kind; DMD2's is merged, so the base's shapes are its own."""
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
+    _index(folder, "StableDiffusionXLPipeline", encoders)
+    scheduler.save_pretrained(folder / "scheduler")
+    UNet2DConditionModel(**SDXL_UNET).save_config(folder / "unet")
+    AutoencoderKL(**VAE, latent_channels=4, sample_size=1024).save_config(folder / "vae")
+    for end, width in (("", 768), ("_2", 1280)):
+        CLIPTextConfig(hidden_size=width, projection_dim=width).save_pretrained(folder / f"text_encoder{end}")
+        tokenizer = AutoTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=128)
+        tokenizer.model_max_length = 77
+        tokenizer.save_pretrained(folder / f"tokenizer{end}")
+
+
+def _index(folder: Path, pipeline: str, parts: tuple[str, ...], **more: bool) -> None:
+    index = {"_class_name": pipeline, **dict.fromkeys((*parts, "vae", "scheduler"), ("", "")), **more}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _qwen(folder: Path, text: dict[str, int]) -> None:
+    """Text encoder and the teacher's VLM, with pocket's tokenizer and Qwen3-VL's picture sizes."""
     shutil.copytree(POCKET / "tokenizer", folder / "tokenizer")
-    Qwen3Config(**text).save_pretrained(folder / "text_encoder")
+    own = Qwen3Config(**text)
+    own.save_pretrained(folder / "text_encoder")
+    said = {key: value for key, value in own.to_dict().items() if key not in ("model_type", "architectures")}
+    Qwen3VLConfig(text_config=said).save_pretrained(folder / "vlm")
+    pictures = json.loads((POCKET / "vlm" / "preprocessor_config.json").read_text())
+    pictures |= {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    (folder / "vlm" / "preprocessor_config.json").write_text(json.dumps(pictures))
+
+
+FOLDERS = {
+    "Tongyi-MAI/Z-Image-Turbo": zimage,
+    "black-forest-labs/FLUX.2-klein-4B": partial(klein, KLEIN_4B, QWEN_4B),
+    "black-forest-labs/FLUX.2-klein-9B": partial(klein, KLEIN_9B, QWEN_8B),
+    "stabilityai/sdxl-turbo": partial(sdxl, EulerAncestralDiscreteScheduler(**SDXL_BETAS, timestep_spacing="trailing")),
+    "stabilityai/stable-diffusion-xl-base-1.0": partial(sdxl, LCMScheduler(**SDXL_BETAS)),
+}
+
+
+def family_of(recipe: Recipe, folder: Path) -> Family:
+    """The recipe's checkpoint by its shapes, written into an empty folder."""
     with torch.device("meta"):
-        Flux2Transformer2DModel(**transformer, guidance_embeds=False).save_config(folder / "transformer")
-        AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4
-        ).save_config(folder / "vae")
-    return load_family(str(folder))
+        FOLDERS[recipe.model.name_or_path](folder)
+    return load_family(str(folder), sight=Sight(recipe.model.teacher_context, None, recipe.model.teacher_suffix))
 
 
 def main(
-    model: Annotated[str, typer.Option(help="zimage, klein-4b or klein-9b.")] = "zimage",
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes for checkpoints that are known here.")],
+    change: Changes = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
 ) -> None:
-    """Print a row for each method, quantization and level of memory; for klein also with a reference."""
+    """Print a row for each recipe and `model.memory`: what stays, and the peak of a step, in GiB."""
     torch.set_num_threads(1)
     rows = []
-    with TemporaryDirectory() as folder:
-        family = klein(model, Path(folder)) if model in KLEIN else FullSize()
-        for method, kind, level, edited in cases(editing=model in KLEIN):
-            base = {"offload": True} if kind == "offload" else {"quantize": kind}
-            tree = {"model": {"name_or_path": "x"} | base, "data": {"folder": "x"}, "run_name": "x",
-                    "method": {"name": method}, "lora": {"rank": 32}}  # fmt: skip
-            began = time.perf_counter()
-            found = forecast(parse_recipe(tree), family, SIDES, ["x"], torch.bfloat16, level == "low", [SIDES] * edited)
-            seconds = time.perf_counter() - began
-            row = {"method": method, "base": kind, "memory": level, "references": edited,
-                   "resident_gib": found.resident / 2**30, "peak_gib": found.peak / 2**30,
-                   "seconds_of_the_forecast": seconds}  # fmt: skip
-            rows.append(row)
-            print("  ".join(f"{k}={v:.1f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    for path in recipes:
+        recipe = load_recipe(path, change or ())
+        with TemporaryDirectory() as folder:
+            family = family_of(recipe, Path(folder))
+            side = max(resolutions_of(recipe, family))
+            references = [(side, side)] * ("editing" in path.stem)
+            for level in ("low",) if recipe.model.offload else ("low", "high"):
+                found = forecast(
+                    recipe, family, (side, side), [PROMPT[:300]], torch.bfloat16, level == "low", references
+                )
+                resident, peak = found.resident / 2**30, found.peak / 2**30
+                print(f"{path.stem}  {level}  resident {resident:.1f}  peak {peak:.1f}", flush=True)
+                rows.append({"recipe": path.stem, "memory": level, "resident_gib": resident, "peak_gib": peak})
     if json_file:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def cases(editing: bool) -> Iterator[tuple[str, str | None, str, int]]:
-    """(method, base, memory, references)."""
-    for method in ("dopsd", "sft"):
-        for kind in (None, "int8", "nf4", "offload") if method == "dopsd" else (None,):
-            for level in ("low",) if kind == "offload" else ("low", "high"):
-                for references in (0, 1) if editing and kind is None else (0,):
-                    yield method, kind, level, references
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The paper's comparisons on pocket: what came out, and what of the paper's order agrees.
 
     python -m dopsd.pocket pictures runs/pocket-thing
+    python -m dopsd.pocket parent runs/pocket-parent
+    dopsd adapter train recipes/table1/adapter-prompts.txt --pictures 8 --steps 200
     dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json docs/ablations.json
     dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json docs/table1.json
     python -m dopsd.pocket pictures runs/pocket-domain --count 32
@@ -48,6 +50,12 @@ TABLE1 = (
     Statement("D-OPSD keeps more quality than DreamBooth", "sharpness", "1-dopsd", "3-dreambooth"),
     Statement("D-OPSD keeps more quality than PSO", "sharpness", "1-dopsd", "4-pso"),
     Statement("D-OPSD follows prompts better than PSO", "attributes", "1-dopsd", "4-pso"),
+    Statement("a LoRA tuned apart and put on the distilled model keeps more quality than SFT", "sharpness",
+              "6-sft-with-adapter", "2-sft"),
+    Statement("a LoRA tuned apart and put on the distilled model comes nearer than SFT", "thing_error",
+              "6-sft-with-adapter", "2-sft"),
+    Statement("D-OPSD comes nearer than a LoRA tuned apart", "thing_error", "1-dopsd", "6-sft-with-adapter"),
+    Statement("D-OPSD keeps more quality than a LoRA tuned apart", "sharpness", "1-dopsd", "6-sft-with-adapter"),
 )
 TABLE2 = (
     Statement("D-OPSD comes nearer to the domain than SFT", "thing_error", "1-dopsd", "2-sft"),
