@@ -1,11 +1,11 @@
 """What a step of a recipe would take of a GPU's memory, by shapes alone: no weight, no GPU, no network.
 
-    python benchmarks/forecast.py recipes/zimage-*.yaml recipes/klein-*.yaml recipes/sdxl-*.yaml --json docs/forecast.json
+    python benchmarks/forecast.py recipes/{zimage,klein,sdxl}-*.yaml --json docs/forecast.json
     python benchmarks/forecast.py recipes/zimage-turbo-identity-dopsd.yaml --set model.quantize=nf4
 
-What `dopsd check --card` says, for who has the checkpoint not: each is a folder of configs written down here, in bfloat16.
-A caption is of about 100 tokens, an editing recipe's rows have one reference of the target's size. One to three minutes
-a row on one CPU core.
+As `dopsd check --card` says, without the checkpoints: each is a folder of configs written down here, in bfloat16. A
+caption is of about 100 tokens (SDXL's of 77), rows that are edited have one reference of the target's size. Half a
+minute to three minutes a row on one CPU core.
 """
 
 import json
@@ -36,7 +36,6 @@ from dopsd.families.base import Family, Sight
 from dopsd.forecast import forecast
 from dopsd.recipe import Recipe, load_recipe
 
-PROMPT = "star " * 90
 QWEN_4B = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}
 QWEN_8B = {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288}
 KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
@@ -81,7 +80,7 @@ def sdxl(scheduler: Any, folder: Path) -> None:
     AutoencoderKL(**VAE, latent_channels=4, sample_size=1024).save_config(folder / "vae")
     for end, width in (("", 768), ("_2", 1280)):
         CLIPTextConfig(hidden_size=width, projection_dim=width).save_pretrained(folder / f"text_encoder{end}")
-        tokenizer = AutoTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=128)
+        tokenizer = AutoTokenizer.from_pretrained(POCKET / "tokenizer")
         tokenizer.model_max_length = 77
         tokenizer.save_pretrained(folder / f"tokenizer{end}")
 
@@ -134,9 +133,8 @@ def main(
             side = max(resolutions_of(recipe, family))
             references = [(side, side)] * ("editing" in path.stem)
             for level in ("low",) if recipe.model.offload else ("low", "high"):
-                found = forecast(
-                    recipe, family, (side, side), [PROMPT[:300]], torch.bfloat16, level == "low", references
-                )
+                caption = "star " * (60 if family.name == "sdxl" else 90)
+                found = forecast(recipe, family, (side, side), [caption], torch.bfloat16, level == "low", references)
                 resident, peak = found.resident / 2**30, found.peak / 2**30
                 print(f"{path.stem}  {level}  resident {resident:.1f}  peak {peak:.1f}", flush=True)
                 rows.append({"recipe": path.stem, "memory": level, "resident_gib": resident, "peak_gib": peak})

@@ -50,10 +50,18 @@ TABLE1 = (
     Statement("D-OPSD keeps more quality than DreamBooth", "sharpness", "1-dopsd", "3-dreambooth"),
     Statement("D-OPSD keeps more quality than PSO", "sharpness", "1-dopsd", "4-pso"),
     Statement("D-OPSD follows prompts better than PSO", "attributes", "1-dopsd", "4-pso"),
-    Statement("a LoRA tuned apart and put on the distilled model keeps more quality than SFT", "sharpness",
-              "6-sft-with-adapter", "2-sft"),
-    Statement("a LoRA tuned apart and put on the distilled model comes nearer than SFT", "thing_error",
-              "6-sft-with-adapter", "2-sft"),
+    Statement(
+        "a LoRA tuned apart and put on the distilled model keeps more quality than SFT",
+        "sharpness",
+        "6-sft-with-adapter",
+        "2-sft",
+    ),
+    Statement(
+        "a LoRA tuned apart and put on the distilled model comes nearer than SFT",
+        "thing_error",
+        "6-sft-with-adapter",
+        "2-sft",
+    ),
     Statement("D-OPSD comes nearer than a LoRA tuned apart", "thing_error", "1-dopsd", "6-sft-with-adapter"),
     Statement("D-OPSD keeps more quality than a LoRA tuned apart", "sharpness", "1-dopsd", "6-sft-with-adapter"),
 )

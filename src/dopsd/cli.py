@@ -160,7 +160,7 @@ app.add_typer(adapter, name="adapter")
 @app.command()
 @refusing
 def init(
-    method: Annotated[str, typer.Argument(help="dopsd or sft; `dopsd list` shows what runs where.")],
+    method: Annotated[str, typer.Argument(help="Such as dopsd; `dopsd list` shows them all, and what runs where.")],
     model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
     distilled_by: DistilledBy = None,
     data: Annotated[Path, typer.Option(help="Folder of pictures.")] = Path("data"),

@@ -140,7 +140,8 @@ def _untouched(contest: Contest, many: bool) -> list[Contestant]:
     if contest.thing is None:
         return [base, floor]
     carried = many and (contest.family.checkpoint.folder / "parent").is_dir()
-    return [base, floor, Contestant("teacher", "teacher"), *([Contestant("parent", "parent")] if carried else [])]
+    teacher = [Contestant("teacher", "teacher")] if contest.family.teacher_contexts else []
+    return [base, floor, *teacher, *([Contestant("parent", "parent")] if carried else [])]
 
 
 def _on_unit(recipe: Recipe, unit: int) -> Recipe:

@@ -127,7 +127,8 @@ class Lesson:
         thing = lesson_of(recipe.data.folder)
         assert thing is not None
         self._family = family
-        self._sheet = Sheet.write(thing, family.load_reader(device, dtype, pictures=True), recipe.data.folder)
+        shown = recipe.data.folder if family.teacher_contexts else None
+        self._sheet = Sheet.write(thing, family.load_reader(device, dtype, pictures=shown is not None), shown)
         self._painter = family.load_painter(device, torch.float32)
         self.about = ["lesson", thing, [sha256_of(file) for file in sorted(recipe.data.folder.glob("*.png"))]]
         scenes = self._sheet.scenes[:SHOWN]
