@@ -77,7 +77,7 @@ def test_every_picture_gets_losers_for_its_own_caption(lesson, tmp_path, pocket)
         ({"name": "pso_online", "judge": "read"}, "Did you mean red"),
         ({"name": "pso_online", "judge": "red", "stochastic_steps": [3]}, "names step 3, and a walk of 4 steps"),
         ({"name": "dopsd", "loss_steps": 5}, "asks for 5 steps of a walk of 4"),
-        ({"name": "dopsd", "retention": 1, "replay": "missing.txt"}, "missing.txt cannot be read"),
+        ({"name": "dopsd", "retention": 1, "replay": "missing.txt"}, "missing.txt does not exist"),
         ({"name": "dreambooth", "class_prompt": "a " * 600}, "tokens"),
     ],
 )

@@ -1,6 +1,7 @@
 """Pages that scripts write are what the numbers beside them say: nobody typed a number in."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,14 @@ def test_the_page_is_what_its_script_writes(script: str, page: str, monkeypatch)
     monkeypatch.chdir(ROOT)
     written = importlib.import_module(script).page()
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == written, f"run benchmarks/{script}.py again"
+
+
+def test_every_full_size_recipe_says_the_memory_that_was_forecast_for_it():
+    rows = json.loads((ROOT / "docs" / "forecast.json").read_text(encoding="utf-8"))
+    files = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("pocket")}
+    assert {row["recipe"] for row in rows} == files.keys(), "run benchmarks/forecast.py again"
+    for row in rows:
+        header = " ".join(files[row["recipe"]].read_text(encoding="utf-8").replace("#", " ").split())
+        peak = f"{row['peak_gib']:.1f}"
+        words = {"low": f"a step takes {peak} GiB at model.memory: low", "high": f"and {peak} at high"}
+        assert words[row["memory"]] in header, row

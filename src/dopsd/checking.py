@@ -15,6 +15,7 @@ from torch import nn
 from dopsd.data.buckets import Size, bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example, Listing, open_picture, picture_size
 from dopsd.data.importing import fill
+from dopsd.data.questions import read_questions
 from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.deployed import cells_of, fitted_size
 from dopsd.evaluation.health import PROMPTS
@@ -216,16 +217,11 @@ def _refuse_unpaired(recipe: Recipe, listing: Listing) -> None:
 
 
 def replay_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
-    """Prompts on which a method with retention stays as it was: the recipe's, a file's lines, or the health prompts.
+    """Prompts on which a method with retention stays as it was: the recipe's, those of a file, or the health prompts.
     Raises ValueError for a file without any."""
     prompts = recipe.data.replay
-    if len(prompts) == 1 and prompts[0].endswith(".txt"):
-        try:
-            prompts = tuple(filter(None, map(str.strip, Path(prompts[0]).read_text(encoding="utf-8").splitlines())))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"data.replay: {prompts[0]} cannot be read as UTF-8 text ({error}).") from error
-        if not prompts:
-            raise ValueError(f"data.replay: {recipe.data.replay[0]} holds no prompt: write one a line.")
+    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
+        prompts = tuple(question.prompt for question in read_questions(Path(prompts[0])))
     return prompts or unrelated_prompts(recipe, family)
 
 

@@ -145,7 +145,7 @@ class DataSection(SourceSection):
     )
     skip_bad: bool = Field(False, description="Leave out pictures that cannot be used (they are listed).")
     replay: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="Prompts of method.retention, or one .txt file of them; default: the health prompts."
+        (), description="Prompts of method.retention, or one .txt or .jsonl file of them; default: the health prompts."
     )
 
 

@@ -6,6 +6,7 @@ Numbers in test names are those of the invariants listed in docs/methods/prefere
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,16 @@ from dopsd.batch import Batch
 from dopsd.flow import Schedule, clean_of, noise_of, noisy, transition
 from dopsd.methods import DPO, PSO, PSOOnline
 from dopsd.methods.preference import Term, pairwise_losses
+from dopsd.recipe import load_recipe
 
 from .plain import TIMES, Plain, batch, context, latents, roles, run, same
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = [
+    pytest.param(method, id=path.stem)
+    for path in sorted(RECIPES.rglob("*.yaml"))
+    if isinstance(method := load_recipe(path).method, DPO | PSO | PSOOnline)
+]
 
 
 def offline() -> Batch:
@@ -257,8 +266,8 @@ def test_invariant_7_one_margin_over_all_steps_is_below_the_mean_of_margins_of_e
     assert together.log["loss"].item() <= sum(alone) / 2
 
 
-@pytest.mark.parametrize("method", [DPO(), PSO(), PSO(form="forward"), PSOOnline(judge="red")])
-def test_invariant_8_the_loser_pushes_in_every_shipped_setting(method):
+@pytest.mark.parametrize("method", [DPO(), PSO(), PSO(form="forward"), PSOOnline(judge="red"), *SHIPPED])
+def test_invariant_8_the_loser_pushes_in_every_shipped_recipe_and_by_default(method):
     """Gradient through the loser's terms alone, at the start, where the official customisation code has exactly 0."""
     student = Plain()
     pieces = list(method.losses(roles(student, score=redness), offline(), torch.Generator().manual_seed(7)))

@@ -7,8 +7,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dopsd.cli import app
+from dopsd.data.questions import read_questions
 from dopsd.protocol.asking import prompts_in, write_test_prompts
-from dopsd.protocol.questions import read_questions
 
 GOOD = (
     "1. zib lies on a red sofa 2. zib runs along a beach at noon 3) zib waits in a train station\n"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dopsd.data.questions import Question
 from dopsd.protocol.galleries import Gallery, Picture
 from dopsd.protocol.layouts import LAYOUTS
-from dopsd.protocol.questions import Question
 
 ROWS = ({"prompt": "a photo of a bench", "tag": "single_object", "include": [{"class": "bench", "count": 1}]},
         {"prompt": "a photo of a cow", "tag": "single_object", "include": [{"class": "cow", "count": 1}]})  # fmt: skip

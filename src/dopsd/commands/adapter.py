@@ -32,8 +32,8 @@ def train_adapter(
 ) -> None:
     """Paint pictures with the model and tune a de-distill adapter on them, for model.training_adapter."""
     from dopsd.checking import check
+    from dopsd.data.questions import read_questions
     from dopsd.dedistill import adapter_recipe, default_name
-    from dopsd.protocol.questions import read_questions
     from dopsd.run import train
 
     asked = [question.prompt for question in read_questions(prompts)]

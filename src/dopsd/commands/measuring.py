@@ -49,11 +49,11 @@ def evaluate(
     """Measure pictures: values, differences to the untouched model and noise floors, with intervals over prompts and
     seeds. Stopped, it goes on where it was: call it again."""
     from dopsd.data.folder import pictures_in
+    from dopsd.data.questions import read_questions
     from dopsd.deployed import deployed_on
     from dopsd.evaluation.measures import named_measure
     from dopsd.protocol.galleries import BASE, Plan, galleries_of, read_gallery, refuse_unpaired
     from dopsd.protocol.layouts import LAYOUTS
-    from dopsd.protocol.questions import read_questions
     from dopsd.protocol.table import HEADER, tabulate
 
     needs = {named_measure(name)[2].needs for name in measure}

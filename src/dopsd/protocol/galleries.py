@@ -11,13 +11,13 @@ import torch
 
 from dopsd.batch import Context
 from dopsd.data.folder import pictures_in, read_folder
+from dopsd.data.questions import Question
 from dopsd.deployed import cells_of, deployed_on
 from dopsd.families import load_family
 from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.files import atomic_path, sha256_of, write_json
 from dopsd.paint import noise_for, paint, to_images
-from dopsd.protocol.questions import Question
 
 Progress = Callable[[str, int, int], None]
 SETTINGS = "evaluation.json"

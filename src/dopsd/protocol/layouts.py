@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from dopsd.data.folder import open_picture
+from dopsd.data.questions import Question
 from dopsd.files import atomic_path, write_text
 from dopsd.protocol.galleries import Gallery
-from dopsd.protocol.questions import Question
 
 
 def geneval(gallery: Gallery, questions: Sequence[Question], folder: Path) -> None:
