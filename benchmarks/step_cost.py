@@ -58,6 +58,7 @@ def main(
             "method": " ".join(filter(None, (method.name, getattr(method, "form", "")))),  # type: ignore[attr-defined]
             "variant": variant,
             "nfe": method.nfe,
+            "forwards": method.forwards(method.nfe or 1),
             "seconds": statistics.median(seconds),
             "peak_bytes": meter.peak,
         }
