@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.files import read_tensors
+from dopsd.forecast import Forecast
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.training.checkpoint import checkpoints
 
@@ -88,7 +89,8 @@ def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(judge, words, less
     assert not list((tmp_path / "runs").glob("run/*.safetensors"))
 
 
-def test_check_says_that_the_judges_own_model_comes_on_top(lesson, tmp_path):
+def test_check_says_that_the_judges_own_model_comes_on_top(lesson, tmp_path, monkeypatch):
+    monkeypatch.setattr("dopsd.checking.foresee", lambda *_, **__: Forecast(1, 1))  # takes seconds, and is tested
     scorer = tmp_path / "scorer"
     scorer.mkdir()
     for judge, words in (("red", ""), (f"pickscore={scorer}", f"the judge's own model, {scorer}, comes on top")):

@@ -22,7 +22,7 @@ from dopsd.evaluation.measures.distances import fid
 from dopsd.evaluation.measures.inception import WEIGHTS, Inception, InceptionV3
 from dopsd.families import load_family
 from dopsd.families.base import Family
-from dopsd.protocol.galleries import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE
+from dopsd.protocol.galleries import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE, read_gallery
 from dopsd.statistics import bootstrap, paired
 
 PROMPTS = ("a red star on night", "a big blue tree at the left")
@@ -75,6 +75,14 @@ def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on
         wanted = sample("pocket", PROMPTS[1:], file, nfe=2, seed=first + MOST_SEEDS + 1)[0]
         found = Image.open(folder / name / "nfe-2" / "0001_01.png")
         assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1, name
+
+
+def test_what_was_painted_can_be_read_again_as_a_folder_with_its_prompts(painted):
+    for name in ("base", "again", "tuned"):
+        again = read_gallery(painted[0] / name / "nfe-2", name, captioned=True)
+        assert [(p.path.name, p.prompt) for p in again.pictures] == [
+            (f"{row:04}_{seed:02}.png", prompt) for row, prompt in enumerate(PROMPTS) for seed in range(2)
+        ]
 
 
 def test_values_differences_and_floors_are_of_the_painted_pictures(painted):

@@ -16,7 +16,7 @@ from dopsd.deployed import cells_of, deployed_on
 from dopsd.families import load_family
 from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.families.lora import merge_lora, read_lora, refuse_strength
-from dopsd.files import atomic_path, sha256_of, write_json
+from dopsd.files import atomic_path, sha256_of, write_json, write_text
 from dopsd.paint import noise_for, paint, to_images
 
 Progress = Callable[[str, int, int], None]
@@ -147,6 +147,8 @@ def galleries_of(plan: Plan, folder: Path, progress: Progress) -> list[Gallery]:
     missing = [g for g in galleries if any(not p.path.exists() for p in g.pictures)]
     if missing:
         _paint(plan, family, cells, missing, progress)
+    for gallery in galleries:
+        _write_captions(gallery)
     return galleries
 
 
@@ -174,6 +176,15 @@ def _gallery(name: str, nfe: int, plan: Plan, folder: Path) -> Gallery:
         for seed in range(plan.seeds)
     )
     return Gallery(name, tuple(pictures), nfe)
+
+
+def _write_captions(gallery: Gallery) -> None:
+    """metadata.jsonl beside the pictures, those of an earlier call with more seeds too: any tool can measure them."""
+    folder, prompts = gallery.pictures[0].path.parent, {f"{p.row:04}": p.prompt for p in gallery.pictures}
+    rows = (
+        {"file_name": file.name, "text": prompts[file.stem.rpartition("_")[0]]} for file in sorted(folder.glob("*.png"))
+    )
+    write_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _paint(
