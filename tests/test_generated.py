@@ -1,6 +1,8 @@
 """Class pictures and losers: painted once, as `dopsd sample` paints them; an interrupted folder goes on; pairs fit."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,25 @@ def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert rows == [{"file_name": example.path.name, "text": "a red star"} for example in beside]
+
+
+def test_other_weights_at_the_same_address_paint_anew(lesson, tmp_path, sdxl, dmd2_lora):
+    def folder_of(model: dict) -> Path:
+        tree = recipe_of(lesson, tmp_path, name="dreambooth", class_prompt="a red star", class_pictures=1).model_dump()
+        recipe = parse_recipe(tree | {"model": model, "data": {"folder": str(lesson), "resolution": 64}})
+        (files,) = paint_ahead(recipe, open_family(recipe), ["a red star"], 1).values()
+        return files[0].parent
+
+    base, turbo = tmp_path / "base", tmp_path / "turbo"
+    for kind, folder in (("base", base), ("turbo", turbo)):
+        shutil.copytree(sdxl(kind), folder)
+    distilled = folder_of({"name_or_path": str(base), "distilled_by": str(dmd2_lora)})
+    assert folder_of({"name_or_path": str(base), "allow_base": True}) != distilled
+    before = folder_of({"name_or_path": str(turbo)})
+    assert folder_of({"name_or_path": str(turbo)}) == before
+    shutil.copy(turbo / "unet" / "diffusion_pytorch_model.safetensors", turbo / "other")
+    os.replace(turbo / "other", turbo / "unet" / "diffusion_pytorch_model.safetensors")
+    assert folder_of({"name_or_path": str(turbo)}) != before
 
 
 def test_an_interrupted_folder_goes_on_where_it_stopped(lesson, tmp_path, pocket):

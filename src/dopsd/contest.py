@@ -24,6 +24,7 @@ from dopsd.deployed import cells_of, deployed_on
 from dopsd.evaluation.nearness import distances
 from dopsd.families import load_family
 from dopsd.families.base import Family, Painter
+from dopsd.families.checkpoint import mark_of
 from dopsd.families.lora import merge_lora
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.model_folder import is_model
@@ -75,6 +76,7 @@ class Contest:
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.family = family_of(recipe)
+        self._weights = [self.family.checkpoint.mark(), mark_of(recipe.model.distilled_by or "")]
         self.thing = lesson_of(recipe.data.folder)
         self._folder, self._device, self._dtype = folder, *deployed_on()
         kind = Pictures if self.thing is None else Lesson
@@ -108,14 +110,6 @@ class Contest:
             lora = sha256_of(lora)
         parts = [LAYOUT, self._weights, contestant.kind, lora, nfe, self.questions.about]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-    @cached_property
-    def _weights(self) -> list[list[Any]]:
-        """Of the untouched model, told by their files."""
-        part = self.family.checkpoint.part(self.family.export_prefix)
-        return [
-            [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(part.glob("*.safetensors"))
-        ]
 
 
 class Lesson:

@@ -47,6 +47,13 @@ class Checkpoint:
             )
         return part
 
+    def mark(self) -> list[Any]:
+        """What tells its weights from others, as JSON: the commit on the hub, or name, size and time of local files."""
+        if self._repo is not None:
+            return [self._repo, self.folder.name]
+        files = sorted(self.folder.rglob("*.safetensors"))
+        return [[file.relative_to(self.folder).as_posix(), *mark_of(file)] for file in files]
+
     @contextmanager
     def reading(self, part: str) -> Iterator[None]:
         """A block in which a library reads a part: whatever it says of a damaged file becomes one sentence."""
@@ -62,6 +69,14 @@ class Checkpoint:
     def whole(self) -> Path:
         """The folder with every part of the repository."""
         return self.folder if self._repo is None else _fetch(self._repo, self.folder.name, WHOLE, TWICE)
+
+
+def mark_of(file: str | Path) -> list[Any]:
+    """Likewise of one file: size and time, or its address on the hub."""
+    if not Path(file).is_file():
+        return [str(file)]
+    found = Path(file).stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def weights_file(name: str, called: str) -> Path:
