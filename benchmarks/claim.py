@@ -11,7 +11,7 @@ thing_error is D-OPSD's or less (cap: 4 times D-OPSD's wall time, else "never").
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from accelerate import Accelerator
+from bench import BATCH, CPU, RANK, Bench
 
-from dopsd.data.cache import prepare
-from dopsd.data.folder import read_folder
-from dopsd.data.loader import Loader
-from dopsd.families import POCKET, load_family
+from dopsd.families import POCKET
 from dopsd.files import write_json, write_text
 from dopsd.methods import DOPSD, SFT, Method
-from dopsd.paint import noise_for, paint
-from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Answers, Sheet, sit, write_lesson
-from dopsd.pocket.reader import thing_error
+from dopsd.pocket.exam import HELD_OUT
 from dopsd.statistics import bootstrap
-from dopsd.training.adapters import add_lora
-from dopsd.training.loop import Plan, steps
-from dopsd.training.roles import Teacher, make_roles
 
-STEPS, BATCH, RANK = 120, 4, 16
+STEPS = 120
 RATES = (3e-4, 1e-3, 3e-3)
 SWEEP_THINGS = tuple(range(HELD_OUT + 500, HELD_OUT + 503))
 THINGS = tuple(range(HELD_OUT + 200, HELD_OUT + 210))
@@ -45,7 +37,6 @@ LOOK_EVERY = 40  # SFT steps between two looks at thing_error
 CAP = 4  # times D-OPSD's wall time
 RESULTS, PAGE = Path("docs/results.json"), Path("docs/results.md")
 MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
-CPU = torch.device("cpu")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -58,52 +49,6 @@ class Unit:
     thing: int
     seed: int
     rate: float
-
-
-class Bench:
-    """A pocket model with the lesson of one thing prepared: trains any method on it and asks the exam."""
-
-    def __init__(self, thing: int, folder: Path):
-        torch.set_num_threads(1)
-        self.family = load_family("pocket")
-        self.painter = self.family.load_painter(CPU, torch.float32)
-        reader = self.family.load_reader(CPU, torch.float32, pictures=True)
-        lesson = folder / "lesson"
-        write_lesson(lesson, thing)
-        self.rows = prepare(
-            read_folder(lesson).examples, folder / "cache", reader, self.painter, resolution=self.family.resolution,
-            multiple=self.family.multiple, privileged=True, device=CPU,
-        )  # fmt: skip
-        self.sheet = Sheet.write(thing, reader, lesson)
-        side = self.family.resolution // self.family.cell
-        self.cells = (self.family.channels, side, side)
-        self.schedule = self.family.schedule(self.family.default_nfe, side, side)
-
-    def exam(self, velocity: Any, seeing: bool = False, noise_seed: int = NOISE_SEED) -> dict[str, float | None]:
-        answers: Answers = sit(self.sheet, velocity, self.painter, self.schedule, self.cells, seeing, noise_seed)
-        return answers.means()
-
-    def error(self, velocity: Any) -> float:
-        """thing_error alone, on the exam's noise: cheap enough to look often."""
-        noise = noise_for(range(NOISE_SEED, NOISE_SEED + len(self.sheet.scenes)), *self.cells)
-        pictures = paint(velocity, self.painter, self.schedule, self.sheet.scene_context, noise)
-        return float(thing_error(pictures.numpy(), self.sheet.scenes).mean())
-
-    def train(self, method: Method, rate: float, seed: int, max_steps: int) -> Iterator[tuple[int, float, Any]]:
-        """(steps done, seconds of training so far, the student's velocity) after each step."""
-        denoiser = self.family.load_denoiser(CPU, torch.float32)
-        student = add_lora(denoiser.network, self.family.lora_targets, RANK, RANK, seed)
-        teacher = Teacher(student, method.decay)
-        roles = make_roles(
-            denoiser, student, teacher, lambda nfe, h, w: self.family.schedule(nfe or self.family.default_nfe, h, w)
-        )
-        optimizer = torch.optim.AdamW(student.values(), lr=rate, weight_decay=0.0)
-        plan = Plan(max_steps=max_steps, learning_rate=rate, warmup_steps=10, seed=seed)
-        seconds = 0.0
-        loader = Loader(self.rows, BATCH, seed)
-        for report in steps(roles, method, loader, student, optimizer, teacher, Accelerator(cpu=True), plan):
-            seconds += report.seconds
-            yield report.step, seconds, roles.student
 
 
 def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, Any]:
@@ -120,7 +65,9 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
         }
         *_, (_, wall, velocity) = bench.train(DOPSD(), rates["dopsd"], seed, STEPS)
         found["dopsd"] = bench.exam(velocity) | {"seconds": wall}
-        found |= _sft_beside(bench, rates["sft"], seed, wall, found["dopsd"]["thing_error"])
+        target = found["dopsd"]["thing_error"]
+        assert target is not None, "a student answers every question"
+        found |= _sft_beside(bench, rates["sft"], seed, wall, target)
     return found
 
 

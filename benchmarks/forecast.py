@@ -36,12 +36,22 @@ from dopsd.families.base import Family, Sight
 from dopsd.forecast import forecast
 from dopsd.recipe import Recipe, load_recipe
 
-QWEN_4B = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}
-QWEN_8B = {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288}
-KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
-KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+QWEN_4B: dict[str, Any] = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}
+QWEN_8B: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288}
+KLEIN_4B: dict[str, Any] = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+}
+KLEIN_9B: dict[str, Any] = {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-VAE = BLOCKS | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+VAE: dict[str, Any] = BLOCKS | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 SDXL_UNET: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 2,
@@ -50,7 +60,12 @@ SDXL_UNET: dict[str, Any] = {
     "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
-SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SDXL_BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 
 
 def zimage(folder: Path) -> None:
@@ -62,7 +77,7 @@ def zimage(folder: Path) -> None:
     _qwen(folder, QWEN_4B)
 
 
-def klein(transformer: dict[str, int], text: dict[str, int], folder: Path) -> None:
+def klein(transformer: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
     """FLUX.2-klein."""
     _index(folder, "Flux2KleinPipeline", ("text_encoder", "tokenizer", "transformer"), is_distilled=True)
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
@@ -90,7 +105,7 @@ def _index(folder: Path, pipeline: str, parts: tuple[str, ...], **more: bool) ->
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def _qwen(folder: Path, text: dict[str, int]) -> None:
+def _qwen(folder: Path, text: dict[str, Any]) -> None:
     """Text encoder and the teacher's VLM, with pocket's tokenizer and Qwen3-VL's picture sizes."""
     shutil.copytree(POCKET / "tokenizer", folder / "tokenizer")
     own = Qwen3Config(**text)

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from claim import CPU, RANK, Bench
+from bench import CPU, RANK, Bench
 
 from dopsd.batch import Batch
 from dopsd.evaluation.health import FIRST_SEED, Checkup, Health

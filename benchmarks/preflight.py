@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from claim import BATCH, CPU, RANK, Bench
+from bench import BATCH, CPU, RANK, Bench
 
 from dopsd.compare import demo_recipe
 from dopsd.files import write_json
