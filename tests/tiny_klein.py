@@ -60,7 +60,7 @@ def write_klein(folder: Path, distilled: bool = True, layers: int = 28) -> Path:
 
 def write_vlm(folder: Path, text: dict[str, Any]) -> Path:
     """A Qwen3-VL of the text encoder's shape."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 50000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config=text | {"rope_parameters": rope}, vision_config=VISION, image_token_id=5, video_token_id=6,
         vision_start_token_id=3, vision_end_token_id=4,

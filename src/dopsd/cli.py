@@ -228,7 +228,7 @@ def caption(
     """Write a caption beside each picture that has none, by a local vision-language model."""
     from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
     from dopsd.deployed import deployed_on
-    from dopsd.families.qwen import Captioner
+    from dopsd.families.captioner import Captioner
 
     todo, kept = uncaptioned(folder, overwrite)
     if todo:

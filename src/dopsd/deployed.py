@@ -12,8 +12,7 @@ from dopsd.families import load_family
 from dopsd.families.base import Family, Size
 from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.model_folder import write_model
-from dopsd.paint import Noise, noise_for, to_images, to_pictures
-from dopsd.rollout import walk
+from dopsd.paint import Noise, noise_for, to_images, to_pictures, walked
 
 
 def sample(
@@ -59,9 +58,8 @@ def sample_latents(
     denoiser = family.load_denoiser(device, dtype)
     if lora:
         merge_lora(denoiser.network, lora, family, strength)
-    z, generators = noise.draw()
     schedule = family.schedule(nfe or family.default_nfe, *noise.cells[1:])
-    return walk(denoiser, z.to(device), schedule, context, generators)
+    return torch.cat(list(walked(denoiser, schedule, context, noise, family.cell)))
 
 
 def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0, distilled_by: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """From noise to pictures, through the same `rollout` that training walks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,8 @@ from dopsd.families.base import Painter
 from dopsd.flow import Schedule
 from dopsd.rollout import Velocity, walk
 
-CELLS_AT_ONCE = 128 * 128  # latent cells that a decoder gets in one call
+# What a network gets in one call: its activations take up to a gigabyte a picture of 1024 x 1024.
+PIXELS_AT_ONCE, MOST_AT_ONCE = 1024 * 1024, 16
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,27 @@ def noise_for(seeds: Sequence[int], channels: int, height: int, width: int) -> N
 
 
 @torch.no_grad()
-def paint(
-    velocity: Velocity, painter: Painter, schedule: Schedule, context: Context, noise: Noise, batch_size: int = 16
-) -> Tensor:
+def paint(velocity: Velocity, painter: Painter, schedule: Schedule, context: Context, noise: Noise) -> Tensor:
     """Pictures, uint8 [B, H, W, 3] on the CPU, from the noise and contexts of each."""
-    pictures = []
-    for start in range(0, len(noise), batch_size):
-        rows = Context.stack([context.row(i) for i in range(start, min(start + batch_size, len(noise)))])
-        z, generators = noise[start : start + batch_size].draw()
-        clean = walk(velocity, z.to(rows.tokens.device), schedule, rows, generators)
-        pictures.append(to_pictures(painter, clean))
-    return torch.cat(pictures)
+    parts = walked(velocity, schedule, context, noise, painter.cell)
+    return torch.cat([to_pictures(painter, clean) for clean in parts])
+
+
+@torch.no_grad()
+def walked(velocity: Velocity, schedule: Schedule, context: Context, noise: Noise, cell: int) -> Iterator[Tensor]:
+    """The clean latents of some pictures after the other, on the context's device. cell: pixels along its side."""
+    height, width = noise.cells[1:]
+    at_once = min(MOST_AT_ONCE, max(1, PIXELS_AT_ONCE // (height * width * cell**2)))
+    for start in range(0, len(noise), at_once):
+        rows = Context.stack([context.row(i) for i in range(start, min(start + at_once, len(noise)))])
+        z, generators = noise[start : start + at_once].draw()
+        yield walk(velocity, z.to(rows.tokens.device), schedule, rows, generators)
 
 
 @torch.no_grad()
 def to_pictures(painter: Painter, clean: Tensor) -> Tensor:
-    """Clean latents [B, C, h, w] as uint8 [B, H, W, 3] on the CPU, rounded as diffusers' VaeImageProcessor does. Large
-    ones are decoded one by one: a decoder's activations take gigabytes a picture of 1024 x 1024."""
-    at_once = max(1, CELLS_AT_ONCE // (clean.shape[-2] * clean.shape[-1]))
-    decoded = torch.cat([painter.pixels(part) for part in clean.split(at_once)])
-    return as_bytes(decoded / 2 + 0.5)
+    """Clean latents [B, C, h, w] as uint8 [B, H, W, 3] on the CPU, rounded as diffusers' VaeImageProcessor does."""
+    return as_bytes(painter.pixels(clean) / 2 + 0.5)
 
 
 def as_bytes(pictures: Tensor) -> Tensor:

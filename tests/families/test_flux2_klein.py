@@ -241,7 +241,7 @@ def by_vlm(folder) -> KleinReader:
 
 @torch.no_grad()
 def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding(by_vlm, reader):
-    assert by_vlm.text.text_gap == 0
+    assert by_vlm.text.text_gap == 0  # though the twin's own rotary base is another
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     context = by_vlm.context(PROMPTS[:1], [red])
     assert context.lengths == (512 + 16,) and context.layout == ()
@@ -298,6 +298,13 @@ def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_pat
     shutil.rmtree(tmp_path / "parts" / "vae")
     with pytest.raises(ValueError, match="lacks the folder vae"):
         load_family(str(tmp_path / "parts"))
+
+
+def test_a_vlm_that_reads_texts_otherwise_is_refused(tmp_path, folder):
+    vlm = write_vlm(tmp_path / "vlm", TEXT | {"rms_norm_eps": 10.0})
+    family = load_family(str(folder), sight=Sight("vlm", str(vlm)))
+    with pytest.raises(ValueError, match="reads a text without a picture otherwise than the checkpoint's text encoder"):
+        family.load_reader(CPU, torch.float32, pictures=True)
 
 
 def test_a_vlm_of_another_size_is_refused(tmp_path, folder):

@@ -14,7 +14,7 @@ from dopsd.deployed import sample, sample_latents
 from dopsd.families import load_family
 from dopsd.families.base import Sight
 from dopsd.families.qwen import transplant, with_picture
-from dopsd.paint import noise_for
+from dopsd.paint import noise_for, paint
 from dopsd.rollout import rollout, walk
 
 CPU = torch.device("cpu")
@@ -201,3 +201,21 @@ def test_tiles_are_those_of_diffusers_and_only_pictures_are_decoded_in_them(pock
     wanted = theirs.tiled_decode(scaled, return_dict=False)[0]
     assert torch.equal(tiled.pixels(latents), wanted)
     assert not torch.equal(whole.pixels(latents), wanted) and (whole.pixels(latents) - wanted).abs().mean() < 0.1
+
+
+@torch.no_grad()
+def test_pictures_painted_one_by_one_are_those_painted_together(pocket, pocket_reader, monkeypatch):
+    denoiser, painter = pocket.load_denoiser(CPU, torch.float32), pocket.load_painter(CPU, torch.float32)
+    side = pocket.resolution // pocket.cell
+    context, noise = pocket_reader.context(PROMPTS), noise_for(range(3), pocket.channels, side, side)
+    sizes = []
+
+    def velocity(z, t, text):
+        sizes.append(len(z))
+        return denoiser(z, t, text)
+
+    together = paint(velocity, painter, pocket.schedule(2, side, side), context, noise)
+    monkeypatch.setattr("dopsd.paint.PIXELS_AT_ONCE", 2 * pocket.resolution**2)
+    apart = paint(velocity, painter, pocket.schedule(2, side, side), context, noise)
+    assert sizes == [3, 3, 2, 2, 1, 1]
+    assert (together.int() - apart.int()).abs().max() <= 1

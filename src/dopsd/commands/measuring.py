@@ -101,7 +101,7 @@ def prompts(
     """Write test prompts for a concept: of each picture its scene in other words, and four new scenes."""
     from dopsd.data.folder import read_folder
     from dopsd.deployed import deployed_on
-    from dopsd.families.qwen import Captioner
+    from dopsd.families.captioner import Captioner
     from dopsd.protocol.asking import MOST_TOKENS, write_test_prompts
 
     pictures = [(example.path, example.caption) for example in read_folder(folder).examples]

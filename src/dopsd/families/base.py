@@ -65,6 +65,7 @@ class Painter(Protocol):
     """The autoencoder."""
 
     fingerprint: str
+    cell: int  # pixels along a side of a latent cell
 
     def latents(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shift and scale applied."""

@@ -280,6 +280,7 @@ class KleinPainter(KLPainter):
 
     def __init__(self, vae: AutoencoderKLFlux2, tiled: bool = False):
         super().__init__(vae, tiled)
+        self.cell *= 2
         self._mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
         self._std = torch.sqrt(vae.bn.running_var.float().view(1, -1, 1, 1) + vae.config.batch_norm_eps)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dopsd.families.base import fingerprint_of
 from dopsd.families.checkpoint import Checkpoint
 
-PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder encodes in one call: 2.8 GiB of activations in float32
+PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder gets in one call: 2.8 GiB of activations in float32
 TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
 
 
@@ -39,12 +39,10 @@ class KLPainter:
         self.tiled = tiled
         shift, scale = vae.config.get("shift_factor"), vae.config.get("scaling_factor")
         self.shift, self.scale = shift or 0.0, scale or 1.0
+        self.cell = self._side = 2 ** (len(vae.config.block_out_channels) - 1)
         if tiled:
             side = min(TILE, vae.config.sample_size)
-            vae.tile_sample_min_size, vae.tile_latent_min_size = (
-                side,
-                side // 2 ** (len(vae.config.block_out_channels) - 1),
-            )
+            vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // self._side
 
     @cached_property
     def fingerprint(self) -> str:
@@ -60,8 +58,9 @@ class KLPainter:
         return (mode - self.shift) * self.scale
 
     def pixels(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.vae.device, self.vae.dtype) / self.scale
+        scaled = latents.to(self.vae.device, self.vae.dtype) / self.scale + self.shift
+        at_once = max(1, PIXELS_AT_ONCE // (scaled.shape[-2] * scaled.shape[-1] * self._side**2))
         self.vae.use_tiling = self.tiled
-        pixels = self.vae.decode(scaled + self.shift, return_dict=False)[0].float()
+        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in scaled.split(at_once)]
         self.vae.use_tiling = False
-        return pixels
+        return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Qwen3 and Qwen3-VL: prompts as the pipelines read them, the twin that sees pictures, and captions for pictures.
+"""Qwen3 and Qwen3-VL: prompts as the pipelines read them, and the twin that sees pictures.
 
 Shared by the families whose text encoder is a Qwen3. Pictures go through the PIL processor: no torchvision is needed.
 """
@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2VLImageProcessorPil,
-    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
 from transformers.utils import ModelOutput
@@ -38,6 +37,7 @@ PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's referenc
 # What gives the language weights their shapes, in the configs of Qwen3 and of Qwen3-VL.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
          "head_dim", "vocab_size")  # fmt: skip
+MOST_GAP = 0.05  # of the two ways to read a text alone; in bfloat16 rounding makes about a hundredth
 CURE = "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
 PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
 
@@ -78,17 +78,23 @@ class QwenReader:
         self.encoder.requires_grad_(False)
         self.vlm = self.processor = None
         if vlm is not None:
-            twin = twin_of(vlm)
-            seeing = load_vlm(Qwen3VLModel, twin, dtype)
+            twin, theta = twin_of(vlm), self.encoder.config.rope_parameters["rope_theta"]
+            seeing = load_vlm(Qwen3VLModel, twin, dtype, theta)
             transplant(self.encoder, seeing, vlm)  # before the VLM moves, so that no second copy goes along
             self.vlm = seeing.to(device)
             self.processor = load_processor(twin)
             self.text_gap = self._text_gap()
             log.info("vlm=%s language_weights=replaced text_only_gap=%.2e", vlm, self.text_gap)
+            if self.text_gap > MOST_GAP:
+                raise ValueError(
+                    f"the VLM {vlm} reads a text without a picture otherwise than the checkpoint's text encoder, by "
+                    f"{self.text_gap:.0%}: its config differs in more than sizes. {CURE}"
+                )
         marks = [fingerprint_of(self.encoder), str(dtype), self.tokenizer.chat_template or "", str(reading)]
         if self.vlm is not None:
             marks += [
                 suffix,
+                str(theta),
                 fingerprint_of(self.vlm.visual),
                 json.dumps(self.processor.to_dict(), default=str, sort_keys=True),
             ]
@@ -153,47 +159,13 @@ class QwenReader:
 
     @torch.no_grad()
     def _text_gap(self) -> float:
-        """Largest difference of the two text-only hidden states: 0 unless their rope settings or dtypes differ."""
+        """Largest difference of the two text-only states as a share of the largest state: 0 but for rounding."""
         assert self.vlm is not None
         text = templated(self.tokenizer, "a picture of a red house", self.reading.thinking)
         ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.encoder.device)
         plain = self._states(self.encoder(input_ids=ids, output_hidden_states=True))
         seeing = self._states(self.vlm.language_model(input_ids=ids, output_hidden_states=True))
-        return (plain.float() - seeing.float()).abs().max().item()
-
-
-class Captioner:
-    """A Qwen3-VL that says what it sees, by greedy search."""
-
-    def __init__(self, path: str, device: torch.device, dtype: torch.dtype):
-        checkpoint = Checkpoint(path)
-        self.vlm = load_vlm(Qwen3VLForConditionalGeneration, checkpoint, dtype).to(device)
-        with checkpoint.reading("tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        self.processor = load_processor(checkpoint)
-
-    def caption(self, image: Image.Image, question: str, most_tokens: int) -> str:
-        """The answer to a question about a picture, on one line."""
-        return self.answer([image], question, most_tokens)
-
-    @torch.no_grad()
-    def answer(self, images: Sequence[Image.Image], question: str, most_tokens: int) -> str:
-        """The answer to a question about pictures that stand before it in the same turn, on one line."""
-        patches = self.processor(images=list(images), return_tensors="pt").to(self.vlm.device)
-        marks = "".join(_marks(picture_tokens(self.processor, image.size)) for image in images)
-        text = templated(self.tokenizer, marks + question, thinking=True)
-        ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
-        answer = self.vlm.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=patches["pixel_values"],
-            image_grid_thw=patches["image_grid_thw"],
-            mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
-            max_new_tokens=most_tokens,
-            do_sample=False,
-        )
-        words = self.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
-        return " ".join(words.split())
+        return ((plain.float() - seeing.float()).abs().max() / plain.float().abs().max()).item()
 
 
 def templated(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> str:
@@ -211,10 +183,11 @@ def with_suffix(prompt: str, suffix: str) -> str:
 def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, thinking: bool = True) -> str:
     """One user turn, a picture of `count` tokens first, then the prompt; templated once. The picture's marks are
     written here, as Qwen3-VL's template writes them: the text encoder's own template knows no pictures."""
-    return templated(tokenizer, _marks(count) + prompt, thinking)
+    return templated(tokenizer, picture_marks(count) + prompt, thinking)
 
 
-def _marks(count: int) -> str:
+def picture_marks(count: int) -> str:
+    """What stands in a prompt for a picture of `count` tokens."""
     return f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
 
 
@@ -290,11 +263,16 @@ def _refuse_long(prompts: Sequence[str], lengths: Sequence[int], limit: int, of_
             )
 
 
-def load_vlm(kind: type[Model], checkpoint: Checkpoint, dtype: torch.dtype) -> Model:
-    """A Qwen3-VL of one of transformers' classes, frozen, on the CPU. Raises ValueError where there is none."""
+def load_vlm(kind: type[Model], checkpoint: Checkpoint, dtype: torch.dtype, theta: float | None = None) -> Model:
+    """A Qwen3-VL of one of transformers' classes, frozen, on the CPU; theta: of the language model's rotary positions,
+    where they are to be other weights' (Qwen3 was trained at 1e6, Qwen3-VL at 5e6). Raises ValueError where there is
+    none."""
     part = checkpoint.part()
     with checkpoint.reading("the model"):
-        return kind.from_pretrained(part, dtype=dtype).eval().requires_grad_(False)
+        config = AutoConfig.from_pretrained(part)
+        if theta is not None:
+            config.text_config.rope_parameters["rope_theta"] = theta
+        return kind.from_pretrained(part, config=config, dtype=dtype).eval().requires_grad_(False)
 
 
 def load_processor(checkpoint: Checkpoint) -> Qwen2VLImageProcessorPil:

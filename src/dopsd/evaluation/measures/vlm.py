@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from dopsd.families.qwen import Captioner
+from dopsd.families.captioner import Captioner
 from dopsd.paint import as_bytes, to_images
 
 log = logging.getLogger(__name__)

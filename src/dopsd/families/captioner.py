@@ -1,0 +1,44 @@
+"""A Qwen3-VL that answers questions about pictures: captions, grades, test prompts."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+from dopsd.families.checkpoint import Checkpoint
+from dopsd.families.qwen import load_processor, load_vlm, picture_marks, picture_tokens, templated
+
+
+class Captioner:
+    """A Qwen3-VL that says what it sees, by greedy search."""
+
+    def __init__(self, path: str, device: torch.device, dtype: torch.dtype):
+        checkpoint = Checkpoint(path)
+        self.vlm = load_vlm(Qwen3VLForConditionalGeneration, checkpoint, dtype).to(device)
+        with checkpoint.reading("tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        self.processor = load_processor(checkpoint)
+
+    def caption(self, image: Image.Image, question: str, most_tokens: int) -> str:
+        """The answer to a question about a picture, on one line."""
+        return self.answer([image], question, most_tokens)
+
+    @torch.no_grad()
+    def answer(self, images: Sequence[Image.Image], question: str, most_tokens: int) -> str:
+        """The answer to a question about pictures that stand before it in the same turn, on one line."""
+        patches = self.processor(images=list(images), return_tensors="pt").to(self.vlm.device)
+        marks = "".join(picture_marks(picture_tokens(self.processor, image.size)) for image in images)
+        text = templated(self.tokenizer, marks + question, thinking=True)
+        ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
+        answer = self.vlm.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=patches["pixel_values"],
+            image_grid_thw=patches["image_grid_thw"],
+            mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
+            max_new_tokens=most_tokens,
+            do_sample=False,
+        )
+        words = self.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        return " ".join(words.split())
