@@ -33,6 +33,10 @@ def write_model(folder: Path, network: nn.Module, family: Family, tuned: Mapping
             network.save_pretrained(part)  # type: ignore[operator] - of every diffusers model
         except SafetensorError as error:  # how safetensors says "no space left"
             raise OSError(str(error)) from error
+        for file in temporary.glob("*/*.fp16.safetensors"):  # there alone, it is found under the plain name too
+            plain = file.with_name(file.name.replace(".fp16.", "."))
+            if not plain.exists():
+                file.rename(plain)
         family.settle(temporary)
         if tuned is not None:
             (temporary / "README.md").unlink(missing_ok=True)  # the card of the untouched checkpoint

@@ -47,6 +47,9 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(200, json.dumps(tree).encode(), {})
         elif rest[:1] == ["resolve"]:
             name = "/".join(rest[2:])
+            if name not in FILES:
+                self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+                return
             if self.command == "GET":
                 self.asked.append(name)
             self.answer(200, FILES[name].read_bytes(), {"ETag": f'"{_oid(FILES[name])}"', "X-Repo-Commit": COMMIT})
@@ -122,6 +125,25 @@ def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
     wanted = ["gated: accept its licence", "neither a local folder nor a repository", "has no revision v9",
               "could not be reached", "nor a name that the hub could have", "does not exist"]  # fmt: skip
     assert len(lines) == len(wanted)
+    for line, words in zip(lines, wanted, strict=True):
+        assert words in line
+
+
+def test_whether_a_file_is_on_the_hub_is_known_without_fetching_it(hub, tmp_path):
+    endpoint, asked = hub
+    code = """
+from dopsd.families.checkpoint import weights_here
+for name in ("tiny/zimage/vae/diffusion_pytorch_model.safetensors", "tiny/zimage/lora.safetensors",
+             "missing/model/lora.safetensors", "gated/model/lora.safetensors", "./lora.safetensors"):
+    try:
+        print(weights_here(name, "model.distilled_by"))
+    except ValueError as error:
+        print(error)
+"""
+    lines = run(code, tmp_path, endpoint).splitlines()
+    wanted = ["None", "there is no lora.safetensors in tiny/zimage", "there is no lora.safetensors in missing/model",
+              "gated: accept its licence", "./lora.safetensors does not exist"]  # fmt: skip
+    assert len(lines) == len(wanted) and not asked
     for line, words in zip(lines, wanted, strict=True):
         assert words in line
 

@@ -231,12 +231,37 @@ def test_a_file_that_cannot_distil_is_refused(sdxl, dmd2_lora, pocket, tmp_path)
         (base, str(tmp_path / "other.safetensors"), "neither a LoRA nor a UNet"),
         (str(sdxl("turbo")), str(dmd2_lora), "is a few-step model already"),
         (str(pocket.checkpoint.folder), str(dmd2_lora), "zimage takes no model.distilled_by"),
+        (base, str(tmp_path / "missing.safetensors"), "does not exist"),
+        (base, "missing.safetensors", "does not exist"),
     ):
         with pytest.raises(ValueError, match=words):
             load_family(model, distilled_by=file)
-    for file, words in (("half.safetensors", "is no UNet of"), ("missing.safetensors", "does not exist")):
-        with pytest.raises(ValueError, match=words):
-            load_family(base, distilled_by=str(tmp_path / file)).load_denoiser(CPU, torch.float32)
+    half = load_family(base, distilled_by=str(tmp_path / "half.safetensors"))
+    assert half.licence == "other" and load_family(base, distilled_by=str(dmd2_lora)).licence == "cc-by-nc-4.0"
+    with pytest.raises(ValueError, match="is no UNet of"):
+        half.load_denoiser(CPU, torch.float32)
+
+
+def test_a_base_of_any_many_step_sampler_is_distilled_by_the_same_file_alike(sdxl, dmd2_lora, tmp_path):
+    usual, folder = load_family(str(sdxl("base")), distilled_by=str(dmd2_lora)), copied(sdxl, "base", tmp_path)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    said = json.loads(scheduler.read_text())
+    for sampler in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerAncestralDiscreteScheduler"):
+        scheduler.write_text(json.dumps(said | {"_class_name": sampler}))
+        family = load_family(str(folder), distilled_by=str(dmd2_lora))
+        assert torch.equal(family.schedule(4, 8, 8).times, usual.schedule(4, 8, 8).times)
+
+
+def test_a_checkpoint_in_half_precision_alone_paints_the_same_and_is_fused_whole(sdxl, dmd2_lora, tmp_path):
+    folder = copied(sdxl, "turbo", tmp_path)
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    noise = noise_for([5], 4, 8, 8)
+    theirs, mine = (sample_latents(load_family(str(each)), ["a cat"], noise) for each in (sdxl("turbo"), folder))
+    assert torch.equal(mine, theirs)
+    fuse(str(folder), dmd2_lora, tmp_path / "fused")
+    assert not list((tmp_path / "fused").glob("*/*.fp16.*"))
+    StableDiffusionXLPipeline.from_pretrained(tmp_path / "fused")
 
 
 def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_lora, lesson):

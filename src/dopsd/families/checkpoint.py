@@ -38,9 +38,11 @@ class Checkpoint:
 
     def part(self, name: str = ".") -> Path:
         """The folder of a part (".": the whole is one model) with its weights. Raises ValueError when it has none."""
+        part, patterns = self.folder / name, [f"{name}/*.safetensors" if name != "." else "*.safetensors"]
         if self._repo is not None:  # by the commit that the configs are of, whatever is pushed meanwhile
-            _fetch(self._repo, self.folder.name, [f"{name}/*.safetensors" if name != "." else "*.safetensors"], TWICE)
-        part = self.folder / name
+            _fetch(self._repo, self.folder.name, patterns, TWICE)
+            if not any(part.glob("*.safetensors")):  # there in half precision alone
+                _fetch(self._repo, self.folder.name, patterns)
         if not any(part.glob("*.safetensors")):
             raise ValueError(
                 f"{self.name}: {name} holds no .safetensors weights; it is incomplete, or of another form."
@@ -68,7 +70,16 @@ class Checkpoint:
 
     def whole(self) -> Path:
         """The folder with every part of the repository."""
-        return self.folder if self._repo is None else _fetch(self._repo, self.folder.name, WHOLE, TWICE)
+        if self._repo is not None:
+            _fetch(self._repo, self.folder.name, WHOLE, TWICE)
+            for config in self.folder.glob("*/config.json"):
+                self.part(config.parent.name)  # where it is there in half precision alone
+        return self.folder
+
+
+def variant_of(part: Path) -> str | None:
+    """The libraries' word for weights that are there in half precision alone."""
+    return "fp16" if all(file.name.endswith(TWICE[0][1:]) for file in part.glob("*.safetensors")) else None
 
 
 def mark_of(file: str | Path) -> list[Any]:
@@ -84,19 +95,52 @@ def weights_file(name: str, called: str) -> Path:
     Raises ValueError when there is no such thing."""
     if Path(name).is_file():
         return Path(name)
+    repository, file = _address(name, called)
+    found = _fetch(repository, None, [file]) / file
+    if not found.is_file():
+        raise ValueError(f"{called}: {repository} on the hub holds no {file}.")
+    return found
+
+
+def weights_here(name: str, called: str) -> Path | None:
+    """Such a file if it is on this machine; None where it is on the hub alone. Raises ValueError when there is no such
+    thing, without fetching it."""
+    if Path(name).is_file():
+        return Path(name)
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    repository, file = _address(name, called)
+    with _refusals(repository, None):
+        cached = try_to_load_from_cache(repository, file)
+        there = isinstance(cached, str) or HfApi().file_exists(repository, file)
+    if not there:
+        raise ValueError(f"{called}: there is no {file} in {repository} on the hub, or it is private.")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _address(name: str, called: str) -> tuple[str, str]:
+    """Repository and file of owner/name/file."""
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
     if name.startswith((".", "/", "~")) or not file:
         raise ValueError(f"{called} {name} does not exist: give a file, or owner/name/file.safetensors on the hub.")
-    found = _fetch(f"{owner}/{repository}", None, [file]) / file
-    if not found.is_file():
-        raise ValueError(f"{called}: {owner}/{repository} on the hub holds no {file}.")
-    return found
+    return f"{owner}/{repository}", file
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
     """The snapshot folder, these files of it up to date; from the cache where the hub cannot be reached."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with _refusals(repo, revision):
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(without))
+        )
+
+
+@contextmanager
+def _refusals(repo: str, revision: str | None) -> Iterator[None]:
+    """A block that asks the hub: whatever it says becomes one sentence."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -107,9 +151,7 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str], without: Se
     )
 
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(without))
-        )
+        yield
     except HFValidationError as error:
         raise ValueError(f"{repo} is neither a local folder nor a name that the hub could have.") from error
     except GatedRepoError as error:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from dopsd.batch import Context
 from dopsd.families.base import fingerprint_of
-from dopsd.families.checkpoint import Checkpoint
+from dopsd.families.checkpoint import Checkpoint, variant_of
 from dopsd.files import brief
 
 
@@ -24,7 +24,7 @@ class ClipPairReader:
             with checkpoint.reading(f"tokenizer{end}"):
                 self.tokenizers.append(AutoTokenizer.from_pretrained(checkpoint.folder / f"tokenizer{end}"))
             with checkpoint.reading(f"text_encoder{end}"):
-                encoder = kind.from_pretrained(part, dtype=dtype)
+                encoder = kind.from_pretrained(part, dtype=dtype, variant=variant_of(part))
             self.encoders.append(encoder.to(device).eval().requires_grad_(False))
         marks = [*(fingerprint_of(encoder) for encoder in self.encoders), str(dtype)]
         self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
 from dopsd.families.base import fingerprint_of
-from dopsd.families.checkpoint import Checkpoint
+from dopsd.families.checkpoint import Checkpoint, variant_of
 
 PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder gets in one call: 2.8 GiB of activations in float32
 TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
@@ -21,7 +21,7 @@ def load_vae(kind: type[Autoencoder], checkpoint: Checkpoint, device: torch.devi
     """The checkpoint's part `vae`."""
     part = checkpoint.part("vae")
     with checkpoint.reading("vae"):
-        return kind.from_pretrained(part, torch_dtype=dtype).to(device)
+        return kind.from_pretrained(part, torch_dtype=dtype, variant=variant_of(part)).to(device)
 
 
 def empty_vae(kind: type[Autoencoder], checkpoint: Checkpoint) -> Autoencoder:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
-from dopsd.families.checkpoint import Checkpoint, weights_file
+from dopsd.families.checkpoint import Checkpoint, variant_of, weights_file, weights_here
 from dopsd.families.clip_pair import ClipPairReader, count_tokens
 from dopsd.families.kl import KLPainter, empty_vae, load_vae
 from dopsd.families.lora import Pairs, merge_lora
@@ -36,6 +36,7 @@ from dopsd.files import brief, read_tensors, tensor_names, write_json
 from dopsd.flow import Schedule, per_row
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+KEY = "model.distilled_by"
 PARTNERS = (("lora_down", "lora_up"), ("lora_A", "lora_B"))
 Steps = Literal["euler", "ancestral", "renoise"]
 
@@ -103,11 +104,8 @@ class SDXL:
             self.multiple = self.cell * 2**halvings
             self.resolution: int = self._unet["sample_size"] * self.cell
         self._open_scheduler()
-        self.licence, self.default_nfe, self.distilled = (
-            self._kind.licence,
-            self._kind.default_nfe,
-            self._kind.distilled,
-        )
+        self.default_nfe, self.distilled = self._kind.default_nfe, self._kind.distilled
+        self.licence = self._kind.licence if "dmd2" in (distilled_by or "dmd2").lower() else "other"
 
     def _open_scheduler(self) -> None:
         """Which sampler the checkpoint is for. Raises ValueError for one that is not here."""
@@ -115,9 +113,11 @@ class SDXL:
             config = EulerDiscreteScheduler.load_config(self.checkpoint.folder / "scheduler")
             said, spacing = config["_class_name"], config.get("timestep_spacing")
         if self.distilled_by:
-            if said != "EulerDiscreteScheduler" or spacing == "trailing":
+            if (
+                said == "LCMScheduler" or spacing == "trailing"
+            ):  # whatever else is there, DMD2's sampler takes its place
                 raise ValueError(f"{self.checkpoint.name} is a few-step model already: leave model.distilled_by out.")
-            _kind_of_weights(self.distilled_by)
+            _refuse_no_distiller(self.distilled_by)
             said = "LCMScheduler"
         if config.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError(
@@ -176,13 +176,13 @@ class SDXL:
             return SDXLDenoiser(UNet2DConditionModel.from_config(self._unet), self._times, self.cell)
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "SDXLDenoiser":
-        file = weights_file(self.distilled_by, "model.distilled_by") if self.distilled_by else None
-        if file and _kind_of_weights(str(file)) == "unet":
+        file = weights_file(self.distilled_by, KEY) if self.distilled_by else None
+        if file and _kind_of(file) == "unet":
             network = self._unet_of(file, dtype)
         else:
             part = self.checkpoint.part("unet")
             with self.checkpoint.reading("unet"):
-                network = UNet2DConditionModel.from_pretrained(part, torch_dtype=dtype)
+                network = UNet2DConditionModel.from_pretrained(part, torch_dtype=dtype, variant=variant_of(part))
             if file:
                 merge_lora(network, file, self)
         return SDXLDenoiser(network.to(device), self._times, self.cell)
@@ -240,7 +240,7 @@ class SDXL:
             return Usage(arguments)
         imports, setup = ["from diffusers import LCMScheduler"], [LCM_LINE]
         where, file = _address(self.distilled_by)
-        if _kind_of_weights(self.distilled_by) == "unet":
+        if _kind_of(weights_file(self.distilled_by, KEY)) == "unet":
             imports.append("from safetensors.torch import load_file")
             setup.append(f'pipeline.unet.load_state_dict(load_file("{where}/{file}"))')
         else:
@@ -281,17 +281,21 @@ def _address(name: str) -> tuple[str, str]:
     return f"{owner}/{repository}", file
 
 
-def _kind_of_weights(name: str) -> Literal["lora", "unet", "unseen"]:
-    """What a file that distils is, by the names in it. Raises ValueError where it can be neither."""
+def _refuse_no_distiller(name: str) -> None:
+    """Raise ValueError for a file that cannot distil, as far as can be known without fetching it."""
     if not name.endswith(".safetensors"):
-        raise ValueError(f"model.distilled_by {name} is no .safetensors file: `dopsd import` turns a .bin into one.")
-    if not Path(name).is_file():
-        return "unseen"
-    names = tensor_names(Path(name))
+        raise ValueError(f"{KEY} {name} is no .safetensors file: `dopsd import` turns a .bin into one.")
+    if file := weights_here(name, KEY):
+        _kind_of(file)
+
+
+def _kind_of(file: Path) -> Literal["lora", "unet"]:
+    """What a file that distils is, by the names in it. Raises ValueError where it can be neither."""
+    names = tensor_names(file)
     if any("lora" in each for each in names):
         return "lora"
     if "conv_in.weight" not in names:
-        raise ValueError(f"model.distilled_by {name} holds neither a LoRA nor a UNet with diffusers' names.")
+        raise ValueError(f"{KEY} {file} holds neither a LoRA nor a UNet with diffusers' names.")
     return "unet"
 
 
