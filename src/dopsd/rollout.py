@@ -27,17 +27,18 @@ def rollout(
     noise: Tensor,
     schedule: Schedule,
     context: Context,
-    rng: Rng | None = None,
+    rng: Rng | Callable[[Step], Rng] | None = None,
     graph_at: Container[int] | None = None,
 ) -> Iterator[Visit]:
     """Walk unit noise [B, C, h, w] (float32) down the schedule. The next state is always detached: no graph spans two
-    steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them. graph_at: the
-    steps whose velocity gets a graph at all; default: every one."""
+    steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them. rng: what
+    steps that renoise draw from, or says it of each. graph_at: the steps whose velocity gets a graph at all; default:
+    every one."""
     z = schedule.start * noise
     for s in schedule.steps():
         with torch.set_grad_enabled(torch.is_grad_enabled() and (graph_at is None or s.index in graph_at)):
             u = velocity(z, s.now.expand(len(z)).to(z.device), context)
-        z_next = step(z, u.detach(), s, rng)
+        z_next = step(z, u.detach(), s, rng(s) if callable(rng) else rng)
         yield Visit(s, z, u, z_next)
         z = z_next
 

@@ -393,26 +393,55 @@ def test_invariant_19_any_rising_transform_of_the_score_gives_the_same_gradient(
     assert not same(plain.gradients, turned.gradients)
 
 
-def test_invariant_19_the_higher_score_is_the_winner_for_every_step():
-    """At the start the winner's states are pulled to where they went: steps along the gradient raise the score."""
-    student = Plain(0)
-    ends = []
+def test_invariant_19_the_higher_score_is_the_winner_for_every_step(monkeypatch):
+    """Each row's winner states are those of the walk whose picture scored higher, at every trained step."""
+    student, states, ends, handed = Plain(0), [], [], []
+
+    def watched(z, t, text):
+        states.append(z)
+        return student(z, t, text)
 
     def watching(pictures, prompts):
-        ends.append(pictures.clone())
+        ends.append(pictures)
         return redness(pictures, prompts)
 
-    method, data = PSOOnline(judge="red", beta=2), batch()
-    parts = roles(student, base=Plain(0), score=watching)
-    before = outcome(method, student, Plain(0)).told
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
-    for _ in range(20):
-        student.zero_grad()
-        for piece in method.losses(parts, data, torch.Generator().manual_seed(7)):
+    def caught(parts, text, terms, *_, **__):
+        handed.extend(terms)
+        return ()
+
+    monkeypatch.setattr("dopsd.methods.pso_online.pairwise_losses", caught)
+    method = PSOOnline(judge="red", stochastic_steps=(0, 1, 2))
+    data = Batch(latents(1, 8), context(2, 8), ("a",) * 8, torch.ones(8))
+    list(method.losses(roles(watched, score=watching), data, torch.Generator().manual_seed(3)))
+    one, two = states[:4] + ends[:1], states[4:8] + ends[1:]
+    won = redness(ends[0], None) > redness(ends[1], None)
+    assert 0 < won.sum() < len(won) and [(term.branch, term.step) for term in handed] == [
+        (branch, k) for k in range(3) for branch in ("winner", "loser")
+    ]
+    for term in handed:
+        from_one = (won if term.branch == "winner" else ~won).view(-1, 1, 1, 1)
+        assert torch.equal(term.z, torch.where(from_one, one[term.step], two[term.step]))
+        step = list(Schedule(TIMES, (0.0,) * 4).stochastic(0.5, [0, 1, 2]).steps())[term.step]
+        reached = transition(step).share * term.z - transition(step).slope * term.wanted
+        went = torch.where(from_one, one[term.step + 1], two[term.step + 1])
+        torch.testing.assert_close(reached, went, rtol=0, atol=1e-12)
+
+
+def test_online_steps_raise_the_score_on_walks_that_were_not_trained_on():
+    student, rows = Plain(0), 64
+    data = Batch(latents(1, rows), context(2, rows), ("a",) * rows, torch.ones(rows, dtype=torch.float64))
+    method, parts = PSOOnline(judge="red", beta=2), roles(student, base=Plain(0), score=redness)
+
+    def score() -> float:
+        return sum(run(method, parts, data, student, seed=seed).told["score"] for seed in range(900, 908)) / 8
+
+    before, optimizer = score(), torch.optim.SGD(student.parameters(), lr=0.05)
+    for seed in range(20):
+        optimizer.zero_grad()
+        for piece in method.losses(parts, data, torch.Generator().manual_seed(seed)):
             piece.surrogate.backward()
         optimizer.step()
-    after = outcome(method, student, Plain(0)).told
-    assert after["score"] > before["score"]
+    assert score() > before + 0.02
 
 
 def test_invariant_19_ties_and_missing_scores_drop_the_pair():
@@ -440,14 +469,15 @@ def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_t
     walks = []
     r = math.sin(0.25 * math.pi)
     start = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
-    for _ in range(2):
+    for seeds in torch.randint(2**62, (2, 4), generator=rng).tolist():
         z = start
         for k in range(4):
             now, after = TIMES[k], TIMES[k + 1]
             with torch.no_grad():
                 u = student(z, now.expand(3), data.context)
             if k == 1:
-                fresh = torch.randn(z.shape, generator=rng, dtype=torch.float64)
+                drawn = torch.Generator().manual_seed(seeds[k])
+                fresh = torch.randn(z.shape, generator=drawn, dtype=torch.float64)
                 state = z
                 mean = (1 - after) * clean_of(z, u, now) + after * math.sqrt(1 - r * r) * noise_of(z, u, now)
                 z = went = mean + after * r * fresh
@@ -467,6 +497,22 @@ def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_t
     step = list(Schedule(TIMES, (0.0,) * 4).stochastic(0.5, [1]).steps())[1]
     scale = transition(step).weight  # ours are normalised to 1
     assert same(mine.gradients, [p.grad for p in student.parameters()], beta / 2 / scale, tolerance=1e-10)
+
+
+@pytest.mark.parametrize(("start", "alike"), [("shared", [True, True, True, False]), ("own", [False] * 4)])
+def test_what_a_sampler_draws_by_itself_is_shared_by_the_two_walks(start, alike):
+    """DMD2's sampler renoises at every step; only step 2 is trained, so nothing before it may tell the walks apart."""
+    student, states = Plain(0), []
+
+    def watched(z, t, text):
+        states.append(z)
+        return student(z, t, text)
+
+    renoising = Schedule(TIMES, (1.0, 1.0, 1.0, 0.0))
+    parts = replace(roles(watched, score=redness), schedule=lambda nfe, h, w: renoising)
+    method = PSOOnline(judge="red", stochastic_steps=(2,), start=start)
+    next(iter(method.losses(parts, batch(), torch.Generator().manual_seed(7))))
+    assert [torch.equal(one, other) for one, other in zip(states[:4], states[4:8], strict=True)] == alike
 
 
 # --- numerics -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ is the one that the walk's next state implies; the better walk is the winner. Th
 margin = beta sum_k w_k [ E_k(loser) - E_k(winner) ]               E as in `preference`, w_k as in `pso`, normalised
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dopsd.batch import Batch
-from dopsd.flow import noise_like, transition
+from dopsd.flow import Step, noise_like, transition
 from dopsd.methods.base import Loss, Need, Roles, row_errors
 from dopsd.methods.preference import Branch, Preference, Term, normalised, pairwise_losses
 from dopsd.rollout import rollout
@@ -33,7 +33,7 @@ class PSOOnline(Preference):
     eta: float = Field(default=0.5, gt=0, le=1, description="Noise of the steps below: r = sin(eta pi/2).")
     start: Literal["shared", "own"] = Field(
         default="shared",
-        description="Noise the walks start from: shared, so that the steps decide who wins; own is the paper's code.",
+        description="Start and sampler's own noise: shared, so that the trained steps decide; own is the paper's code.",
     )
     stochastic_steps: tuple[Index, ...] | None = Field(
         default=None, min_length=1, description="Steps that draw noise and are trained; default: the second and third."
@@ -70,8 +70,13 @@ class PSOOnline(Preference):
         schedule = schedule.stochastic(self.eta, chosen)
         first = noise_like(batch.latents, rng)
         starts = (first, first if self.start == "shared" else noise_like(first, rng))
+        seeds = torch.randint(2**62, (2, schedule.nfe), generator=rng, device=rng.device)
+        if self.start == "shared":  # what the sampler itself draws, at steps that are not trained, decides nothing
+            others = [step for step in range(schedule.nfe) if step not in chosen]
+            seeds[1, others] = seeds[0, others]
         with torch.no_grad():
-            walks = [list(rollout(roles.student, start, schedule, batch.context, rng)) for start in starts]
+            walks = [list(rollout(roles.student, start, schedule, batch.context, _drawing(own, rng)))
+                     for start, own in zip(starts, seeds.tolist(), strict=True)]  # fmt: skip
         ends = [walk[-1].z_next for walk in walks]
         scores = torch.stack([roles.score(end, batch.prompts).to(end) for end in ends])
         better = _better(scores)
@@ -87,6 +92,11 @@ class PSOOnline(Preference):
                 terms.append(Term(branch, k, z, t, move.implied(z, z_next), weight))
         told = {"score": scores.nanmean(), "diversity": row_errors(*ends).sqrt().mean()}
         yield from pairwise_losses(roles, batch.context, terms, self.beta, batch.weight * (better != 0), told=told)
+
+
+def _drawing(seeds: list[int], rng: torch.Generator) -> Callable[[Step], torch.Generator]:
+    """A generator of its own for each step of a walk, where `rng` lives."""
+    return lambda step: torch.Generator(rng.device).manual_seed(seeds[step.index])
 
 
 def _better(scores: Tensor) -> Tensor:
