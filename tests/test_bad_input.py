@@ -128,7 +128,7 @@ SETTINGS = {  # a --set of an otherwise good recipe: part of the sentence
     "lora.rank.x=1": "--set lora.rank.x=1: rank is a value", "lora.rank=[1": "'[1' is not a YAML value",
     f"lora.rank={DEEP}": "--set lora.rank=", "run_name=2020-13-45": "--set run_name=",
     "lora.rnak=8": "lora.rnak is no key of a recipe (did you mean lora.rank", "method.name=magic": "one of dopsd, sft",
-    "method.teacher_decay=1": "method.teacher_decay is no key of a recipe", "method={nfe: 4}": "one of dopsd, sft",
+    "method.teacher_decay=1": "method.teacher_decay is no key of a recipe; it is one of dopsd", "method={nfe: 4}": "one of dopsd, sft",
     "method={name: dopsd, teacher_decay: 2}": "method.teacher_decay is 2: input should be less than",
     "track.to=mlflow": "is 'mlflow': input should be 'tensorboard'", "data.folder=nowhere": "nowhere is not a folder",
     "sample.prompts=[[a]]": "sample.prompts.0 is ['a']", "data.more=[{folder: gone}]": "gone is not a folder",

@@ -9,6 +9,7 @@ from dopsd.cli import app
 from dopsd.files import read_tensors
 from dopsd.forecast import Forecast
 from dopsd.recipe import Recipe, parse_recipe
+from dopsd.run import train
 from dopsd.training.checkpoint import checkpoints
 
 JUDGES = """
@@ -27,6 +28,15 @@ def falls_silent(pictures, prompts):
 
 def one_number(pictures, prompts):
     return red(pictures, prompts).mean()
+
+def falls_to_infinity(pictures, prompts):
+    return falls_silent(pictures, prompts).nan_to_num(float("inf"))
+
+def constant(pictures, prompts):
+    return red(pictures, prompts) * 0
+
+def fails(pictures):
+    return red(pictures, pictures)
 
 def whole_numbers(pictures, prompts):
     return torch.ones(len(pictures), dtype=torch.int64)
@@ -66,9 +76,10 @@ def refused(recipe: Recipe, tmp_path: Path) -> str:
     return printed.rpartition("dopsd: ")[2]
 
 
-def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(lesson, tmp_path, desk):
-    said = refused(recipe_of(lesson, tmp_path / "runs", "own_judges:falls_silent"), tmp_path)
-    assert said.startswith("the judge own_judges:falls_silent answered NaN for every picture of 4 walks in a row")
+@pytest.mark.parametrize("judge", ["falls_silent", "falls_to_infinity"])
+def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(judge, lesson, tmp_path, desk):
+    said = refused(recipe_of(lesson, tmp_path / "runs", f"own_judges:{judge}"), tmp_path)
+    assert said.startswith(f"the judge own_judges:{judge} gave no picture of 4 walks in a row a finite score")
     kept = checkpoints(tmp_path / "runs" / "run")[-1]
     assert kept.name == "step-000003"  # two steps with a judge, one without
     assert read_tensors(kept / "student.safetensors")
@@ -79,6 +90,7 @@ def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(lesson,
     [
         ("own_judges:one_number", "answered torch.float32 [] to 1 pictures"),
         ("own_judges:whole_numbers", "answered torch.int64 [1] to 1 pictures"),
+        ("own_judges:fails", "the judge own_judges:fails failed on 1 pictures (TypeError: "),
         ("own_judges:nobody", "cannot be imported"),
         ("own_judges:calls", "is a int, which cannot be called"),
         ("no_such_module:judge", "cannot be imported"),
@@ -87,6 +99,14 @@ def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(lesson,
 def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(judge, words, lesson, tmp_path, desk):
     assert words in refused(recipe_of(lesson, tmp_path / "runs", judge), tmp_path)
     assert not list((tmp_path / "runs").glob("run/*.safetensors"))
+
+
+def test_a_judge_that_tells_nothing_apart_is_said_to(lesson, tmp_path, desk, caplog):
+    list(train(recipe_of(lesson, tmp_path / "runs", "own_judges:constant")))
+    said = [record.getMessage() for record in caplog.records if "gave the same scores" in record.getMessage()]
+    assert said == [
+        "the judge own_judges:constant gave the same scores to 4 walks in a row: pairs of equal score teach nothing"
+    ]
 
 
 def test_check_says_that_the_judges_own_model_comes_on_top(lesson, tmp_path, monkeypatch):

@@ -61,7 +61,10 @@ def open_family(recipe: Recipe) -> Family:
     """The recipe's checkpoint, refused with one sentence when it or its method cannot be tuned."""
     family = family_of(recipe)
     if reason := missing(recipe.method, family.teacher_contexts):
-        raise ValueError(f"{recipe.method.name} cannot run on {family.name}: {reason}. `dopsd list` shows what can.")
+        so_set = "" if missing(type(recipe.method), family.teacher_contexts) else " as it is set"
+        raise ValueError(
+            f"{recipe.method.name} cannot run on {family.name}{so_set}: {reason}. `dopsd list` shows what can."
+        )
     if not family.distilled and not recipe.model.allow_base:
         by_file = ", or a file in model.distilled_by that makes it one" if family.distillable else ""
         raise ValueError(
@@ -252,13 +255,15 @@ def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, s
     return room, dtype_of(recipe, device), f"this machine's {device.type} with {room / 2**30:.0f} GiB"
 
 
-def refuse_too_large(peak: Forecast, room: int, where: str) -> None:
+def refuse_too_large(recipe: Recipe, peak: Forecast, room: int, where: str) -> None:
     """Raise ValueError where full fine-tuning's step, at the least memory that it can take, does not fit."""
     if not peak.fits(room):
+        ways = [] if recipe.model.offload else ["model.offload: true (teacher and untouched model in main memory)"]
+        ways += [] if recipe.train.optimizer == "adamw_8bit" else ["train.optimizer: adamw_8bit"]
         raise ValueError(
-            f"full fine-tuning takes {peak.peak / 2**30:.2f} GiB in a step at model.memory: low, too much for {where}. "
-            "Set model.offload: true (teacher and untouched model stay in main memory), train.optimizer: adamw_8bit or "
-            "a smaller data.resolution, or tune LoRA (adapter: lora)."
+            f"full fine-tuning takes {peak.peak / 2**30:.2f} GiB in a step at model.memory: low, and with a tenth and "
+            f"1 GiB to spare that is too much for {where}. Set {', '.join([*ways, 'a smaller data.resolution'])}, or "
+            "tune LoRA (adapter: lora)."
         )
 
 
@@ -267,7 +272,7 @@ def lean_on(recipe: Recipe, found: Checked, device: torch.device, dtype: torch.d
     where full fine-tuning is too large for it all the same."""
     if recipe.adapter == "full":
         room, dtype, where = planned_for(recipe, None)
-        refuse_too_large(foresee(recipe, found, dtype, lean=True), room, where)
+        refuse_too_large(recipe, foresee(recipe, found, dtype, lean=True), room, where)
     if recipe.model.offload:
         return True  # or all copies of the weights would stay alive until the end of a backward pass
     if recipe.model.memory != "auto":

@@ -55,7 +55,7 @@ def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     if (judge := loaded.method.judged_by) and (model := find_judge(judge).model):
         out.print(f"           the judge's own model, {model}, comes on top", highlight=False)
     if loaded.adapter == "full":
-        refuse_too_large(peaks["low"], room, where)
+        refuse_too_large(loaded, peaks["low"], room, where)
 
 
 def forwards_of(text: str | None) -> tuple[int, ...]:

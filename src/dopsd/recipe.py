@@ -166,6 +166,9 @@ def _hint(place: str) -> str:
     if last in ALIASES:
         return f"; {last} is {ALIASES[last]} here"
     keys = known_keys()
+    if place in keys:  # of another method than the recipe's
+        owners = [name for name, method in METHODS.items() if place.removeprefix("method.") in method.model_fields]
+        return f"; it is one of {', '.join(owners)}"
     close = difflib.get_close_matches(place, keys, 1, 0.6)
     close = close or [k for k in keys if difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() > 0.7]
     return f" (did you mean {close[0]}?)" if close else f"; the sections are {', '.join(Recipe.model_fields)}"

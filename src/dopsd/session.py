@@ -41,18 +41,25 @@ def judged_by(recipe: Recipe, family: Family, device: torch.device, lean: bool) 
     judge = load_judge(str(recipe.method.judged_by), device)
     painter = family.load_painter(device, torch.float32, tiled=lean)
     most = 2 * recipe.train.max_skipped_steps * recipe.train.gradient_accumulation_steps  # two walks a batch
-    silent_in_a_row = 0
+    silent_in_a_row, alike_in_a_row, before = 0, 0, None
 
     @torch.no_grad()
     def score(clean: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        nonlocal silent_in_a_row
+        nonlocal silent_in_a_row, alike_in_a_row, before
         scores = judge((painter.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
         silent_in_a_row = silent_in_a_row + 1 if scores.isnan().all() else 0
+        alike_in_a_row = alike_in_a_row + 1 if before is not None and torch.equal(scores, before) else 0
+        before = scores
+        if alike_in_a_row == most:
+            log.warning(
+                "the judge %s gave the same scores to %d walks in a row: pairs of equal score teach nothing",
+                recipe.method.judged_by, most,
+            )  # fmt: skip
         if silent_in_a_row == most:
             raise ValueError(
-                f"the judge {recipe.method.judged_by} answered NaN for every picture of {most} walks in a row: nothing "
-                "can be learned from that. What was saved before is kept; look at what the judge makes of pictures "
-                "[B, 3, H, W] in [0, 1]."
+                f"the judge {recipe.method.judged_by} gave no picture of {most} walks in a row a finite score: "
+                "nothing can be learned from that. What was saved before is kept; look at what the judge makes of "
+                "pictures [B, 3, H, W] in [0, 1]."
             )
         return scores
 

@@ -323,13 +323,15 @@ def test_pairs_bring_one_or_several_rejected_pictures(tmp_path):
         ({"chosen": "a.png", "rejected": 7, "text": "x"}, "names its picture with 7"),
         ({"rejected": "a.png", "text": "x"}, "has none of file_name, image, image_path, target, chosen"),
         ({"chosen": "a.png", "rejected": "../a.png", "text": "x"}, "outside the folder"),
+        ({"chosen": "a.png", "rejected": ["a.png"], "text": "x"}, "names a.png as chosen and as rejected"),
     ],
 )
 def test_a_pair_missing_a_side_is_named(row, said, tmp_path):
     picture(tmp_path / "a.png")
     json_lines(tmp_path, row)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refused:
         read_folder(tmp_path)
+    assert "no row of metadata.jsonl names it" not in str(refused.value)
 
 
 def test_a_rejected_picture_that_cannot_be_decoded_refuses_the_pair(tmp_path):

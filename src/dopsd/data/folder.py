@@ -139,10 +139,11 @@ def _listed_in(metadata: Path) -> list[Finding]:
         try:
             if isinstance(row, str):
                 raise ValueError(f"{where} {row}.")
+            named |= _mentioned(row, metadata.parent)
             edited, rejected = _references(row, metadata.parent, where), _rejected(row, metadata.parent, where)
-            named |= {*edited, *rejected}
             path = _picture_of(row, metadata.parent, where, bool(edited))
-            named.add(path)
+            if path in rejected:
+                raise ValueError(f"{where} names {path.name} as chosen and as rejected: a pair is of two pictures.")
             texts = _first(row, CAPTION_COLUMNS, where)
             if texts == [] or not isinstance(texts, list):
                 texts = [texts]
@@ -154,6 +155,12 @@ def _listed_in(metadata: Path) -> list[Finding]:
         raise ValueError(f"no pictures in {metadata.parent}: {metadata.name} has no rows.")
     unnamed = f"has no caption: no row of {metadata.name} names it."
     return findings + [(p, f"{p.name} {unnamed}") for p in pictures_in(metadata.parent) if p not in named]
+
+
+def _mentioned(row: Mapping[str, object], folder: Path) -> set[Path]:
+    """The files of the folder that a row names, whatever else is wrong with it."""
+    values = (each for value in row.values() for each in (value if isinstance(value, list) else [value]))
+    return {folder / name for name in values if isinstance(name, str)}
 
 
 def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:

@@ -24,7 +24,7 @@ def find_judge(name: str) -> Found:
 
 def load_judge(name: str, device: torch.device) -> Judge:
     """The judge of a name, its model on the device. What it answers is checked: a floating tensor of one number a
-    picture; it comes back as float32 on the pictures' device. NaN stays NaN: the caller drops it."""
+    picture; it comes back as float32 on the pictures' device, NaN where it is not finite: the caller drops it."""
     found = find_judge(name)
     if found.model:
         raw = found.made(found.model, device)
@@ -33,13 +33,20 @@ def load_judge(name: str, device: torch.device) -> Judge:
 
     @torch.no_grad()
     def judge(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        answer = raw(pictures, prompts)
+        try:
+            answer = raw(pictures, prompts)
+        except Exception as error:  # of whatever the user's code may raise
+            raise ValueError(
+                f"the judge {name} failed on {len(pictures)} pictures ({type(error).__name__}: {error}): it is called "
+                "with pictures [B, 3, H, W] in [0, 1] and a list of B prompts."
+            ) from error
         if not (isinstance(answer, Tensor) and answer.is_floating_point() and answer.shape == (len(pictures),)):
             what = f"{answer.dtype} {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise ValueError(
                 f"the judge {name} answered {what} to {len(pictures)} pictures: it must answer a floating tensor "
                 f"[{len(pictures)}], one number a picture."
             )
-        return answer.to(pictures.device, torch.float32)
+        scores = answer.to(pictures.device, torch.float32)
+        return torch.where(scores.isfinite(), scores, torch.nan)
 
     return judge

@@ -32,7 +32,7 @@ class PSO(Preference):
         description="Losers: the student's own noisy walk, or pictures painted once, before training.",
     )
     eta: float = Field(
-        default=0.5, gt=0, le=1, description="Noise of the walk: r = sin(eta pi/2), 1 = all noise is drawn anew."
+        default=0.5, ge=0.01, le=1, description="Noise of the walk: r = sin(eta pi/2), 1 = all noise is drawn anew."
     )
     weights: Literal["normalised", "exact"] = Field(
         default="normalised", description="exact: the likelihood's own, which spread over three orders of magnitude."

@@ -30,7 +30,7 @@ class PSOOnline(Preference):
         description="Scores pictures, higher is better: red, pickscore, clip, ... or package.module:callable.",
         examples=["pickscore"],
     )
-    eta: float = Field(default=0.5, gt=0, le=1, description="Noise of the steps below: r = sin(eta pi/2).")
+    eta: float = Field(default=0.5, ge=0.01, le=1, description="Noise of the steps below: r = sin(eta pi/2).")
     start: Literal["shared", "own"] = Field(
         default="shared",
         description="Start and sampler's own noise: shared, so that the trained steps decide; own is the paper's code.",
