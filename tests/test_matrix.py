@@ -13,13 +13,12 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from PIL import Image
 from tiny_klein import write_klein
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.batch import Batch
 from dopsd.families import FAMILIES, POCKET, family_class, load_family
 from dopsd.families.base import Family
-from dopsd.forecast import forecast
 from dopsd.methods import METHODS, missing
-from dopsd.recipe import parse_recipe
 from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.loop import Plan, steps
 from dopsd.training.roles import Teacher, make_roles
@@ -124,16 +123,18 @@ def test_adapters_reach_what_check_says_and_every_block_linear_that_tokens_pass(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_autoencoder_that_a_judge_looks_through_is_in_the_forecast(name, opened):
+def test_what_is_forecast_without_weights_has_the_shapes_of_what_is_loaded(name, opened):
+    def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+        return {key: tensor.shape for key, tensor in module.state_dict().items()}
+
     family, side = opened(name), CELLS * opened(name).cell
-    resident = {}
-    for method in ("pso", "pso_online"):
-        tree = {"model": {"name_or_path": "x"}, "data": {"folder": "x"}, "run_name": "x", "lora": {"rank": RANK},
-                "method": {"name": method} | TOLD.get(method, {})}  # fmt: skip
-        resident[method] = forecast(parse_recipe(tree), family, (side, side), PROMPTS, torch.float32, False).resident
-    vae = family.load_painter(CPU, torch.float32).vae
-    size = sum(tensor.nbytes for tensor in vae.state_dict().values())
-    assert resident["pso_online"] - resident["pso"] == pytest.approx(size, rel=0.05)
+    painter, latents = family.load_painter(CPU, torch.float32), torch.zeros(1, family.channels, CELLS, CELLS)
+    assert painter.pixels(latents).shape == (1, 3, side, side)
+    loaded = shapes(painter.vae), shapes(family.load_denoiser(CPU, torch.float32))
+    with FakeTensorMode():
+        empty = family.empty_painter(tiled=False)
+        assert empty.pixels(torch.zeros(latents.shape)).shape == (1, 3, side, side)
+        assert (shapes(empty.vae), shapes(family.empty_denoiser())) == loaded
 
 
 def test_every_cell_is_open_or_says_why():

@@ -7,6 +7,7 @@ import torch
 
 from dopsd.compare import compare
 from dopsd.files import read_tensors
+from dopsd.pocket.exam import Sheet
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 
@@ -57,7 +58,9 @@ def test_offload_trains_the_same_numbers(sdxl, lesson, tmp_path):
     assert same(plain, away)
 
 
-def test_compare_takes_two_methods_on_turbo(sdxl, lesson, tmp_path):
+def test_compare_takes_two_methods_on_turbo(sdxl, lesson, tmp_path, monkeypatch):
+    monkeypatch.setattr("dopsd.pocket.exam.UNSEEN_SCENES", 4)
+    monkeypatch.setattr(Sheet.write, "__defaults__", (None, 4))  # unrelated prompts
     model = {"name_or_path": str(sdxl("turbo"))}
     recipes = [
         recipe_of(model, lesson, tmp_path / "runs", "plain"),

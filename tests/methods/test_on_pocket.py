@@ -91,11 +91,11 @@ def trained(pocket: Family, method: Method, batch: Batch, steps: int, rate: floa
 
 CASES = [  # (method, steps, learning rate, number read, sign it moves in, least move)
     pytest.param(SFT(), 20, 2e-3, "loss", -1, 0.05, id="sft"),
-    pytest.param(DreamBooth(class_prompt="a toy"), 15, 2e-3, "loss", -1, 0.05, id="dreambooth"),
-    pytest.param(DOPSD(nfe=2), 15, 2e-3, "loss", -1, 0.05, id="dopsd"),
-    pytest.param(DPO(beta=10), 12, 1e-3, "accuracy", 1, 0.3, id="dpo"),
-    pytest.param(PSO(nfe=2), 10, 1e-3, "margin", 1, 0.3, id="pso-rollout"),
-    pytest.param(PSO(nfe=2, form="forward"), 10, 1e-3, "margin", 1, 0.3, id="pso-forward"),
+    pytest.param(DreamBooth(class_prompt="a toy"), 20, 2e-3, "loss", -1, 0.05, id="dreambooth"),
+    pytest.param(DOPSD(nfe=2), 20, 2e-3, "loss", -1, 0.05, id="dopsd"),
+    pytest.param(DPO(beta=10), 20, 1e-3, "margin", 1, 0.3, id="dpo"),
+    pytest.param(PSO(nfe=2), 20, 1e-3, "margin", 1, 0.3, id="pso-rollout"),
+    pytest.param(PSO(nfe=2, form="forward"), 20, 1e-3, "margin", 1, 0.3, id="pso-forward"),
 ]
 
 
@@ -103,6 +103,12 @@ CASES = [  # (method, steps, learning rate, number read, sign it moves in, least
 def test_a_method_moves_its_own_objective(method, steps, rate, name, sign, least, pocket, lesson_batch):
     before, after, _ = trained(pocket, method, lesson_batch, steps, rate, 0, name)
     assert sign * (after - before) > least, (before, after)
+
+
+def test_retention_is_exactly_0_before_the_first_step(pocket, lesson_batch):
+    method = DOPSD(nfe=2, retention=1.0)
+    _, _, parts = student_of(pocket, method, seed=0)
+    assert told(method, parts, lesson_batch, "retention") == 0
 
 
 @pytest.mark.slow
@@ -113,9 +119,10 @@ def test_the_margins_hold_for_three_seeds(method, steps, rate, name, sign, least
         assert sign * (after - before) > least, (seed, before, after)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, pocket, pocket_reader):
+@pytest.mark.parametrize(
+    ("seed", "steps"), [(0, 20), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in range(3))]
+)
+def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, steps, pocket, pocket_reader):
     """Judge `red`, on prompts that name all colours; health as a run's checkup measures it, on other prompts."""
     prompts = [caption_of(stated) for stated in unrelated(8, stream=9)]
     side = pocket.resolution // pocket.cell
@@ -123,7 +130,7 @@ def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, poc
         torch.zeros(8, pocket.channels, side, side), pocket_reader.context(prompts), tuple(prompts), torch.ones(8)
     )
     method = PSOOnline(judge="red", beta=100)
-    *_, parts = trained(pocket, method, batch, 40, 2e-3, seed, "score")
+    *_, parts = trained(pocket, method, batch, steps, 2e-3, seed, "score")
     scores = {}
     for name, velocity in (("tuned", parts.student), ("base", parts.base)):
         noises = [torch.randn(batch.latents.shape, generator=generator_at(2, index)) for index in range(4)]
@@ -138,4 +145,4 @@ def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, poc
         parts.base, painter, lambda nfe: pocket.schedule(nfe, side, side), 4, context, (pocket.channels, side, side)
     )
     found = checkup.examine(parts.student, painter)
-    assert found.measures["sharpness"].healthy and found.measures["diversity"].healthy, str(found)
+    assert found.healthy, str(found)

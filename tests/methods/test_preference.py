@@ -251,6 +251,20 @@ def test_invariant_7_the_order_of_the_pairs_does_not_matter(permutation):
     assert same(*results)
 
 
+def test_invariant_7_micro_batches_add_up_to_the_batch():
+    student, base, weight = Plain(0), Plain(1), batch().weight
+    gradients = []
+    for rows in (slice(0, 3), slice(0, 1), slice(1, 3)):
+        terms = [replace(t, z=t.z[rows], t=t.t[rows], wanted=t.wanted[rows]) for t in terms_of(student)]
+        text = replace(context(2), tokens=context(2).tokens[rows], lengths=context(2).lengths[rows])
+        student.zero_grad()
+        for piece in pairwise_losses(roles(student, base=base), text, terms, 2.0, weight[rows]):
+            piece.surrogate.backward()
+        gradients.append([p.grad.clone() for p in student.parameters()])
+    whole, one, two = gradients
+    assert same(whole, [(a + 2 * b) / 3 for a, b in zip(one, two, strict=True)])
+
+
 def test_invariant_7_one_margin_over_all_steps_is_below_the_mean_of_margins_of_each():
     """Jensen: -log sigmoid is convex, so f(mean of z_k) <= mean of f(z_k)."""
     margins = torch.randn(1000, 4, dtype=torch.float64) * 3

@@ -116,5 +116,13 @@ def pictures(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = 
         write_lesson(folder, seed, count)
 
 
+@app.command()
+def pairs(folder: Path, seed: int = 0, count: int = 16) -> None:
+    """Draw `count` captioned pairs of a chosen and a rejected picture: data for Diffusion-DPO."""
+    from dopsd.pocket.exam import write_pairs
+
+    write_pairs(folder, seed, count)
+
+
 if __name__ == "__main__":
     app()

@@ -55,6 +55,21 @@ def write_style_lesson(folder: Path, seed: int, pictures: int = 4) -> None:
         write_text(folder / f"{index}.txt", caption_of(said, style=True, name=NAMES[seed % len(NAMES)]) + "\n")
 
 
+def write_pairs(folder: Path, seed: int, count: int) -> None:
+    """Draw `count` pairs as people who rank pictures would leave them: the scene of a caption as chosen, another one as
+    rejected, named by metadata.jsonl."""
+    rng = np.random.default_rng([HELD_OUT, seed, 5])
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        scene, other = draw_scene(rng), draw_scene(rng)
+        names = {"chosen": f"{index}-chosen.png", "rejected": f"{index}-rejected.png"}
+        for name, shown in zip(names.values(), (scene, other), strict=True):
+            Image.fromarray(render(shown)).save(folder / name)
+        rows.append(names | {"text": caption_of(stated_of(scene, rng))})
+    write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def lesson_of(folder: Path) -> int | None:
     """The thing's seed where a data folder is a pocket lesson."""
     file = folder / LESSON_FILE
