@@ -81,7 +81,10 @@ class Same:
 CELLS_OF_THE_MATRIX = [(family, method) for family in FAMILIES for method in METHODS]
 
 
-@pytest.mark.parametrize(("name", "method"), [*CELLS_OF_THE_MATRIX, ("sdxl distilled by a LoRA", "sft")])
+DMD2 = [("sdxl distilled by a LoRA", method) for method in METHODS]
+
+
+@pytest.mark.parametrize(("name", "method"), [*CELLS_OF_THE_MATRIX, *DMD2])
 def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, batch_of):
     family, settings = opened(name), METHODS[method].model_validate({"nfe": 2} | TOLD.get(method, {}))
     if why := missing(settings, family.teacher_contexts):

@@ -21,10 +21,10 @@ from dopsd.families.base import Sight
 from dopsd.families.flux2_klein import LAST_SUFFIX, SUFFIX, Flux2Klein, KleinReader
 from dopsd.families.lora import read_lora
 from dopsd.methods import DOPSD
-from dopsd.methods.base import Roles
 from dopsd.paint import noise_for
 from dopsd.rollout import rollout, walk
-from dopsd.training.adapters import coverage
+from dopsd.training.adapters import add_lora, coverage
+from dopsd.training.roles import Teacher, make_roles
 
 CPU = torch.device("cpu")
 PROMPTS = ["a star", "a big red heart at the left on night in striped style", "words unseen: kaleidoscope, zeppelin"]
@@ -195,6 +195,8 @@ def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_pi
     suffixed = reader.context([f"{prompt} {SUFFIX}" for prompt in PROMPTS[:2]])
     assert torch.equal(seeing.tokens, suffixed.tokens)
     assert (denoiser(z, t, seeing) - denoiser(z, t, suffixed)).abs().mean() > 0.05  # by the picture, not the words
+    without = replace(seeing, extras={})  # the same prompt, its picture taken away: nothing of it is left in the words
+    assert torch.equal(denoiser(z, t, without), denoiser(z, t, suffixed))
     assert torch.equal(denoiser(z, t, reader.context(PROMPTS[:2], references=[[], []])), denoiser(z, t, plain))
 
 
@@ -213,25 +215,33 @@ def test_the_suffix_is_the_users_to_choose(folder):
         assert family.teachers_prompt("a star", False) == family.teachers_prompt("a star", True) == told
 
 
-def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_reference(klein, reader, denoiser):
-    privileged = reader.context(PROMPTS[:1], [noisy_picture(6, 64, 64)])
-    picture = privileged.extras["reference_0"].clone().requires_grad_(True)
-    scale, seen = torch.ones(1, requires_grad=True), []
+def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teachers_picture(klein, reader):
+    """With the roles that a run has. The student's own reference would get a gradient, if it asked for one."""
+    shown, target = noisy_picture(7, 64, 64), noisy_picture(6, 64, 64)
+    own, privileged = reader.context(PROMPTS[:1], None, [[shown]]), reader.context(PROMPTS[:1], [target], [[shown]])
+    mine, theirs = (
+        {name: latents.clone().requires_grad_(True) for name, latents in each.extras.items()}
+        for each in (own, privileged)
+    )
+    assert list(mine) == ["reference_0"] and list(theirs) == ["reference_0", "reference_1"]
+    denoiser = klein.load_denoiser(CPU, torch.float32)
+    student = add_lora(denoiser.network, klein.lora_targets, rank=2, alpha=2, seed=0)
+    teacher = Teacher(student, 0.9999)
+    roles, seen = make_roles(denoiser, student, teacher, lambda nfe, h, w: klein.schedule(nfe or 4, h, w)), []
 
-    def student(z, t, context):
+    def watched(z, t, context):
         seen.append(t[0].clone())
-        return scale * denoiser(z, t, context)
+        return roles.student(z, t, context)
 
-    teacher = torch.no_grad()(lambda z, t, context: denoiser(z, t, context))
-    roles = Roles(student, teacher, teacher, lambda nfe, h, w: klein.schedule(nfe or klein.default_nfe, h, w))
     batch = Batch(
-        torch.zeros(1, klein.channels, 4, 4), reader.context(PROMPTS[:1]), tuple(PROMPTS[:1]), torch.ones(1),
-        replace(privileged, extras={"reference_0": picture}),
+        torch.zeros(1, klein.channels, 4, 4), replace(own, extras=mine), tuple(PROMPTS[:1]), torch.ones(1),
+        replace(privileged, extras=theirs),
     )  # fmt: skip
-    for piece in DOPSD().losses(roles, batch, torch.Generator().manual_seed(0)):
+    for piece in DOPSD().losses(replace(roles, student=watched), batch, torch.Generator().manual_seed(0)):
         piece.surrogate.backward()
     assert torch.equal(torch.stack(seen), klein.schedule(4, 4, 4).times[:-1])
-    assert picture.grad is None and scale.grad is not None and scale.grad.abs() > 0
+    assert all(latents.grad is None for latents in theirs.values()) and mine["reference_0"].grad.any()
+    assert any(parameter.grad.any() for parameter in student.values())
 
 
 @pytest.fixture(scope="module")
