@@ -35,8 +35,11 @@ from dopsd.families.qwen import QwenReader, Reading, count_tokens, with_suffix
 from dopsd.flow import Schedule
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-LAYERS: tuple[int, ...] = inspect.signature(Flux2KleinPipeline.__call__).parameters["text_encoder_out_layers"].default
-READING = Reading(LAYERS, thinking=False, padded=True)  # as Flux2KleinPipeline.encode_prompt
+_ASKED = inspect.signature(Flux2KleinPipeline.__call__).parameters
+LAYERS: tuple[int, ...] = _ASKED["text_encoder_out_layers"].default
+READING = Reading(
+    LAYERS, thinking=False, padded=True, length=_ASKED["max_sequence_length"].default
+)  # as Flux2KleinPipeline.encode_prompt
 NFE = 4  # that klein was distilled for; the pipeline's default of 50 is the base models'
 CELLS = 128  # the pipeline's default_sample_size: cells of the autoencoder along a side
 # What Flux2ImageProcessor takes as a picture to edit: pixels, side, long side by short one.

@@ -32,7 +32,9 @@ from dopsd.files import brief
 
 log = logging.getLogger(__name__)
 
-TEXT_TOKENS = 512  # the pipelines' max_sequence_length
+TEXTS_AT_ONCE = (
+    16  # whose hidden states, of all layers, are in memory together: 1.5 GiB of an 8 B encoder at 512 tokens
+)
 PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
 # What gives the language weights their shapes, in the configs of Qwen3 and of Qwen3-VL.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -47,12 +49,13 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 @dataclass(frozen=True)
 class Reading:
     """How a pipeline reads prompts with its Qwen3. layers: the hidden states that lie side by side in a token;
-    thinking: whether the template leaves room for thoughts; padded: to TEXT_TOKENS, the network being fed what stands
-    on the padding too."""
+    thinking: whether the template leaves room for thoughts; length: the pipeline's limit; padded: to that, the network
+    being fed what stands on the padding too."""
 
     layers: tuple[int, ...]
     thinking: bool
     padded: bool
+    length: int
 
 
 class QwenReader:
@@ -111,16 +114,18 @@ class QwenReader:
         if images is not None:
             return Context.stack([self._privileged(p, i) for p, i in zip(prompts, images, strict=True)])
         texts = [templated(self.tokenizer, prompt, self.reading.thinking) for prompt in prompts]
-        tokens = self._tokens(texts, TEXT_TOKENS)
-        _refuse_long(prompts, tokens.attention_mask.sum(1).tolist(), TEXT_TOKENS)
-        tokens = tokens.to(self.encoder.device)
-        states = self._states(
-            self.encoder(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask.bool(), output_hidden_states=True
+        rows = []
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            part = slice(start, start + TEXTS_AT_ONCE)
+            tokens = self._tokens(texts[part], self.reading.length)
+            _refuse_long(prompts[part], tokens.attention_mask.sum(1).tolist(), self.reading.length)
+            tokens = tokens.to(self.encoder.device)
+            mask = tokens.attention_mask.bool()
+            answer = self.encoder(
+                input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False
             )
-        )
-        fed = torch.ones_like(tokens.attention_mask) if self.reading.padded else tokens.attention_mask
-        rows = [state[mask] for state, mask in zip(states, fed.bool(), strict=True)]
+            fed = torch.ones_like(mask) if self.reading.padded else mask
+            rows += [state[kept] for state, kept in zip(self._states(answer), fed, strict=True)]
         return Context.stack([Context(row[None], (len(row),)) for row in rows])
 
     def _tokens(self, texts: Sequence[str], length: int) -> BatchEncoding:
@@ -153,6 +158,7 @@ class QwenReader:
                 image_grid_thw=patches["image_grid_thw"],
                 mm_token_type_ids=kinds,
                 output_hidden_states=True,
+                use_cache=False,
             )
         )
         return Context(states, (ids.shape[1],))
@@ -215,7 +221,7 @@ def count_tokens(
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
     if sizes is None:
         texts = [templated(tokenizer, prompt, reading.thinking) for prompt in prompts]
-        limits = [TEXT_TOKENS] * len(texts)
+        limits = [reading.length] * len(texts)
     else:
         twin = twin_of(vlm)
         refuse_other_size(checkpoint, twin)
@@ -252,7 +258,7 @@ def refuse_other_size(checkpoint: Checkpoint, twin: Checkpoint) -> None:
 
 def _limit(reading: Reading, count: int) -> int:
     """Tokens of prompt and picture together. What is padded keeps the pipeline's length beside the picture."""
-    return TEXT_TOKENS + count if reading.padded else PRIVILEGED_TOKENS
+    return reading.length + count if reading.padded else PRIVILEGED_TOKENS
 
 
 def _refuse_long(prompts: Sequence[str], lengths: Sequence[int], limit: int, of_them: str = "") -> None:

@@ -28,15 +28,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dopsd.batch import Context
 from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
-from dopsd.families.checkpoint import Checkpoint, variant_of, weights_file, weights_here
+from dopsd.families.checkpoint import Checkpoint, variant_of, weights_file
 from dopsd.families.clip_pair import ClipPairReader, count_tokens
+from dopsd.families.distiller import KEY, address_of, kind_of, refuse_no_distiller
 from dopsd.families.kl import KLPainter, empty_vae, load_vae
 from dopsd.families.lora import Pairs, merge_lora
-from dopsd.files import brief, read_tensors, tensor_names, write_json
+from dopsd.files import brief, read_tensors, write_json
 from dopsd.flow import Schedule, per_row
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-KEY = "model.distilled_by"
 PARTNERS = (("lora_down", "lora_up"), ("lora_A", "lora_B"))
 Steps = Literal["euler", "ancestral", "renoise"]
 
@@ -118,7 +118,7 @@ class SDXL:
                 said == "LCMScheduler" or spacing == "trailing"
             ):  # whatever else is there, DMD2's sampler takes its place
                 raise ValueError(f"{self.checkpoint.name} is a few-step model already: leave model.distilled_by out.")
-            _refuse_no_distiller(self.distilled_by)
+            refuse_no_distiller(self.distilled_by)
             said = "LCMScheduler"
         if config.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError(
@@ -178,7 +178,7 @@ class SDXL:
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "SDXLDenoiser":
         file = weights_file(self.distilled_by, KEY) if self.distilled_by else None
-        if file and _kind_of(file) == "unet":
+        if file and kind_of(file) == "unet":
             network = self._unet_of(file, dtype)
         else:
             part = self.checkpoint.part("unet")
@@ -240,8 +240,8 @@ class SDXL:
         if not self.distilled_by:
             return Usage(arguments)
         imports, setup = ["from diffusers import LCMScheduler"], [LCM_LINE]
-        where, file = _address(self.distilled_by)
-        if _kind_of(weights_file(self.distilled_by, KEY)) == "unet":
+        where, file = address_of(self.distilled_by)
+        if kind_of(weights_file(self.distilled_by, KEY)) == "unet":
             imports.append("from safetensors.torch import load_file")
             setup.append(f'pipeline.unet.load_state_dict(load_file("{where}/{file}"))')
         else:
@@ -272,32 +272,6 @@ class SDXL:
 def _clock(sigmas: Tensor) -> Tensor:
     """t = sigma / (1 + sigma), float32."""
     return (sigmas / (1 + sigmas)).float()
-
-
-def _address(name: str) -> tuple[str, str]:
-    """Folder or repository, and file, as they may be told to others."""
-    if Path(name).is_file():
-        return "path/to", Path(name).name
-    owner, repository, file = name.split("/", 2)
-    return f"{owner}/{repository}", file
-
-
-def _refuse_no_distiller(name: str) -> None:
-    """Raise ValueError for a file that cannot distil, as far as can be known without fetching it."""
-    if not name.endswith(".safetensors"):
-        raise ValueError(f"{KEY} {name} is no .safetensors file: `dopsd import` turns a .bin into one.")
-    if file := weights_here(name, KEY):
-        _kind_of(file)
-
-
-def _kind_of(file: Path) -> Literal["lora", "unet"]:
-    """What a file that distils is, by the names in it. Raises ValueError where it can be neither."""
-    names = tensor_names(file)
-    if any("lora" in each for each in names):
-        return "lora"
-    if "conv_in.weight" not in names:
-        raise ValueError(f"{KEY} {file} holds neither a LoRA nor a UNet with diffusers' names.")
-    return "unet"
 
 
 class SDXLDenoiser(Denoiser):

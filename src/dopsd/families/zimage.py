@@ -4,6 +4,7 @@ Z-Image counts time from noise (0) to clean (1) and answers clean - noise; `ZIma
 teacher reads its picture through a Qwen3-VL whose language weights are replaced by the pipeline's text encoder.
 """
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from dopsd.families.qwen import QwenReader, Reading, count_tokens, text_width
 from dopsd.flow import Schedule
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-READING = Reading(layers=(-2,), thinking=True, padded=False)  # as ZImagePipeline.encode_prompt
+LENGTH: int = inspect.signature(ZImagePipeline.__call__).parameters["max_sequence_length"].default
+READING = Reading(layers=(-2,), thinking=True, padded=False, length=LENGTH)  # as ZImagePipeline.encode_prompt
 # Of the reference code's Z-Image script: 4 pictures a step, 2000 steps.
 TURBO_STARTING_POINTS = {
     "lora.rank": 32,
