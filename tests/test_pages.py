@@ -17,6 +17,15 @@ def test_the_page_is_what_its_script_writes(script: str, page: str, monkeypatch)
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == written, f"run benchmarks/{script}.py again"
 
 
+def test_the_readmes_comparison_is_what_was_measured():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for model, row in json.loads((ROOT / "docs" / "table1.json").read_text(encoding="utf-8")).items():
+        if model != "teacher":
+            found = row["nfe"]["4"]
+            cells = (f"{found[m]['value']:.3f}" for m in ("thing_error", "thing_hit", "sharpness", "attributes"))
+            assert f"({model}) | {' | '.join(cells)} |" in page, model
+
+
 def test_every_full_size_recipe_says_the_memory_that_was_forecast_for_it():
     rows = json.loads((ROOT / "docs" / "forecast.json").read_text(encoding="utf-8"))
     files = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("pocket")}

@@ -6,6 +6,7 @@ margin = beta sum_k w_k [ E_k(loser) - E_k(winner) ]               E as in `pref
 """
 
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Annotated, Literal
 
 import torch
@@ -70,13 +71,13 @@ class PSOOnline(Preference):
         schedule = schedule.stochastic(self.eta, chosen)
         first = noise_like(batch.latents, rng)
         starts = (first, first if self.start == "shared" else noise_like(first, rng))
-        seeds = torch.randint(2**62, (2, schedule.nfe), generator=rng, device=rng.device)
+        drawn = Random(rng.initial_seed())  # no tensor: the forecast walks where none has a value
+        seeds = [[drawn.getrandbits(62) for _ in range(schedule.nfe)] for _ in starts]
         if self.start == "shared":  # what the sampler itself draws, at steps that are not trained, decides nothing
-            others = [step for step in range(schedule.nfe) if step not in chosen]
-            seeds[1, others] = seeds[0, others]
+            seeds[1] = [(own if k in chosen else other) for k, (other, own) in enumerate(zip(*seeds, strict=True))]
         with torch.no_grad():
             walks = [list(rollout(roles.student, start, schedule, batch.context, _drawing(own, rng)))
-                     for start, own in zip(starts, seeds.tolist(), strict=True)]  # fmt: skip
+                     for start, own in zip(starts, seeds, strict=True)]  # fmt: skip
         ends = [walk[-1].z_next for walk in walks]
         scores = torch.stack([roles.score(end, batch.prompts).to(end) for end in ends])
         better = _better(scores)
