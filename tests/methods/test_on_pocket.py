@@ -94,7 +94,7 @@ CASES = [  # (method, steps, learning rate, number read, sign it moves in, least
     pytest.param(DreamBooth(class_prompt="a toy"), 20, 2e-3, "loss", -1, 0.05, id="dreambooth"),
     pytest.param(DOPSD(nfe=2), 20, 2e-3, "loss", -1, 0.05, id="dopsd"),
     pytest.param(DPO(beta=10), 20, 1e-3, "margin", 1, 0.3, id="dpo"),
-    pytest.param(PSO(nfe=2), 20, 1e-3, "margin", 1, 0.3, id="pso-rollout"),
+    pytest.param(PSO(nfe=2), 20, 3e-4, "margin", 1, 0.3, id="pso-rollout"),
     pytest.param(PSO(nfe=2, form="forward"), 20, 1e-3, "margin", 1, 0.3, id="pso-forward"),
 ]
 
