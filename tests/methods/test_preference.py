@@ -317,9 +317,9 @@ def test_invariant_8_a_larger_error_on_the_loser_lowers_the_loss():
 
 
 def test_invariant_13_a_walk_without_noise_is_refused_for_its_loser_would_have_no_gradient():
-    with pytest.raises(ValueError, match="greater than or equal to 0.01"):
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.01"):
         PSO(eta=0)
-    with pytest.raises(ValueError, match="greater than or equal to 0.01"):
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.01"):
         PSOOnline(judge="red", eta=0)
     student, z, t = Plain(), latents(3), TIMES[1].expand(3)
     own = student(z, t, context(2)).detach()  # what a deterministic walk would want of itself
