@@ -24,7 +24,6 @@ from dopsd.deployed import cells_of, deployed_on
 from dopsd.evaluation.nearness import distances
 from dopsd.families import load_family
 from dopsd.families.base import Family, Painter
-from dopsd.families.checkpoint import mark_of
 from dopsd.families.lora import merge_lora
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.model_folder import is_model
@@ -76,7 +75,7 @@ class Contest:
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.family = family_of(recipe)
-        self._weights = [self.family.checkpoint.mark(), mark_of(recipe.model.distilled_by or "")]
+        self._weights = self.family.checkpoint.mark(recipe.model.distilled_by)
         self.thing = lesson_of(recipe.data.folder)
         self._folder, self._device, self._dtype = folder, *deployed_on()
         kind = Pictures if self.thing is None else Lesson

@@ -16,7 +16,6 @@ from dopsd.data.folder import METADATA, Example, Listing
 from dopsd.data.sources import one_caption_each
 from dopsd.deployed import cells_of, deployed_on
 from dopsd.families.base import Family
-from dopsd.families.checkpoint import mark_of
 from dopsd.files import atomic_path, write_text
 from dopsd.paint import noise_for, paint, to_images
 from dopsd.recipe import Recipe
@@ -50,8 +49,7 @@ def paint_ahead(
     """`count` pictures of each prompt, painted unless they are there: the files by prompt. The networks are in memory
     only meanwhile."""
     side, nfe = max(recipe.data.resolution, default=family.resolution), family.default_nfe
-    weights = [family.checkpoint.mark(), mark_of(recipe.model.distilled_by or "")]
-    key = [weights, sorted(prompts), count, side, nfe, FIRST_SEED]
+    key = [family.checkpoint.mark(recipe.model.distilled_by), sorted(prompts), count, side, nfe, FIRST_SEED]
     folder = recipe.output_dir / "cache" / "generated" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     wanted = [
         (prompt, folder / f"{place:04d}-{number:03d}.png", FIRST_SEED + place * count + number)

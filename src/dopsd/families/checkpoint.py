@@ -49,12 +49,14 @@ class Checkpoint:
             )
         return part
 
-    def mark(self) -> list[Any]:
-        """What tells its weights from others, as JSON: the commit on the hub, or name, size and time of local files."""
+    def mark(self, distilled_by: str | None) -> list[Any]:
+        """What tells its weights, and those of a file that distils it, from others, as JSON: the commit on the hub, or
+        name, size and time of local files."""
+        distiller = _mark_of(distilled_by or "")
         if self._repo is not None:
-            return [self._repo, self.folder.name]
+            return [[self._repo, self.folder.name], distiller]
         files = sorted(self.folder.rglob("*.safetensors"))
-        return [[file.relative_to(self.folder).as_posix(), *mark_of(file)] for file in files]
+        return [[[file.relative_to(self.folder).as_posix(), *_mark_of(file)] for file in files], distiller]
 
     @contextmanager
     def reading(self, part: str) -> Iterator[None]:
@@ -82,8 +84,8 @@ def variant_of(part: Path) -> str | None:
     return "fp16" if all(file.name.endswith(TWICE[0][1:]) for file in part.glob("*.safetensors")) else None
 
 
-def mark_of(file: str | Path) -> list[Any]:
-    """Likewise of one file: size and time, or its address on the hub."""
+def _mark_of(file: str | Path) -> list[Any]:
+    """Of one file: size and time, or its address on the hub."""
     if not Path(file).is_file():
         return [str(file)]
     found = Path(file).stat()
@@ -95,7 +97,7 @@ def weights_file(name: str, called: str) -> Path:
     Raises ValueError when there is no such thing."""
     if Path(name).is_file():
         return Path(name)
-    repository, file = _address(name, called)
+    repository, file = hub_address(name, called)
     found = _fetch(repository, None, [file]) / file
     if not found.is_file():
         raise ValueError(f"{called}: {repository} on the hub holds no {file}.")
@@ -109,7 +111,7 @@ def weights_here(name: str, called: str) -> Path | None:
         return Path(name)
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    repository, file = _address(name, called)
+    repository, file = hub_address(name, called)
     with _refusals(repository, None):
         cached = try_to_load_from_cache(repository, file)
         there = isinstance(cached, str) or HfApi().file_exists(repository, file)
@@ -118,8 +120,8 @@ def weights_here(name: str, called: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _address(name: str, called: str) -> tuple[str, str]:
-    """Repository and file of owner/name/file."""
+def hub_address(name: str, called: str) -> tuple[str, str]:
+    """Repository and file of owner/name/file. Raises ValueError, naming the key `called`, for any other form."""
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
     if name.startswith((".", "/", "~")) or not file:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from dopsd.families.checkpoint import weights_here
+from dopsd.families.checkpoint import hub_address, weights_here
 from dopsd.files import tensor_names
 
 KEY = "model.distilled_by"
@@ -13,8 +13,7 @@ def address_of(name: str) -> tuple[str, str]:
     """Folder or repository, and file, as they may be told to others."""
     if Path(name).is_file():
         return "path/to", Path(name).name
-    owner, repository, file = name.split("/", 2)
-    return f"{owner}/{repository}", file
+    return hub_address(name, KEY)
 
 
 def refuse_no_distiller(name: str) -> None:

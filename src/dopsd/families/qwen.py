@@ -32,9 +32,7 @@ from dopsd.files import brief
 
 log = logging.getLogger(__name__)
 
-TEXTS_AT_ONCE = (
-    16  # whose hidden states, of all layers, are in memory together: 1.5 GiB of an 8 B encoder at 512 tokens
-)
+TEXTS_AT_ONCE = 16  # their hidden states, of all layers, are in memory together: 2.5 GB of an 8 B encoder at 512 tokens
 PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
 # What gives the language weights their shapes, in the configs of Qwen3 and of Qwen3-VL.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
