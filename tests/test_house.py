@@ -1,15 +1,17 @@
-"""The house keeps its shape: imports point downward, libraries stay in their rooms, files and functions stay small.
+"""The layout of the package, held by tests: who may import whom, where libraries live, how long files may be.
 
-Everything here reads the source with `ast` and runs none of it, except two tests of what `import dopsd.cli` drags in.
-When a rule is in the way, see CONTRIBUTING.md.
+The import table is read from docs/architecture.md and printed. Everything here reads the source with `ast` and runs
+none of it, except two tests of what the command line imports. When a rule is in the way, see CONTRIBUTING.md.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -18,40 +20,28 @@ import pytest
 import dopsd
 
 SOURCE = Path(dopsd.__file__).parent
+ARCHITECTURE = SOURCE.parents[1] / "docs" / "architecture.md"
 
-# Rooms (top-level names under dopsd, and every __main__), low to high. A room imports from floors below and from
-# itself, never from a neighbour on its floor. So training may use families.base and methods.base: they are lower.
-FLOORS = (
-    ("files", "batch", "flow", "stopping", "statistics"),
-    ("families", "rollout"),
-    ("methods", "paint"),
-    ("training", "data", "evaluation", "pocket", "settings"),
-    ("recipe", "export", "model_folder", "preview", "doctor", "pickled"),
-    ("session", "run_folder", "starter", "deployed", "trackers", "forecast", "card", "inspection", "budget"),
-    ("ward", "checking", "generated", "protocol"),
-    ("run", "preflight", "contest", "dedistill"),
-    ("standings",),
-    ("compare", "console"),
-    ("door",),
-    ("commands",),
-    ("cli", "__main__"),
+# Modules that do not have their place yet.
+NOT_YET_MOVED: set[str] = set(
+    (
+        "batch budget card checking cli commands compare console contest dedistill deployed doctor door evaluation "
+        "export families flow forecast generated inspection model_folder paint pickled pocket preflight preview "
+        "protocol recipe rollout run run_folder session settings standings starter statistics stopping trackers ward "
+        "training data methods __init__ "
+    ).split()
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-
-# Lower floors that a room must not know all the same.
-STRANGERS = {"methods": {"families", "files"}}
 
 # Who may import a heavy library; patterns of paths under src/dopsd.
-MODELS = ("families/*", "pocket/*", "evaluation/measures/*")
+MODELS = ("models/*", "evaluation/metrics/*", "pocket/*")
 HOMES = {
     "diffusers": MODELS,
     "transformers": MODELS,
     "tokenizers": MODELS,
     "peft": ("training/adapters.py",),
     "bitsandbytes": ("training/quantize.py",),
-    "accelerate": ("training/loop.py", "session.py", "deployed.py", "run.py", "trackers.py", "checking.py"),
+    "accelerate": ("training/distributed.py", "models/pipeline.py", "runs/outputs/trackers.py"),
 }
-VERSION_STRINGS = {("run.py", "diffusers.__version__")}
 
 MAX_FILE_LINES = 330
 MAX_FUNCTION_LINES = 80
@@ -68,10 +58,10 @@ class File:
     tree: ast.Module
 
     @property
-    def room(self) -> str:
-        """Empty for dopsd/__init__.py, the face of the package, which lives on no floor."""
+    def package(self) -> str:
+        """The package or single file under dopsd that it belongs to; `__init__` for dopsd/__init__.py itself."""
         parts = self.module.split(".")
-        return "__main__" if parts[-1] == "__main__" else parts[1] if len(parts) > 1 else ""
+        return parts[1] if len(parts) > 1 else "__init__"
 
     def at(self, line: int) -> str:
         return f"src/dopsd/{self.path}:{line}"
@@ -92,7 +82,7 @@ def _read(path: Path) -> File:
 
 
 FILES = [_read(path) for path in sorted(SOURCE.rglob("*.py"))]
-MODULES = {file.module for file in FILES}
+MODULES = {file.module: file for file in FILES}
 
 
 def imports_of(file: File) -> Iterator[Import]:
@@ -108,90 +98,114 @@ def imports_of(file: File) -> Iterator[Import]:
                 yield Import(node.lineno, f"{source}.{alias.name}")
 
 
-def room_of(name: str) -> str:
-    """The room an import leads to; "" for a name that is dopsd's own."""
-    parts = name.split(".")
-    if name in MODULES and parts[-1] == "__main__":
-        return "__main__"
-    return parts[1] if len(parts) > 1 and f"dopsd.{parts[1]}" in MODULES else ""
+def module_of(name: str) -> str | None:
+    """The module of dopsd that an imported name comes from; None for other libraries."""
+    if name.split(".")[0] != "dopsd":
+        return None
+    return name if name in MODULES else name.rpartition(".")[0]
 
 
-def house_imports() -> Iterator[tuple[File, Import, str]]:
-    """(file, import, room it leads to) for each import of one room by another; the face is left out."""
+def inner_imports() -> Iterator[tuple[File, Import, File]]:
+    """(file, import, file it leads to) for each import of one file of dopsd by another."""
     for file in FILES:
-        for found in imports_of(file):
-            room = room_of(found.name)
-            if file.room and room and room != file.room and found.name.split(".")[0] == "dopsd":
-                yield file, found, room
+        for imported in imports_of(file):
+            if (target := MODULES.get(module_of(imported.name) or "")) and target is not file:
+                yield file, imported, target
+
+
+def import_table() -> dict[str, set[str]]:
+    """The table under "Who may import whom": package -> packages that it may import."""
+    text = ARCHITECTURE.read_text(encoding="utf-8").partition("## Who may import whom")[2].partition("\n## ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    columns, _, *rows = lines
+    table: dict[str, set[str]] = {}
+    for row in rows:
+        allowed: set[str] = set()
+        for column, mark in zip(columns[1:], row[1:], strict=True):
+            allowed |= set(_names(column if mark == "x" else mark))
+        table |= {name: allowed for name in _names(row[0])}
+    return table
+
+
+def _names(cell: str) -> list[str]:
+    return re.findall(r"\w+", cell)
+
+
+TABLE = import_table()
 
 
 def refuse(faults: list[str]) -> None:
     assert not faults, "\n" + "\n".join(faults)
 
 
-def test_there_is_a_house_to_look_at():
-    assert len(FILES) > 20
-    assert sum(1 for _ in house_imports()) > 20
+def test_the_import_table_is_printed_and_names_every_package(capsys: pytest.CaptureFixture[str]):
+    with capsys.disabled():
+        print("\n\nWho may import whom (docs/architecture.md):")
+        for name, allowed in TABLE.items():
+            print(f"  {name:<11} may import {', '.join(sorted(allowed)) or 'nothing'}")
+    packages = {file.package for file in FILES} - {"__main__"}
+    refuse([f"{name} has no row in docs/architecture.md" for name in sorted(packages - TABLE.keys() - NOT_YET_MOVED)])
 
 
-def test_every_room_has_a_floor():
-    refuse(
-        [
-            f"{file.at(1)}: the room {file.room!r} has no floor; give it one in tests/test_house.py"
-            for file in FILES
-            if file.room and file.room not in FLOOR_OF
-        ]
-    )
-
-
-def test_imports_point_downward():
+def test_every_import_is_allowed_by_the_table():
     faults = []
-    for file, found, room in house_imports():
-        mine, its = FLOOR_OF.get(file.room), FLOOR_OF.get(room)
-        if mine is not None and its is not None and its >= mine and file.room != "__main__":
-            where = "on the same floor" if its == mine else f"above (floor {its}, this is floor {mine})"
-            faults.append(f"{file.at(found.line)}: {file.room} imports {found.name}, which is {where}")
+    for file, imported, target in inner_imports():
+        if {file.package, target.package} & NOT_YET_MOVED or file.package == "__main__":
+            continue
+        if target.package != file.package and target.package not in TABLE[file.package]:
+            faults.append(f"{file.at(imported.line)}: {file.package} must not import {imported.name}")
     refuse(faults)
 
 
-def test_methods_know_no_family_and_no_disk():
-    refuse(
-        [
-            f"{file.at(found.line)}: {file.room} must not know {room}, but imports {found.name}"
-            for file, found, room in house_imports()
-            if room in STRANGERS.get(file.room, ())
-        ]
-    )
+def test_the_table_keeps_methods_training_data_and_pocket_apart():
+    """What the table is for: these hold whatever else changes in it."""
+    models_and_files = {"models", "data", "files", "runs", "config"}
+    assert not TABLE["methods"] & models_and_files, "methods know no model, file or device"
+    assert not TABLE["training"] & {"models", "config", "runs"}, "training knows no model family and no recipe"
+    assert "models" not in TABLE["data"], "data knows no model"
+    sixth_layer = {"pocket", "studio", "cli"}
+    below = {name for name in TABLE if name not in sixth_layer}
+    refuse([f"{name} is below layer 6 and knows pocket" for name in below if "pocket" in TABLE[name]])
 
 
-def test_only_the_front_doors_import_run():
-    refuse(
-        [
-            f"{file.at(found.line)}: only cli, commands and compare import run"
-            for file, found, room in house_imports()
-            if room == "run" and file.room not in ("cli", "commands", "compare")
-        ]
-    )
-
-
-def test_rooms_import_from_each_others_homes_and_not_from_the_face():
+def test_methods_name_no_device():
     faults = []
     for file in FILES:
-        for found in imports_of(file):
-            of_the_face = found.name.rpartition(".")[0] == "dopsd" and found.name not in MODULES
-            if of_the_face and found.name != "dopsd.__version__":
-                faults.append(f"{file.at(found.line)}: {found.name} has a home below dopsd; import it from there")
+        for node in ast.walk(file.tree):
+            if file.package == "methods" and isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps", "xpu"):
+                faults.append(f"{file.at(node.lineno)}: methods work on whatever device their tensors are on")
+    refuse(faults)
+
+
+def test_no_imports_form_a_cycle():
+    graph: dict[str, set[str]] = {file.module: set() for file in FILES}
+    for file, _, target in inner_imports():
+        if not ({file.package, target.package} & NOT_YET_MOVED or target.path.endswith("__init__.py")):
+            graph[file.module].add(target.module)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_modules_are_imported_from_their_homes_and_not_from_the_public_face():
+    faults = []
+    for file in FILES:
+        for imported in imports_of(file):
+            of_the_face = imported.name.rpartition(".")[0] == "dopsd" and imported.name not in MODULES
+            if of_the_face and file.package not in NOT_YET_MOVED:
+                faults.append(f"{file.at(imported.line)}: {imported.name} has a home below dopsd; import it from there")
     refuse(faults)
 
 
 @pytest.mark.parametrize("library", HOMES)
-def test_heavy_libraries_stay_in_their_rooms(library: str):
+def test_heavy_libraries_stay_in_their_packages(library: str):
     faults = []
     for file in FILES:
         at_home = any(fnmatch(file.path, pattern) for pattern in HOMES[library])
-        for found in imports_of(file):
-            if found.name.split(".")[0] == library and not at_home and (file.path, found.name) not in VERSION_STRINGS:
-                faults.append(f"{file.at(found.line)}: {library} belongs in {', '.join(HOMES[library])}")
+        for imported in imports_of(file):
+            if imported.name.split(".")[0] == library and not at_home and file.package not in NOT_YET_MOVED:
+                faults.append(f"{file.at(imported.line)}: {library} belongs in {', '.join(HOMES[library])}")
     refuse(faults)
 
 
@@ -215,7 +229,7 @@ def test_functions_are_short():
     refuse(faults)
 
 
-def test_every_function_has_a_room_of_its_own():
+def test_every_function_has_a_file_named_for_its_topic():
     homeless = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
     refuse([f"{file.at(1)}: name it for what it does" for file in FILES if Path(file.path).name in homeless])
 
@@ -225,7 +239,7 @@ def test_every_function_has_a_room_of_its_own():
     ["import dopsd.cli", "from dopsd.cli import app; app(['--help'], standalone_mode=False)"],
     ids=["import", "help"],
 )
-def test_the_front_door_opens_without_torch(code: str):
+def test_the_command_line_starts_without_torch(code: str):
     script = f"import sys\n{code}\nprint('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -238,13 +252,3 @@ def test_the_public_words_are_what_is_imported():
     script = f"from dopsd import {words}\nfor word in ({words}): assert callable(word), word"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"`from dopsd import {words}` gives something else:\n{done.stderr}"
-
-
-def test_the_readme_names_every_source_file_and_page():
-    root = SOURCE.parents[1]
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    paths = [*SOURCE.rglob("*.py"), *root.glob("docs/**/*.md"), *root.glob("*/*.py")]
-    names = {
-        path.name for path in paths if path.name not in ("__init__.py", "conftest.py") and path.parent.name != "tests"
-    }
-    refuse([f"README.md: {name} is not in the tree" for name in sorted(names) if name not in readme])
