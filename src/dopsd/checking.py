@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from torch import nn
 
-from dopsd.data.buckets import Size, bucket_sizes, nearest_bucket
-from dopsd.data.folder import Example, Listing, open_picture, picture_size
+from dopsd.data.buckets import bucket_sizes, nearest_bucket
+from dopsd.data.folder import Example, Listing
 from dopsd.data.importing import fill
 from dopsd.data.questions import read_questions
 from dopsd.data.sources import Source, read_sources, seen_in_turn
@@ -26,6 +26,7 @@ from dopsd.families.base import Family, Sight
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.lora import read_lora, refuse_misfit
 from dopsd.forecast import Forecast, forecast, memory_of
+from dopsd.images import Size, open_picture, picture_size
 from dopsd.methods import missing
 from dopsd.preview import Wanted
 from dopsd.recipe import PromptSection, Recipe

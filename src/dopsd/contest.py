@@ -18,14 +18,13 @@ from torch import Tensor
 
 from dopsd.batch import Context
 from dopsd.checking import family_of, pictures_shown, read_data, resolutions_of, unrelated_prompts
-from dopsd.data.buckets import cover_crop
-from dopsd.data.folder import open_picture
 from dopsd.deployed import cells_of, deployed_on
 from dopsd.evaluation.nearness import distances
 from dopsd.families import load_family
 from dopsd.families.base import Family, Painter
 from dopsd.families.lora import merge_lora
 from dopsd.files import read_tensors, sha256_of, write_tensors
+from dopsd.images import cover_crop, open_picture
 from dopsd.model_folder import is_model
 from dopsd.paint import noise_for, paint
 from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Sheet, lesson_of, sit, truth

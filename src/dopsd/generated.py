@@ -17,7 +17,8 @@ from dopsd.data.sources import one_caption_each
 from dopsd.deployed import cells_of, deployed_on
 from dopsd.families.base import Family
 from dopsd.files import atomic_path, write_text
-from dopsd.paint import noise_for, paint, to_images
+from dopsd.images import to_images
+from dopsd.paint import noise_for, paint
 from dopsd.recipe import Recipe
 
 FIRST_SEED = 960_000  # far from previews and checkups

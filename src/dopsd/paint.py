@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dopsd.batch import Context
 from dopsd.families.base import Painter
 from dopsd.flow import Schedule
+from dopsd.images import as_bytes
 from dopsd.rollout import Velocity, walk
 
 # What a network gets in one call: its activations take up to a gigabyte a picture of 1024 x 1024.
@@ -72,25 +71,7 @@ def to_pictures(painter: Painter, clean: Tensor) -> Tensor:
     return as_bytes(painter.pixels(clean) / 2 + 0.5)
 
 
-def as_bytes(pictures: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] in about [0, 1] as uint8 [B, H, W, 3] on the CPU."""
-    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """uint8 [B, H, W, 3] as PIL images."""
-    return [Image.fromarray(picture.numpy()) for picture in pictures]
 
 
-def grid(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Image.Image:
-    """Rows of pictures (uint8 [H, W, 3] each) as one image on white; a column is as wide as its widest."""
-    height = max(picture.shape[0] for row in rows for picture in row)
-    count = max(len(row) for row in rows)
-    widths = [max(row[column].shape[1] for row in rows if column < len(row)) for column in range(count)]
-    lefts = [sum(widths[:column]) + column * gap for column in range(count)]
-    canvas = np.full((len(rows) * (height + gap) - gap, lefts[-1] + widths[-1], 3), 255, np.uint8)
-    for y, row in enumerate(rows):
-        for left, picture in zip(lefts, row, strict=False):
-            top = y * (height + gap)
-            canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture.numpy()
-    return Image.fromarray(canvas)

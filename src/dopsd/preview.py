@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from dopsd.batch import Context
-from dopsd.data.folder import open_picture
 from dopsd.families.base import Painter, Reader
 from dopsd.files import atomic_path, write_json
 from dopsd.flow import Schedule
+from dopsd.images import grid, open_picture, to_images
 from dopsd.methods.base import Roles
-from dopsd.paint import Noise, grid, noise_for, paint, to_images
+from dopsd.paint import Noise, noise_for, paint
 from dopsd.rollout import Velocity
 
 

@@ -31,15 +31,14 @@ from dopsd.checking import (
     resolutions_of,
     unrelated_prompts,
 )
-from dopsd.data.buckets import cover_crop
 from dopsd.data.cache import Row, prepare, shown_to_teacher
-from dopsd.data.folder import Example, Listing, open_picture
+from dopsd.data.folder import Example, Listing
 from dopsd.data.loader import Loader
 from dopsd.evaluation.report import write_report
 from dopsd.families.base import Family
 from dopsd.files import atomic_path
 from dopsd.generated import with_painted
-from dopsd.paint import grid
+from dopsd.images import cover_crop, grid, open_picture
 from dopsd.preview import Preview, read_previews
 from dopsd.recipe import Recipe, TrainSection
 from dopsd.run_folder import Metrics, claimed, read_rows, write_header

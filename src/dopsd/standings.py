@@ -11,7 +11,7 @@ import numpy as np
 
 from dopsd.contest import Answer, Contestant, Questions
 from dopsd.evaluation.report import Panel
-from dopsd.paint import to_images
+from dopsd.images import to_images
 from dopsd.statistics import Interval, bootstrap, paired
 
 MEASURES = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")

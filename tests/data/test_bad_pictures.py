@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dopsd.data.folder import open_picture, picture_size, read_folder
+from dopsd.data.folder import read_folder
 from dopsd.data.importing import import_data
+from dopsd.images import open_picture, picture_size
 
 LONGEST = 2000  # characters that still make a sentence
 

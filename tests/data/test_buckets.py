@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.data.buckets import bucket_sizes, cover_crop, crop_box, nearest_bucket, to_pixels
+from dopsd.data.buckets import bucket_sizes, nearest_bucket
+from dopsd.images import cover_crop, crop_box, to_pixels
 
 
 @pytest.mark.parametrize("resolution", [64, 100, 256, 512, 768, 1000, 1024, 1536])

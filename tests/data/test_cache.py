@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dopsd import files
 from dopsd.batch import Context
-from dopsd.data.buckets import cover_crop, to_pixels
 from dopsd.data.cache import Row, prepare, read_context, read_latents
-from dopsd.data.folder import Example, open_picture
+from dopsd.data.folder import Example
 from dopsd.files import read_tensors
+from dopsd.images import cover_crop, open_picture, to_pixels
 
 
 class LetterReader:

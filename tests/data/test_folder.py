@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd.data.folder import Example, open_picture, picture_size, read_folder
+from dopsd.data.folder import Example, read_folder
+from dopsd.images import open_picture, picture_size
 
 
 def picture(path: Path, colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (12, 8)) -> Path:

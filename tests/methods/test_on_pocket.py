@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from dopsd.batch import Batch
-from dopsd.data.buckets import to_pixels
 from dopsd.evaluation.health import Checkup
 from dopsd.evaluation.judges import load_judge
 from dopsd.families.base import Family
+from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import unrelated, write_lesson

@@ -6,12 +6,7 @@ Sizes are (width, height) in pixels, as in Pillow. Opening pictures is left to `
 import math
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-Size = tuple[int, int]
+from dopsd.images import Size
 
 WIDEST = 2.0  # aspect of the widest bucket; wider pictures lose their ends
 STEPS = 16  # neighbouring buckets differ by about resolution / STEPS pixels, so a crop loses a few percent
@@ -40,23 +35,7 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
     return min(buckets, key=lambda size: abs(aspect - math.log(size[0] / size[1])))
 
 
-def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:
-    """The largest centred rectangle with the aspect of `size` in a picture: left, upper, right, lower in pixels."""
-    wide = min(float(width), height * size[0] / size[1])
-    high = min(float(height), width * size[1] / size[0])
-    return (width - wide) / 2, (height - high) / 2, (width + wide) / 2, (height + high) / 2
 
 
-def cover_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The picture scaled until it covers `size` and cropped around its centre; exactly `size`, no edge added.
-
-    Crop and scale are one resampling: a 20 x 9000 strip scaled first and cropped later would not fit in memory.
-    """
-    return image.resize(size, Image.Resampling.LANCZOS, box=crop_box(*image.size, size))
 
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as float32 [3, H, W] in [-1, 1]."""
-    assert image.mode == "RGB", f"a {image.mode} picture; folder.open_picture gives RGB"
-    values = np.array(image, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(values).permute(2, 0, 1).contiguous()

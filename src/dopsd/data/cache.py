@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from dopsd.batch import Context
-from dopsd.data.buckets import Size, bucket_sizes, cover_crop, nearest_bucket, to_pixels
-from dopsd.data.folder import Example, open_picture, picture_size
+from dopsd.data.buckets import bucket_sizes, nearest_bucket
+from dopsd.data.folder import Example
 from dopsd.families.base import Painter, Reader
 from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
+from dopsd.images import Size, cover_crop, open_picture, picture_size, to_pixels
 
 log = logging.getLogger(__name__)
 

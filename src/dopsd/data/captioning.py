@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dopsd.data.folder import CAPTION_EXTENSIONS, METADATA, open_picture, pictures_in
+from dopsd.data.folder import CAPTION_EXTENSIONS, METADATA, pictures_in
 from dopsd.files import write_text
+from dopsd.images import open_picture
 
 QUESTION = (
     "Describe this picture in one sentence, as a prompt from which a text-to-image model could paint it: the subject, "

@@ -13,15 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import features
 
 from dopsd.files import brief, sha256_of
+from dopsd.images import FORMATS, open_picture
 
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 if features.check("avif"):
     FORMATS[".avif"] = "AVIF"
-OPENED = tuple(dict.fromkeys(FORMATS.values()))  # no others: Pillow hands a renamed PostScript file to Ghostscript
 # Pictures that dopsd does not read; refused by name, so that a folder of them does not shrink in silence.
 FOREIGN = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"} - FORMATS.keys()
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -98,36 +96,10 @@ def read_folder(
     return Listing(examples, refused, source)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture as one sees it, in RGB: EXIF rotation applied, transparency on white, 16-bit grey as 8-bit.
-
-    Raises ValueError for a picture that cannot be decoded, or that is too large to be an honest one.
-    """
-    try:
-        with Image.open(path, formats=OPENED) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} holds no {' / '.join(OPENED)} picture, or a broken one.") from error
-    except Exception as error:  # on a broken file Pillow raises anything, from SyntaxError to struct.error
-        raise ValueError(f"{path} cannot be decoded ({str(error) or type(error).__name__}).") from error
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of what `open_picture` would return, from the file's header."""
-    with Image.open(path, formats=OPENED) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # the quarter turns
-    return (height, width) if turned else (width, height)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip instead of scale
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
 
 
 def _listed_in(metadata: Path) -> list[Finding]:

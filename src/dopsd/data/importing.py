@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from dopsd.data.folder import OPENED, as_caption
+from dopsd.data.folder import as_caption
 from dopsd.files import atomic_path, brief, write_json, write_text
+from dopsd.images import OPENED
 
 PATH_KEYS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path")
 REFERENCE_CAPTIONS = ("short_en", "medium_en", "detailed_en", "user_prompt_en")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dopsd.paint import as_bytes
+from dopsd.images import as_bytes
 from dopsd.pocket.captions import stated_in
 from dopsd.pocket.reader import attributes as read_attributes
 from dopsd.pocket.world import SIZE

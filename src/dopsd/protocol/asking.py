@@ -12,8 +12,8 @@ from typing import Literal
 
 from PIL import Image
 
-from dopsd.data.folder import open_picture
 from dopsd.files import brief, write_text
+from dopsd.images import open_picture
 
 Mode = Literal["object", "style"]
 MOST_TOKENS = 1024  # of an answer, as in the reference code

@@ -17,7 +17,8 @@ from dopsd.families import load_family
 from dopsd.families.base import Denoiser, Family, Painter
 from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.files import atomic_path, sha256_of, write_json, write_text
-from dopsd.paint import noise_for, paint, to_images
+from dopsd.images import to_images
+from dopsd.paint import noise_for, paint
 
 Progress = Callable[[str, int, int], None]
 SETTINGS = "evaluation.json"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dopsd.data.folder import open_picture
 from dopsd.data.questions import Question
 from dopsd.files import atomic_path, write_text
+from dopsd.images import open_picture
 from dopsd.protocol.galleries import Gallery
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from dopsd.evaluation.measures.vlm import ObjectJudge, StyleJudge, grade_of
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.qwen import load_processor
-from dopsd.paint import as_bytes, to_images
+from dopsd.images import as_bytes, to_images
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import read_tensors
-from dopsd.paint import as_bytes
+from dopsd.images import as_bytes
 
 HEAD = "aesthetic.safetensors"  # beside the CLIP: the head's linears, in order of their names
 

@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import read_tensors
-from dopsd.paint import as_bytes
+from dopsd.images import as_bytes
 
 WEIGHTS = "inception_fid.safetensors"
 SIDE, DIMENSIONS = 299, 2048

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dopsd.families.captioner import Captioner
-from dopsd.paint import as_bytes, to_images
+from dopsd.images import as_bytes, to_images
 
 log = logging.getLogger(__name__)
 
