@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from bench import CPU, RANK, Bench
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
 from dopsd.evaluation.health import FIRST_SEED, Checkup, Health
 from dopsd.files import write_text
 from dopsd.methods import DOPSD, SFT, Method

@@ -17,10 +17,10 @@ import torch
 import typer
 from PIL import Image
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.sampling import noise_for
 from dopsd.families import load_family
 from dopsd.methods import DOPSD, PSO, SFT, Loss, Method, PSOOnline, Roles
-from dopsd.paint import noise_for
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.meter import LiveBytes

@@ -17,9 +17,9 @@ from dopsd.checking import check, foresee
 from dopsd.cli import app
 from dopsd.compare import compare
 from dopsd.deployed import sample_latents
+from dopsd.diffusion.sampling import noise_for
 from dopsd.families import load_family
 from dopsd.files import read_metadata, read_tensors
-from dopsd.paint import noise_for
 from dopsd.preflight import preflight
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_klein import write_klein
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
 from dopsd.families import FAMILIES, POCKET, family_class, load_family
 from dopsd.families.base import Family
 from dopsd.methods import METHODS, missing

@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from dopsd.diffusion.sampling import Noise, noise_for, to_pictures, walked
 from dopsd.families import load_family
 from dopsd.families.base import Family, Size
 from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.images import open_picture, to_images
 from dopsd.model_folder import write_model
-from dopsd.paint import Noise, noise_for, to_pictures, walked
 
 
 def sample(

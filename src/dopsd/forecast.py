@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dopsd.batch import Batch, Context
-from dopsd.families.base import Family, Painter, Size
+from dopsd.diffusion.batch import Batch, Context
+from dopsd.diffusion.components import Painter
+from dopsd.families.base import Family, Size
 from dopsd.methods import Method
 from dopsd.methods.base import Score
 from dopsd.recipe import Recipe

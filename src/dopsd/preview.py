@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dopsd.batch import Context
-from dopsd.families.base import Painter, Reader
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Painter, Reader
+from dopsd.diffusion.flow import Schedule
+from dopsd.diffusion.rollout import Velocity
+from dopsd.diffusion.sampling import Noise, noise_for, paint
 from dopsd.files import atomic_path, write_json
-from dopsd.flow import Schedule
 from dopsd.images import grid, open_picture, to_images
 from dopsd.methods.base import Roles
-from dopsd.paint import Noise, noise_for, paint
-from dopsd.rollout import Velocity
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from diffusers import __version__ as diffusers_version
 from PIL import Image
 
 from dopsd import __version__
-from dopsd.batch import Context
 from dopsd.card import write_card
 from dopsd.checking import (
     PREVIEWS,
@@ -34,6 +33,7 @@ from dopsd.checking import (
 from dopsd.data.cache import Row, prepare, shown_to_teacher
 from dopsd.data.folder import Example, Listing
 from dopsd.data.loader import Loader
+from dopsd.diffusion.batch import Context
 from dopsd.evaluation.report import write_report
 from dopsd.families.base import Family
 from dopsd.files import atomic_path

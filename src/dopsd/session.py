@@ -12,15 +12,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dopsd import __version__
-from dopsd.batch import Context
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Denoiser, Painter
+from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import Agreement, Checkup, Health
 from dopsd.evaluation.judges import load_judge
 from dopsd.export import export_lora, start_from_lora
 from dopsd.families import load_family
-from dopsd.families.base import Denoiser, Family, Painter
+from dopsd.families.base import Family
 from dopsd.families.lora import merge_lora, read_lora
 from dopsd.files import sha256_of
-from dopsd.flow import Schedule
 from dopsd.methods.base import Roles, Score
 from dopsd.model_folder import write_model
 from dopsd.preview import Preview, paint_previews

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from dopsd.batch import Context
+from dopsd.diffusion.batch import Context
 from dopsd.run_folder import Rows
 from dopsd.session import Session
 from dopsd.trackers import Trackers

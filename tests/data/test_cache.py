@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from dopsd import files
-from dopsd.batch import Context
 from dopsd.data.cache import Row, prepare, read_context, read_latents
 from dopsd.data.folder import Example
+from dopsd.diffusion.batch import Context
 from dopsd.files import read_tensors
 from dopsd.images import cover_crop, open_picture, to_pixels
 

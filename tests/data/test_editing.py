@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dopsd.batch import Context
 from dopsd.data.cache import Row, prepare
 from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
 from dopsd.data.sources import Source, read_sources
+from dopsd.diffusion.batch import Context
 
 
 def picture(path: Path, colour: str, size: tuple[int, int] = (64, 64)) -> None:

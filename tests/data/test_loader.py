@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dopsd.batch import Batch
 from dopsd.data.cache import Row
 from dopsd.data.folder import Example
 from dopsd.data.loader import Loader
+from dopsd.diffusion.batch import Batch
 from dopsd.files import write_tensors
 
 SIZES = [(64, 64)] * 7 + [(96, 48)] * 3 + [(48, 96)] * 1

@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from dopsd.cli import app
+from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation import health
 from dopsd.evaluation.health import Checkup
-from dopsd.flow import Schedule
 from dopsd.pocket.pixels import blurred
 from dopsd.recipe import parse_recipe
 from dopsd.run import train

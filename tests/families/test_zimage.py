@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLModel
 
 from dopsd.deployed import sample, sample_latents
+from dopsd.diffusion.rollout import rollout, walk
+from dopsd.diffusion.sampling import noise_for, paint
 from dopsd.families import load_family
 from dopsd.families.base import Sight
 from dopsd.families.qwen import transplant, with_picture
-from dopsd.paint import noise_for, paint
-from dopsd.rollout import rollout, walk
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -215,7 +215,7 @@ def test_pictures_painted_one_by_one_are_those_painted_together(pocket, pocket_r
         return denoiser(z, t, text)
 
     together = paint(velocity, painter, pocket.schedule(2, side, side), context, noise)
-    monkeypatch.setattr("dopsd.paint.PIXELS_AT_ONCE", 2 * pocket.resolution**2)
+    monkeypatch.setattr("dopsd.diffusion.sampling.PIXELS_AT_ONCE", 2 * pocket.resolution**2)
     apart = paint(velocity, painter, pocket.schedule(2, side, side), context, noise)
     assert sizes == [3, 3, 2, 2, 1, 1]
     assert (together.int() - apart.int()).abs().max() <= 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
 from dopsd.methods import DOPSD
 
 from .plain import TIMES, Plain, batch, context, latents, roles, run, same

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dopsd.flow import noisy
+from dopsd.diffusion.flow import noisy
 from dopsd.methods import SFT, DreamBooth
 
 from .plain import TIMES, Plain, batch, context, latents, roles, run, same

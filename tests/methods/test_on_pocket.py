@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.rollout import walk
 from dopsd.evaluation.health import Checkup
 from dopsd.evaluation.judges import load_judge
 from dopsd.families.base import Family
@@ -16,7 +17,6 @@ from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import unrelated, write_lesson
-from dopsd.rollout import walk
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dopsd.batch import Batch, Context
-from dopsd.flow import Schedule
+from dopsd.diffusion.batch import Batch, Context
+from dopsd.diffusion.flow import Schedule
 from dopsd.methods import SFT, Roles
 
 TIMES = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])

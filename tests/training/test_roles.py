@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.sampling import noise_for
 from dopsd.methods import DOPSD
-from dopsd.paint import noise_for
 from dopsd.training.adapters import ADAPTER, add_lora, coverage, lora_pairs, untouched
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dopsd.batch import Batch, Context
-from dopsd.families.base import Denoiser
-from dopsd.flow import Schedule
+from dopsd.diffusion.batch import Batch, Context
+from dopsd.diffusion.components import Denoiser
+from dopsd.diffusion.flow import Schedule
 from dopsd.methods import DOPSD, SFT
 from dopsd.training.loop import Plan, backward, generator_at
 from dopsd.training.roles import Teacher, make_roles, velocity_under

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dopsd.batch import Context
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example
-from dopsd.families.base import Painter, Reader
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Painter, Reader
 from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
 from dopsd.images import Size, cover_crop, open_picture, picture_size, to_pixels
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dopsd.batch import Batch, Context
 from dopsd.data.cache import Row, read_context, read_latents
+from dopsd.diffusion.batch import Batch, Context
 
 
 class Loader:

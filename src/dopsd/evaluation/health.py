@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dopsd.batch import Context
-from dopsd.families.base import Painter
-from dopsd.flow import Schedule
-from dopsd.paint import Noise, noise_for, paint
-from dopsd.rollout import Velocity
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Painter
+from dopsd.diffusion.flow import Schedule
+from dopsd.diffusion.rollout import Velocity
+from dopsd.diffusion.sampling import Noise, noise_for, paint
 
 PROMPTS = (
     "a red bicycle leaning against a brick wall",

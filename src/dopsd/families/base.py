@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from dopsd.batch import Context
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Denoiser, Painter, Reader
+from dopsd.diffusion.flow import Schedule, Space
 from dopsd.families.checkpoint import Checkpoint
-from dopsd.flow import Schedule, Space
 
 Size = tuple[int, int]  # (width, height) in pixels, as in Pillow
 
@@ -42,48 +42,10 @@ def plain_usage(nfe: int) -> Usage:
     return Usage(f"num_inference_steps={nfe}, guidance_scale=0.0")
 
 
-class Reader(Protocol):
-    """Reads prompts (and pictures: those that a prompt is about, and the teacher's) before training, then leaves
-    memory."""
-
-    fingerprint: str  # changes whenever the same prompt would give another context; part of cache keys
-
-    def context(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Image.Image] | None = None,
-        references: Sequence[Sequence[Image.Image]] | None = None,
-    ) -> Context:
-        """Contexts of prompts [B]; with images [B], what the teacher sees. references [B]: the pictures that each
-        prompt edits, as the user has them, of the same number and sizes in every row; None where the family takes
-        none. Raises ValueError for a prompt (plus picture) over the family's limit, nothing being cut
-        in silence, and for a reference that the pipeline would refuse."""
-        ...
 
 
-class Painter(Protocol):
-    """The autoencoder."""
-
-    fingerprint: str
-    cell: int  # pixels along a side of a latent cell
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shift and scale applied."""
-        ...
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        """The way back: float32 [B, 3, H, W] in about [-1, 1]."""
-        ...
 
 
-class Denoiser(nn.Module):
-    """The network, in the house's clock. `network` is the diffusers module that adapters are put on."""
-
-    network: nn.Module
-
-    def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
-        """z [B, C, h, w] float32, t [B] in [0, 1] (1 = noise) -> velocity (noise - clean), float32, like z."""
-        raise NotImplementedError
 
 
 class Family(Protocol):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from dopsd.batch import Context
+from dopsd.diffusion.batch import Context
 from dopsd.families.base import fingerprint_of
 from dopsd.families.checkpoint import Checkpoint, variant_of
 from dopsd.files import brief

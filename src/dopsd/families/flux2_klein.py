@@ -26,13 +26,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig
 
-from dopsd.batch import Context
-from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Denoiser
+from dopsd.diffusion.flow import Schedule
+from dopsd.families.base import Sight, Size, Usage, plain_usage
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.kl import KLPainter, empty_vae, load_vae
 from dopsd.families.lora import Pairs, diffusers_form
 from dopsd.families.qwen import QwenReader, Reading, count_tokens, with_suffix
-from dopsd.flow import Schedule
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _ASKED = inspect.signature(Flux2KleinPipeline.__call__).parameters

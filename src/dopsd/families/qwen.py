@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from dopsd.batch import Context
+from dopsd.diffusion.batch import Context
 from dopsd.families.base import Size, fingerprint_of
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import brief

@@ -15,13 +15,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from torch import Tensor
 
-from dopsd.batch import Context
-from dopsd.families.base import Denoiser, Sight, Size, Usage, plain_usage
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Denoiser
+from dopsd.diffusion.flow import Schedule
+from dopsd.families.base import Sight, Size, Usage, plain_usage
 from dopsd.families.checkpoint import Checkpoint
 from dopsd.families.kl import KLPainter, empty_vae, load_vae
 from dopsd.families.lora import Pairs, diffusers_form
 from dopsd.families.qwen import QwenReader, Reading, count_tokens, text_width
-from dopsd.flow import Schedule
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 LENGTH: int = inspect.signature(ZImagePipeline.__call__).parameters["max_sequence_length"].default

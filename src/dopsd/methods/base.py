@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dopsd.batch import Batch
-from dopsd.flow import Schedule
-from dopsd.rollout import Velocity
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Schedule
+from dopsd.diffusion.rollout import Velocity
 
 # What a method cannot do without: roles, and what a batch brings beside pictures and prompts.
 Need = Literal["teacher", "base", "judge", "privileged", "rejected", "prior", "replay"]

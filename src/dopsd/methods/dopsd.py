@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dopsd.batch import Batch
-from dopsd.flow import Schedule, Step, loss_weight, noise_like, noisy
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Schedule, Step, loss_weight, noise_like, noisy
+from dopsd.diffusion.rollout import rollout
 from dopsd.methods.base import Loss, Method, Need, Roles, mean_error, row_errors
-from dopsd.rollout import rollout
 
 Index = Annotated[int, Field(ge=0)]
 

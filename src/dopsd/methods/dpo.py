@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dopsd.batch import Batch
-from dopsd.flow import Space, loss_weight, noise_like, noisy
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Space, loss_weight, noise_like, noisy
 from dopsd.methods.base import Loss, Need, Roles
 from dopsd.methods.matching import DrawsTimes
 from dopsd.methods.preference import Preference, Term, pairwise_losses

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
 from dopsd.methods.base import Loss, Need, Roles, ToPaint
 from dopsd.methods.matching import FlowMatching
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dopsd.batch import Batch
-from dopsd.flow import Space, loss_weight, noise_like, noisy
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Space, loss_weight, noise_like, noisy
 from dopsd.methods.base import Method, Roles, row_errors
 
 Times = Literal["uniform", "logit_normal", "shift", "own_steps"]

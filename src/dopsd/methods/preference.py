@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dopsd.batch import Context
+from dopsd.diffusion.batch import Context
 from dopsd.methods.base import Loss, Method, Roles, row_errors
 
 Link = Literal["logistic", "hinge"]

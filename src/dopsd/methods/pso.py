@@ -15,11 +15,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dopsd.batch import Batch
-from dopsd.flow import Step, noise_like, noisy, transition
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Step, noise_like, noisy, transition
+from dopsd.diffusion.rollout import rollout
 from dopsd.methods.base import Loss, Need, Roles, ToPaint
 from dopsd.methods.preference import Branch, Link, Preference, Term, normalised, pairwise_losses
-from dopsd.rollout import rollout
 
 
 class PSO(Preference):

@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dopsd.batch import Batch
-from dopsd.flow import Step, noise_like, transition
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Step, noise_like, transition
+from dopsd.diffusion.rollout import rollout
 from dopsd.methods.base import Loss, Need, Roles, row_errors
 from dopsd.methods.preference import Branch, Preference, Term, normalised, pairwise_losses
-from dopsd.rollout import rollout
 
 Index = Annotated[int, Field(ge=0)]
 

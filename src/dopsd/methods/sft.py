@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dopsd.batch import Batch
-from dopsd.flow import noise_like
+from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import noise_like
+from dopsd.diffusion.rollout import walk
 from dopsd.methods.base import Loss, Need, Roles
 from dopsd.methods.matching import FlowMatching
-from dopsd.rollout import walk
 
 
 class SFT(FlowMatching):

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dopsd.batch import Context
-from dopsd.families.base import Painter, Reader
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Painter, Reader
+from dopsd.diffusion.flow import Schedule
+from dopsd.diffusion.rollout import Velocity
+from dopsd.diffusion.sampling import noise_for, paint
 from dopsd.files import write_json, write_text
-from dopsd.flow import Schedule
-from dopsd.paint import noise_for, paint
 from dopsd.pocket.beyond import thing_of
 from dopsd.pocket.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.reader import measure, thing_error, thing_hit
 from dopsd.pocket.world import Jitter, Scene, draw_scene, render, unnamed_style
-from dopsd.rollout import Velocity
 
 HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
 UNSEEN_SCENES, UNRELATED = 24, 96

@@ -16,16 +16,16 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
-from dopsd.batch import Context
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.rollout import Velocity
+from dopsd.diffusion.sampling import noise_for, paint
 from dopsd.families import POCKET, load_family
 from dopsd.families.zimage import ZImageDenoiser
 from dopsd.files import write_json
-from dopsd.paint import noise_for, paint
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
 from dopsd.pocket.model import GUIDANCE
 from dopsd.pocket.reader import measure
-from dopsd.rollout import Velocity
 from dopsd.statistics import bootstrap
 
 CAPTIONS, THINGS = 256, 12

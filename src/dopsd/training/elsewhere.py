@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from dopsd.families.base import Denoiser
+from dopsd.diffusion.components import Denoiser
 from dopsd.methods.base import Roles
 from dopsd.training.roles import Teacher, velocity_under
 from dopsd.training.student import Student

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dopsd.batch import Batch
+from dopsd.diffusion.batch import Batch
 from dopsd.methods.base import Method, Roles
 from dopsd.training.adapters import unmoved
 from dopsd.training.roles import Teacher

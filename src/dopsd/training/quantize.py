@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dopsd.batch import Context
-from dopsd.families.base import Denoiser
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Denoiser
 
 Kind = Literal["nf4", "int8"]
 BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # a weight; nf4 keeps a float32 scale for each 64

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dopsd.batch import Context
-from dopsd.families.base import Denoiser
-from dopsd.flow import Schedule
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Denoiser
+from dopsd.diffusion.flow import Schedule
+from dopsd.diffusion.rollout import Velocity
 from dopsd.methods.base import Roles, Score
-from dopsd.rollout import Velocity
 from dopsd.training.adapters import untouched
 
 

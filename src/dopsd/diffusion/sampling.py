@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dopsd.batch import Context
-from dopsd.families.base import Painter
-from dopsd.flow import Schedule
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import Painter
+from dopsd.diffusion.flow import Schedule
+from dopsd.diffusion.rollout import Velocity, walk
 from dopsd.images import as_bytes
-from dopsd.rollout import Velocity, walk
 
 # What a network gets in one call: its activations take up to a gigabyte a picture of 1024 x 1024.
 PIXELS_AT_ONCE, MOST_AT_ONCE = 1024 * 1024, 16

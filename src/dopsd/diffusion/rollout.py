@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dopsd.batch import Context
-from dopsd.flow import Rng, Schedule, Step, step
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.flow import Rng, Schedule, Step, step
 
 Velocity = Callable[[Tensor, Tensor, Context], Tensor]  # (z [B, C, h, w], t [B], context) -> [B, C, h, w] float32
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 
-from dopsd.flow import Schedule, Step, clean_of, loss_weight, noise_of, noisy, step, transition
+from dopsd.diffusion.flow import Schedule, Step, clean_of, loss_weight, noise_of, noisy, step, transition
 
 
 def test_clean_and_noise_come_back_from_the_true_velocity():
