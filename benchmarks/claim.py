@@ -22,9 +22,9 @@ import torch
 import typer
 from bench import BATCH, CPU, RANK, Bench
 
-from dopsd.families import POCKET
 from dopsd.files import write_json, write_text
 from dopsd.methods import DOPSD, SFT, Method
+from dopsd.models import POCKET
 from dopsd.pocket.exam import HELD_OUT
 from dopsd.statistics import bootstrap
 

@@ -31,9 +31,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, Qwen3Config, Qwen3VLConf
 
 from dopsd.checking import resolutions_of
 from dopsd.door import Changes
-from dopsd.families import POCKET, load_family
-from dopsd.families.base import Family, Sight
 from dopsd.forecast import forecast
+from dopsd.models import POCKET, load_family
+from dopsd.models.base import Family, Sight
 from dopsd.recipe import Recipe, load_recipe
 
 QWEN_4B: dict[str, Any] = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}

@@ -19,8 +19,8 @@ from PIL import Image
 
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.sampling import noise_for
-from dopsd.families import load_family
 from dopsd.methods import DOPSD, PSO, SFT, Loss, Method, PSOOnline, Roles
+from dopsd.models import load_family
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.meter import LiveBytes

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.func import functional_call
 
-from dopsd.families import load_family
+from dopsd.models import load_family
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.world import Thing, draw_scene, render
 

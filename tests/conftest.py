@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny import write_dmd2_lora, write_sdxl
 
-from dopsd.families import POCKET, load_family
-from dopsd.families.base import Family
+from dopsd.models import POCKET, load_family
+from dopsd.models.base import Family
 from dopsd.pocket.exam import write_lesson
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dopsd.cli import app
-from dopsd.families import POCKET
+from dopsd.models import POCKET
 
 Build = Callable[[], object]  # makes the bad input in the working folder, where pictures/ and recipe.yaml are good
 Command = tuple[str, ...]

@@ -52,7 +52,7 @@ def truncated_picture():
 
 
 def copied_model(change) -> None:
-    from dopsd.families import POCKET
+    from dopsd.models import POCKET
 
     shutil.copytree(POCKET, "model")
     change()
@@ -134,7 +134,7 @@ def test_bad_input_is_one_sentence_and_exit_2(case, desk):
 
 
 def test_dopsd_without_a_teacher_context_is_refused_and_listed(desk, monkeypatch):
-    from dopsd.families.zimage import ZImage
+    from dopsd.models.zimage import ZImage
 
     monkeypatch.setattr(ZImage, "teacher_contexts", ())  # a family whose encoders read no picture
     result = CliRunner().invoke(app, ["train", "recipe.yaml"])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dopsd.budget import on_budget_of
 from dopsd.cli import app
 from dopsd.compare import DEMO_STEPS, _tuned, compare, demo_recipe
-from dopsd.deployed import sample
+from dopsd.models.pipeline import sample
 from dopsd.pocket.exam import LESSON_FILE, lesson_of
 from dopsd.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.run_folder import read_rows

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.dedistill import adapter_recipe
-from dopsd.families.lora import read_lora
+from dopsd.models.lora import read_lora
 
 
 def test_an_adapter_is_tuned_on_what_the_model_paints(tmp_path, pocket):

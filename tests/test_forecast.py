@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from dopsd.data.cache import prepare
 from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
-from dopsd.families import load_family
 from dopsd.forecast import forecast
+from dopsd.models import load_family
 from dopsd.recipe import parse_recipe
 from dopsd.session import Session
 from dopsd.training.loop import Plan, steps

@@ -18,11 +18,11 @@ from dopsd.compare import compare
 from dopsd.data.cache import prepare
 from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
-from dopsd.deployed import sample_latents
 from dopsd.diffusion.sampling import noise_for
-from dopsd.families import POCKET, load_family
 from dopsd.forecast import forecast
-from dopsd.model_folder import told_of, write_model
+from dopsd.models import POCKET, load_family
+from dopsd.models.folder import told_of, write_model
+from dopsd.models.pipeline import sample_latents
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 from dopsd.session import Session

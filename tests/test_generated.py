@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from dopsd.checking import check, open_family, read_data
-from dopsd.deployed import sample
 from dopsd.generated import FIRST_SEED, paint_ahead, with_painted
+from dopsd.models.pipeline import sample
 from dopsd.recipe import Recipe, parse_recipe
 
 

@@ -16,9 +16,9 @@ from tiny_klein import write_klein
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.diffusion.batch import Batch
-from dopsd.families import FAMILIES, POCKET, family_class, load_family
-from dopsd.families.base import Family
 from dopsd.methods import METHODS, missing
+from dopsd.models import FAMILIES, POCKET, family_class, load_family
+from dopsd.models.base import Family
 from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.loop import Plan, steps
 from dopsd.training.roles import Teacher, make_roles

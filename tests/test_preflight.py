@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.compare import demo_recipe
-from dopsd.deployed import sample
 from dopsd.evaluation.measures.dino import DinoDistance
+from dopsd.models.pipeline import sample
 from dopsd.pocket.exam import write_lesson
 from dopsd.preflight import Preflight, preflight, verdict_of
 from dopsd.recipe import parse_recipe

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dopsd.checking import check
-from dopsd.deployed import sample, sample_latents
 from dopsd.diffusion.sampling import noise_for
-from dopsd.families import load_family
+from dopsd.models import load_family
+from dopsd.models.pipeline import sample, sample_latents
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 

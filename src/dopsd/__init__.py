@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dopsd.deployed import sample
-    from dopsd.families import load_family
+    from dopsd.models import load_family
+    from dopsd.models.pipeline import sample
     from dopsd.recipe import Recipe, load_recipe
     from dopsd.run import train
 
@@ -16,10 +16,10 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "load_family", "load_recipe", "sample", "train"]
 
 _HOMES = {
-    "load_family": "dopsd.families",
+    "load_family": "dopsd.models",
     "Recipe": "dopsd.recipe",
     "load_recipe": "dopsd.recipe",
-    "sample": "dopsd.deployed",
+    "sample": "dopsd.models.pipeline",
     "train": "dopsd.run",
 }
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from dopsd.families.base import Usage
 from dopsd.files import write_text
+from dopsd.models.base import Usage
 from dopsd.recipe import Recipe
 
 HUB_LICENCES = ("apache-2.0", "cc-by-nc-4.0", "openrail++")

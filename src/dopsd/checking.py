@@ -17,17 +17,16 @@ from dopsd.data.folder import Example, Listing
 from dopsd.data.importing import fill
 from dopsd.data.questions import read_questions
 from dopsd.data.sources import Source, read_sources, seen_in_turn
-from dopsd.deployed import cells_of, fitted_size
 from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.judges import find_judge
 from dopsd.export import refuse_unfit
-from dopsd.families import load_family
-from dopsd.families.base import Family, Sight
-from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.lora import read_lora, refuse_misfit
 from dopsd.forecast import Forecast, forecast, memory_of
 from dopsd.images import Size, open_picture, picture_size
 from dopsd.methods import missing
+from dopsd.models import load_family
+from dopsd.models.base import Family, Sight, cells_of, fitted_size
+from dopsd.models.hub import Checkpoint
+from dopsd.models.lora import read_lora, refuse_misfit
 from dopsd.preview import Wanted
 from dopsd.recipe import PromptSection, Recipe
 from dopsd.trackers import refuse_missing

@@ -95,8 +95,8 @@ def sample(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Paint prompts, as the deployed pipeline would."""
-    from dopsd.deployed import sample as sample_prompts
     from dopsd.files import writing
+    from dopsd.models.pipeline import sample as sample_prompts
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder for the pictures with --out.")
@@ -119,7 +119,7 @@ def fuse(
     folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("fused"),
 ) -> None:
     """Write the model with a LoRA added to its weights, as a diffusers folder."""
-    from dopsd.deployed import fuse as fuse_lora
+    from dopsd.models.folder import fuse as fuse_lora
 
     fuse_lora(model, lora, folder, strength, distilled_by)
     out.print(f"{folder}; open it with diffusers, or: dopsd sample PROMPT --model {folder}", highlight=False)
@@ -139,7 +139,7 @@ def compare(
     """Run recipes side by side: same data, noise and measures. What is finished is not done again."""
     from dopsd.budget import rule_of
     from dopsd.compare import compare as compare_recipes
-    from dopsd.model_folder import is_model
+    from dopsd.models.folder import is_model
     from dopsd.recipe import load_recipe
 
     nfes, rule = forwards_of(nfe), rule_of(equal)
@@ -168,9 +168,9 @@ def init(
     file: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe for a model and a method: every key with its default and its meaning."""
-    from dopsd.families import load_family
     from dopsd.files import write_text
     from dopsd.methods import METHODS, missing
+    from dopsd.models import load_family
     from dopsd.starter import starter_recipe
 
     if method not in METHODS:
@@ -204,7 +204,7 @@ def import_(
     """Turn a data set in another shape into a folder of pictures with metadata.jsonl, or a pickled weights file into
     safetensors."""
     from dopsd.data.importing import import_data
-    from dopsd.pickled import convert_pickle
+    from dopsd.models.pickle_import import convert_pickle
 
     if source.endswith(".bin"):
         file = target or Path(source).with_suffix(".safetensors")
@@ -227,8 +227,8 @@ def caption(
 ) -> None:
     """Write a caption beside each picture that has none, by a local vision-language model."""
     from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
-    from dopsd.deployed import deployed_on
-    from dopsd.families.captioner import Captioner
+    from dopsd.models.pipeline import deployed_on
+    from dopsd.models.vlm import Captioner
 
     todo, kept = uncaptioned(folder, overwrite)
     if todo:
@@ -257,8 +257,8 @@ def schema() -> None:
 @refusing
 def inspect(file: Annotated[Path, typer.Argument(help="LoRA file, or a model's folder.", show_default=False)]) -> None:
     """Say what a LoRA file or a model's folder is: family, rank, method, steps, and which loaders take it and how."""
-    from dopsd.inspection import inspect_lora, inspect_model
-    from dopsd.model_folder import is_model
+    from dopsd.models.folder import is_model
+    from dopsd.models.inspection import inspect_lora, inspect_model
 
     for label, value in (inspect_model if is_model(file) else inspect_lora)(file).lines:
         out.print(f"{label:<26} {value}", markup=False, highlight=False)
@@ -278,8 +278,8 @@ def doctor() -> None:
 @refusing
 def list_cells(json_file: AsJson = None) -> None:
     """Print which method runs on which family, and why not where it does not."""
-    from dopsd.families import FAMILIES, family_class
     from dopsd.methods import METHODS, missing
+    from dopsd.models import FAMILIES, family_class
 
     cells = {
         family: {name: missing(method, family_class(family).teacher_contexts) for name, method in METHODS.items()}

@@ -11,9 +11,9 @@ from dopsd.budget import Rule, forwards_a_step, on_budget_of
 from dopsd.contest import Contest, Contestant
 from dopsd.evaluation.advice import advise
 from dopsd.evaluation.report import write_comparison
-from dopsd.families import load_family
-from dopsd.families.lora import read_lora
-from dopsd.model_folder import is_model
+from dopsd.models import load_family
+from dopsd.models.folder import is_model
+from dopsd.models.lora import read_lora
 from dopsd.pocket.exam import lesson_of, write_lesson
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import Progress, train

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from dopsd.checking import family_of, pictures_shown, read_data, resolutions_of, unrelated_prompts
-from dopsd.deployed import cells_of, deployed_on
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Painter
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import noise_for, paint
 from dopsd.evaluation.nearness import distances
-from dopsd.families import load_family
-from dopsd.families.base import Family
-from dopsd.families.lora import merge_lora
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.images import cover_crop, open_picture
-from dopsd.model_folder import is_model
+from dopsd.models import load_family
+from dopsd.models.base import Family, cells_of
+from dopsd.models.folder import is_model
+from dopsd.models.lora import merge_lora
+from dopsd.models.pipeline import deployed_on
 from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Sheet, lesson_of, sit, truth
 from dopsd.pocket.gates import Parent
 from dopsd.preview import paint_each

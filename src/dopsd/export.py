@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dopsd.families.base import Family
-from dopsd.families.lora import Pairs, read_lora
 from dopsd.files import write_tensors
+from dopsd.models.base import Family
+from dopsd.models.lora import Pairs, read_lora
 from dopsd.training.adapters import lora_pairs
 
 Size = tuple[int, ...]

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.diffusion.batch import Batch, Context
 from dopsd.diffusion.components import Painter
-from dopsd.families.base import Family, Size
 from dopsd.methods import Method
 from dopsd.methods.base import Score
+from dopsd.models.base import Family, Size
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora, untouched
 from dopsd.training.loop import Plan, backward

@@ -14,11 +14,11 @@ import torch
 
 from dopsd.data.folder import METADATA, Example, Listing
 from dopsd.data.sources import one_caption_each
-from dopsd.deployed import cells_of, deployed_on
 from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.families.base import Family
 from dopsd.files import atomic_path, write_text
 from dopsd.images import to_images
+from dopsd.models.base import Family, cells_of
+from dopsd.models.pipeline import deployed_on
 from dopsd.recipe import Recipe
 
 FIRST_SEED = 960_000  # far from previews and checkups

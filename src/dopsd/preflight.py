@@ -15,15 +15,15 @@ from PIL import Image
 
 from dopsd.checking import Checked, check, dtype_of, resolutions_of
 from dopsd.data.cache import Row, prepare, read_context
-from dopsd.deployed import cells_of, deployed_on
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.sampling import noise_for, paint
 from dopsd.evaluation.measures import Found, find_measure
 from dopsd.evaluation.nearness import SIDE, distances, nearer
 from dopsd.evaluation.report import Panel, write_comparison
-from dopsd.families.base import Family
-from dopsd.families.lora import merge_lora
 from dopsd.images import cover_crop, open_picture, to_images
+from dopsd.models.base import Family, cells_of
+from dopsd.models.lora import merge_lora
+from dopsd.models.pipeline import deployed_on
 from dopsd.recipe import Recipe
 from dopsd.statistics import Interval
 

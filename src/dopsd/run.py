@@ -35,10 +35,10 @@ from dopsd.data.folder import Example, Listing
 from dopsd.data.loader import Loader
 from dopsd.diffusion.batch import Context
 from dopsd.evaluation.report import write_report
-from dopsd.families.base import Family
 from dopsd.files import atomic_path
 from dopsd.generated import with_painted
 from dopsd.images import cover_crop, grid, open_picture
+from dopsd.models.base import Family
 from dopsd.preview import Preview, read_previews
 from dopsd.recipe import Recipe, TrainSection
 from dopsd.run_folder import Metrics, claimed, read_rows, write_header

@@ -18,12 +18,12 @@ from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import Agreement, Checkup, Health
 from dopsd.evaluation.judges import load_judge
 from dopsd.export import export_lora, start_from_lora
-from dopsd.families import load_family
-from dopsd.families.base import Family
-from dopsd.families.lora import merge_lora, read_lora
 from dopsd.files import sha256_of
 from dopsd.methods.base import Roles, Score
-from dopsd.model_folder import write_model
+from dopsd.models import load_family
+from dopsd.models.base import Family
+from dopsd.models.folder import write_model
+from dopsd.models.lora import merge_lora, read_lora
 from dopsd.preview import Preview, paint_previews
 from dopsd.recipe import Recipe
 from dopsd.settings import LoraSection

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
-from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.qwen import load_processor, picture_tokens, with_picture
+from dopsd.models.hub import Checkpoint
+from dopsd.models.qwen3 import load_processor, picture_tokens, with_picture
 
 TOKENS = 6
 

@@ -12,9 +12,9 @@ from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.rollout import walk
 from dopsd.evaluation.health import Checkup
 from dopsd.evaluation.judges import load_judge
-from dopsd.families.base import Family
 from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
+from dopsd.models.base import Family
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import unrelated, write_lesson
 from dopsd.training.adapters import add_lora

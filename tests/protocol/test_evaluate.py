@@ -17,11 +17,11 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from typer.testing import CliRunner
 
 from dopsd.cli import app
-from dopsd.deployed import sample
 from dopsd.evaluation.measures.distances import fid
 from dopsd.evaluation.measures.inception import WEIGHTS, Inception, InceptionV3
-from dopsd.families import load_family
-from dopsd.families.base import Family
+from dopsd.models import load_family
+from dopsd.models.base import Family
+from dopsd.models.pipeline import sample
 from dopsd.protocol.galleries import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE, read_gallery
 from dopsd.statistics import bootstrap, paired
 

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from dopsd.checking import check
 from dopsd.diffusion.sampling import noise_for
-from dopsd.families import load_family
-from dopsd.families.lora import merge_lora
+from dopsd.models import load_family
+from dopsd.models.lora import merge_lora
 from dopsd.pocket.__main__ import app
 from dopsd.recipe import parse_recipe
 from dopsd.session import Session

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dopsd.families import load_family
-from dopsd.families.lora import merge_lora
 from dopsd.forecast import forecast
-from dopsd.inspection import inspect_lora
+from dopsd.models import load_family
+from dopsd.models.inspection import inspect_lora
+from dopsd.models.lora import merge_lora
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 from dopsd.training.quantize import quantize, saved_bytes

@@ -50,8 +50,8 @@ def evaluate(
     seeds. Stopped, it goes on where it was: call it again."""
     from dopsd.data.folder import pictures_in
     from dopsd.data.questions import read_questions
-    from dopsd.deployed import deployed_on
     from dopsd.evaluation.measures import named_measure
+    from dopsd.models.pipeline import deployed_on
     from dopsd.protocol.galleries import BASE, Plan, galleries_of, read_gallery, refuse_unpaired
     from dopsd.protocol.layouts import LAYOUTS
     from dopsd.protocol.table import HEADER, tabulate
@@ -100,8 +100,8 @@ def prompts(
 ) -> None:
     """Write test prompts for a concept: of each picture its scene in other words, and four new scenes."""
     from dopsd.data.folder import read_folder
-    from dopsd.deployed import deployed_on
-    from dopsd.families.captioner import Captioner
+    from dopsd.models.pipeline import deployed_on
+    from dopsd.models.vlm import Captioner
     from dopsd.protocol.asking import MOST_TOKENS, write_test_prompts
 
     pictures = [(example.path, example.caption) for example in read_folder(folder).examples]

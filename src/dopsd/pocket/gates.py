@@ -19,9 +19,9 @@ from torch import Tensor
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.families import POCKET, load_family
-from dopsd.families.zimage import ZImageDenoiser
 from dopsd.files import write_json
+from dopsd.models import POCKET, load_family
+from dopsd.models.zimage import ZImageDenoiser
 from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
 from dopsd.pocket.model import GUIDANCE

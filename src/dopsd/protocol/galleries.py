@@ -11,15 +11,15 @@ import torch
 
 from dopsd.data.folder import pictures_in, read_folder
 from dopsd.data.questions import Question
-from dopsd.deployed import cells_of, deployed_on
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser, Painter
 from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.families import load_family
-from dopsd.families.base import Family
-from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.files import atomic_path, sha256_of, write_json, write_text
 from dopsd.images import to_images
+from dopsd.models import load_family
+from dopsd.models.base import Family, cells_of
+from dopsd.models.lora import merge_lora, read_lora, refuse_strength
+from dopsd.models.pipeline import deployed_on
 
 Progress = Callable[[str, int, int], None]
 SETTINGS = "evaluation.json"

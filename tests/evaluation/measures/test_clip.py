@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPM
 from dopsd.checking import check
 from dopsd.evaluation.judges import load_judge
 from dopsd.evaluation.measures.clip import HEAD
-from dopsd.families import POCKET
+from dopsd.models import POCKET
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from dopsd.evaluation.measures.vlm import ObjectJudge, StyleJudge, grade_of
-from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.qwen import load_processor
 from dopsd.images import as_bytes, to_images
+from dopsd.models.hub import Checkpoint
+from dopsd.models.qwen3 import load_processor
 
 CPU = torch.device("cpu")
 

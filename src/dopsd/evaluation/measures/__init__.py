@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Literal
 
-from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import brief
+from dopsd.models.hub import Checkpoint
 
 HERE = "dopsd.evaluation.measures"
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import read_tensors
 from dopsd.images import as_bytes
+from dopsd.models.hub import Checkpoint
 
 HEAD = "aesthetic.safetensors"  # beside the CLIP: the head's linears, in order of their names
 

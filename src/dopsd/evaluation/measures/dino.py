@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 from transformers import AutoModel
 
-from dopsd.families.checkpoint import Checkpoint
+from dopsd.models.hub import Checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all DINO checkpoints but those for satellites
 KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
-from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import read_tensors
 from dopsd.images import as_bytes
+from dopsd.models.hub import Checkpoint
 
 WEIGHTS = "inception_fid.safetensors"
 SIDE, DIMENSIONS = 299, 2048

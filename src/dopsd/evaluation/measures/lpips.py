@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, max_pool2d, relu
 
-from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import read_tensors
+from dopsd.models.hub import Checkpoint
 
 WEIGHTS = "lpips_vgg16.safetensors"
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers of VGG16's convolutions

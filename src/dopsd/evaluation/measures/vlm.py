@@ -10,8 +10,8 @@ import re
 import torch
 from torch import Tensor
 
-from dopsd.families.captioner import Captioner
 from dopsd.images import as_bytes, to_images
+from dopsd.models.vlm import Captioner
 
 log = logging.getLogger(__name__)
 

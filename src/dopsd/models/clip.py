@@ -8,9 +8,9 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from dopsd.diffusion.batch import Context
-from dopsd.families.base import fingerprint_of
-from dopsd.families.checkpoint import Checkpoint, variant_of
 from dopsd.files import brief
+from dopsd.models.base import fingerprint_of
+from dopsd.models.hub import Checkpoint, variant_of
 
 
 class ClipPairReader:

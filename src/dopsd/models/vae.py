@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
-from dopsd.families.base import fingerprint_of
-from dopsd.families.checkpoint import Checkpoint, variant_of
+from dopsd.models.base import fingerprint_of
+from dopsd.models.hub import Checkpoint, variant_of
 
 PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder gets in one call: 2.8 GiB of activations in float32
 TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from dopsd.families.checkpoint import hub_address, weights_here
 from dopsd.files import tensor_names
+from dopsd.models.hub import hub_address, weights_here
 
 KEY = "model.distilled_by"
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.qwen import load_processor, load_vlm, picture_marks, picture_tokens, templated
+from dopsd.models.hub import Checkpoint
+from dopsd.models.qwen3 import load_processor, load_vlm, picture_marks, picture_tokens, templated
 
 
 class Captioner:

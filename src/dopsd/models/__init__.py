@@ -8,15 +8,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dopsd.families.checkpoint import Checkpoint
+from dopsd.models.hub import Checkpoint
 
 if TYPE_CHECKING:
-    from dopsd.families.base import Family, Sight
+    from dopsd.models.base import Family, Sight
 
 FAMILIES = {
-    "zimage": "dopsd.families.zimage:ZImage",
-    "flux2_klein": "dopsd.families.flux2_klein:Flux2Klein",
-    "sdxl": "dopsd.families.sdxl:SDXL",
+    "zimage": "dopsd.models.zimage:ZImage",
+    "flux2_klein": "dopsd.models.flux2_klein:Flux2Klein",
+    "sdxl": "dopsd.models.sdxl:SDXL",
 }
 PIPELINES = {"ZImagePipeline": "zimage", "Flux2KleinPipeline": "flux2_klein", "StableDiffusionXLPipeline": "sdxl"}
 

@@ -10,10 +10,11 @@ from diffusers import ZImagePipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from dopsd.deployed import fuse, sample_latents
 from dopsd.diffusion.sampling import noise_for
-from dopsd.families.lora import merge_lora, read_lora
-from dopsd.inspection import inspect_lora
+from dopsd.models.folder import fuse
+from dopsd.models.inspection import inspect_lora
+from dopsd.models.lora import merge_lora, read_lora
+from dopsd.models.pipeline import sample_latents
 from dopsd.recipe import parse_recipe
 from dopsd.run import train
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.families.base import Sight, Size, Usage, plain_usage
-from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.kl import KLPainter, empty_vae, load_vae
-from dopsd.families.lora import Pairs, diffusers_form
-from dopsd.families.qwen import QwenReader, Reading, count_tokens, text_width
+from dopsd.models.base import Sight, Size, Usage, plain_usage
+from dopsd.models.hub import Checkpoint
+from dopsd.models.lora import Pairs, diffusers_form
+from dopsd.models.qwen3 import QwenReader, Reading, count_tokens, text_width
+from dopsd.models.vae import KLPainter, empty_vae, load_vae
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 LENGTH: int = inspect.signature(ZImagePipeline.__call__).parameters["max_sequence_length"].default

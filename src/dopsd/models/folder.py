@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dopsd.families import load_family
-from dopsd.families.base import Family
 from dopsd.files import atomic_path, read_tensors, write_json
+from dopsd.models import load_family
+from dopsd.models.base import Family
+from dopsd.models.lora import merge_lora, read_lora
+from dopsd.models.pipeline import deployed_on
 
 ABOUT, TUNED = "dopsd.json", "tuned"
 
@@ -74,3 +76,14 @@ def _refuse_other_tensors(part: Path, network: nn.Module) -> None:
                 raise ValueError(f"{file}: {name} does not read back as trained; the folder is not to be trusted.")
     if live:
         raise ValueError(f"{part} lacks {next(iter(live))}; the folder is not to be trusted.")
+
+
+def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0, distilled_by: str | None = None) -> None:
+    """Write the checkpoint as a diffusers folder with the LoRA added to its weights: what opens it needs no LoRA."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists and is not overwritten: choose another folder with --out.")
+    family = load_family(name_or_path, distilled_by=distilled_by)
+    read_lora(lora, family)  # refused before gigabytes are loaded
+    network = family.load_denoiser(*deployed_on()).network
+    merge_lora(network, lora, family, strength)
+    write_model(folder, network, family)

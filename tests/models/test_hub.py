@@ -14,7 +14,7 @@ from threading import Thread
 
 import pytest
 
-from dopsd.families import POCKET, load_family
+from dopsd.models import POCKET, load_family
 
 COMMIT = "c" * 40
 FILES = {p.relative_to(POCKET).as_posix(): p for p in POCKET.rglob("*") if p.is_file() and "parent" not in p.parts}
@@ -93,7 +93,7 @@ def run(code: str, home: Path, endpoint: str, **environment: str) -> str:
 
 
 OPEN = """
-from dopsd.families import load_family
+from dopsd.models import load_family
 for name, revision in {cases!r}:
     try:
         family = load_family(name, revision=revision)
@@ -132,7 +132,7 @@ def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
 def test_whether_a_file_is_on_the_hub_is_known_without_fetching_it(hub, tmp_path):
     endpoint, asked = hub
     code = """
-from dopsd.families.checkpoint import weights_here
+from dopsd.models.hub import weights_here
 for name in ("tiny/zimage/vae/diffusion_pytorch_model.safetensors", "tiny/zimage/lora.safetensors",
              "missing/model/lora.safetensors", "gated/model/lora.safetensors", "./lora.safetensors"):
     try:

@@ -8,11 +8,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from dopsd.diffusion.sampling import Noise, noise_for, to_pictures, walked
-from dopsd.families import load_family
-from dopsd.families.base import Family, Size
-from dopsd.families.lora import merge_lora, read_lora, refuse_strength
 from dopsd.images import open_picture, to_images
-from dopsd.model_folder import write_model
+from dopsd.models import load_family
+from dopsd.models.base import Family, cells_of, fitted_size
+from dopsd.models.lora import merge_lora, read_lora, refuse_strength
 
 
 def sample(
@@ -62,15 +61,6 @@ def sample_latents(
     return torch.cat(list(walked(denoiser, schedule, context, noise, family.cell)))
 
 
-def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0, distilled_by: str | None = None) -> None:
-    """Write the checkpoint as a diffusers folder with the LoRA added to its weights: what opens it needs no LoRA."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists and is not overwritten: choose another folder with --out.")
-    family = load_family(name_or_path, distilled_by=distilled_by)
-    read_lora(lora, family)  # refused before gigabytes are loaded
-    network = family.load_denoiser(*deployed_on()).network
-    merge_lora(network, lora, family, strength)
-    write_model(folder, network, family)
 
 
 def deployed_on() -> tuple[torch.device, torch.dtype]:
@@ -79,18 +69,5 @@ def deployed_on() -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def fitted_size(family: Family, path: Path, size: Size) -> Size:
-    """What a picture to edit is brought to. Raises ValueError where the family edits none, or none of this shape."""
-    if family.reference_size is None:
-        raise ValueError(f"{path} is a picture to edit, and {family.name} edits none: leave the references out.")
-    try:
-        return family.reference_size(size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
-def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:
-    """A picture size in pixels as latent cells. Raises ValueError where the family cannot paint it."""
-    if height % family.multiple or width % family.multiple:
-        raise ValueError(f"{width} x {height} pixels: both sides must be multiples of {family.multiple}.")
-    return height // family.cell, width // family.cell

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser, Painter, Reader
 from dopsd.diffusion.flow import Schedule, Space
-from dopsd.families.checkpoint import Checkpoint
+from dopsd.models.hub import Checkpoint
 
 Size = tuple[int, int]  # (width, height) in pixels, as in Pillow
 
@@ -149,3 +149,20 @@ def fingerprint_of(module: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def fitted_size(family: Family, path: Path, size: Size) -> Size:
+    """What a picture to edit is brought to. Raises ValueError where the family edits none, or none of this shape."""
+    if family.reference_size is None:
+        raise ValueError(f"{path} is a picture to edit, and {family.name} edits none: leave the references out.")
+    try:
+        return family.reference_size(size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:
+    """A picture size in pixels as latent cells. Raises ValueError where the family cannot paint it."""
+    if height % family.multiple or width % family.multiple:
+        raise ValueError(f"{width} x {height} pixels: both sides must be multiples of {family.multiple}.")
+    return height // family.cell, width // family.cell

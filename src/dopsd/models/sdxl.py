@@ -29,13 +29,13 @@ from transformers import AutoConfig, AutoTokenizer
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule, per_row
-from dopsd.families.base import Sight, Size, Usage, plain_usage
-from dopsd.families.checkpoint import Checkpoint, variant_of, weights_file
-from dopsd.families.clip_pair import ClipPairReader, count_tokens
-from dopsd.families.distiller import KEY, address_of, kind_of, refuse_no_distiller
-from dopsd.families.kl import KLPainter, empty_vae, load_vae
-from dopsd.families.lora import Pairs, merge_lora
 from dopsd.files import brief, read_tensors, write_json
+from dopsd.models.base import Sight, Size, Usage, plain_usage
+from dopsd.models.clip import ClipPairReader, count_tokens
+from dopsd.models.distilled_weights import KEY, address_of, kind_of, refuse_no_distiller
+from dopsd.models.hub import Checkpoint, variant_of, weights_file
+from dopsd.models.lora import Pairs, merge_lora
+from dopsd.models.vae import KLPainter, empty_vae, load_vae
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PARTNERS = (("lora_down", "lora_up"), ("lora_A", "lora_B"))

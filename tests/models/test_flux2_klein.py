@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_klein import TEXT, write_klein, write_vlm
 
-from dopsd.deployed import sample
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.rollout import rollout, walk
 from dopsd.diffusion.sampling import noise_for
-from dopsd.families import load_family
-from dopsd.families.base import Sight
-from dopsd.families.flux2_klein import LAST_SUFFIX, SUFFIX, Flux2Klein, KleinReader
-from dopsd.families.lora import read_lora
 from dopsd.methods import DOPSD
+from dopsd.models import load_family
+from dopsd.models.base import Sight
+from dopsd.models.flux2_klein import LAST_SUFFIX, SUFFIX, Flux2Klein, KleinReader
+from dopsd.models.lora import read_lora
+from dopsd.models.pipeline import sample
 from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.roles import Teacher, make_roles
 

@@ -10,12 +10,12 @@ from diffusers import ZImagePipeline
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLModel
 
-from dopsd.deployed import sample, sample_latents
 from dopsd.diffusion.rollout import rollout, walk
 from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.families import load_family
-from dopsd.families.base import Sight
-from dopsd.families.qwen import transplant, with_picture
+from dopsd.models import load_family
+from dopsd.models.base import Sight
+from dopsd.models.pipeline import sample, sample_latents
+from dopsd.models.qwen3 import transplant, with_picture
 
 CPU = torch.device("cpu")
 PROMPTS = [

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dopsd.families.base import Family
 from dopsd.files import read_metadata, read_tensors
+from dopsd.models.base import Family
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by module path

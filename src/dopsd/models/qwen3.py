@@ -26,9 +26,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from dopsd.diffusion.batch import Context
-from dopsd.families.base import Size, fingerprint_of
-from dopsd.families.checkpoint import Checkpoint
 from dopsd.files import brief
+from dopsd.models.base import Size, fingerprint_of
+from dopsd.models.hub import Checkpoint
 
 log = logging.getLogger(__name__)
 

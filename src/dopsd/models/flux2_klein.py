@@ -29,11 +29,11 @@ from transformers import AutoConfig
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.families.base import Sight, Size, Usage, plain_usage
-from dopsd.families.checkpoint import Checkpoint
-from dopsd.families.kl import KLPainter, empty_vae, load_vae
-from dopsd.families.lora import Pairs, diffusers_form
-from dopsd.families.qwen import QwenReader, Reading, count_tokens, with_suffix
+from dopsd.models.base import Sight, Size, Usage, plain_usage
+from dopsd.models.hub import Checkpoint
+from dopsd.models.lora import Pairs, diffusers_form
+from dopsd.models.qwen3 import QwenReader, Reading, count_tokens, with_suffix
+from dopsd.models.vae import KLPainter, empty_vae, load_vae
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _ASKED = inspect.signature(Flux2KleinPipeline.__call__).parameters

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dopsd.families import load_family
-from dopsd.families.lora import refuse_other_kinds
 from dopsd.files import read_metadata, read_tensors
-from dopsd.model_folder import told_of
+from dopsd.models import load_family
+from dopsd.models.folder import told_of
+from dopsd.models.lora import refuse_other_kinds
 
 # Module paths that only one family has.
 FAMILY_MARKS = {
