@@ -13,7 +13,7 @@ from pydantic import Field
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Space, loss_weight, noise_like, noisy
 from dopsd.methods.base import Loss, Need, Roles
-from dopsd.methods.matching import DrawsTimes
+from dopsd.methods.flow_matching import DrawsTimes
 from dopsd.methods.preference import Preference, Term, pairwise_losses
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dopsd.diffusion.batch import Batch
 from dopsd.methods.base import Loss, Need, Roles, ToPaint
-from dopsd.methods.matching import FlowMatching
+from dopsd.methods.flow_matching import FlowMatching
 
 
 class DreamBooth(FlowMatching):

@@ -13,7 +13,7 @@ from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import noise_like
 from dopsd.diffusion.rollout import walk
 from dopsd.methods.base import Loss, Need, Roles
-from dopsd.methods.matching import FlowMatching
+from dopsd.methods.flow_matching import FlowMatching
 
 
 class SFT(FlowMatching):
