@@ -15,7 +15,7 @@ from torch import nn
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example, Listing
 from dopsd.data.importing import fill
-from dopsd.data.questions import read_questions
+from dopsd.data.prompts import read_questions
 from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.judges import find_judge

@@ -7,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dopsd.cli import app
-from dopsd.data.questions import read_questions
+from dopsd.data.prompts import read_questions
 from dopsd.protocol.asking import prompts_in, write_test_prompts
 
 GOOD = (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd.data.questions import Question
+from dopsd.data.prompts import Question
 from dopsd.protocol.galleries import Gallery, Picture
 from dopsd.protocol.layouts import LAYOUTS
 

@@ -32,7 +32,7 @@ def train_adapter(
 ) -> None:
     """Paint pictures with the model and tune a de-distill adapter on them, for model.training_adapter."""
     from dopsd.checking import check
-    from dopsd.data.questions import read_questions
+    from dopsd.data.prompts import read_questions
     from dopsd.dedistill import adapter_recipe, default_name
     from dopsd.run import train
 

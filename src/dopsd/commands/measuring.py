@@ -49,7 +49,7 @@ def evaluate(
     """Measure pictures: values, differences to the untouched model and noise floors, with intervals over prompts and
     seeds. Stopped, it goes on where it was: call it again."""
     from dopsd.data.folder import pictures_in
-    from dopsd.data.questions import read_questions
+    from dopsd.data.prompts import read_questions
     from dopsd.evaluation.measures import named_measure
     from dopsd.models.pipeline import deployed_on
     from dopsd.protocol.galleries import BASE, Plan, galleries_of, read_gallery, refuse_unpaired

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dopsd.data.folder import pictures_in, read_folder
-from dopsd.data.questions import Question
+from dopsd.data.prompts import Question
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser, Painter
 from dopsd.diffusion.sampling import noise_for, paint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dopsd.data.questions import Question
+from dopsd.data.prompts import Question
 from dopsd.files import atomic_path, write_text
 from dopsd.images import open_picture
 from dopsd.protocol.galleries import Gallery

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dopsd.data.questions import read_questions
+from dopsd.data.prompts import read_questions
 
 
 def rows(path: Path, *values: object) -> Path:
