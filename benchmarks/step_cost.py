@@ -23,7 +23,7 @@ from dopsd.methods import DOPSD, PSO, SFT, Loss, Method, PSOOnline, Roles
 from dopsd.models import load_family
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
-from dopsd.training.meter import LiveBytes
+from dopsd.training.memory_meter import LiveBytes
 from dopsd.training.roles import Teacher, make_roles
 
 

@@ -12,7 +12,7 @@ from dopsd.models import load_family
 from dopsd.recipe import parse_recipe
 from dopsd.session import Session
 from dopsd.training.loop import Plan, steps
-from dopsd.training.meter import LiveBytes
+from dopsd.training.memory_meter import LiveBytes
 
 CPU = torch.device("cpu")
 CASES = [

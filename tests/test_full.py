@@ -28,7 +28,7 @@ from dopsd.run import train
 from dopsd.session import Session
 from dopsd.training.checkpoint import checkpoint_path
 from dopsd.training.loop import Plan, steps
-from dopsd.training.meter import LiveBytes
+from dopsd.training.memory_meter import LiveBytes
 
 CPU = torch.device("cpu")
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]

@@ -31,7 +31,7 @@ from dopsd.preview import Wanted
 from dopsd.recipe import PromptSection, Recipe
 from dopsd.trackers import refuse_missing
 from dopsd.training.adapters import Coverage, coverage, lora_sizes
-from dopsd.training.student import Everything
+from dopsd.training.trainable import Everything
 
 log = logging.getLogger(__name__)
 

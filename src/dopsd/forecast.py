@@ -22,11 +22,11 @@ from dopsd.models.base import Family, Size
 from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora, untouched
 from dopsd.training.loop import Plan, backward
-from dopsd.training.meter import LiveBytes
+from dopsd.training.memory_meter import LiveBytes
 from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import saved_bytes
 from dopsd.training.roles import Teacher, make_roles
-from dopsd.training.student import Student, full_student
+from dopsd.training.trainable import Student, full_student
 
 ITS_OWN = 2**30  # bytes of a device that tensors never get
 

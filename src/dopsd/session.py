@@ -27,11 +27,11 @@ from dopsd.models.lora import merge_lora, read_lora
 from dopsd.preview import Preview, paint_previews
 from dopsd.recipe import Recipe
 from dopsd.settings import LoraSection
-from dopsd.training.elsewhere import as_deployed, kept
+from dopsd.training.deployed_weights import as_deployed, kept
 from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import adamw_8bit, quantize
 from dopsd.training.roles import Teacher, make_roles
-from dopsd.training.student import Student, full_student, lora_student
+from dopsd.training.trainable import Student, full_student, lora_student
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from dopsd.forecast import forecast
 from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
-from dopsd.training.meter import LiveBytes
+from dopsd.training.memory_meter import LiveBytes
 from dopsd.training.offload import offload_blocks
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dopsd.diffusion.components import Denoiser
 from dopsd.methods.base import Roles
 from dopsd.training.roles import Teacher, velocity_under
-from dopsd.training.student import Student
+from dopsd.training.trainable import Student
 
 
 def kept(network: nn.Module) -> dict[str, Tensor]:

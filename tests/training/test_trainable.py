@@ -12,7 +12,7 @@ from dopsd.diffusion.flow import Schedule
 from dopsd.methods import DOPSD, SFT
 from dopsd.training.loop import Plan, backward, generator_at
 from dopsd.training.roles import Teacher, make_roles, velocity_under
-from dopsd.training.student import full_student
+from dopsd.training.trainable import full_student
 
 CPU = torch.device("cpu")
 
