@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from dopsd.config.recipe import load_recipe
 from dopsd.contest import Contest, Contestant
 from dopsd.evaluation.advice import advise
 from dopsd.files import write_json
 from dopsd.pocket.exam import write_lesson
-from dopsd.recipe import load_recipe
 from dopsd.run import train
 from dopsd.run_folder import read_rows
 from dopsd.standings import Entry, tabulate

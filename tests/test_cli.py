@@ -216,8 +216,8 @@ def run_cli(*arguments: str):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, desk):
-    from dopsd.recipe import load_recipe
-    from dopsd.settings import Recipe
+    from dopsd.config.recipe import load_recipe
+    from dopsd.config.schema import Recipe
 
     made = run_cli("init", method, "--data", "pictures", "--out", "new.yaml")
     assert made.exit_code == 0, made.output
@@ -238,7 +238,7 @@ def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, 
 
 def test_every_commented_default_of_a_starter_recipe_is_the_default(desk):
     """Taking the # away changes nothing."""
-    from dopsd.recipe import read_recipe
+    from dopsd.config.recipe import read_recipe
 
     run_cli("init", "dopsd", "--data", "pictures", "--out", "new.yaml")
     text = Path("new.yaml").read_text()

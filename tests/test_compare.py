@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from dopsd.budget import on_budget_of
 from dopsd.cli import app
 from dopsd.compare import DEMO_STEPS, _tuned, compare, demo_recipe
+from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.models.pipeline import sample
 from dopsd.pocket.exam import LESSON_FILE, lesson_of
-from dopsd.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.run_folder import read_rows
 from dopsd.standings import KEPT, MEASURES
 

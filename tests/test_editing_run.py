@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from dopsd.checking import check, foresee
 from dopsd.cli import app
 from dopsd.compare import compare
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.files import read_metadata, read_tensors
 from dopsd.models import load_family
 from dopsd.models.pipeline import sample_latents
 from dopsd.preflight import preflight
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 
 # Opens a LoRA as a user of diffusers does, and leaves the latents that the pipeline paints with it.

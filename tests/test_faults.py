@@ -16,8 +16,8 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.methods.base import Loss
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 from dopsd.training.checkpoint import checkpoints
 

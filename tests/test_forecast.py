@@ -4,12 +4,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from dopsd.config.recipe import parse_recipe
 from dopsd.data.cache import prepare
 from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
 from dopsd.forecast import forecast
 from dopsd.models import load_family
-from dopsd.recipe import parse_recipe
 from dopsd.session import Session
 from dopsd.training.loop import Plan, steps
 from dopsd.training.memory_meter import LiveBytes

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.compare import compare
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.data.cache import prepare
 from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
@@ -23,7 +24,6 @@ from dopsd.forecast import forecast
 from dopsd.models import POCKET, load_family
 from dopsd.models.folder import told_of, write_model
 from dopsd.models.pipeline import sample_latents
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 from dopsd.session import Session
 from dopsd.training.checkpoint import checkpoint_path

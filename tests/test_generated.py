@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from dopsd.checking import check, open_family, read_data
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.generated import FIRST_SEED, paint_ahead, with_painted
 from dopsd.models.pipeline import sample
-from dopsd.recipe import Recipe, parse_recipe
 
 
 def recipe_of(lesson: Path, folder: Path, **method) -> Recipe:

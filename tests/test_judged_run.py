@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dopsd.cli import app
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.files import read_tensors
 from dopsd.forecast import Forecast
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 from dopsd.training.checkpoint import checkpoints
 

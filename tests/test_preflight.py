@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.compare import demo_recipe
+from dopsd.config.recipe import parse_recipe
 from dopsd.evaluation.measures.dino import DinoDistance
 from dopsd.models.pipeline import sample
 from dopsd.pocket.exam import write_lesson
 from dopsd.preflight import Preflight, preflight, verdict_of
-from dopsd.recipe import parse_recipe
 from dopsd.run import train
 from dopsd.statistics import Interval
 

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dopsd.checking import check
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
 from dopsd.models.pipeline import sample, sample_latents
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]

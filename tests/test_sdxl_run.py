@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dopsd.compare import compare
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.files import read_tensors
 from dopsd.pocket.exam import Sheet
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 
 

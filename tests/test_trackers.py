@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dopsd.checking import check
-from dopsd.recipe import Recipe, parse_recipe
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.run import train
 
 STEPS = 5

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dopsd.config.recipe import Recipe, load_recipe
     from dopsd.models import load_family
     from dopsd.models.pipeline import sample
-    from dopsd.recipe import Recipe, load_recipe
     from dopsd.run import train
 
 __version__ = "0.1.0"
@@ -17,8 +17,8 @@ __all__ = ["Recipe", "load_family", "load_recipe", "sample", "train"]
 
 _HOMES = {
     "load_family": "dopsd.models",
-    "Recipe": "dopsd.recipe",
-    "load_recipe": "dopsd.recipe",
+    "Recipe": "dopsd.config.recipe",
+    "load_recipe": "dopsd.config.recipe",
     "sample": "dopsd.models.pipeline",
     "train": "dopsd.run",
 }

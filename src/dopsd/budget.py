@@ -5,7 +5,7 @@ Steps and refusals only; training them and looking up what a run took is left to
 
 from typing import Literal, cast, get_args
 
-from dopsd.recipe import Recipe, parse_recipe
+from dopsd.config.recipe import Recipe, parse_recipe
 
 Rule = Literal["pictures", "seconds", "forwards"]
 RULES = get_args(Rule)

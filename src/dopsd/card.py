@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from dopsd.config.recipe import Recipe
 from dopsd.files import write_text
 from dopsd.models.base import Usage
-from dopsd.recipe import Recipe
 
 HUB_LICENCES = ("apache-2.0", "cc-by-nc-4.0", "openrail++")
 TOLD = {

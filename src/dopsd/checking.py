@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from torch import nn
 
+from dopsd.config.recipe import PromptSection, Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example, Listing
 from dopsd.data.importing import fill
@@ -28,7 +29,6 @@ from dopsd.models.base import Family, Sight, cells_of, fitted_size
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import read_lora, refuse_misfit
 from dopsd.preview import Wanted
-from dopsd.recipe import PromptSection, Recipe
 from dopsd.trackers import refuse_missing
 from dopsd.training.adapters import Coverage, coverage, lora_sizes
 from dopsd.training.trainable import Everything

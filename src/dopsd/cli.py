@@ -31,7 +31,7 @@ def check(
 ) -> None:
     """Say what a recipe would do and how much memory it would take, or why it cannot, before any weight is loaded."""
     from dopsd.checking import check as check_recipe
-    from dopsd.recipe import load_recipe
+    from dopsd.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, change or ())
     found = check_recipe(loaded)
@@ -57,7 +57,7 @@ def train(
 ) -> None:
     """Tune: writes the LoRA file, previews, metrics and report.html into <output_dir>/<run_name>."""
     from dopsd.checking import check as check_recipe
-    from dopsd.recipe import load_recipe
+    from dopsd.config.recipe import load_recipe
     from dopsd.run import train as train_recipe
     from dopsd.stopping import Stopped, Unhealthy
 
@@ -139,8 +139,8 @@ def compare(
     """Run recipes side by side: same data, noise and measures. What is finished is not done again."""
     from dopsd.budget import rule_of
     from dopsd.compare import compare as compare_recipes
+    from dopsd.config.recipe import load_recipe
     from dopsd.models.folder import is_model
-    from dopsd.recipe import load_recipe
 
     nfes, rule = forwards_of(nfe), rule_of(equal)
     tuned = [path for path in recipes if path.suffix == ".safetensors" or is_model(path)]
@@ -168,10 +168,10 @@ def init(
     file: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe for a model and a method: every key with its default and its meaning."""
+    from dopsd.config.starter import starter_recipe
     from dopsd.files import write_text
     from dopsd.methods import METHODS, missing
     from dopsd.models import load_family
-    from dopsd.starter import starter_recipe
 
     if method not in METHODS:
         raise ValueError(f"{method} is no method: choose one of {', '.join(METHODS)}.")
@@ -248,7 +248,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML."""
     import json
 
-    from dopsd.recipe import Recipe
+    from dopsd.config.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dopsd.budget import Rule, forwards_a_step, on_budget_of
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.contest import Contest, Contestant
 from dopsd.evaluation.advice import advise
 from dopsd.evaluation.report import write_comparison
@@ -15,7 +16,6 @@ from dopsd.models import load_family
 from dopsd.models.folder import is_model
 from dopsd.models.lora import read_lora
 from dopsd.pocket.exam import lesson_of, write_lesson
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import Progress, train
 from dopsd.run_folder import read_rows
 from dopsd.standings import Entry, Outcome, notes, panels, tabulate

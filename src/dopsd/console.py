@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dopsd.checking import Checked
-    from dopsd.recipe import Recipe
+    from dopsd.config.recipe import Recipe
 
 MOST_FORWARDS = 1000  # of a sampler that anyone asks for
 WIDTH = 160  # where there is no terminal whose width must be kept

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dopsd.checking import family_of, pictures_shown, read_data, resolutions_of, unrelated_prompts
+from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Painter
 from dopsd.diffusion.rollout import Velocity
@@ -32,7 +33,6 @@ from dopsd.models.pipeline import deployed_on
 from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Sheet, lesson_of, sit, truth
 from dopsd.pocket.gates import Parent
 from dopsd.preview import paint_each
-from dopsd.recipe import Recipe
 
 LAYOUT = 1  # part of every key: raise it when the same question would be answered otherwise
 SHOWN = 8  # pictures of a topic that are kept for the page

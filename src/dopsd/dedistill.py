@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.checking import open_family
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.generated import Progress, paint_ahead
-from dopsd.recipe import Recipe, parse_recipe
 
 
 def adapter_recipe(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Batch, Context
 from dopsd.diffusion.components import Painter
 from dopsd.methods import Method
 from dopsd.methods.base import Score
 from dopsd.models.base import Family, Size
-from dopsd.recipe import Recipe
 from dopsd.training.adapters import add_lora, untouched
 from dopsd.training.loop import Plan, backward
 from dopsd.training.memory_meter import LiveBytes

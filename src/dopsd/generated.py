@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dopsd.config.recipe import Recipe
 from dopsd.data.folder import METADATA, Example, Listing
 from dopsd.data.sources import one_caption_each
 from dopsd.diffusion.sampling import noise_for, paint
@@ -19,7 +20,6 @@ from dopsd.files import atomic_path, write_text
 from dopsd.images import to_images
 from dopsd.models.base import Family, cells_of
 from dopsd.models.pipeline import deployed_on
-from dopsd.recipe import Recipe
 
 FIRST_SEED = 960_000  # far from previews and checkups
 Progress = Callable[[int, int], None]

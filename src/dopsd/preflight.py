@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dopsd.checking import Checked, check, dtype_of, resolutions_of
+from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.sampling import noise_for, paint
@@ -24,7 +25,6 @@ from dopsd.images import cover_crop, open_picture, to_images
 from dopsd.models.base import Family, cells_of
 from dopsd.models.lora import merge_lora
 from dopsd.models.pipeline import deployed_on
-from dopsd.recipe import Recipe
 from dopsd.statistics import Interval
 
 ENOUGH = 0.15  # share by which the teacher must be nearer; set on other things than those it is judged on

@@ -30,6 +30,7 @@ from dopsd.checking import (
     resolutions_of,
     unrelated_prompts,
 )
+from dopsd.config.recipe import Recipe, TrainSection
 from dopsd.data.cache import Row, prepare, shown_to_teacher
 from dopsd.data.folder import Example, Listing
 from dopsd.data.loader import Loader
@@ -40,7 +41,6 @@ from dopsd.generated import with_painted
 from dopsd.images import cover_crop, grid, open_picture
 from dopsd.models.base import Family
 from dopsd.preview import Preview, read_previews
-from dopsd.recipe import Recipe, TrainSection
 from dopsd.run_folder import Metrics, claimed, read_rows, write_header
 from dopsd.session import Session
 from dopsd.stopping import Stopped, Unhealthy, noticing_signals

@@ -14,8 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dopsd.config.recipe import Recipe, load_recipe
 from dopsd.files import write_json, write_text, writing
-from dopsd.recipe import Recipe, load_recipe
 from dopsd.training.checkpoint import checkpoints
 from dopsd.training.loop import StepReport
 

@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dopsd import __version__
+from dopsd.config.recipe import Recipe
+from dopsd.config.schema import LoraSection
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser, Painter
 from dopsd.diffusion.flow import Schedule
@@ -25,8 +27,6 @@ from dopsd.models.base import Family
 from dopsd.models.folder import write_model
 from dopsd.models.lora import merge_lora, read_lora
 from dopsd.preview import Preview, paint_previews
-from dopsd.recipe import Recipe
-from dopsd.settings import LoraSection
 from dopsd.training.deployed_weights import as_deployed, kept
 from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import adamw_8bit, quantize

@@ -16,8 +16,8 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
+from dopsd.config.recipe import Recipe
 from dopsd.files import write_json
-from dopsd.recipe import Recipe
 
 
 class Trackers:

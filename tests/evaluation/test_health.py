@@ -9,11 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 from dopsd.cli import app
+from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation import health
 from dopsd.evaluation.health import Checkup
 from dopsd.pocket.pixels import blurred
-from dopsd.recipe import parse_recipe
 from dopsd.run import train
 
 CELLS = (8, 16, 16)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dopsd.config.recipe import parse_recipe
 from dopsd.pocket.exam import write_lesson
-from dopsd.recipe import parse_recipe
 from dopsd.run import train
 
 BROWSER = next(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dopsd.config.recipe import load_recipe
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Schedule, clean_of, noise_of, noisy, transition
 from dopsd.methods import DPO, PSO, PSOOnline
 from dopsd.methods.preference import Term, pairwise_losses
-from dopsd.recipe import load_recipe
 
 from .plain import TIMES, Plain, batch, context, latents, roles, run, same
 

@@ -10,12 +10,12 @@ from diffusers import ZImagePipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
+from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import merge_lora, read_lora
 from dopsd.models.pipeline import sample_latents
-from dopsd.recipe import parse_recipe
 from dopsd.run import train
 
 MODULES = {"layers.0.attention.to_q": (128, 128), "layers.3.attention.to_out.0": (128, 128),

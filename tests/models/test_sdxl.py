@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from dopsd.checking import open_family
 from dopsd.cli import app
+from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.rollout import rollout, walk
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
@@ -23,7 +24,6 @@ from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import read_lora
 from dopsd.models.pipeline import sample, sample_latents
-from dopsd.recipe import parse_recipe
 from dopsd.run import train
 
 CPU = torch.device("cpu")

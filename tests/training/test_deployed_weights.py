@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from typer.testing import CliRunner
 
 from dopsd.checking import check
+from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
 from dopsd.models.lora import merge_lora
 from dopsd.pocket.__main__ import app
-from dopsd.recipe import parse_recipe
 from dopsd.session import Session
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.forecast import forecast
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 from dopsd.training.memory_meter import LiveBytes
 from dopsd.training.offload import offload_blocks

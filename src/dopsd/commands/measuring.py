@@ -124,9 +124,9 @@ def preflight(
     measure: Annotated[str | None, typer.Option(help="Distance: dino[=FOLDER], lpips=FOLDER; default: pixels.")] = None,
 ) -> None:
     """Say whether D-OPSD can learn these pictures: paint as student and as teacher, before anything is trained."""
+    from dopsd.config.recipe import load_recipe
     from dopsd.preflight import HEADER
     from dopsd.preflight import preflight as look_before
-    from dopsd.recipe import load_recipe
 
     with bars() as advance:
         result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures, measure)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from dopsd.checking import check
+from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.evaluation.judges import load_judge
 from dopsd.evaluation.measures.clip import HEAD
 from dopsd.models import POCKET
-from dopsd.recipe import Recipe, parse_recipe
 from dopsd.run import train
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dopsd.config.schema import PromptSection, Recipe, Section, TrainSection
 from dopsd.files import brief
 from dopsd.methods import METHODS
-from dopsd.settings import PromptSection, Recipe, Section, TrainSection
 
 __all__ = ["PromptSection", "Recipe", "TrainSection", "known_keys", "load_recipe", "parse_recipe", "read_recipe"]
 

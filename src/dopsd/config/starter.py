@@ -9,9 +9,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from dopsd.config.recipe import Recipe, read_recipe
 from dopsd.methods import METHODS
 from dopsd.models.base import Family
-from dopsd.recipe import Recipe, read_recipe
 
 FULL_RATE = 0.1  # of LoRA's learning rate: 1e-5 where LoRA takes 1e-4, as the field does
 
