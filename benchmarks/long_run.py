@@ -14,7 +14,7 @@ import typer
 
 from dopsd.config.recipe import load_recipe
 from dopsd.contest import Contest, Contestant
-from dopsd.evaluation.advice import advise
+from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
 from dopsd.pocket.exam import write_lesson
 from dopsd.run import train

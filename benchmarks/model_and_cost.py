@@ -14,9 +14,9 @@ import typer
 from claim import _interval as interval
 from preflight import is_right, learned
 
+from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_text
 from dopsd.standings import KEPT, MEASURES
-from dopsd.statistics import spearman
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "model_and_cost.md"

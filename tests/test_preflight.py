@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 from dopsd.cli import app
 from dopsd.compare import demo_recipe
 from dopsd.config.recipe import parse_recipe
-from dopsd.evaluation.measures.dino import DinoDistance
+from dopsd.evaluation.metrics.dino import DinoDistance
+from dopsd.evaluation.statistics import Interval
 from dopsd.models.pipeline import sample
 from dopsd.pocket.exam import write_lesson
 from dopsd.preflight import Preflight, preflight, verdict_of
 from dopsd.run import train
-from dopsd.statistics import Interval
 
 
 def silent(what: str, done: int, total: int) -> None:

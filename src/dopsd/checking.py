@@ -19,7 +19,7 @@ from dopsd.data.importing import fill
 from dopsd.data.prompts import read_questions
 from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.evaluation.health import PROMPTS
-from dopsd.evaluation.judges import find_judge
+from dopsd.evaluation.rewards import find_judge
 from dopsd.export import refuse_unfit
 from dopsd.forecast import Forecast, forecast, memory_of
 from dopsd.images import Size, open_picture, picture_size

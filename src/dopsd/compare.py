@@ -10,8 +10,8 @@ from pathlib import Path
 from dopsd.budget import Rule, forwards_a_step, on_budget_of
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.contest import Contest, Contestant
-from dopsd.evaluation.advice import advise
-from dopsd.evaluation.report import write_comparison
+from dopsd.evaluation.early_stopping import advise
+from dopsd.evaluation.pages import write_comparison
 from dopsd.models import load_family
 from dopsd.models.folder import is_model
 from dopsd.models.lora import read_lora

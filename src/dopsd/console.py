@@ -44,7 +44,7 @@ def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where full fine-tuning
     fits at neither."""
     from dopsd.checking import foresee, planned_for, refuse_too_large
-    from dopsd.evaluation.judges import find_judge
+    from dopsd.evaluation.rewards import find_judge
 
     room, dtype, where = planned_for(loaded, card)
     peaks = {level: foresee(loaded, found, dtype, lean=level == "low") for level in ("low", "high")}

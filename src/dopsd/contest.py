@@ -22,7 +22,7 @@ from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Painter
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.evaluation.nearness import distances
+from dopsd.evaluation.image_distance import distances
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.images import cover_crop, open_picture
 from dopsd.models import load_family

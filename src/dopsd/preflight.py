@@ -18,14 +18,14 @@ from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.evaluation.measures import Found, find_measure
-from dopsd.evaluation.nearness import SIDE, distances, nearer
-from dopsd.evaluation.report import Panel, write_comparison
+from dopsd.evaluation.image_distance import SIDE, distances, nearer
+from dopsd.evaluation.metrics import Found, find_measure
+from dopsd.evaluation.pages import Panel, write_comparison
+from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_picture, to_images
 from dopsd.models.base import Family, cells_of
 from dopsd.models.lora import merge_lora
 from dopsd.models.pipeline import deployed_on
-from dopsd.statistics import Interval
 
 ENOUGH = 0.15  # share by which the teacher must be nearer; set on other things than those it is judged on
 MOST = 16  # pictures that are looked at where a set has more

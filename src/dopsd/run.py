@@ -35,7 +35,7 @@ from dopsd.data.cache import Row, prepare, shown_to_teacher
 from dopsd.data.folder import Example, Listing
 from dopsd.data.loader import Loader
 from dopsd.diffusion.batch import Context
-from dopsd.evaluation.report import write_report
+from dopsd.evaluation.pages import write_report
 from dopsd.files import atomic_path
 from dopsd.generated import with_painted
 from dopsd.images import cover_crop, grid, open_picture

@@ -18,7 +18,7 @@ from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser, Painter
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import Agreement, Checkup, Health
-from dopsd.evaluation.judges import load_judge
+from dopsd.evaluation.rewards import load_judge
 from dopsd.export import export_lora, start_from_lora
 from dopsd.files import sha256_of
 from dopsd.methods.base import Roles, Score
@@ -163,7 +163,7 @@ class Session:
     def _agreement(self, prompts: Sequence[str]) -> Agreement | None:
         if self.recipe.health.text_model is None:
             return None
-        from dopsd.evaluation.measures.clip import ClipScore
+        from dopsd.evaluation.metrics.clip import ClipScore
 
         judge = ClipScore(self.recipe.health.text_model, self.device, called="health.text_model")
         return lambda pictures, in_a_row: judge(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from dopsd.contest import Answer, Contestant, Questions
-from dopsd.evaluation.report import Panel
+from dopsd.evaluation.pages import Panel
+from dopsd.evaluation.statistics import Interval, bootstrap, paired
 from dopsd.images import to_images
-from dopsd.statistics import Interval, bootstrap, paired
 
 MEASURES = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
 KEPT = ("bleed", "sharpness", "speckle", "attributes")  # read on other prompts; the teacher's row has none

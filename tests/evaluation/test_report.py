@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd.evaluation.curves import POINTS
-from dopsd.evaluation.report import Panel, write_comparison, write_report
+from dopsd.evaluation.pages import Panel, write_comparison, write_report
+from dopsd.evaluation.plots import POINTS
 from dopsd.pocket.world import draw_scene, render
 
 PROMPTS = ["a small red circle on night", 'a toy <script>alert(1)</script> & "more" at the left']

@@ -11,7 +11,7 @@ from PIL import Image
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.rollout import walk
 from dopsd.evaluation.health import Checkup
-from dopsd.evaluation.judges import load_judge
+from dopsd.evaluation.rewards import load_judge
 from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
 from dopsd.models.base import Family

@@ -17,13 +17,13 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from typer.testing import CliRunner
 
 from dopsd.cli import app
-from dopsd.evaluation.measures.distances import fid
-from dopsd.evaluation.measures.inception import WEIGHTS, Inception, InceptionV3
+from dopsd.evaluation.image_sets import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE, read_gallery
+from dopsd.evaluation.metrics.fid import fid
+from dopsd.evaluation.metrics.inception import WEIGHTS, Inception, InceptionV3
+from dopsd.evaluation.statistics import bootstrap, paired
 from dopsd.models import load_family
 from dopsd.models.base import Family
 from dopsd.models.pipeline import sample
-from dopsd.protocol.galleries import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE, read_gallery
-from dopsd.statistics import bootstrap, paired
 
 PROMPTS = ("a red star on night", "a big blue tree at the left")
 RED = ["--measure", "red"]
@@ -234,7 +234,7 @@ def no_room_beyond(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_on(pictures, monkeypatch):
-    monkeypatch.setattr("dopsd.protocol.scores.AT_ONCE", 1)
+    monkeypatch.setattr("dopsd.evaluation.scores.AT_ONCE", 1)
     with no_room_beyond(300):
         result = run(pictures, *RED)
     assert (

@@ -50,11 +50,11 @@ def evaluate(
     seeds. Stopped, it goes on where it was: call it again."""
     from dopsd.data.folder import pictures_in
     from dopsd.data.prompts import read_questions
-    from dopsd.evaluation.measures import named_measure
+    from dopsd.evaluation.image_sets import BASE, Plan, galleries_of, read_gallery, refuse_unpaired
+    from dopsd.evaluation.layouts import LAYOUTS
+    from dopsd.evaluation.metrics import named_measure
+    from dopsd.evaluation.table import HEADER, tabulate
     from dopsd.models.pipeline import deployed_on
-    from dopsd.protocol.galleries import BASE, Plan, galleries_of, read_gallery, refuse_unpaired
-    from dopsd.protocol.layouts import LAYOUTS
-    from dopsd.protocol.table import HEADER, tabulate
 
     needs = {named_measure(name)[2].needs for name in measure}
     questions = read_questions(prompts) if prompts else ()
@@ -100,9 +100,9 @@ def prompts(
 ) -> None:
     """Write test prompts for a concept: of each picture its scene in other words, and four new scenes."""
     from dopsd.data.folder import read_folder
+    from dopsd.evaluation.prompt_writer import MOST_TOKENS, write_test_prompts
     from dopsd.models.pipeline import deployed_on
     from dopsd.models.vlm import Captioner
-    from dopsd.protocol.asking import MOST_TOKENS, write_test_prompts
 
     pictures = [(example.path, example.caption) for example in read_folder(folder).examples]
     captioner = Captioner(model, *deployed_on())

@@ -19,6 +19,7 @@ from torch import Tensor
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import noise_for, paint
+from dopsd.evaluation.statistics import bootstrap
 from dopsd.files import write_json
 from dopsd.models import POCKET, load_family
 from dopsd.models.zimage import ZImageDenoiser
@@ -26,7 +27,6 @@ from dopsd.pocket.captions import caption_of
 from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
 from dopsd.pocket.model import GUIDANCE
 from dopsd.pocket.reader import measure
-from dopsd.statistics import bootstrap
 
 CAPTIONS, THINGS = 256, 12
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dopsd.evaluation.judges import load_judge
-from dopsd.evaluation.measures import Found
+from dopsd.evaluation.image_sets import Gallery, Picture, Progress
+from dopsd.evaluation.metrics import Found
+from dopsd.evaluation.rewards import load_judge
 from dopsd.files import read_tensors, sha256_of, write_tensors, writing
 from dopsd.images import open_picture
-from dopsd.protocol.galleries import Gallery, Picture, Progress
 
 AT_ONCE = 8  # pictures that a model looks at together
 

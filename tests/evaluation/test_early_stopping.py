@@ -2,7 +2,7 @@
 
 import pytest
 
-from dopsd.evaluation.advice import advise
+from dopsd.evaluation.early_stopping import advise
 
 
 def checkups(healthy: str) -> list[dict]:

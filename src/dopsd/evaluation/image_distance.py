@@ -6,7 +6,7 @@ Pictures are first reduced to SIDE cells: what is compared is where which colour
 import numpy as np
 from PIL import Image
 
-from dopsd.statistics import Interval, resampled
+from dopsd.evaluation.statistics import Interval, resampled
 
 SIDE = 64  # cells of a reduced picture's longer side
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dopsd.evaluation.measures import Found, find_measure
+from dopsd.evaluation.metrics import Found, find_measure
 
 Judge = Callable[[Tensor, Sequence[str]], Tensor]
 

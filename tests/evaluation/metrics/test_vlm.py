@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from dopsd.evaluation.measures.vlm import ObjectJudge, StyleJudge, grade_of
+from dopsd.evaluation.metrics.vlm import ObjectJudge, StyleJudge, grade_of
 from dopsd.images import as_bytes, to_images
 from dopsd.models.hub import Checkpoint
 from dopsd.models.qwen3 import load_processor

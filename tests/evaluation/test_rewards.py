@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dopsd.evaluation.judges import find_judge, load_judge
-from dopsd.evaluation.measures import MEASURES, find_measure
+from dopsd.evaluation.metrics import MEASURES, find_measure
+from dopsd.evaluation.rewards import find_judge, load_judge
 from dopsd.pocket.captions import caption_of, stated_in, stated_of
 from dopsd.pocket.world import Jitter, Scene, draw_scene, render
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from dopsd.evaluation.measures import Found, find_measure, named_measure
-from dopsd.evaluation.measures.distances import fid, kid
-from dopsd.protocol.galleries import AGAIN, BASE, Gallery, Progress
-from dopsd.protocol.scores import Scored, Unmeasured, features, score
-from dopsd.statistics import Interval, bootstrap, paired
+from dopsd.evaluation.image_sets import AGAIN, BASE, Gallery, Progress
+from dopsd.evaluation.metrics import Found, find_measure, named_measure
+from dopsd.evaluation.metrics.fid import fid, kid
+from dopsd.evaluation.scores import Scored, Unmeasured, features, score
+from dopsd.evaluation.statistics import Interval, bootstrap, paired
 
 ENOUGH = 2048  # pictures, below which FID depends more on their number than on what they show
 HEADER = ["measure", "pictures", "nfe", "value", "minus base", "noise floor", "note"]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dopsd.files import brief
 from dopsd.models.hub import Checkpoint
 
-HERE = "dopsd.evaluation.measures"
+HERE = "dopsd.evaluation.metrics"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dopsd.evaluation.measures.lpips import WEIGHTS, Lpips, fit
+from dopsd.evaluation.metrics.lpips import WEIGHTS, Lpips, fit
 
 CPU = torch.device("cpu")
 

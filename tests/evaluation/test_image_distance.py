@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dopsd.evaluation.nearness import distances, nearer
+from dopsd.evaluation.image_distance import distances, nearer
 
 
 @pytest.mark.parametrize("side", [48, 64])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dopsd.statistics import bootstrap, paired, resampled, spearman
+from dopsd.evaluation.statistics import bootstrap, paired, resampled, spearman
 
 
 def coverage(prompts: int, seeds: int, between: float, within: float, experiments: int = 1500) -> float:

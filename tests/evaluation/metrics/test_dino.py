@@ -16,7 +16,7 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-from dopsd.evaluation.measures.dino import DinoDistance
+from dopsd.evaluation.metrics.dino import DinoDistance
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from dopsd.data.prompts import Question
+from dopsd.evaluation.image_sets import Gallery
 from dopsd.files import atomic_path, write_text
 from dopsd.images import open_picture
-from dopsd.protocol.galleries import Gallery
 
 
 def geneval(gallery: Gallery, questions: Sequence[Question], folder: Path) -> None:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dopsd.cli import app
 from dopsd.data.prompts import read_questions
-from dopsd.protocol.asking import prompts_in, write_test_prompts
+from dopsd.evaluation.prompt_writer import prompts_in, write_test_prompts
 
 GOOD = (
     "1. zib lies on a red sofa 2. zib runs along a beach at noon 3) zib waits in a train station\n"
@@ -71,7 +71,7 @@ def test_style_prompts_may_say_what_they_like():
 
 
 def test_a_model_that_does_not_keep_to_the_form_ends_the_command_with_a_sentence(pictures, vlm, tmp_path, monkeypatch):
-    monkeypatch.setattr("dopsd.protocol.asking.MOST_TOKENS", 8)
+    monkeypatch.setattr("dopsd.evaluation.prompt_writer.MOST_TOKENS", 8)
     (tmp_path / "data" / "a.txt").write_text("zib")
     (tmp_path / "data" / "b.txt").write_text("zib")
     command = [

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import avg_pool2d, conv2d, max_pool2d
 
-from dopsd.evaluation.measures.inception import WEIGHTS, Inception, InceptionV3
+from dopsd.evaluation.metrics.inception import WEIGHTS, Inception, InceptionV3
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dopsd.evaluation.measures.distances import fid, kid
+from dopsd.evaluation.metrics.fid import fid, kid
 
 
 def normal(count: int, mean: np.ndarray, root: np.ndarray, seed: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dopsd.data.prompts import Question
-from dopsd.protocol.galleries import Gallery, Picture
-from dopsd.protocol.layouts import LAYOUTS
+from dopsd.evaluation.image_sets import Gallery, Picture
+from dopsd.evaluation.layouts import LAYOUTS
 
 ROWS = ({"prompt": "a photo of a bench", "tag": "single_object", "include": [{"class": "bench", "count": 1}]},
         {"prompt": "a photo of a cow", "tag": "single_object", "include": [{"class": "cow", "count": 1}]})  # fmt: skip

@@ -1,6 +1,6 @@
 """Pages that tell what happened: one of a run, one of a comparison. Self-contained HTML, no script, no network.
 
-A page is a list of sections (words, table, panels of pictures, curves, text); report.html.jinja lays them out.
+A page is a list of sections (words, table, panels of pictures, curves, text); page.html.jinja lays them out.
 """
 
 import base64
@@ -18,8 +18,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from dopsd.evaluation.advice import advise
-from dopsd.evaluation.curves import POINTS, Curve, Metrics, curve_of, curves_of
+from dopsd.evaluation.early_stopping import advise
+from dopsd.evaluation.plots import POINTS, Curve, Metrics, curve_of, curves_of
 from dopsd.files import write_text
 
 EXACT_SIDE = 256  # pixels; a larger picture is embedded as a JPEG copy of at most COPY_SIDE, or pages grow to 100 MB
@@ -118,7 +118,7 @@ def _write_page(
     loader = PackageLoader("dopsd.evaluation", "")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters["data_uri"] = _data_uri
-    page = pages.get_template("report.html.jinja")
+    page = pages.get_template("page.html.jinja")
     write_text(
         path,
         page.render(

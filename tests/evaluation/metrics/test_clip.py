@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPM
 
 from dopsd.checking import check
 from dopsd.config.recipe import Recipe, parse_recipe
-from dopsd.evaluation.judges import load_judge
-from dopsd.evaluation.measures.clip import HEAD
+from dopsd.evaluation.metrics.clip import HEAD
+from dopsd.evaluation.rewards import load_judge
 from dopsd.models import POCKET
 from dopsd.run import train
 
