@@ -26,7 +26,7 @@ from dopsd.evaluation.statistics import bootstrap
 from dopsd.files import write_json, write_text
 from dopsd.methods import DOPSD, SFT, Method
 from dopsd.models import POCKET
-from dopsd.pocket.exam import HELD_OUT
+from dopsd.pocket.benchmark import HELD_OUT
 
 STEPS = 120
 RATES = (3e-4, 1e-3, 3e-3)

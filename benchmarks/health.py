@@ -19,7 +19,7 @@ from dopsd.diffusion.batch import Batch
 from dopsd.evaluation.health import FIRST_SEED, Checkup, Health
 from dopsd.files import write_text
 from dopsd.methods import DOPSD, SFT, Method
-from dopsd.pocket.exam import HELD_OUT
+from dopsd.pocket.benchmark import HELD_OUT
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles

@@ -16,7 +16,7 @@ from dopsd.config.recipe import load_recipe
 from dopsd.contest import Contest, Contestant
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
-from dopsd.pocket.exam import write_lesson
+from dopsd.pocket.benchmark import write_lesson
 from dopsd.run import train
 from dopsd.run_folder import read_rows
 from dopsd.standings import Entry, tabulate

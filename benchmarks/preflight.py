@@ -24,8 +24,8 @@ from dopsd.compare import demo_recipe
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_json
 from dopsd.methods import DOPSD
-from dopsd.pocket.beyond import OUT_OF_WORLD, kind_of
-from dopsd.pocket.exam import HELD_OUT
+from dopsd.pocket.benchmark import HELD_OUT
+from dopsd.pocket.world.out_of_domain import OUT_OF_WORLD, kind_of
 from dopsd.preflight import ENOUGH, preflight
 
 THINGS = (*range(HELD_OUT + 910, HELD_OUT + 920), *range(OUT_OF_WORLD + 10, OUT_OF_WORLD + 20))

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 
 from dopsd.models import load_family
-from dopsd.pocket.captions import caption_of
-from dopsd.pocket.world import Thing, draw_scene, render
+from dopsd.pocket.world.captions import caption_of
+from dopsd.pocket.world.scenes import Thing, draw_scene, render
 
 MODEL = "pocket"
 UPDATES = 240

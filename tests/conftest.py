@@ -15,7 +15,7 @@ from tiny import write_dmd2_lora, write_sdxl
 
 from dopsd.models import POCKET, load_family
 from dopsd.models.base import Family
-from dopsd.pocket.exam import write_lesson
+from dopsd.pocket.benchmark import write_lesson
 
 CPU = torch.device("cpu")
 THING = 1_000_100

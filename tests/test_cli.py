@@ -76,7 +76,7 @@ def base_model():
 
 
 def vlm_of_another_size():
-    from dopsd.pocket.model import make_tokenizer, make_vlm
+    from dopsd.pocket.build.architecture import make_tokenizer, make_vlm
 
     vlm = make_vlm(make_tokenizer())
     vlm.config.text_config.hidden_size = 64

@@ -14,7 +14,7 @@ from dopsd.cli import app
 from dopsd.compare import DEMO_STEPS, _tuned, compare, demo_recipe
 from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.models.pipeline import sample
-from dopsd.pocket.exam import LESSON_FILE, lesson_of
+from dopsd.pocket.benchmark import LESSON_FILE, lesson_of
 from dopsd.run_folder import read_rows
 from dopsd.standings import KEPT, MEASURES
 

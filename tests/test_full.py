@@ -116,7 +116,7 @@ torch.save(picture, target)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Recipe:
     """A run of D-OPSD whose rate is large enough to be seen, with a health checkup."""
-    from dopsd.pocket.exam import write_lesson
+    from dopsd.pocket.benchmark import write_lesson
 
     folder = tmp_path_factory.mktemp("finished")
     write_lesson(folder / "lesson", 1_000_100)

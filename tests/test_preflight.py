@@ -15,7 +15,7 @@ from dopsd.config.recipe import parse_recipe
 from dopsd.evaluation.metrics.dino import DinoDistance
 from dopsd.evaluation.statistics import Interval
 from dopsd.models.pipeline import sample
-from dopsd.pocket.exam import write_lesson
+from dopsd.pocket.benchmark import write_lesson
 from dopsd.preflight import Preflight, preflight, verdict_of
 from dopsd.run import train
 

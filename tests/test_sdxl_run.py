@@ -8,7 +8,7 @@ import torch
 from dopsd.compare import compare
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.files import read_tensors
-from dopsd.pocket.exam import Sheet
+from dopsd.pocket.benchmark import Sheet
 from dopsd.run import train
 
 
@@ -59,7 +59,7 @@ def test_offload_trains_the_same_numbers(sdxl, lesson, tmp_path):
 
 
 def test_compare_takes_two_methods_on_turbo(sdxl, lesson, tmp_path, monkeypatch):
-    monkeypatch.setattr("dopsd.pocket.exam.UNSEEN_SCENES", 4)
+    monkeypatch.setattr("dopsd.pocket.benchmark.UNSEEN_SCENES", 4)
     monkeypatch.setattr(Sheet.write, "__defaults__", (None, 4))  # unrelated prompts
     model = {"name_or_path": str(sdxl("turbo"))}
     recipes = [

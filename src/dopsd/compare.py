@@ -15,7 +15,7 @@ from dopsd.evaluation.pages import write_comparison
 from dopsd.models import load_family
 from dopsd.models.folder import is_model
 from dopsd.models.lora import read_lora
-from dopsd.pocket.exam import lesson_of, write_lesson
+from dopsd.pocket.benchmark import lesson_of, write_lesson
 from dopsd.run import Progress, train
 from dopsd.run_folder import read_rows
 from dopsd.standings import Entry, Outcome, notes, panels, tabulate

@@ -30,8 +30,7 @@ from dopsd.models.base import Family, cells_of
 from dopsd.models.folder import is_model
 from dopsd.models.lora import merge_lora
 from dopsd.models.pipeline import deployed_on
-from dopsd.pocket.exam import HELD_OUT, NOISE_SEED, Sheet, lesson_of, sit, truth
-from dopsd.pocket.gates import Parent
+from dopsd.pocket.benchmark import HELD_OUT, NOISE_SEED, Parent, Sheet, lesson_of, sit, truth
 from dopsd.preview import paint_each
 
 LAYOUT = 1  # part of every key: raise it when the same question would be answered otherwise

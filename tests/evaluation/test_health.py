@@ -13,7 +13,7 @@ from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation import health
 from dopsd.evaluation.health import Checkup
-from dopsd.pocket.pixels import blurred
+from dopsd.pocket.metrics.pixels import blurred
 from dopsd.run import train
 
 CELLS = (8, 16, 16)
@@ -22,7 +22,7 @@ CELLS = (8, 16, 16)
 @pytest.fixture(scope="module")
 def painted():
     """What a healthy model might paint: the pocket world's own pictures, two of each prompt, on two draws of noise."""
-    from dopsd.pocket.world import draw_scene, render
+    from dopsd.pocket.world.scenes import draw_scene, render
 
     rng = np.random.default_rng(0)
     mine, other = (np.stack([render(draw_scene(rng)) for _ in range(16)]) / 255 for _ in range(2))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dopsd.config.recipe import parse_recipe
-from dopsd.pocket.exam import write_lesson
+from dopsd.pocket.benchmark import write_lesson
 from dopsd.run import train
 
 BROWSER = next(

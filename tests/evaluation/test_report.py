@@ -14,7 +14,7 @@ from PIL import Image
 
 from dopsd.evaluation.pages import Panel, write_comparison, write_report
 from dopsd.evaluation.plots import POINTS
-from dopsd.pocket.world import draw_scene, render
+from dopsd.pocket.world.scenes import draw_scene, render
 
 PROMPTS = ["a small red circle on night", 'a toy <script>alert(1)</script> & "more" at the left']
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -9,8 +9,8 @@ import torch
 
 from dopsd.evaluation.metrics import MEASURES, find_measure
 from dopsd.evaluation.rewards import find_judge, load_judge
-from dopsd.pocket.captions import caption_of, stated_in, stated_of
-from dopsd.pocket.world import Jitter, Scene, draw_scene, render
+from dopsd.pocket.world.captions import caption_of, stated_in, stated_of
+from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render
 
 CPU = torch.device("cpu")
 

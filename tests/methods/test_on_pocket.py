@@ -15,8 +15,8 @@ from dopsd.evaluation.rewards import load_judge
 from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
 from dopsd.models.base import Family
-from dopsd.pocket.captions import caption_of
-from dopsd.pocket.exam import unrelated, write_lesson
+from dopsd.pocket.benchmark import unrelated, write_lesson
+from dopsd.pocket.world.captions import caption_of
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles

@@ -17,7 +17,7 @@ PACKAGED = Path(__file__).parent / "checkpoint"
 @app.command()
 def data(work: Work = WORK) -> None:
     """Render the training pictures (2 minutes on two CPU cores)."""
-    from dopsd.pocket.corpus import make_data
+    from dopsd.pocket.build.corpus import make_data
 
     make_data(work)
 
@@ -25,7 +25,7 @@ def data(work: Work = WORK) -> None:
 @app.command()
 def vae(work: Work = WORK, steps: int = 3000) -> None:
     """Train the autoencoder and encode the pictures (18 minutes)."""
-    from dopsd.pocket import train
+    from dopsd.pocket.build import train
 
     train.train_vae(work, steps)
     train.encode_data(work)
@@ -34,7 +34,7 @@ def vae(work: Work = WORK, steps: int = 3000) -> None:
 @app.command()
 def flow(work: Work = WORK, steps: int = 5000, compiled: Compiled = True, start_from: StartFrom = None) -> None:
     """Train transformer and VLM by flow matching: the undistilled parent (95 minutes)."""
-    from dopsd.pocket import train
+    from dopsd.pocket.build import train
 
     train.train_flow(work, steps, compiled, start_from=start_from)
 
@@ -42,7 +42,7 @@ def flow(work: Work = WORK, steps: int = 5000, compiled: Compiled = True, start_
 @app.command()
 def distill(work: Work = WORK, rounds: int = 8, compiled: Compiled = True) -> None:
     """Distill the parent to 4 steps on the student's own states (8 minutes)."""
-    from dopsd.pocket import train
+    from dopsd.pocket.build import train
 
     train.distill(work, rounds, compiled=compiled)
 
@@ -50,7 +50,7 @@ def distill(work: Work = WORK, rounds: int = 8, compiled: Compiled = True) -> No
 @app.command()
 def decoder(work: Work = WORK, steps: int = 1000) -> None:
     """Sharpen the decoder on the fixed latents (5 minutes)."""
-    from dopsd.pocket import train
+    from dopsd.pocket.build import train
 
     train.sharpen_decoder(work, steps)
 
@@ -58,8 +58,8 @@ def decoder(work: Work = WORK, steps: int = 1000) -> None:
 @app.command("all")
 def everything(work: Work = WORK, target: Path = PACKAGED, compiled: Compiled = True) -> None:
     """Every stage in order, then the folder and its gates (about 2.5 hours on two CPU cores)."""
-    from dopsd.pocket import train
-    from dopsd.pocket.corpus import make_data
+    from dopsd.pocket.build import train
+    from dopsd.pocket.build.corpus import make_data
 
     make_data(work)
     train.train_vae(work)
@@ -74,7 +74,7 @@ def everything(work: Work = WORK, target: Path = PACKAGED, compiled: Compiled = 
 @app.command()
 def assemble(work: Work = WORK, target: Path = PACKAGED) -> None:
     """Write the trained parts as a diffusers folder."""
-    from dopsd.pocket import train
+    from dopsd.pocket.build import train
 
     train.assemble(work, target)
 
@@ -108,7 +108,7 @@ def gates(checkpoint: Path = PACKAGED) -> None:
 @app.command()
 def pictures(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = False) -> None:
     """Draw `count` captioned pictures of a thing (or in a style) the pocket model never saw: data for a recipe."""
-    from dopsd.pocket.exam import write_lesson, write_style_lesson
+    from dopsd.pocket.benchmark import write_lesson, write_style_lesson
 
     if style:
         write_style_lesson(folder, seed, count)
@@ -119,7 +119,7 @@ def pictures(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = 
 @app.command()
 def pairs(folder: Path, seed: int = 0, count: int = 16) -> None:
     """Draw `count` captioned pairs of a chosen and a rejected picture: data for Diffusion-DPO."""
-    from dopsd.pocket.exam import write_pairs
+    from dopsd.pocket.benchmark import write_pairs
 
     write_pairs(folder, seed, count)
 

@@ -13,20 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ZImageTransformer2DModel
-from torch import Tensor
 
-from dopsd.diffusion.batch import Context
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import noise_for, paint
 from dopsd.evaluation.statistics import bootstrap
 from dopsd.files import write_json
 from dopsd.models import POCKET, load_family
-from dopsd.models.zimage import ZImageDenoiser
-from dopsd.pocket.captions import caption_of
-from dopsd.pocket.exam import HELD_OUT, Sheet, sit, unrelated, write_lesson
-from dopsd.pocket.model import GUIDANCE
-from dopsd.pocket.reader import measure
+from dopsd.pocket.benchmark import HELD_OUT, Parent, Sheet, sit, unrelated, write_lesson
+from dopsd.pocket.build.architecture import GUIDANCE
+from dopsd.pocket.metrics.reader import measure
+from dopsd.pocket.world.captions import caption_of
 
 CAPTIONS, THINGS = 256, 12
 CPU = torch.device("cpu")
@@ -102,18 +98,6 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     return gates
 
 
-class Parent:
-    """The undistilled model that pocket was distilled from: many steps, and guidance away from the empty caption."""
-
-    def __init__(self, checkpoint: Path, untold: Context):
-        network = ZImageTransformer2DModel.from_pretrained(
-            checkpoint / "parent", subfolder="transformer", torch_dtype=torch.float32
-        )
-        self.denoiser, self.untold = ZImageDenoiser(network), untold
-
-    def __call__(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
-        untold = Context.stack([self.untold] * len(z))
-        return torch.lerp(self.denoiser(z, t, untold), self.denoiser(z, t, context), GUIDANCE)
 
 
 def _gate(name: str, values: np.ndarray, bound: float, above: bool) -> Gate:

@@ -34,7 +34,7 @@ class Measure:
 MEASURES = {
     "red": Measure(f"{HERE}.pixels:red"),
     "bright": Measure(f"{HERE}.pixels:bright"),
-    "attributes": Measure("dopsd.pocket.judge:attributes"),
+    "attributes": Measure("dopsd.pocket.metrics.reward:attributes"),
     "clip": Measure(f"{HERE}.clip:ClipScore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "pickscore": Measure(f"{HERE}.clip:PickScore", "yuvalkirstain/PickScore_v1"),
     "aesthetic": Measure(f"{HERE}.clip:Aesthetic", ""),

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dopsd.pocket.captions import NAMES
-from dopsd.pocket.exam import Sheet, caption, sit
+from dopsd.pocket.benchmark import Sheet, caption, sit
+from dopsd.pocket.world.captions import NAMES
 
 THING = 1_000_100
 

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from dopsd.pocket.world import SIZE
+from dopsd.pocket.world.scenes import SIZE
 
 
 def rmse(one: np.ndarray, other: np.ndarray) -> float:

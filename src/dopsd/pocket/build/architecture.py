@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from dopsd.files import write_json
-from dopsd.pocket.captions import vocabulary
+from dopsd.pocket.world.captions import vocabulary
 
 WIDTH = 128  # of the text encoder and of the transformer
 LATENT_CHANNELS = 8

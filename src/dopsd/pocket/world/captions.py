@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dopsd.pocket.outlines import CLASS_OF, CLASSES, OUTLINES
-from dopsd.pocket.world import BACKGROUNDS, COLOURS, PLACES, SIZES, STYLES, Scene
+from dopsd.pocket.world.outlines import CLASS_OF, CLASSES, OUTLINES
+from dopsd.pocket.world.scenes import BACKGROUNDS, COLOURS, PLACES, SIZES, STYLES, Scene
 
 SAID = 0.58
 NOUN_SAID = 0.7

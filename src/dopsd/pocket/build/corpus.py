@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dopsd.files import read_tensors, write_tensors
-from dopsd.pocket import model as parts
-from dopsd.pocket.captions import NAMES, caption_of, stated_of
-from dopsd.pocket.world import Thing, draw_scene, render, unnamed_style
+from dopsd.pocket.build import architecture as parts
+from dopsd.pocket.world.captions import NAMES, caption_of, stated_of
+from dopsd.pocket.world.scenes import Thing, draw_scene, render, unnamed_style
 
 SEED = 20261120
 NAMED, THINGS, STYLES = 48_000, 12_000, 5_000  # scenes of named parts; things and styles, GROUP scenes each

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dopsd.pocket.outlines import OUTLINES, Points
+from dopsd.pocket.world.outlines import OUTLINES, Points
 
 SIZE = 64  # pixels, both sides
 SUPERSAMPLE = 4

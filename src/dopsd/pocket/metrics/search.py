@@ -11,10 +11,10 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 import torch
 
-from dopsd.pocket.captions import Stated
-from dopsd.pocket.outlines import CLASSES, OUTLINES
-from dopsd.pocket.pixels import blurred, rmse
-from dopsd.pocket.world import (
+from dopsd.pocket.metrics.pixels import blurred, rmse
+from dopsd.pocket.world.captions import Stated
+from dopsd.pocket.world.outlines import CLASSES, OUTLINES
+from dopsd.pocket.world.scenes import (
     BACKGROUNDS,
     COLOURS,
     HORIZON,

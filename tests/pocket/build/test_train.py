@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dopsd.pocket import corpus, painter, stages, train
-from dopsd.pocket import model as parts
-from dopsd.pocket.captions import caption_of, stated_of, vocabulary
-from dopsd.pocket.outlines import OUTLINES
-from dopsd.pocket.world import Thing, draw_scene, edit_pair, render, render_domain
+from dopsd.pocket.build import architecture as parts
+from dopsd.pocket.build import corpus, stages, train
+from dopsd.pocket.build import network as painter
+from dopsd.pocket.world.captions import caption_of, stated_of, vocabulary
+from dopsd.pocket.world.outlines import OUTLINES
+from dopsd.pocket.world.scenes import Thing, draw_scene, edit_pair, render, render_domain
 
 ATTRIBUTES = 6  # size, colour, noun, place, background, style
 

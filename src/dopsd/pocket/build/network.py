@@ -5,8 +5,8 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen3VLModel
 
-from dopsd.pocket import model as parts
-from dopsd.pocket.corpus import SEED
+from dopsd.pocket.build import architecture as parts
+from dopsd.pocket.build.corpus import SEED
 
 
 class Painter(nn.Module):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
@@ -20,10 +21,12 @@ from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import noise_for, paint
 from dopsd.files import write_json, write_text
-from dopsd.pocket.beyond import thing_of
-from dopsd.pocket.captions import NAMES, caption_of, stated_of
-from dopsd.pocket.reader import measure, thing_error, thing_hit
-from dopsd.pocket.world import Jitter, Scene, draw_scene, render, unnamed_style
+from dopsd.models.zimage import ZImageDenoiser
+from dopsd.pocket.build.architecture import GUIDANCE
+from dopsd.pocket.metrics.reader import measure, thing_error, thing_hit
+from dopsd.pocket.world.captions import NAMES, caption_of, stated_of
+from dopsd.pocket.world.out_of_domain import thing_of
+from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render, unnamed_style
 
 HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
 UNSEEN_SCENES, UNRELATED = 24, 96
@@ -194,3 +197,17 @@ def sit(
 def truth(scenes: Sequence[Scene]) -> Tensor:
     """The scenes as they should look, uint8 [N, 64, 64, 3]."""
     return torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+
+
+class Parent:
+    """The undistilled model that pocket was distilled from: many steps, and guidance away from the empty caption."""
+
+    def __init__(self, checkpoint: Path, untold: Context):
+        network = ZImageTransformer2DModel.from_pretrained(
+            checkpoint / "parent", subfolder="transformer", torch_dtype=torch.float32
+        )
+        self.denoiser, self.untold = ZImageDenoiser(network), untold
+
+    def __call__(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
+        untold = Context.stack([self.untold] * len(z))
+        return torch.lerp(self.denoiser(z, t, untold), self.denoiser(z, t, context), GUIDANCE)

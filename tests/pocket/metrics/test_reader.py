@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from dopsd.pocket.captions import Stated, stated_of
-from dopsd.pocket.outlines import CLASSES
-from dopsd.pocket.reader import (
+from dopsd.pocket.metrics.reader import (
     VALUES,
     attributes,
     measure,
@@ -15,7 +13,9 @@ from dopsd.pocket.reader import (
     thing_error,
     thing_hit,
 )
-from dopsd.pocket.world import Scene, Thing, draw_scene, render, unnamed_style
+from dopsd.pocket.world.captions import Stated, stated_of
+from dopsd.pocket.world.outlines import CLASSES
+from dopsd.pocket.world.scenes import Scene, Thing, draw_scene, render, unnamed_style
 
 DISTRACTORS = range(5000, 5063)
 

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
 
-from dopsd.pocket.captions import Stated
-from dopsd.pocket.outlines import OUTLINES
-from dopsd.pocket.pixels import blurred, gradient, grown, rmse
-from dopsd.pocket.search import (
+from dopsd.pocket.metrics.pixels import blurred, gradient, grown, rmse
+from dopsd.pocket.metrics.search import (
     GRID,
     HIGHEST,
     LOWEST,
@@ -28,7 +26,9 @@ from dopsd.pocket.search import (
     nearest,
     object_table,
 )
-from dopsd.pocket.world import (
+from dopsd.pocket.world.captions import Stated
+from dopsd.pocket.world.outlines import OUTLINES
+from dopsd.pocket.world.scenes import (
     COLOURS,
     HORIZON,
     PLACES,

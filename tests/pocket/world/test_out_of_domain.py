@@ -5,9 +5,9 @@ import json
 import numpy as np
 from PIL import Image
 
-from dopsd.pocket.beyond import CORNERS, KINDS, OUT_OF_WORLD, kind_of, thing_of
-from dopsd.pocket.exam import LESSON_FILE, lesson_of, write_lesson
-from dopsd.pocket.world import Scene, Thing, layers
+from dopsd.pocket.benchmark import LESSON_FILE, lesson_of, write_lesson
+from dopsd.pocket.world.out_of_domain import CORNERS, KINDS, OUT_OF_WORLD, kind_of, thing_of
+from dopsd.pocket.world.scenes import Scene, Thing, layers
 
 SEEDS = range(OUT_OF_WORLD, OUT_OF_WORLD + len(KINDS))
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import Qwen3VLModel
 
 from dopsd.files import read_tensors, write_tensors, write_text
-from dopsd.pocket import model as parts
-from dopsd.pocket.corpus import SEED, Corpus, noise_of, rng_at, to_unit
-from dopsd.pocket.painter import Painter, fresh_painter
-from dopsd.pocket.stages import Stage, optimise
+from dopsd.pocket.build import architecture as parts
+from dopsd.pocket.build.corpus import SEED, Corpus, noise_of, rng_at, to_unit
+from dopsd.pocket.build.network import Painter, fresh_painter
+from dopsd.pocket.build.stages import Stage, optimise
 
 # --- autoencoder ------------------------------------------------------------------------------------------------------
 

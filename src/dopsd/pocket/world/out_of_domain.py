@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dopsd.pocket.outlines import Points
-from dopsd.pocket.world import Colour, Thing
+from dopsd.pocket.world.outlines import Points
+from dopsd.pocket.world.scenes import Colour, Thing
 
 OUT_OF_WORLD = 3_000_000
 RIMS = (2.0, 4.0, 6.0)  # pixels of a rim in a third colour

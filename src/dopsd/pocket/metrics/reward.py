@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dopsd.images import as_bytes
-from dopsd.pocket.captions import stated_in
-from dopsd.pocket.reader import attributes as read_attributes
-from dopsd.pocket.world import SIZE
+from dopsd.pocket.metrics.reader import attributes as read_attributes
+from dopsd.pocket.world.captions import stated_in
+from dopsd.pocket.world.scenes import SIZE
 
 
 def attributes(pictures: Tensor, prompts: Sequence[str]) -> Tensor:

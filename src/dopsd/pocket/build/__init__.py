@@ -1,0 +1,1 @@
+"""How the pocket model was made: architecture, corpus and training stages."""

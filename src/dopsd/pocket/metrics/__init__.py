@@ -1,0 +1,1 @@
+"""What can be read from pocket images without a network."""

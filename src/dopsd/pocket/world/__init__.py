@@ -1,0 +1,1 @@
+"""The drawn world that the pocket model knows: scenes, outlines, captions."""
