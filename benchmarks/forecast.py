@@ -29,12 +29,12 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, CLIPTextConfig, Qwen3Config, Qwen3VLConfig
 
-from dopsd.checking import resolutions_of
 from dopsd.config.recipe import Recipe, load_recipe
 from dopsd.door import Changes
-from dopsd.forecast import forecast
 from dopsd.models import POCKET, load_family
 from dopsd.models.base import Family, Sight
+from dopsd.runs.memory import forecast
+from dopsd.runs.resolve import resolutions_of
 
 QWEN_4B: dict[str, Any] = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}
 QWEN_8B: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288}

@@ -13,13 +13,13 @@ import torch
 import typer
 
 from dopsd.config.recipe import load_recipe
-from dopsd.contest import Contest, Contestant
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
 from dopsd.pocket.benchmark import write_lesson
-from dopsd.run import train
-from dopsd.run_folder import read_rows
-from dopsd.standings import Entry, tabulate
+from dopsd.runs.comparison.evaluate import Contest, Contestant
+from dopsd.runs.comparison.table import Entry, tabulate
+from dopsd.runs.outputs.folder import read_rows
+from dopsd.runs.train import train
 from dopsd.training.checkpoint import checkpoints
 
 THING = 1_000_700

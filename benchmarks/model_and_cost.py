@@ -16,7 +16,7 @@ from preflight import is_right, learned
 
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_text
-from dopsd.standings import KEPT, MEASURES
+from dopsd.runs.comparison.table import KEPT, MEASURES
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "model_and_cost.md"

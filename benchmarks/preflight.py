@@ -20,13 +20,13 @@ import torch
 import typer
 from bench import BATCH, CPU, RANK, Bench
 
-from dopsd.compare import demo_recipe
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_json
 from dopsd.methods import DOPSD
 from dopsd.pocket.benchmark import HELD_OUT
+from dopsd.pocket.demo import demo_recipe
 from dopsd.pocket.world.out_of_domain import OUT_OF_WORLD, kind_of
-from dopsd.preflight import ENOUGH, preflight
+from dopsd.runs.preflight import ENOUGH, preflight
 
 THINGS = (*range(HELD_OUT + 910, HELD_OUT + 920), *range(OUT_OF_WORLD + 10, OUT_OF_WORLD + 20))
 STEPS, RATE, SEEDS = 80, 1e-3, 8

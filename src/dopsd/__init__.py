@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dopsd.config.recipe import Recipe, load_recipe
     from dopsd.models import load_family
     from dopsd.models.pipeline import sample
-    from dopsd.run import train
+    from dopsd.runs.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_family", "load_recipe", "sample", "train"]
@@ -20,7 +20,7 @@ _HOMES = {
     "Recipe": "dopsd.config.recipe",
     "load_recipe": "dopsd.config.recipe",
     "sample": "dopsd.models.pipeline",
-    "train": "dopsd.run",
+    "train": "dopsd.runs.train",
 }
 
 

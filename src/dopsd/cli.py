@@ -30,8 +30,8 @@ def check(
     ahead: Annotated[bool, typer.Option("--preflight", help="Look what the teacher paints, too.")] = False,
 ) -> None:
     """Say what a recipe would do and how much memory it would take, or why it cannot, before any weight is loaded."""
-    from dopsd.checking import check as check_recipe
     from dopsd.config.recipe import load_recipe
+    from dopsd.runs.check import check as check_recipe
 
     loaded = load_recipe(recipe, change or ())
     found = check_recipe(loaded)
@@ -56,10 +56,10 @@ def train(
     resume: Annotated[str | None, typer.Option(help="`latest` or a checkpoint folder.")] = None,
 ) -> None:
     """Tune: writes the LoRA file, previews, metrics and report.html into <output_dir>/<run_name>."""
-    from dopsd.checking import check as check_recipe
     from dopsd.config.recipe import load_recipe
-    from dopsd.run import train as train_recipe
-    from dopsd.stopping import Stopped, Unhealthy
+    from dopsd.runs.check import check as check_recipe
+    from dopsd.runs.interrupts import Stopped, Unhealthy
+    from dopsd.runs.train import train as train_recipe
 
     loaded = load_recipe(recipe, change or ())
     found = check_recipe(loaded)
@@ -137,10 +137,10 @@ def compare(
     units: Annotated[int, typer.Option(help="Pocket lessons to repeat it on.", min=1)] = 1,
 ) -> None:
     """Run recipes side by side: same data, noise and measures. What is finished is not done again."""
-    from dopsd.budget import rule_of
-    from dopsd.compare import compare as compare_recipes
     from dopsd.config.recipe import load_recipe
     from dopsd.models.folder import is_model
+    from dopsd.runs.comparison.budget import rule_of
+    from dopsd.runs.comparison.compare import compare as compare_recipes
 
     nfes, rule = forwards_of(nfe), rule_of(equal)
     tuned = [path for path in recipes if path.suffix == ".safetensors" or is_model(path)]
@@ -297,7 +297,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder for pictures, runs and report.")] = Path("runs/demo"),
 ) -> None:
     """Four pictures of a new thing, tuned on the pocket model with D-OPSD and with SFT: see the difference on a CPU."""
-    from dopsd.compare import demo as run_demo
+    from dopsd.pocket.demo import demo as run_demo
 
     with bars() as advance:
         outcome = run_demo(folder, advance)

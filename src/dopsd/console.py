@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dopsd.checking import Checked
     from dopsd.config.recipe import Recipe
+    from dopsd.runs.check import Checked
 
 MOST_FORWARDS = 1000  # of a sampler that anyone asks for
 WIDTH = 160  # where there is no terminal whose width must be kept
@@ -43,8 +43,8 @@ def summarise(loaded: "Recipe", found: "Checked") -> None:
 def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where full fine-tuning
     fits at neither."""
-    from dopsd.checking import foresee, planned_for, refuse_too_large
     from dopsd.evaluation.rewards import find_judge
+    from dopsd.runs.memory import foresee, planned_for, refuse_too_large
 
     room, dtype, where = planned_for(loaded, card)
     peaks = {level: foresee(loaded, found, dtype, lean=level == "low") for level in ("low", "high")}

@@ -14,7 +14,7 @@ from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation import health
 from dopsd.evaluation.health import Checkup
 from dopsd.pocket.metrics.pixels import blurred
-from dopsd.run import train
+from dopsd.runs.train import train
 
 CELLS = (8, 16, 16)
 

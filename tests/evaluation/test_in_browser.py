@@ -11,7 +11,7 @@ import pytest
 
 from dopsd.config.recipe import parse_recipe
 from dopsd.pocket.benchmark import write_lesson
-from dopsd.run import train
+from dopsd.runs.train import train
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""

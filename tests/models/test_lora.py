@@ -16,7 +16,7 @@ from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import merge_lora, read_lora
 from dopsd.models.pipeline import sample_latents
-from dopsd.run import train
+from dopsd.runs.train import train
 
 MODULES = {"layers.0.attention.to_q": (128, 128), "layers.3.attention.to_out.0": (128, 128),
            "noise_refiner.0.feed_forward.w1": (341, 128), "context_refiner.0.attention.to_k": (128, 128)}  # fmt: skip

@@ -14,7 +14,6 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dopsd.checking import open_family
 from dopsd.cli import app
 from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.rollout import rollout, walk
@@ -24,7 +23,8 @@ from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import read_lora
 from dopsd.models.pipeline import sample, sample_latents
-from dopsd.run import train
+from dopsd.runs.resolve import open_family
+from dopsd.runs.train import train
 
 CPU = torch.device("cpu")
 PROMPTS = [

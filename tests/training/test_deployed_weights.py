@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from typer.testing import CliRunner
 
-from dopsd.checking import check
 from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
 from dopsd.models.lora import merge_lora
 from dopsd.pocket.__main__ import app
-from dopsd.session import Session
+from dopsd.runs.check import check
+from dopsd.runs.session import Session
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from dopsd.config.recipe import Recipe, parse_recipe
-from dopsd.forecast import forecast
-from dopsd.run import train
+from dopsd.runs.memory import forecast
+from dopsd.runs.train import train
 from dopsd.training.memory_meter import LiveBytes
 from dopsd.training.offload import offload_blocks
 

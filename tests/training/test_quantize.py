@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from dopsd.config.recipe import Recipe, parse_recipe
-from dopsd.forecast import forecast
 from dopsd.models import load_family
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import merge_lora
-from dopsd.run import train
+from dopsd.runs.memory import forecast
+from dopsd.runs.train import train
 from dopsd.training.quantize import quantize, saved_bytes
 
 pytest.importorskip("bitsandbytes")

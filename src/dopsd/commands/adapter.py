@@ -31,10 +31,10 @@ def train_adapter(
     resume: Annotated[str | None, typer.Option(help="`latest` or a checkpoint folder.")] = None,
 ) -> None:
     """Paint pictures with the model and tune a de-distill adapter on them, for model.training_adapter."""
-    from dopsd.checking import check
     from dopsd.data.prompts import read_questions
-    from dopsd.dedistill import adapter_recipe, default_name
-    from dopsd.run import train
+    from dopsd.runs.check import check
+    from dopsd.runs.train import train
+    from dopsd.runs.training_adapter import adapter_recipe, default_name
 
     asked = [question.prompt for question in read_questions(prompts)]
     changes = {

@@ -125,8 +125,8 @@ def preflight(
 ) -> None:
     """Say whether D-OPSD can learn these pictures: paint as student and as teacher, before anything is trained."""
     from dopsd.config.recipe import load_recipe
-    from dopsd.preflight import HEADER
-    from dopsd.preflight import preflight as look_before
+    from dopsd.runs.preflight import HEADER
+    from dopsd.runs.preflight import preflight as look_before
 
     with bars() as advance:
         result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures, measure)

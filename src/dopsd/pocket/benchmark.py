@@ -15,12 +15,15 @@ from diffusers import ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
+from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Painter, Reader
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.files import write_json, write_text
+from dopsd.evaluation.benchmarks import SHOWN, Answer, Kind
+from dopsd.files import sha256_of, write_json, write_text
+from dopsd.models.base import Family
 from dopsd.models.zimage import ZImageDenoiser
 from dopsd.pocket.build.architecture import GUIDANCE
 from dopsd.pocket.metrics.reader import measure, thing_error, thing_hit
@@ -211,3 +214,38 @@ class Parent:
     def __call__(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
         untold = Context.stack([self.untold] * len(z))
         return torch.lerp(self.denoiser(z, t, untold), self.denoiser(z, t, context), GUIDANCE)
+
+
+class Lesson:
+    """The exam of a pocket lesson."""
+
+    measures = ("thing_error", "thing_hit", "others_error", "sharpness", "speckle", "attributes")
+
+    def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
+        thing = lesson_of(recipe.data.folder)
+        assert thing is not None
+        self._family = family
+        shown = recipe.data.folder if family.teacher_contexts else None
+        self._sheet = Sheet.write(thing, family.load_reader(device, dtype, pictures=shown is not None), shown)
+        self._painter = family.load_painter(device, torch.float32)
+        self.about = ["lesson", thing, [sha256_of(file) for file in sorted(recipe.data.folder.glob("*.png"))]]
+        scenes = self._sheet.scenes[:SHOWN]
+        self.captions: Mapping[str, tuple[str, ...]] = {
+            "The thing in new scenes": tuple(f"{scene.size}, {scene.place}, {scene.background}" for scene in scenes),
+            "The same scenes by another name, or by none": self._sheet.others[:SHOWN],
+            "Unrelated prompts": tuple(
+                ", ".join(stated.values()) or "(nothing stated)" for stated in self._sheet.stated[:SHOWN]
+            ),
+        }
+        self.truth: Mapping[str, Sequence[Tensor]] = {"The thing in new scenes": list(truth(scenes))}
+
+    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> Answer:
+        side = self._family.resolution // self._family.cell
+        found = sit(
+            self._sheet, velocity, self._painter, self._family.schedule(nfe, side, side),
+            (self._family.channels, side, side), seeing=kind == "teacher",
+            noise_seed=HELD_OUT if kind == "floor" else NOISE_SEED,
+        )  # fmt: skip
+        values = {name: getattr(found, name) for name in self.measures}
+        pictures = (found.thing_pictures, found.others_pictures, found.unrelated_pictures)
+        return Answer(values, dict(zip(self.captions, (list(each[:SHOWN]) for each in pictures), strict=True)))

@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from dopsd.checking import check
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.evaluation.metrics.clip import HEAD
 from dopsd.evaluation.rewards import load_judge
 from dopsd.models import POCKET
-from dopsd.run import train
+from dopsd.runs.check import check
+from dopsd.runs.train import train
 
 CPU = torch.device("cpu")
 SCALE = 3.0  # of the logits, as its logarithm

@@ -1,0 +1,1 @@
+"""From recipes to results: check, prepare, train and export a run."""

@@ -1,0 +1,1 @@
+"""Recipes, LoRA files and models side by side: same data, prompts, noise and metrics."""

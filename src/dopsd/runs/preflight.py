@@ -1,0 +1,230 @@
+"""Before hours of training: does the teacher, with a training picture in its context, paint what the student cannot?
+
+D-OPSD learns what its teacher paints, no more. So both paint each caption on the same noise, the teacher beside the
+picture, and the share by which the teacher comes nearer says what there is to learn. One sentence for the set.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dopsd.config.recipe import Recipe
+from dopsd.data.cache import Row, prepare, read_context
+from dopsd.diffusion.batch import Context
+from dopsd.diffusion.sampling import noise_for, paint
+from dopsd.evaluation.image_distance import SIDE, distances, nearer
+from dopsd.evaluation.metrics import Found, find_measure
+from dopsd.evaluation.pages import Panel, write_comparison
+from dopsd.evaluation.statistics import Interval
+from dopsd.images import cover_crop, open_picture, to_images
+from dopsd.models.base import Family, cells_of
+from dopsd.models.lora import merge_lora
+from dopsd.models.pipeline import deployed_on
+from dopsd.runs.check import Checked, check
+from dopsd.runs.resolve import dtype_of, resolutions_of
+
+ENOUGH = 0.15  # share by which the teacher must be nearer; set on other things than those it is judged on
+MOST = 16  # pictures that are looked at where a set has more
+SEEDS = 4
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # pictures and their target, in [0, 1]
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+HEADER = ["picture", "student's distance", "teacher's distance", "teacher nearer by", ""]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One training picture as it is trained on, and what was painted from its caption: uint8 [S, H, W, 3] each, and
+    how far each is from it, [S]."""
+
+    name: str
+    caption: str
+    target: Image.Image
+    student: torch.Tensor
+    teacher: torch.Tensor
+    student_distance: np.ndarray
+    teacher_distance: np.ndarray
+
+    @property
+    def nearer(self) -> Interval:
+        return nearer(self.student_distance[None], self.teacher_distance[None])
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was seen, of how many pictures, and what follows. verdict: "can", "little" or "cannot"."""
+
+    looks: tuple[Look, ...]
+    pictures: int
+    nearer: Interval
+    verdict: str
+    sentence: str
+
+    def as_numbers(self) -> dict[str, Any]:
+        """What --json writes."""
+        return {
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "nearer": self.nearer._asdict(),
+            "pictures_in_the_set": self.pictures,
+            "pictures": [
+                {
+                    "picture": look.name,
+                    "caption": look.caption,
+                    "student_distance": look.student_distance.tolist(),
+                    "teacher_distance": look.teacher_distance.tolist(),
+                    "nearer": look.nearer._asdict(),
+                }
+                for look in self.looks
+            ],
+        }
+
+    def table(self) -> list[list[str]]:
+        """A row a picture, and the set."""
+        rows = [
+            [
+                look.name,
+                f"{look.student_distance.mean():.3f}",
+                f"{look.teacher_distance.mean():.3f}",
+                _percent(look.nearer),
+                "" if look.nearer.value >= ENOUGH else "too little",
+            ]
+            for look in self.looks
+        ]
+        return [*rows, ["all", "", "", _percent(self.nearer), self.verdict]]
+
+
+def preflight(
+    recipe: Recipe, report: Path, progress: Progress, seeds: int = SEEDS, most: int = MOST, measure: str | None = None
+) -> Preflight:
+    """Look at up to `most` pictures of a recipe's data, on `seeds` noises each, and write the page. measure: the name
+    of a distance to a target picture, instead of that of reduced pixels. Raises ValueError for a measure that is none,
+    and for a recipe whose method has no teacher that sees pictures."""
+    if "privileged" not in recipe.method.needs:
+        raise ValueError(f"{recipe.method.name} learns from the pictures themselves, not from a teacher who sees them: "
+                         "preflight has nothing to ask. Give it a recipe of dopsd.")  # fmt: skip
+    far = find_measure(measure) if measure else None
+    if far and (far.measure.needs != "target" or far.measure.higher):
+        raise ValueError(f"{measure} is no distance to a target picture: preflight takes dino or lpips.")
+    found = check(recipe)
+    looks = _look(recipe, found, seeds, most, far, progress)
+    total = nearer(np.stack([e.student_distance for e in looks]), np.stack([e.teacher_distance for e in looks]))
+    verdict = verdict_of(total)
+    result = Preflight(
+        looks, len(found.listing.examples), total, verdict, _sentence(recipe, found.family, looks, total)
+    )
+    _write_page(report, recipe, result, seeds, measure)
+    return result
+
+
+def verdict_of(found: Interval) -> str:
+    """ "cannot": not nearer beyond chance; "little": nearer, by less than ENOUGH; "can": by ENOUGH or more."""
+    if found.low <= 0:
+        return "cannot"
+    return "can" if found.value >= ENOUGH else "little"
+
+
+def _sentence(recipe: Recipe, family: Family, looks: Sequence[Look], total: Interval) -> str:
+    method, verdict = recipe.method.name, verdict_of(total)
+    by = f"given the picture it comes nearer to it than the student by {_percent(total)} of the student's distance"
+    if verdict == "can":
+        weak = [look.name for look in looks if look.nearer.high < ENOUGH]
+        but = f", but not these pictures: {', '.join(weak)}" if weak else ""
+        return f"{method} can learn this set with this teacher{but}: {by}."
+    advice = f"Try {' or '.join(_others(recipe, family))}; what the teacher does not paint, {method} does not learn."
+    if verdict == "little":
+        return f"{method} will learn little of this set with this teacher: {by}, less than {ENOUGH:.0%}. {advice}"
+    return f"{method} cannot learn this set with this teacher: {by}, which may be chance. {advice}"
+
+
+def _percent(found: Interval) -> str:
+    return f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
+
+
+def _others(recipe: Recipe, family: Family) -> list[str]:
+    """What else there is to try, for this family."""
+    now = recipe.model.teacher_context or family.teacher_contexts[0]
+    contexts = [f"model.teacher_context: {name}" for name in family.teacher_contexts if name != now]
+    eyes = ["another model.vlm"] if now == "vlm" else []
+    return [*contexts, *eyes, "captions that leave to the picture what only it shows", "method sft"]
+
+
+def _look(
+    recipe: Recipe, found: Checked, seeds: int, most: int, far: Found | None, progress: Progress
+) -> tuple[Look, ...]:
+    family, (device, _) = found.family, deployed_on()
+    dtype = dtype_of(recipe, device)
+    rows = _read(recipe, found, most, device, dtype, progress)
+    painter = family.load_painter(device, torch.float32)
+    denoiser = family.load_denoiser(device, dtype)
+    if recipe.lora.init_from:
+        merge_lora(denoiser.network, recipe.lora.init_from, family)
+    distance = far.made(far.model, device) if far else None
+    looks = []
+    for done, row in enumerate(rows):
+        progress("painting", done, len(rows))
+        width, height = row.size
+        cells = cells_of(family, height, width)
+        noise = noise_for(range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *cells)
+        schedule = family.schedule(recipe.sample.nfe or family.default_nfe, *cells)
+        assert row.privileged is not None
+        contexts = [Context.stack([read_context(path)] * seeds).to(device) for path in (row.context, row.privileged)]
+        student, teacher = (paint(denoiser, painter, schedule, context, noise) for context in contexts)
+        target = cover_crop(open_picture(row.example.path), row.size)
+        apart = [_distances(distance, pictures, np.asarray(target)) for pictures in (student, teacher)]
+        looks.append(Look(row.example.path.name, row.example.caption, target, student, teacher, *apart))
+    progress("painting", len(rows), len(rows))
+    return tuple(looks)
+
+
+def _distances(distance: Distance | None, pictures: torch.Tensor, target: np.ndarray) -> np.ndarray:
+    """By a measure, or of reduced pixels: uint8 [S, H, W, 3] and [H, W, 3] -> [S]."""
+    if distance is None:
+        return distances(pictures.numpy(), target)
+    unit = [each.float().movedim(-1, -3) / 255 for each in (pictures, torch.from_numpy(target.copy()))]
+    return distance(*unit).double().cpu().numpy()
+
+
+def _read(
+    recipe: Recipe, found: Checked, most: int, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> tuple[Row, ...]:
+    """Captions, and captions with their pictures, as training reads them and into the same cache; spread evenly over
+    the set where it has more than `most` pictures."""
+    family, examples = found.family, found.listing.examples
+    count = min(most, len(examples))
+    chosen = [examples[index * len(examples) // count] for index in range(count)]
+    return prepare(
+        chosen, recipe.output_dir / "cache", family.load_reader(device, dtype, pictures=True),
+        family.load_painter(device, torch.float32), resolution=max(resolutions_of(recipe, family)),
+        multiple=family.multiple, privileged=True, device=device,
+        progress=lambda done, total: progress("reading", done, total),
+    )  # fmt: skip
+
+
+def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int, measure: str | None) -> None:
+    columns = tuple(f"seed {recipe.sample.seed + index}" for index in range(seeds))
+    panels = [
+        Panel(
+            f"{look.name}: {look.caption}",
+            columns,
+            (
+                ("your picture", (look.target,)),
+                ("student: the caption alone", tuple(to_images(look.student))),
+                ("teacher: the picture beside it", tuple(to_images(look.teacher))),
+            ),
+        )
+        for look in result.looks
+    ]
+    pixels = f"Distance: root mean square difference to the training picture, 0 to 1, both reduced to {SIDE} cells."
+    by = f"Distance: {measure}; the bound was set for that of pixels." if measure else pixels
+    notes = [
+        f"{len(result.looks)} of {result.pictures} pictures, {seeds} noises each. {by} Intervals: 95% bootstrap over "
+        "noises; for all, over pictures.",
+        f"At least {ENOUGH:.0%} nearer is called enough. The measure sees where which colours are; for the rest "
+        "look at the pictures.",
+    ]
+    write_comparison(path, f"Preflight of {recipe.run_name}", result.sentence, HEADER, result.table(), panels, notes)

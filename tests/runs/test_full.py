@@ -1,0 +1,261 @@
+"""Full fine-tuning as whole runs on pocket: killed and resumed, opened by diffusers, compared, inspected, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from dopsd.cli import app
+from dopsd.config.recipe import Recipe, parse_recipe
+from dopsd.data.cache import prepare
+from dopsd.data.folder import read_folder
+from dopsd.data.loader import Loader
+from dopsd.diffusion.sampling import noise_for
+from dopsd.models import POCKET, load_family
+from dopsd.models.folder import told_of, write_model
+from dopsd.models.pipeline import sample_latents
+from dopsd.runs.comparison.compare import compare
+from dopsd.runs.memory import forecast
+from dopsd.runs.session import Session
+from dopsd.runs.train import train
+from dopsd.training.checkpoint import checkpoint_path
+from dopsd.training.loop import Plan, steps
+from dopsd.training.memory_meter import LiveBytes
+
+CPU = torch.device("cpu")
+PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
+CHANGES = {
+    "lora.rank=8": "adapter: full has no LoRA: leave out lora.rank",
+    "lora.init_from=a.safetensors": "leave out lora.init_from",
+    "model.quantize=nf4": "model.quantize freezes them",
+    "adapter=most": "adapter is 'most': input should be 'lora' or 'full'",
+}
+
+
+def recipe_for(lesson: Path, output: Path, name: str, method: str = "sft", model=None, **train_settings) -> Recipe:
+    return parse_recipe(
+        {
+            "model": {"name_or_path": "pocket", "memory": "high"} | (model or {}),
+            "data": {"folder": str(lesson)},
+            "method": {"name": method, "nfe": 2},
+            "adapter": "full",
+            "train": {"max_steps": 2, "batch_size": 2, "learning_rate": 1e-4} | train_settings,
+            "sample": {"every": 0, "prompts": PROMPTS[0], "unrelated": 0},
+            "health": {"every": 0},
+            "save": {"every": 1},
+            "output_dir": str(output),
+            "run_name": name,
+        }
+    )
+
+
+def finish(recipe: Recipe) -> Path:
+    for _ in train(recipe):
+        pass
+    return recipe.result()
+
+
+def dopsd(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "dopsd.cli", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)])
+def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(method, dtype, lesson, tmp_path):
+    straight, broken = (
+        recipe_for(lesson, tmp_path, name, method, {"dtype": dtype}, max_steps=4) for name in ("straight", "broken")
+    )
+    file = tmp_path / "broken.yaml"
+    broken.save_as(file)
+    finish(straight)
+    child = dopsd("train", file)
+    deadline = time.monotonic() + 240
+    while not (broken.run_folder / "checkpoints" / "step-000002").exists():
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not broken.result().exists(), "the child finished before it was killed"
+    finish_again = [report.step for report in train(broken, resume="latest")]
+    assert finish_again[-1] == 4 and finish_again[0] > 1
+    left, right = (r.run_folder / "checkpoints" / "step-000004" for r in (straight, broken))
+    for name in sorted(file.stem for file in left.glob("*.safetensors")):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (left, right))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    masters, saved = load_file(left / "student.safetensors"), weights_of(broken.result())
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    assert (left / "teacher.safetensors").exists() == (method == "dopsd")  # SFT's is the checkpoint itself
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+    assert all(torch.equal(tensor, masters[name].to(tensor)) for name, tensor in saved.items())
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+OPEN_WITH_DIFFUSERS = """
+import sys, torch
+from diffusers import ZImagePipeline
+folder, noise, target = sys.argv[1:]
+assert "dopsd" not in sys.modules
+pipeline = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+prompts = torch.load(noise)
+picture = pipeline(prompts["prompts"], height=64, width=64, num_inference_steps=4, guidance_scale=0.0,
+                   latents=prompts["noise"], output_type="latent", return_dict=False)[0]
+torch.save(picture, target)
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Recipe:
+    """A run of D-OPSD whose rate is large enough to be seen, with a health checkup."""
+    from dopsd.pocket.benchmark import write_lesson
+
+    folder = tmp_path_factory.mktemp("finished")
+    write_lesson(folder / "lesson", 1_000_100)
+    (folder / "lesson" / "pocket.json").unlink()  # an exam would take long, and asks nothing of the folder
+    tree = recipe_for(folder / "lesson", folder, "whole", "dopsd", max_steps=3, learning_rate=3e-4).model_dump()
+    recipe = parse_recipe(tree | {"health": {"every": 3}, "data": tree["data"] | {"trigger": "zib"}})
+    finish(recipe)
+    return recipe
+
+
+def test_the_saved_folder_paints_the_same_in_a_fresh_process_with_only_diffusers(finished, tmp_path, pocket):
+    noise = noise_for([3, 4], pocket.channels, 16, 16)
+    mine = sample_latents(load_family(str(finished.result())), PROMPTS, noise)
+    torch.save({"prompts": PROMPTS, "noise": noise.start}, tmp_path / "noise.pt")
+    files = [finished.result(), tmp_path / "noise.pt", tmp_path / "out.pt"]
+    subprocess.run([sys.executable, "-c", OPEN_WITH_DIFFUSERS, *map(str, files)], check=True)
+    assert (mine - sample_latents(pocket, PROMPTS, noise)).abs().max() > 0.01, "nothing was trained"
+    assert (mine - torch.load(tmp_path / "out.pt")).abs().max() <= 1e-4
+
+
+def test_every_part_beside_the_network_is_the_checkpoints_own(finished):
+    folder = finished.result()
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler", "vlm"):
+        for file in (POCKET / part).iterdir():
+            assert (folder / part / file.name).read_bytes() == file.read_bytes()
+    told = told_of(folder)
+    assert told["method"] == "dopsd" and told["base_model"] == "pocket" and "ss_network_dim" not in told
+    about = json.loads((folder / "dopsd.json").read_text())
+    assert about["nfe"] == 4 and not (folder / "README.md").exists()
+    card = (finished.run_folder / "README.md").read_text()
+    assert "every weight" in card and 'from_pretrained("whole"' in card and "load_lora" not in card
+
+
+def test_whole_models_on_the_way_are_kept_like_checkpoints(finished):
+    found = sorted(path.name for path in finished.run_folder.glob("whole*"))
+    assert [name for name in found if name != "whole-healthy"] == ["whole", "whole-step000001", "whole-step000002"]
+    assert len(list((finished.run_folder / "checkpoints").iterdir())) == 2
+
+
+def test_a_full_result_stands_in_a_comparison_and_is_inspected(finished, tmp_path):
+    before = finished.result().stat().st_mtime_ns
+    outcome = compare([finished], tmp_path / "page.html", lambda *_: None, [finished.result("-step000001")])
+    assert list(outcome.numbers) == ["base", "base, other noise", "whole", "whole-step000001"]
+    assert finished.result().stat().st_mtime_ns == before, "a finished run is not trained again"
+    said = CliRunner().invoke(app, ["inspect", str(finished.result())])
+    assert said.exit_code == 0 and "every weight" in said.output and "zimage" in said.output
+
+
+def test_previews_show_base_teacher_and_student_apart(finished):
+    folder = finished.run_folder / "samples" / "step-000003"
+    pictures = [(folder / f"{role}_0_0.png").read_bytes() for role in ("base", "student")]
+    assert pictures[0] != pictures[1]
+    first = finished.run_folder / "samples" / "step-000000"
+    assert pictures[0] == (first / "base_0_0.png").read_bytes() == (first / "student_0_0.png").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dopsd", "sft"])
+def test_full_tuning_moves_its_own_objective(method, lesson, tmp_path):
+    recipe = recipe_for(lesson, tmp_path, "moved", method, max_steps=24, learning_rate=1e-4)
+    recipe = parse_recipe(recipe.model_dump() | {"save": {"every": 0}})
+    losses = [report.log["loss"] for report in train(recipe)]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+
+@pytest.mark.slow
+def test_where_teacher_and_base_are_kept_changes_no_number(lesson, tmp_path):
+    losses = [
+        [report.log["loss"] for report in train(recipe_for(lesson, tmp_path, name, "dopsd", where | {"memory": "low"}))]
+        for name, where in (("here", {}), ("away", {"offload": True}))
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_that_full_tuning_cannot_have_are_refused_with_a_sentence(change, lesson, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    recipe_for(lesson, tmp_path, "refused").save_as(file)
+    done = CliRunner().invoke(app, ["check", str(file), "--set", change])
+    assert done.exit_code == 2 and CHANGES[change] in " ".join(done.output.split()), done.output
+
+
+def test_a_card_that_cannot_hold_it_is_refused_by_check_with_what_to_do(lesson, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    recipe_for(lesson, tmp_path, "large").save_as(file)
+    done = CliRunner().invoke(app, ["check", str(file), "--card", "1.01"])
+    assert done.exit_code == 2 and "too much for a card of 1.01 GiB. Set model.offload: true" in done.output
+    assert not (tmp_path / "large").exists()
+
+
+def test_a_run_begun_with_lora_does_not_go_on_in_full(lesson, tmp_path):
+    recipe = recipe_for(lesson, tmp_path, "begun", max_steps=1)
+    begun = parse_recipe(recipe.model_dump() | {"adapter": "lora"})
+    begun.save_as(begun.run_folder / "config.yaml")
+    checkpoint_path(begun.run_folder, 1).mkdir(parents=True)
+    with pytest.raises(ValueError, match="begun with adapter = lora, now it is full"):
+        next(train(recipe, resume="latest"))
+
+
+def test_a_folder_that_does_not_hold_the_network_is_not_called_saved(pocket, tmp_path):
+    network = pocket.load_denoiser(CPU, torch.float32).network
+    honest = network.save_pretrained
+
+    def short(folder):
+        honest(folder)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors["x_pad_token"] = tensors["x_pad_token"] + 1
+        save_file(tensors, file, {"format": "pt"})
+
+    network.save_pretrained = short
+    with pytest.raises(ValueError, match="x_pad_token does not read back as trained"):
+        write_model(tmp_path / "model", network, pocket)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)])
+def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(method, dtype, lesson, tmp_path, pocket_reader):
+    recipe = recipe_for(lesson, tmp_path, "measured", method, {"dtype": dtype})
+    family, in_network = load_family("pocket"), torch.bfloat16 if dtype == "bf16" else torch.float32
+    examples = read_folder(lesson).examples
+    rows = prepare(
+        examples, tmp_path / "cache", pocket_reader, family.load_painter(CPU, torch.float32),
+        resolution=family.resolution, multiple=family.multiple, privileged=method == "dopsd", device=CPU,
+    )  # fmt: skip
+    from accelerate import Accelerator
+
+    session = Session.open(recipe, family, Accelerator(cpu=True), in_network, False, {}, pocket_reader.context(["a"]))
+    held = (session.network.parameters(), session.trainable.values(), session.student.base.values(),
+            session.teacher.tensors.values())  # fmt: skip
+    resident = sum({id(tensor): tensor.nbytes for group in held for tensor in group}.values())
+    plan = Plan(max_steps=2, learning_rate=1e-4)
+    with LiveBytes() as meter:
+        for _ in steps(
+            session.roles, recipe.method, Loader(rows, 2, seed=0), session.trainable, session.optimizer,
+            session.teacher, session.accelerator, plan,
+        ):  # fmt: skip
+            pass
+    side = family.resolution, family.resolution
+    found = forecast(recipe, family, side, [e.caption for e in examples], in_network, lean=False)
+    assert found.peak == pytest.approx(resident + meter.peak, rel=0.1)
+    assert resident < found.resident < found.peak

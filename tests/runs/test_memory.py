@@ -1,0 +1,69 @@
+"""The forecast of peak memory against the meter on real steps, and what `model.memory` makes of it."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dopsd.config.recipe import parse_recipe
+from dopsd.data.cache import prepare
+from dopsd.data.folder import read_folder
+from dopsd.data.loader import Loader
+from dopsd.models import load_family
+from dopsd.runs.memory import forecast
+from dopsd.runs.session import Session
+from dopsd.training.loop import Plan, steps
+from dopsd.training.memory_meter import LiveBytes
+
+CPU = torch.device("cpu")
+CASES = [
+    ("dopsd", False, torch.float32, {"batch_size": 4}),
+    ("dopsd", True, torch.float32, {"batch_size": 1, "gradient_accumulation_steps": 2}),
+    ("dopsd", True, torch.bfloat16, {"batch_size": 2}),
+    ("sft", False, torch.float32, {"batch_size": 2}),
+    ("sft", True, torch.float32, {"batch_size": 4}),
+    ("pso_online", False, torch.float32, {"batch_size": 4}),
+    ("pso_online", True, torch.bfloat16, {"batch_size": 2}),
+]
+TOLD = {"pso_online": {"judge": "red"}}
+
+
+@pytest.mark.parametrize(("method", "recompute", "dtype", "train"), CASES)
+def test_the_forecast_is_within_a_tenth_of_the_meter(method, recompute, dtype, train, lesson, tmp_path, pocket_reader):
+    recipe = parse_recipe(
+        {
+            "model": {"name_or_path": "pocket", "memory": "low" if recompute else "high"},
+            "data": {"folder": str(lesson)},
+            "method": {"name": method} | TOLD.get(method, {}),
+            "lora": {"rank": 8},
+            "train": train,
+            "output_dir": str(tmp_path),
+            "run_name": "measured",
+        }
+    )
+    family = load_family("pocket")
+    examples = read_folder(lesson).examples
+    rows = prepare(
+        examples, tmp_path / "cache", pocket_reader, family.load_painter(CPU, torch.float32),
+        resolution=family.resolution, multiple=family.multiple, privileged=method == "dopsd", device=CPU,
+    )  # fmt: skip
+    loader = Loader(rows, recipe.train.batch_size, seed=0)
+    plan = Plan(max_steps=2, learning_rate=1e-4, accumulate=recipe.train.gradient_accumulation_steps)
+    session = Session.open(
+        recipe, family, Accelerator(cpu=True), dtype, recompute, {}, pocket_reader.context(["a toy"])
+    )
+    student, teacher = session.trainable, session.teacher.tensors
+    tensors = [*family.load_denoiser(CPU, dtype).network.parameters(), *student.values(), *teacher.values()]
+    tensors += [p for name, p in student.items() if ".lora_B." in name]  # the base's, which are zero
+    if recipe.method.judged_by:  # what the judge looks through
+        tensors += family.load_painter(CPU, torch.float32).vae.parameters()
+    resident = sum(tensor.nbytes for tensor in tensors)
+    with LiveBytes() as meter:
+        for _ in steps(
+            session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
+            session.accelerator, plan,
+        ):  # fmt: skip
+            pass
+    side = family.resolution, family.resolution
+    found = forecast(recipe, family, side, [e.caption for e in examples], dtype, recompute)
+    assert found.peak == pytest.approx(resident + meter.peak, rel=0.1)
+    assert resident < found.resident < found.peak  # the optimizer's moments came with the first step

@@ -1,0 +1,72 @@
+"""Whole runs on a tiny SDXL: killed and resumed, quantized, offloaded, preferred by a judge, and compared."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dopsd.config.recipe import Recipe, parse_recipe
+from dopsd.files import read_tensors
+from dopsd.pocket.benchmark import Sheet
+from dopsd.runs.comparison.compare import compare
+from dopsd.runs.train import train
+
+
+def recipe_of(model: dict, lesson: Path, folder: Path, name: str, method: dict | None = None) -> Recipe:
+    return parse_recipe(
+        {
+            "model": {"memory": "high"} | model,
+            "data": {"folder": str(lesson)},
+            "method": method or {"name": "sft", "space": "noise"},
+            "lora": {"rank": 2},
+            "train": {"max_steps": 2, "learning_rate": 0.02},
+            "sample": {"every": 0, "prompts": "a star", "unrelated": 0},
+            "health": {"every": 0},
+            "save": {"every": 1},
+            "output_dir": str(folder),
+            "run_name": name,
+        }
+    )
+
+
+def same(left: Recipe, right: Recipe) -> bool:
+    files = (read_tensors(recipe.run_folder / f"{recipe.run_name}.safetensors") for recipe in (left, right))
+    one, other = files
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("quantized", [None, "int8"])
+def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(quantized, sdxl, dmd2_lora, lesson, tmp_path):
+    if quantized:
+        pytest.importorskip("bitsandbytes")
+    model = {"name_or_path": str(sdxl("base")), "distilled_by": str(dmd2_lora), "quantize": quantized}
+    straight, broken = (recipe_of(model, lesson, tmp_path, name) for name in ("straight", "broken"))
+    list(train(straight))
+    run = train(broken)
+    next(run)
+    run.close()
+    list(train(broken, resume="latest"))
+    assert same(straight, broken)
+
+
+def test_offload_trains_the_same_numbers(sdxl, lesson, tmp_path):
+    model = {"name_or_path": str(sdxl("turbo"))}
+    plain = recipe_of(model | {"memory": "low"}, lesson, tmp_path, "plain")
+    away = recipe_of(model | {"memory": "low", "offload": True}, lesson, tmp_path, "away")
+    for recipe in (plain, away):
+        list(train(recipe))
+    assert same(plain, away)
+
+
+def test_compare_takes_two_methods_on_turbo(sdxl, lesson, tmp_path, monkeypatch):
+    monkeypatch.setattr("dopsd.pocket.benchmark.UNSEEN_SCENES", 4)
+    monkeypatch.setattr(Sheet.write, "__defaults__", (None, 4))  # unrelated prompts
+    model = {"name_or_path": str(sdxl("turbo"))}
+    recipes = [
+        recipe_of(model, lesson, tmp_path / "runs", "plain"),
+        recipe_of(model, lesson, tmp_path / "runs", "preferred", {"name": "pso_online", "judge": "red", "nfe": 2}),
+    ]
+    outcome = compare(recipes, tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
+    assert list(outcome.numbers) == ["base", "base, other noise", "plain", "preferred"]
+    assert outcome.numbers["plain"]["nfe"]["1"]["bleed"]["value"] != 0
+    assert "preferred" in (tmp_path / "page.html").read_text(encoding="utf-8")
