@@ -29,8 +29,8 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, CLIPTextConfig, Qwen3Config, Qwen3VLConfig
 
+from dopsd.cli.options import Changes
 from dopsd.config.recipe import Recipe, load_recipe
-from dopsd.door import Changes
 from dopsd.models import POCKET, load_family
 from dopsd.models.base import Family, Sight
 from dopsd.runs.memory import forecast

@@ -236,7 +236,7 @@ def test_every_function_has_a_file_named_for_its_topic():
 
 @pytest.mark.parametrize(
     "code",
-    ["import dopsd.cli", "from dopsd.cli import app; app(['--help'], standalone_mode=False)"],
+    ["import dopsd.cli.app", "from dopsd.cli.app import app; app(['--help'], standalone_mode=False)"],
     ids=["import", "help"],
 )
 def test_the_command_line_starts_without_torch(code: str):

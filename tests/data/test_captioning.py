@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
 from dopsd.models.hub import Checkpoint
 from dopsd.models.qwen3 import load_processor, picture_tokens, with_picture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation import health

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.data.prompts import read_questions
 from dopsd.evaluation.prompt_writer import prompts_in, write_test_prompts
 

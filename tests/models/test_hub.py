@@ -154,7 +154,7 @@ def test_a_gated_model_without_a_token_is_exit_2_and_says_what_to_do(hub, tmp_pa
         f"model: {{name_or_path: gated/model}}\ndata: {{folder: {tmp_path}}}\nmethod: {{name: sft}}\n", encoding="utf-8"
     )
     code = (
-        "from typer.testing import CliRunner; from dopsd.cli import app; "
+        "from typer.testing import CliRunner; from dopsd.cli.app import app; "
         f"done = CliRunner().invoke(app, ['check', {str(recipe)!r}]); print(done.exit_code, done.output)"
     )
     said = " ".join(run(code, tmp_path, hub[0]).split())

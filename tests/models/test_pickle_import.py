@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 
 SHARED = torch.arange(6.0)
 WEIGHTS = {"a.weight": torch.randn(2, 3, dtype=torch.float16), "b": SHARED.view(2, 3).T, "again": SHARED[:2]}

@@ -14,7 +14,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.rollout import rollout, walk
 from dopsd.diffusion.sampling import noise_for

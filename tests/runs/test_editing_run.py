@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_klein import TEXT, write_klein, write_vlm
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.files import read_metadata, read_tensors

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.data.cache import prepare
 from dopsd.data.folder import read_folder

@@ -9,7 +9,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.config.recipe import parse_recipe
 from dopsd.evaluation.metrics.dino import DinoDistance
 from dopsd.evaluation.statistics import Interval

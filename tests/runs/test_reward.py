@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.files import read_tensors
 from dopsd.runs.memory import Forecast

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.models.lora import read_lora
 from dopsd.runs.training_adapter import adapter_recipe
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.models.pipeline import sample
 from dopsd.pocket.benchmark import LESSON_FILE, lesson_of

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from dopsd.commands.adapter import adapter
-from dopsd.commands.measuring import evaluate, preflight, prompts
-from dopsd.console import bars, err, foretell, forwards_of, out, show, summarise, write_numbers
-from dopsd.door import AsJson, Changes, DistilledBy, RecipeFile, refusing
+from dopsd.cli.adapter import adapter
+from dopsd.cli.console import bars, err, foretell, forwards_of, out, show, summarise, write_numbers
+from dopsd.cli.evaluate import evaluate, preflight, prompts
+from dopsd.cli.options import AsJson, Changes, DistilledBy, RecipeFile, refusing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -268,7 +268,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="LoRA file, or a model's f
 @refusing
 def doctor() -> None:
     """Say what is installed, which device is there, which extras are missing, and whether the hub can be reached."""
-    from dopsd.doctor import examine
+    from dopsd.cli.doctor import examine
 
     for label, value in examine():
         out.print(f"{label:<26} {value}", markup=False, highlight=False)
@@ -305,6 +305,3 @@ def demo(
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {folder / 'report.html'}", highlight=False)
 
-
-if __name__ == "__main__":
-    app()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dopsd.console import err
+from dopsd.cli.console import err
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML); see recipes/.", show_default=False)]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.max_steps=500. Repeatable.")]

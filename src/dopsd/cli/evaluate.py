@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from dopsd.console import bars, forwards_of, out, show, write_numbers
-from dopsd.door import AsJson, Changes, RecipeFile
+from dopsd.cli.console import bars, forwards_of, out, show, write_numbers
+from dopsd.cli.options import AsJson, Changes, RecipeFile
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.models import POCKET
 
 Build = Callable[[], object]  # makes the bad input in the working folder, where pictures/ and recipe.yaml are good
@@ -296,7 +296,7 @@ def run_in(folder: Path, name: str, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(logging, "raiseExceptions", False)  # a library may log to the closed stream of an earlier case
     if "VLM" not in name:  # the forecast takes seconds, and nothing else is refused by it
-        monkeypatch.setattr("dopsd.cli.foretell", lambda *_: None)
+        monkeypatch.setattr("dopsd.cli.app.foretell", lambda *_: None)
     done = CliRunner().invoke(app, CASES[name][1])
     assert refused(name, done.exit_code, done.output), (done.exit_code, done.exception, done.output)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.evaluation.image_sets import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE, read_gallery
 from dopsd.evaluation.metrics.fid import fid
 from dopsd.evaluation.metrics.inception import WEIGHTS, Inception, InceptionV3

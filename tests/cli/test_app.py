@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from dopsd.cli import app
+from dopsd.cli.app import app
 from dopsd.methods import METHODS
 
 RECIPE = {
@@ -81,7 +81,7 @@ def vlm_of_another_size():
     vlm = make_vlm(make_tokenizer())
     vlm.config.text_config.hidden_size = 64
     smaller = type(vlm)(vlm.config)
-    shutil.copytree(Path(__file__).parents[1] / "src/dopsd/pocket/checkpoint/vlm", "vlm")
+    shutil.copytree(Path(__file__).parents[2] / "src/dopsd/pocket/checkpoint/vlm", "vlm")
     smaller.save_pretrained("vlm")
     write_recipe({"model": {"vlm": "./vlm"}})
 
@@ -255,7 +255,7 @@ def test_init_overwrites_nothing_and_names_the_methods(desk):
 
 
 def test_the_schema_in_the_repository_is_the_one_that_is_printed():
-    stored = Path(__file__).parents[1] / "recipes" / "recipe.schema.json"
+    stored = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
     assert json.loads(run_cli("schema").output) == json.loads(stored.read_text())
 
 

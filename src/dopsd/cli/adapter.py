@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from dopsd.console import bars, out, summarise
-from dopsd.door import refusing
+from dopsd.cli.console import bars, out, summarise
+from dopsd.cli.options import refusing
 
 adapter = typer.Typer(no_args_is_help=True, help="LoRA that is merged while training, and off afterwards.")
 
