@@ -36,7 +36,7 @@ REPEATED, SEEDS = THINGS[:2], (0, 1, 2)
 LOOK_EVERY = 40  # SFT steps between two looks at thing_error
 CAP = 4  # times D-OPSD's wall time
 RESULTS, PAGE = Path("docs/results.json"), Path("docs/results.md")
-MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
+METRICS = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -55,13 +55,13 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
     """D-OPSD on a thing, then SFT looked at where it can be compared."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(thing, Path(folder))
-        untouched = bench.family.load_denoiser(CPU, torch.float32)
+        base_tensors = bench.family.load_denoiser(CPU, torch.float32)
         found: dict[str, Any] = {
             "thing": thing,
             "seed": seed,
-            "base": bench.exam(untouched),
-            "base_other_noise": bench.exam(untouched, noise_seed=HELD_OUT),
-            "teacher": bench.exam(untouched, seeing=True),
+            "base": bench.exam(base_tensors),
+            "base_other_noise": bench.exam(base_tensors, noise_seed=HELD_OUT),
+            "teacher": bench.exam(base_tensors, seeing=True),
         }
         *_, (_, wall, velocity) = bench.train(DOPSD(), rates["dopsd"], seed, STEPS)
         found["dopsd"] = bench.exam(velocity) | {"seconds": wall}
@@ -91,17 +91,17 @@ def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float
     return looks | {"sft_best_thing_error": best}
 
 
-def sweep_unit(unit: Unit) -> dict[str, Any]:
+def sweep_unit(replicate: Unit) -> dict[str, Any]:
     """thing_error at the end of a training of D-OPSD's length, or of SFT's equal forward units."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(unit.thing, Path(folder))
-        method: Method = DOPSD() if unit.method == "dopsd" else SFT()
-        units = DOPSD().forwards(bench.family.default_nfe) / method.forwards(bench.family.default_nfe)
-        *_, (_, seconds, velocity) = bench.train(method, unit.rate, unit.seed, round(STEPS * units))
+        bench = Bench(replicate.thing, Path(folder))
+        method: Method = DOPSD() if replicate.method == "dopsd" else SFT()
+        replicates = DOPSD().forwards(bench.family.default_nfe) / method.forwards(bench.family.default_nfe)
+        *_, (_, seconds, velocity) = bench.train(method, replicate.rate, replicate.seed, round(STEPS * replicates))
         return bench.exam(velocity) | {
-            "method": unit.method,
-            "thing": unit.thing,
-            "rate": unit.rate,
+            "method": replicate.method,
+            "thing": replicate.thing,
+            "rate": replicate.rate,
             "seconds": seconds,
         }
 
@@ -111,7 +111,7 @@ def sweep(workers: int = 2) -> None:
     """Try the three rates of each method on three other things; the rate with the lowest mean thing_error is kept."""
     results = _results()
     have = {(row["method"], row["thing"], row["rate"]) for row in results["sweep"]}
-    units = [
+    replicates = [
         Unit(method, thing, 0, rate)
         for thing in SWEEP_THINGS
         for method in ("dopsd", "sft")
@@ -119,11 +119,11 @@ def sweep(workers: int = 2) -> None:
         if (method, thing, rate) not in have
     ]
     with ProcessPoolExecutor(workers) as pool:
-        for row in pool.map(sweep_unit, units):
+        for row in pool.map(sweep_unit, replicates):
             results["sweep"].append(row)
             write_json(RESULTS, results)
             print(f"{row['method']} rate={row['rate']:g} thing={row['thing']} thing_error={row['thing_error']:.4f} "
-                  f"sharpness={row['sharpness']:.3f} attributes={row['attributes']:.3f}", flush=True)  # fmt: skip
+                  f"sharpness={row['sharpness']:.3f} attributes={row['attributes']:.3f}", flush=True)
     print("chosen:", chosen_rates(results))
 
 
@@ -144,9 +144,9 @@ def run(workers: int = 2, most: int = 100) -> None:
     rates = chosen_rates(results)
     have = {(row["thing"], row["seed"]) for row in results["claim"]}
     wanted = [(thing, 0) for thing in THINGS] + [(thing, seed) for thing in REPEATED for seed in SEEDS[1:]]
-    units = [unit for unit in wanted if unit not in have][:most]
+    replicates = [replicate for replicate in wanted if replicate not in have][:most]
     with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(measure_pair, thing, seed, rates) for thing, seed in units]
+        jobs = [pool.submit(measure_pair, thing, seed, rates) for thing, seed in replicates]
         for job in jobs:
             row = job.result()
             results["claim"].append(row)
@@ -155,7 +155,7 @@ def run(workers: int = 2, most: int = 100) -> None:
             print(f"thing={row['thing']} seed={row['seed']} base={row['base']['thing_error']:.4f} "
                   f"teacher={row['teacher']['thing_error']:.4f} dopsd={row['dopsd']['thing_error']:.4f} "
                   f"sft_match={'never' if match is None else round(match['seconds'] / row['dopsd']['seconds'], 2)}",
-                  flush=True)  # fmt: skip
+                  flush=True)
 
 
 def _results() -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _gate_lines() -> list[str]:
     lines = ["## The pocket model's gates", "", "By `python -m dopsd.pocket gates`; 256 captions, 12 held-out things "
              "of 24 scenes, one training of the model. The parent is painted with classifier-free guidance "
              f"{found['parent_guidance']:g}, as it was distilled. Intervals: 95% bootstrap.", "",
-             "| gate | measured | wanted | |", "|---|---|---|---|"]  # fmt: skip
+             "| gate | measured | wanted | |", "|---|---|---|---|"]
     for gate in found["gates"]:
         verdict = "passed" if gate["passed"] else "**missed**"
         measured = f"{gate['value']:.3f} [{gate['low']:.3f}, {gate['high']:.3f}]"
@@ -220,7 +220,7 @@ def _claim_lines(results: dict[str, Any], first: list[dict[str, Any]]) -> list[s
 def _sweep_lines(results: dict[str, Any]) -> list[str]:
     lines = ["## Learning rates", "", f"The same three values on {len(SWEEP_THINGS)} other things; lowest mean "
              "thing_error is kept.", "", "| method | rate | thing_error | sharpness | attributes |",
-             "|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|"]
     chosen = chosen_rates(results)
     for method in ("dopsd", "sft"):
         for rate in RATES:
@@ -236,7 +236,7 @@ def _table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["## What was learned and what was kept", "",
              "thing_error (lower is better) and thing_hit: 24 unseen scenes a thing. sharpness, speckle (lower is "
              "better) and attributes: 96 unrelated prompts. All at NFE 4 on the same noise.", "",
-             f"| model | {' | '.join(MEASURES)} | seconds |", "|---|" + "---|" * (len(MEASURES) + 1)]  # fmt: skip
+             f"| model | {' | '.join(METRICS)} | seconds |", "|---|" + "---|" * (len(METRICS) + 1)]
     names = {
         "base": "base",
         "base_other_noise": "base, other noise (the noise floor)",
@@ -249,10 +249,10 @@ def _table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     for key, name in names.items():
         have = [row[key] for row in rows if row[key]]
         if not have:
-            lines.append(f"| {name} (0 of {len(rows)} things) |" + " - |" * (len(MEASURES) + 1))
+            lines.append(f"| {name} (0 of {len(rows)} things) |" + " - |" * (len(METRICS) + 1))
             continue
         hidden = ("sharpness", "speckle", "attributes") if key == "teacher" else ()
-        cells = ["-" if m in hidden else _interval([a[m] for a in have], 4 if m == "speckle" else 3) for m in MEASURES]
+        cells = ["-" if m in hidden else _interval([a[m] for a in have], 4 if m == "speckle" else 3) for m in METRICS]
         cells.append(_interval([a["seconds"] for a in have], 0) if "seconds" in have[0] else "-")
         count = "" if len(have) == len(rows) else f" ({len(have)} of {len(rows)} things)"
         lines.append(f"| {name}{count} | {' | '.join(cells)} |")
@@ -264,15 +264,15 @@ def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         base, teacher = row["base"]["thing_error"], row["teacher"]["thing_error"]
         return (base - row[key]["thing_error"]) / (base - teacher)
 
-    def over_base(key: str, measure: str) -> list[float]:
-        return [row[key][measure] / row["base"][measure] for row in rows if row[key]]
+    def over_base(key: str, metric: str) -> list[float]:
+        return [row[key][metric] / row["base"][metric] for row in rows if row[key]]
 
     def points(key: str) -> list[float]:
         return [100 * (row[key]["attributes"] - row["base"]["attributes"]) for row in rows if row[key]]
 
     lines = ["## The claim", "", "Closed gap = (E_base - E) / (E_base - E_teacher) in thing_error.", "",
              "| | expected | D-OPSD | SFT, equal wall time | SFT at its first match |",
-             "|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|"]
     keys = ("dopsd", "sft_equal_wall", "sft_first_match")
     have = {key: [row for row in rows if row[key]] for key in keys}
     for label, expected, values in (
@@ -285,17 +285,17 @@ def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"| {label} | {expected} | {' | '.join(cells)} |")
     never = sum(row["sft_first_match"] is None for row in rows)
     return [*lines, "", f"SFT never reached D-OPSD's thing_error within {CAP} times its wall time on {never} of "
-            f"{len(rows)} things.", ""]  # fmt: skip
+            f"{len(rows)} things.", ""]
 
 
 def _seed_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["## Spread over seeds", "", "| thing | measure | D-OPSD, each seed | SFT at equal wall time, each seed |",
-             "|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|"]
     for thing in REPEATED:
         same = [row for row in rows if row["thing"] == thing]
-        for measure in ("thing_error", "sharpness", "attributes"):
-            cells = [", ".join(f"{row[key][measure]:.3f}" for row in same) for key in ("dopsd", "sft_equal_wall")]
-            lines.append(f"| {thing} | {measure} | {' | '.join(cells)} |")
+        for metric in ("thing_error", "sharpness", "attributes"):
+            cells = [", ".join(f"{row[key][metric]:.3f}" for row in same) for key in ("dopsd", "sft_equal_wall")]
+            lines.append(f"| {thing} | {metric} | {' | '.join(cells)} |")
     return lines
 
 

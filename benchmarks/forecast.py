@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, Qwen3Config, Qwen3VLConf
 from dopsd.cli.options import Changes
 from dopsd.config.recipe import Recipe, load_recipe
 from dopsd.models import POCKET, load_family
-from dopsd.models.base import Family, Sight
+from dopsd.models.base import Family, TeacherVision
 from dopsd.runs.memory import forecast
 from dopsd.runs.resolve import resolutions_of
 
@@ -59,7 +59,7 @@ SDXL_UNET: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
     "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+}
 SDXL_BETAS: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -112,9 +112,9 @@ def _qwen(folder: Path, text: dict[str, Any]) -> None:
     own.save_pretrained(folder / "text_encoder")
     said = {key: value for key, value in own.to_dict().items() if key not in ("model_type", "architectures")}
     Qwen3VLConfig(text_config=said).save_pretrained(folder / "vlm")
-    pictures = json.loads((POCKET / "vlm" / "preprocessor_config.json").read_text())
-    pictures |= {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
-    (folder / "vlm" / "preprocessor_config.json").write_text(json.dumps(pictures))
+    images = json.loads((POCKET / "vlm" / "preprocessor_config.json").read_text())
+    images |= {"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    (folder / "vlm" / "preprocessor_config.json").write_text(json.dumps(images))
 
 
 FOLDERS = {
@@ -130,7 +130,7 @@ def family_of(recipe: Recipe, folder: Path) -> Family:
     """The recipe's checkpoint by its shapes, written into an empty folder."""
     with torch.device("meta"):
         FOLDERS[recipe.model.name_or_path](folder)
-    return load_family(str(folder), sight=Sight(recipe.model.teacher_context, None, recipe.model.teacher_suffix))
+    return load_family(str(folder), teacher_vision=TeacherVision(recipe.model.teacher_context, None, recipe.model.teacher_suffix))
 
 
 def main(

@@ -16,7 +16,7 @@ import torch
 from bench import CPU, RANK, Bench
 
 from dopsd.diffusion.batch import Batch
-from dopsd.evaluation.health import FIRST_SEED, Checkup, Health
+from dopsd.evaluation.health import FIRST_SEED, HealthCheck, Health
 from dopsd.files import write_text
 from dopsd.methods import DOPSD, SFT, Method
 from dopsd.pocket.benchmark import HELD_OUT
@@ -30,17 +30,17 @@ THINGS = tuple(range(HELD_OUT + 600, HELD_OUT + 603))
 LOOKS = {"sft": (25, 100, 400), "dopsd": (40, 120)}
 METHODS: dict[str, tuple[Method, float]] = {"sft": (SFT(), 1e-3), "dopsd": (DOPSD(), 1e-3)}
 BLURRED = 0.9  # of the untouched model's sharpness, by the exam: what the check promises to notice
-PICTURES = 4  # a pull
+IMAGES = 4  # a pull
 
 
-def checkup(bench: Bench, rerun: int) -> Checkup:
+def health_check(bench: Bench, rerun: int) -> HealthCheck:
     """On noise that belongs to this rerun."""
     family = bench.family
-    context = family.load_reader(CPU, torch.float32, pictures=False).context(list(family.unrelated_prompts))
-    return Checkup(
-        family.load_denoiser(CPU, torch.float32), bench.painter, lambda nfe: family.schedule(nfe, *bench.cells[1:]),
-        family.default_nfe, context, bench.cells, first_seed=FIRST_SEED + 1000 * rerun,
-    )  # fmt: skip
+    context = family.load_text_encoder(CPU, torch.float32, images=False).context(list(family.unrelated_prompts))
+    return HealthCheck(
+        family.load_denoiser(CPU, torch.float32), bench.vae, lambda nfe: family.schedule(nfe, *bench.latent_shape[1:]),
+        family.default_nfe, context, bench.latent_shape, first_seed=FIRST_SEED + 1000 * rerun,
+    )
 
 
 def harmless(bench: Bench, seed: int) -> tuple[Health, float]:
@@ -56,17 +56,17 @@ def harmless(bench: Bench, seed: int) -> tuple[Health, float]:
             parameter.copy_(PUSH * torch.randn(parameter.shape, generator=noise))
     start = _size(list(pushed.values()))
     roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: family.schedule(family.default_nfe, h, w))
-    reader = family.load_reader(CPU, torch.float32, pictures=False)
-    prompts = tuple(family.unrelated_prompts[:PICTURES])
-    context = reader.context(list(prompts))
-    batch = Batch(torch.zeros(PICTURES, *bench.cells), context, prompts, torch.ones(PICTURES), context)
+    text_encoder = family.load_text_encoder(CPU, torch.float32, images=False)
+    prompts = tuple(family.unrelated_prompts[:IMAGES])
+    context = text_encoder.context(list(prompts))
+    batch = Batch(torch.zeros(IMAGES, *bench.latent_shape), context, prompts, torch.ones(IMAGES), context)
     optimizer = torch.optim.AdamW(student.values(), lr=1e-3, weight_decay=0.0)
     for step in range(PULLS):
         for piece in DOPSD(teacher_decay=1.0).losses(roles, batch, generator_at(seed, step)):
             piece.surrogate.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return checkup(bench, seed).examine(roles.student, bench.painter), _size(list(pushed.values())) / start
+    return health_check(bench, seed).examine(roles.student, bench.vae), _size(list(pushed.values())) / start
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> float:
@@ -76,12 +76,12 @@ def _size(tensors: Sequence[torch.Tensor]) -> float:
 def tuned(bench: Bench, name: str, thing: int, rerun: int) -> list[tuple[str, int, int, float, Health]]:
     """(method, thing, step, the exam's sharpness over the untouched model's, health) at each look."""
     method, rate = METHODS[name]
-    check, base = checkup(bench, rerun), bench.exam(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]
+    check, base = health_check(bench, rerun), bench.exam(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]
     rows = []
     for step, _, velocity in bench.train(method, rate, seed=0, max_steps=max(LOOKS[name])):
         if step in LOOKS[name]:
             sharpness = bench.exam(velocity)["sharpness"] / base  # type: ignore[operator]
-            rows.append((name, thing, step, sharpness, check.examine(velocity, bench.painter)))
+            rows.append((name, thing, step, sharpness, check.examine(velocity, bench.vae)))
             print(*rows[-1][:4], rows[-1][4], flush=True)
     return rows
 
@@ -103,7 +103,7 @@ def main() -> None:
 def _harmless_lines(found: Sequence[tuple[Health, float]]) -> list[str]:
     alarms = [str(health) for health, _ in found if not health.healthy]
     left = np.mean([size for _, size in found])
-    names = list(found[0][0].measures)
+    names = list(found[0][0].metrics)
     lines = [
         "# The health check, measured on pocket", "", "Written by `python benchmarks/health.py`.", "",
         "## False alarms", "",
@@ -112,10 +112,10 @@ def _harmless_lines(found: Sequence[tuple[Health, float]]) -> list[str]:
         "and examined on noise of its own.",
         "The untouched model itself cannot raise one: it is compared with itself on the same noise.", "",
         "| measure | mean | least | most | limit |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name in names:
-        values = [health.measures[name].value for health, _ in found]
-        limit = found[0][0].measures[name].limit
+        values = [health.metrics[name].value for health, _ in found]
+        limit = found[0][0].metrics[name].limit
         lines.append(f"| {name} | {np.mean(values):.3f} | {min(values):.3f} | {max(values):.3f} | {limit:.2f} |")
     return [*lines, *[f"\nAlarm: {alarm}." for alarm in alarms], ""]
 
@@ -124,17 +124,17 @@ def _tuned_lines(rows: Sequence[tuple[str, int, int, float, Health]]) -> list[st
     lines = ["## Agreement with the exam's sharpness", "",
              f"Blurred: below {BLURRED} of the untouched model's sharpness on the exam's 96 unrelated prompts.", "",
              "| method | thing | step | sharpness (exam) | sharpness (health) | blurred | health |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|---|---|"]
     for name, thing, step, sharpness, health in rows:
         blurred = "yes" if sharpness < BLURRED else "no"
-        value = health.measures["sharpness"].value
+        value = health.metrics["sharpness"].value
         lines.append(f"| {name} | {thing} | {step} | {sharpness:.3f} | {value:.3f} | {blurred} | {health} |")
     flagged = [not row[4].healthy for row in rows]
     truth = [row[3] < BLURRED for row in rows]
     caught = sum(f for f, t in zip(flagged, truth, strict=True) if t)
     false = sum(f for f, t in zip(flagged, truth, strict=True) if not t)
     return [*lines, "", f"Of {sum(truth)} blurred looks {caught} were flagged; of the other {len(rows) - sum(truth)}, "
-            f"{false} were."]  # fmt: skip
+            f"{false} were."]
 
 
 if __name__ == "__main__":

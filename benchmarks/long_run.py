@@ -15,8 +15,8 @@ import typer
 from dopsd.config.recipe import load_recipe
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
-from dopsd.pocket.benchmark import write_lesson
-from dopsd.runs.comparison.evaluate import Contest, Contestant
+from dopsd.pocket.benchmark import write_concept
+from dopsd.runs.comparison.evaluate import Evaluator, Candidate
 from dopsd.runs.comparison.table import Entry, tabulate
 from dopsd.runs.outputs.folder import read_rows
 from dopsd.runs.train import train
@@ -31,16 +31,16 @@ RESULTS = Path("docs/long_run.json")
 def main(folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = Path("runs/long")) -> None:
     """Train, look, and write the numbers."""
     torch.set_num_threads(1)
-    lesson = folder / f"thing-{THING}"
-    if not lesson.is_dir():
-        write_lesson(lesson, THING)
+    concept = folder / f"thing-{THING}"
+    if not concept.is_dir():
+        write_concept(concept, THING)
     found: dict[str, Any] = {"thing": THING}
     for method, every in LOOK.items():
         name, file = f"{method}-{THING}", Path(f"recipes/pocket-identity-{method}.yaml")
         usual = load_recipe(file).train.max_steps
         last = LONGER[method] * usual
-        changes = [f"data.folder={lesson}", f"output_dir={folder}", f"run_name={name}", f"save.every={every}",
-                   f"health.every={every}", "sample.every=0", f"train.max_steps={last}"]  # fmt: skip
+        changes = [f"data.folder={concept}", f"output_dir={folder}", f"run_name={name}", f"save.every={every}",
+                   f"health.every={every}", "sample.every=0", f"train.max_steps={last}"]
         recipe = load_recipe(file, changes)
         run = recipe.run_folder
         if not _lora(run, last).exists():
@@ -48,15 +48,15 @@ def main(folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = 
                 pass
         advice = advise([row for row in read_rows(run / "health.jsonl") if row["step"] <= last])
         assert advice is not None
-        contest = Contest(recipe, folder / "answers")
-        nfe = contest.family.default_nfe
+        evaluator = Evaluator(recipe, folder / "answers")
+        nfe = evaluator.family.default_nfe
         steps = sorted({usual, last, advice.step or last})
-        tuned = [Contestant(str(step), lora=_lora(run, step)) for step in steps]
+        tuned = [Candidate(str(step), lora=_lora(run, step)) for step in steps]
         entries = []
-        for contestant in (Contestant("base", "base"), Contestant("base, other noise", "floor"), *tuned):
-            entries.append(Entry([contestant]))
-            entries[-1].answers = {nfe: [contest.answers(contestant, (nfe,))[nfe]]}
-            print(method, contestant.name, flush=True)
+        for candidate in (Candidate("base", "base"), Candidate("base, other noise", "floor"), *tuned):
+            entries.append(Entry([candidate]))
+            entries[-1].answers = {nfe: [evaluator.answers(candidate, (nfe,))[nfe]]}
+            print(method, candidate.name, flush=True)
         models = tabulate(entries, (nfe,), measured=True).numbers
         scores = {label: row["nfe"][str(nfe)] for label, row in models.items()}
         found[method] = {

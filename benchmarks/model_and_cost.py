@@ -16,7 +16,7 @@ from preflight import is_right, learned
 
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_text
-from dopsd.runs.comparison.table import KEPT, MEASURES
+from dopsd.runs.comparison.table import KEPT, METRICS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "model_and_cost.md"
@@ -56,7 +56,7 @@ The recipe, far beyond its length, on thing {thing}; one training each, with che
 ([health](health.md)). By `python benchmarks/long_run.py`.
 """
 NAMES = {"sft": "SFT", "dopsd": "D-OPSD", "pso rollout": "PSO", "pso forward": "PSO, `form: forward`",
-         "pso_online": "PSO online, all but the last step noisy"}  # fmt: skip
+         "pso_online": "PSO online, all but the last step noisy"}
 AT_ONCE = ", one backward for all steps"
 
 
@@ -90,7 +90,7 @@ def _dependence() -> list[str]:
         f"| rank correlation of preflight's score and what is learned, {len(things)} things | {_ranked(found)} |",
         f"| preflight's sentence was right | {right} of {len(things)} |", "",
         "By `benchmarks/claim.py run` and `benchmarks/preflight.py run`; all things in [results](results.md).", "",
-    ]  # fmt: skip
+    ]
 
 
 def _training_cost() -> list[str]:
@@ -98,12 +98,12 @@ def _training_cost() -> list[str]:
     sft = next(row for row in rows if row["method"] == "sft")
     lines = [TRAINING,
              "| method | steps of the walk | forwards a picture | seconds | over SFT | peak memory, MB |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|---|"]
     for row in rows:
         name = NAMES[row["method"]] + (AT_ONCE if row["variant"] == "one_backward" else "")
         ratio = row["seconds"] / sft["seconds"]
         lines.append(f"| {name} | {row['nfe'] or '-'} | {row['forwards']} | {row['seconds']:.2f} | {ratio:.1f} | "
-                     f"{row['peak_bytes'] / 1e6:.1f} |")  # fmt: skip
+                     f"{row['peak_bytes'] / 1e6:.1f} |")
     return [*lines, ""]
 
 
@@ -111,8 +111,8 @@ def _what_is_kept() -> list[str]:
     rows = [row for row in _read("results.json")["claim"] if row["seed"] == 0]
     match = [row for row in rows if row["sft_first_match"]]
 
-    def over(key: str, measure: str, group: list[dict[str, Any]]) -> str:
-        return interval([row[key][measure] / row["base"][measure] for row in group])
+    def over(key: str, metric: str, group: list[dict[str, Any]]) -> str:
+        return interval([row[key][metric] / row["base"][metric] for row in group])
 
     return [
         "For the same thing_error SFT needs less time, and pays with sharpness, not with attributes:", "",
@@ -124,16 +124,16 @@ def _what_is_kept() -> list[str]:
         f"| attributes over the untouched model's | {over('dopsd', 'attributes', rows)} | "
         f"{over('sft_first_match', 'attributes', match)} |", "",
         f"{len(match)} of {len(rows)} things reached it. By `benchmarks/claim.py run`.", "",
-    ]  # fmt: skip
+    ]
 
 
 def _sampling_cost() -> list[str]:
     models = _read("step_budgets.json")
     lines = [SAMPLING,
-             f"| model | NFE | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]  # fmt: skip
+             f"| model | NFE | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
     for name, model in models.items():
         for nfe, scores in model["nfe"].items():
-            lines.append(f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in MEASURES)} |")
+            lines.append(f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in METRICS)} |")
     return [*lines, WORDS]
 
 
@@ -144,20 +144,20 @@ def _too_long() -> list[str]:
         run = found[method]
         said = f"**{method}**, {run['steps']} steps where the recipe says {run['recipe_steps']}. {run['advice']}"
         lines += [said, "",
-                  f"| after step | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES)]  # fmt: skip
+                  f"| after step | {' | '.join(METRICS)} |", "|---|" + "---|" * len(METRICS)]
         for label, scores in run["after"].items():
             mark = " (advised)" if label == str(run["advised"]) else ""
-            lines.append(f"| {label}{mark} | {' | '.join(_score(scores[m], m, label == 'base') for m in MEASURES)} |")
+            lines.append(f"| {label}{mark} | {' | '.join(_score(scores[m], m, label == 'base') for m in METRICS)} |")
         lines.append("")
     return lines
 
 
-def _score(score: dict[str, Any] | None, measure: str, is_base: bool) -> str:
-    if score is None or (is_base and measure == KEPT[0]):
+def _score(score: dict[str, Any] | None, metric: str, is_base: bool) -> str:
+    if score is None or (is_base and metric == KEPT[0]):
         return "-"
     by = score["difference"]
     change = "" if is_base else f" {by['value']:+.3f}±{(by['high'] - by['low']) / 2:.3f}"
-    return f"{score['value']:.3f}{change}" if measure != KEPT[0] else change.strip()
+    return f"{score['value']:.3f}{change}" if metric != KEPT[0] else change.strip()
 
 
 def _ranked(found: Any) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-MEASURES = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
+METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
 BETTER_IF_LESS = {"thing_error", "bleed", "speckle"}
 
 
@@ -29,7 +29,7 @@ class Statement:
     """What the paper says: `better` does better than `worse` in a measure of ours."""
 
     words: str
-    measure: str
+    metric: str
     better: str
     worse: str
 
@@ -43,7 +43,7 @@ ABLATIONS = (
     Statement("a live copy as teacher collapses", "sharpness", "1-on-policy", "5-live-copy"),
     Statement("a frozen base teaches more slowly", "thing_error", "1-on-policy", "6-frozen-base"),
     Statement("an average of 0.9 keeps less than 0.9999", "sharpness", "1-on-policy", "7-average-0.9"),
-)  # fmt: skip
+)
 TABLE1 = (
     Statement("PSO fits the pictures more closely than D-OPSD", "thing_error", "4-pso", "1-dopsd"),
     Statement("DreamBooth fits them more closely than plain SFT", "thing_error", "3-dreambooth", "2-sft"),
@@ -105,12 +105,12 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",
         "",
-        f"| model | {' | '.join(MEASURES)} | pictures |",
-        "|---" * (len(MEASURES) + 2) + "|",
+        f"| model | {' | '.join(METRICS)} | pictures |",
+        "|---" * (len(METRICS) + 2) + "|",
     ]
     for model, row in found.items():
-        cells = [_cell(row["nfe"][nfe][measure]) for measure in MEASURES]
-        lines.append(f"| {model} | {' | '.join(cells)} | {'-' if not row['pictures'] else round(row['pictures'])} |")
+        cells = [_cell(row["nfe"][nfe][metric]) for metric in METRICS]
+        lines.append(f"| {model} | {' | '.join(cells)} | {'-' if not row['images'] else round(row['images'])} |")
     recipes = sorted(file.stem for file in (DOCS.parent / "recipes" / name).glob("*.yaml"))
     if later := [recipe for recipe in recipes if recipe not in found]:
         lines += ["", f"Not run yet: {', '.join(later)}."]
@@ -118,18 +118,18 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
         "", "Of the three things: on how many it is as the paper says / within the noise floor / the other way. Floor:",
         "the largest difference that other noise makes to the untouched model on one of them.", "",
         "| the paper says | measure | here | floor | things |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for each in statements:
         models = (each.better, each.worse, "base", "base, other noise")
-        better, worse, base, again = (found[model]["nfe"][nfe][each.measure] for model in models)
-        floor = max(abs(a - b) for a, b in zip(base["units"], again["units"], strict=True))
-        sign = -1 if each.measure in BETTER_IF_LESS else 1
-        leads = [sign * (a - b) for a, b in zip(better["units"], worse["units"], strict=True)]
+        better, worse, base, again = (found[model]["nfe"][nfe][each.metric] for model in models)
+        floor = max(abs(a - b) for a, b in zip(base["replicates"], again["replicates"], strict=True))
+        sign = -1 if each.metric in BETTER_IF_LESS else 1
+        leads = [sign * (a - b) for a, b in zip(better["replicates"], worse["replicates"], strict=True)]
         counts = [sum(lead > floor for lead in leads), sum(abs(lead) <= floor for lead in leads)]
         here = f"{each.better} {better['value']:.3f}, {each.worse} {worse['value']:.3f}"
         told = " / ".join(map(str, [*counts, len(leads) - sum(counts)]))
         lines.append(
-            f"| {each.words}{LATER if each in ADDED_LATER else ''} | {each.measure} | {here} | {floor:.3f} | {told} |"
+            f"| {each.words}{LATER if each in ADDED_LATER else ''} | {each.metric} | {here} | {floor:.3f} | {told} |"
         )
     return [*lines, ""]
 

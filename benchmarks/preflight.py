@@ -55,29 +55,29 @@ def run(workers: int = 2) -> None:
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     have = {row["thing"] for row in rows}
     with ProcessPoolExecutor(workers) as pool:
-        for row in pool.map(measure, [thing for thing in THINGS if thing not in have]):
+        for row in pool.map(metric, [thing for thing in THINGS if thing not in have]):
             rows.append(row)
             write_json(RESULTS, rows)
             print(f"{row['thing']} {row['kind']}: nearer {row['nearer']['value']:.3f} {row['verdict']} "
-                  f"learned {learned(row):.3f} right={is_right(row)}", flush=True)  # fmt: skip
+                  f"learned {learned(row):.3f} right={is_right(row)}", flush=True)
 
 
-def measure(thing: int) -> dict[str, Any]:
+def metric(thing: int) -> dict[str, Any]:
     """What preflight says of a thing, and its thing_error before and after D-OPSD."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(thing, folder)
         recipe = demo_recipe("dopsd", folder / "lesson", folder)
         said = preflight(recipe, folder / "page.html", lambda what, done, total: None, SEEDS)
-        untouched = bench.family.load_denoiser(CPU, torch.float32)
+        base_tensors = bench.family.load_denoiser(CPU, torch.float32)
         *_, (_, seconds, velocity) = bench.train(DOPSD(), RATE, 0, STEPS)
         return {
             "thing": thing,
             "kind": kind_of(thing),
             "nearer": said.nearer._asdict(),
-            "pictures": [look.nearer.value for look in said.looks],
+            "images": [look.nearer.value for look in said.looks],
             "verdict": said.verdict,
-            "base": bench.error(untouched),
+            "base": bench.error(base_tensors),
             "dopsd": bench.error(velocity),
             "seconds": seconds,
         }
@@ -99,23 +99,23 @@ def section() -> list[str]:
     about = ABOUT.format(count=len(rows), steps=STEPS, batch=BATCH, rank=RANK, rate=RATE, seeds=SEEDS, enough=ENOUGH)
     lines = [*about.splitlines(), "",
              "| things | rank correlation of nearer and learned | sentence right | says \"can\" | learned enough |",
-             "|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|"]
     inside = [row for row in rows if row["kind"] == "of the world"]
     beyond = [row for row in rows if row["kind"] != "of the world"]
     for name, group in (("all", rows), ("of the pocket world", inside), ("out of it", beyond)):
         found = spearman(np.array([r["nearer"]["value"] for r in group]), np.array([learned(r) for r in group]))
         counts = (sum(map(is_right, group)), sum(r["verdict"] == "can" for r in group), _enough(group))
         lines.append(f"| {name} ({len(group)}) | {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] | "
-                     f"{counts[0]} of {len(group)} | {counts[1]} | {counts[2]} |")  # fmt: skip
+                     f"{counts[0]} of {len(group)} | {counts[1]} | {counts[2]} |")
     always = max(_enough(rows), len(rows) - _enough(rows))
     lines += ["", f"Saying the same of every thing would have been right for {always} of {len(rows)}.", "",
               "| thing | out of the world in | nearer | verdict | thing_error before, after | learned | right |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+              "|---|---|---|---|---|---|---|"]
     for row in rows:
         by = row["nearer"]
         lines.append(f"| {row['thing']} | {row['kind']} | {by['value']:.3f} [{by['low']:.3f}, {by['high']:.3f}] | "
                      f"{row['verdict']} | {row['base']:.3f}, {row['dopsd']:.3f} | {learned(row):.3f} | "
-                     f"{'yes' if is_right(row) else 'no'} |")  # fmt: skip
+                     f"{'yes' if is_right(row) else 'no'} |")
     return [*lines, ""]
 
 

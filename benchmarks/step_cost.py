@@ -43,7 +43,7 @@ def main(
         cases += [(DOPSD(nfe=k), variant) for k in (2, 4, 8)]
         cases += [(PSO(nfe=k), variant) for k in (2, 4, 8)]
         cases += [(PSO(nfe=k, form="forward"), variant) for k in (2, 4, 8)]
-        cases += [(PSOOnline(nfe=k, judge="red", stochastic_steps=tuple(range(k - 1))), variant) for k in (2, 4, 8)]
+        cases += [(PSOOnline(nfe=k, reward="red", stochastic_steps=tuple(range(k - 1))), variant) for k in (2, 4, 8)]
     for method, variant in cases:
         run = all_at_once if variant == "one_backward" else piece_by_piece
         run(method.losses(roles, batch, generator_at(0, 0)))  # warm-up
@@ -71,20 +71,20 @@ def workbench(model: str, batch_size: int) -> tuple[Roles, Batch]:
     """Roles over the model with rank-16 LoRA, and one batch whose teacher sees a picture."""
     cpu = torch.device("cpu")
     family = load_family(model)
-    reader = family.load_reader(cpu, torch.float32, pictures=True)
+    text_encoder = family.load_text_encoder(cpu, torch.float32, images=True)
     denoiser = family.load_denoiser(cpu, torch.float32)
     student = add_lora(denoiser.network, family.lora_targets, rank=16, alpha=16, seed=0)
     roles = make_roles(
         denoiser, student, Teacher(student, 0.9999), lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
         score=lambda clean, prompts: clean.mean((1, 2, 3)),  # any: what a judge costs is its own affair
-    )  # fmt: skip
+    )
     prompts = ("a zib toy at the left on night",) * batch_size
-    picture = Image.new("RGB", (family.resolution, family.resolution), "red")
-    side = family.resolution // family.cell
+    image = Image.new("RGB", (family.resolution, family.resolution), "red")
+    side = family.resolution // family.vae_scale_factor
     latents = noise_for(range(batch_size), family.channels, side, side).start
-    privileged = reader.context(prompts, [picture] * batch_size)
+    privileged = text_encoder.context(prompts, [image] * batch_size)
     weight = torch.ones(batch_size)
-    return roles, Batch(latents, reader.context(prompts), prompts, weight, privileged, rejected=latents.flip(0))
+    return roles, Batch(latents, text_encoder.context(prompts), prompts, weight, privileged, rejected=latents.flip(0))
 
 
 def piece_by_piece(losses: Iterator[Loss]) -> None:

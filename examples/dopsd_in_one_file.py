@@ -40,7 +40,7 @@ torch.manual_seed(0)
 drawing = np.random.default_rng(0)
 thing = Thing.from_seed(1_000_003)  # things from 1,000,000 on were never in the pocket model's training
 scenes = [draw_scene(drawing, thing=thing) for _ in range(4)]
-pictures = [Image.fromarray(render(scene)) for scene in scenes]
+images = [Image.fromarray(render(scene)) for scene in scenes]
 captions = [
     caption_of({"size": s.size, "place": s.place, "background": s.background}, thing=True, name="zib") for s in scenes
 ]
@@ -52,31 +52,31 @@ OUT.mkdir(parents=True, exist_ok=True)
 
 device = torch.device("cpu")
 family = load_family(MODEL)
-reader = family.load_reader(device, torch.float32, pictures=True)
-student_context = reader.context(captions)  # what the student reads: the prompt
-teacher_context = reader.context(captions, pictures)  # what the teacher reads: the prompt and the target picture
+text_encoder = family.load_text_encoder(device, torch.float32, images=True)
+student_context = text_encoder.context(captions)  # what the student reads: the prompt
+teacher_context = text_encoder.context(captions, images)  # what the teacher reads: the prompt and the target picture
 prompts = [*captions[:2], *unseen, *unrelated]
-sample_context = reader.context(prompts)
-del reader  # nothing is encoded while training
+sample_context = text_encoder.context(prompts)
+del text_encoder  # nothing is encoded while training
 
-painter = family.load_painter(device, torch.float32)
+vae = family.load_vae(device, torch.float32)
 denoiser = family.load_denoiser(device, torch.float32)  # denoiser(z, t, context) -> velocity
-side = family.resolution // family.cell
+side = family.resolution // family.vae_scale_factor
 times = family.schedule(NFE, side, side).times  # [NFE + 1], from 1 to 0, as the pipeline's scheduler has them
 sample_noise = torch.randn(len(prompts), family.channels, side, side)
 
 
 @torch.no_grad()
-def paint() -> torch.Tensor:
+def generate() -> torch.Tensor:
     """The prompts as deployed: NFE Euler steps, always from the same noise. uint8 [B, H, W, 3]."""
     z = sample_noise
     for now, after in pairwise(times):
         z = z + (after - now) * denoiser(z, now.expand(len(z)), sample_context)
-    pixels = (painter.pixels(z) / 2 + 0.5).clamp(0, 1)
+    pixels = (vae.pixels(z) / 2 + 0.5).clamp(0, 1)
     return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-before = paint()
+before = generate()
 
 # --- The student is a LoRA; the teacher is a copy of its few tensors, kept in float32. --------------------------------
 
@@ -90,7 +90,7 @@ optimizer = torch.optim.AdamW(student.values(), lr=LEARNING_RATE, weight_decay=0
 # --- The algorithm. ---------------------------------------------------------------------------------------------------
 
 for update in range(1, UPDATES + 1):
-    z = torch.randn(len(pictures), family.channels, side, side)
+    z = torch.randn(len(images), family.channels, side, side)
     total = 0.0
     for now, after in pairwise(times):  # the student's own walk
         t = now.expand(len(z))
@@ -113,7 +113,7 @@ for update in range(1, UPDATES + 1):
 
 # --- What it learned, and a file for ZImagePipeline.load_lora_weights (alpha = rank: there is no scale to bake in). ---
 
-rows = [np.concatenate(list(batch.numpy()), axis=1) for batch in (before, paint())]
+rows = [np.concatenate(list(batch.numpy()), axis=1) for batch in (before, generate())]
 Image.fromarray(np.concatenate(rows)).resize((256 * len(prompts), 512), Image.Resampling.NEAREST).save(
     OUT / "before_and_after.png"
 )

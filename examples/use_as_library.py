@@ -19,5 +19,5 @@ for report in train(recipe):
 lora = recipe.run_folder / f"{recipe.run_name}.safetensors"
 caption = (recipe.data.folder / "0.txt").read_text(encoding="utf-8").strip()
 prompts = [caption, "a big red hut in the middle on paper"]
-for index, picture in enumerate(sample(recipe.model.name_or_path, prompts, lora=lora, seed=1)):
-    picture.save(recipe.run_folder / f"sample_{index}.png")
+for index, image in enumerate(sample(recipe.model.name_or_path, prompts, lora=lora, seed=1)):
+    image.save(recipe.run_folder / f"sample_{index}.png")

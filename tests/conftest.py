@@ -15,7 +15,7 @@ from tiny import write_dmd2_lora, write_sdxl
 
 from dopsd.models import POCKET, load_family
 from dopsd.models.base import Family
-from dopsd.pocket.benchmark import write_lesson
+from dopsd.pocket.benchmark import write_concept
 
 CPU = torch.device("cpu")
 THING = 1_000_100
@@ -33,8 +33,8 @@ def pocket() -> Family:
 
 
 @pytest.fixture(scope="session")
-def pocket_reader(pocket: Family):
-    return pocket.load_reader(CPU, torch.float32, pictures=True)
+def pocket_text_encoder(pocket: Family):
+    return pocket.load_text_encoder(CPU, torch.float32, images=True)
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +52,10 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture()
-def lesson(tmp_path: Path) -> Path:
+def concept(tmp_path: Path) -> Path:
     """Four captioned pictures of a thing."""
     folder = tmp_path / "lesson"
-    write_lesson(folder, THING)
+    write_concept(folder, THING)
     return folder
 
 

@@ -22,8 +22,8 @@ def test_the_readmes_comparison_is_what_was_measured():
     for model, row in json.loads((ROOT / "docs" / "table1.json").read_text(encoding="utf-8")).items():
         if model != "teacher":
             found = row["nfe"]["4"]
-            cells = (f"{found[m]['value']:.3f}" for m in ("thing_error", "thing_hit", "sharpness", "attributes"))
-            assert f"({model}) | {' | '.join(cells)} |" in page, model
+            latent_shape = (f"{found[m]['value']:.3f}" for m in ("thing_error", "thing_hit", "sharpness", "attributes"))
+            assert f"({model}) | {' | '.join(latent_shape)} |" in page, model
 
 
 def test_every_full_size_recipe_says_the_memory_that_was_forecast_for_it():

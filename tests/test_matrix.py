@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 RANK = 2
 CELLS = 8
 PROMPTS = ("a red star", "a cat on the left")
-TOLD = {"dreambooth": {"class_prompt": "a toy"}, "pso_online": {"judge": "red"}}  # what has no default
+LABELS = {"dreambooth": {"class_prompt": "a toy"}, "pso_online": {"reward": "red"}}  # what has no default
 # Linears of blocks that no token passes: they turn the time into scales and shifts, and adapters leave them.
 OF_THE_TIME = r"adaLN_modulation|time_emb_proj"
 
@@ -59,12 +59,12 @@ def batch_of(opened) -> Callable[[str, bool], Batch]:
     def of(name: str, seeing: bool) -> Batch:
         family = opened(name)
         rng = torch.Generator().manual_seed(0)
-        reader = family.load_reader(CPU, torch.float32, pictures=seeing)
-        side = CELLS * family.cell
+        text_encoder = family.load_text_encoder(CPU, torch.float32, images=seeing)
+        side = CELLS * family.vae_scale_factor
         images = [Image.new("RGB", (side, side), color) for color in ("red", "blue")]
         latents, worse = (torch.randn(2, family.channels, CELLS, CELLS, generator=rng) for _ in range(2))
-        plain = Batch(latents, reader.context(PROMPTS), PROMPTS, torch.ones(2))
-        seen = reader.context(PROMPTS, images) if seeing else None
+        plain = Batch(latents, text_encoder.context(PROMPTS), PROMPTS, torch.ones(2))
+        seen = text_encoder.context(PROMPTS, images) if seeing else None
         return replace(plain, privileged=seen, rejected=worse, prior=plain, replay=plain.context)
 
     return of
@@ -86,7 +86,7 @@ DMD2 = [("sdxl distilled by a LoRA", method) for method in METHODS]
 
 @pytest.mark.parametrize(("name", "method"), [*CELLS_OF_THE_MATRIX, *DMD2])
 def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, batch_of):
-    family, settings = opened(name), METHODS[method].model_validate({"nfe": 2} | TOLD.get(method, {}))
+    family, settings = opened(name), METHODS[method].model_validate({"nfe": 2} | LABELS.get(method, {}))
     if why := missing(settings, family.teacher_contexts):
         assert "privileged" in settings.needs and not family.teacher_contexts and len(why) > 20
         return
@@ -98,7 +98,7 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
     roles = make_roles(
         denoiser, student, teacher, lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
         score=lambda clean, prompts: clean.flatten(1).mean(1),
-    )  # fmt: skip
+    )
     optimizer = torch.optim.AdamW(student.values(), weight_decay=0.0)
     plan = Plan(max_steps=2, learning_rate=1e-3)
     for report in steps(roles, settings, Same(batch), student, optimizer, teacher, Accelerator(cpu=True), plan):
@@ -130,14 +130,14 @@ def test_what_is_forecast_without_weights_has_the_shapes_of_what_is_loaded(name,
     def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
         return {key: tensor.shape for key, tensor in module.state_dict().items()}
 
-    family, side = opened(name), CELLS * opened(name).cell
-    painter, latents = family.load_painter(CPU, torch.float32), torch.zeros(1, family.channels, CELLS, CELLS)
-    assert painter.pixels(latents).shape == (1, 3, side, side)
-    loaded = shapes(painter.vae), shapes(family.load_denoiser(CPU, torch.float32))
+    family, side = opened(name), CELLS * opened(name).vae_scale_factor
+    vae, latents = family.load_vae(CPU, torch.float32), torch.zeros(1, family.channels, CELLS, CELLS)
+    assert vae.pixels(latents).shape == (1, 3, side, side)
+    loaded = shapes(vae.autoencoder), shapes(family.load_denoiser(CPU, torch.float32))
     with FakeTensorMode():
-        empty = family.empty_painter(tiled=False)
+        empty = family.empty_vae(tiled=False)
         assert empty.pixels(torch.zeros(latents.shape)).shape == (1, 3, side, side)
-        assert (shapes(empty.vae), shapes(family.empty_denoiser())) == loaded
+        assert (shapes(empty.autoencoder), shapes(family.empty_denoiser())) == loaded
 
 
 def test_every_cell_is_open_or_says_why():

@@ -11,14 +11,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 SDXL_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
               "prediction_type": "epsilon", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
-              "sample_max_value": 1.0, "skip_prk_steps": True, "trained_betas": None}  # fmt: skip
+              "sample_max_value": 1.0, "skip_prk_steps": True, "trained_betas": None}
 SDXL_SCHEDULERS = {
     "base": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "interpolation_type": "linear",
              "use_karras_sigmas": False},
     "turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing",
               "interpolation_type": "linear"},
     "dmd2": {"_class_name": "LCMScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
-}  # fmt: skip
+}
 SDXL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
     "force_zeros_for_empty_prompt": True,
@@ -39,10 +39,10 @@ SDXL_UNET = {
 }
 TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 16, 32), "transformer_layers_per_block": (1, 1, 2),
              "attention_head_dim": (2, 2, 4), "cross_attention_dim": 48, "addition_time_embed_dim": 8,
-             "projection_class_embeddings_input_dim": 6 * 8 + 32, "norm_num_groups": 8}  # fmt: skip
+             "projection_class_embeddings_input_dim": 6 * 8 + 32, "norm_num_groups": 8}
 REAL_UNET = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
              "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "addition_time_embed_dim": 256,
-             "projection_class_embeddings_input_dim": 6 * 256 + 1280}  # fmt: skip
+             "projection_class_embeddings_input_dim": 6 * 256 + 1280}
 
 
 def write_sdxl(folder: Path, kind: str) -> Path:
@@ -58,14 +58,14 @@ def write_sdxl(folder: Path, kind: str) -> Path:
         config = CLIPTextConfig(
             vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=2,
             projection_dim=32, hidden_act=act, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
-        )  # fmt: skip
+        )
         model(config).save_pretrained(folder / f"text_encoder{end}")
     UNet2DConditionModel(**SDXL_UNET, **TINY_UNET).save_pretrained(folder / "unet")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 8, 8), norm_num_groups=2, latent_channels=4, sample_size=64, scaling_factor=0.13025,
         force_upcast=True,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    ).save_pretrained(folder / "vae")
     return folder
 
 

@@ -22,12 +22,12 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderKLFlux2"],
 }
 SCHEDULER = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "shift": 3.0, "base_shift": 0.5,
-             "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}  # fmt: skip
+             "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 28, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 524, "max_position_embeddings": 2048,
-        "tie_word_embeddings": True}  # fmt: skip
+        "tie_word_embeddings": True}
 VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 8,
-          "out_hidden_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}  # fmt: skip
+          "out_hidden_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
 LATENTS = 4  # channels of the autoencoder
 
 
@@ -43,12 +43,12 @@ def write_klein(folder: Path, distilled: bool = True, layers: int = 28) -> Path:
         in_channels=4 * LATENTS, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=3 * TEXT["hidden_size"], timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
-    )  # fmt: skip
+    )
     enlarged(network, 3.0).save_pretrained(folder / "transformer")
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=LATENTS, sample_size=64,
-    )  # fmt: skip
+    )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
     vae.save_pretrained(folder / "vae")
@@ -64,7 +64,7 @@ def write_vlm(folder: Path, text: dict[str, Any]) -> Path:
     config = Qwen3VLConfig(
         text_config=text | {"rope_parameters": rope}, vision_config=VISION, image_token_id=5, video_token_id=6,
         vision_start_token_id=3, vision_end_token_id=4,
-    )  # fmt: skip
+    )
     enlarged(Qwen3VLModel(config), 3.0).save_pretrained(folder)
     for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(POCKET / "vlm" / name, folder / name)

@@ -39,7 +39,7 @@ FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bm
 OPENED = tuple(dict.fromkeys(FORMATS.values()))  # no others: Pillow hands a renamed PostScript file to Ghostscript
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """The picture as one sees it, in RGB: EXIF rotation applied, transparency on white, 16-bit grey as 8-bit.
 
     Raises ValueError for a picture that cannot be decoded, or that is too large to be an honest one.
@@ -53,7 +53,7 @@ def open_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be decoded ({str(error) or type(error).__name__}).") from error
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of what `open_picture` would return, from the file's header."""
     with Image.open(path, formats=OPENED) as image:
         width, height = image.size
@@ -71,25 +71,25 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_bytes(pictures: Tensor) -> Tensor:
+def as_bytes(images: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] in about [0, 1] as uint8 [B, H, W, 3] on the CPU."""
-    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """uint8 [B, H, W, 3] as PIL images."""
-    return [Image.fromarray(picture.numpy()) for picture in pictures]
+    return [Image.fromarray(image.numpy()) for image in images]
 
 
 def grid(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Image.Image:
     """Rows of pictures (uint8 [H, W, 3] each) as one image on white; a column is as wide as its widest."""
-    height = max(picture.shape[0] for row in rows for picture in row)
+    height = max(image.shape[0] for row in rows for image in row)
     count = max(len(row) for row in rows)
     widths = [max(row[column].shape[1] for row in rows if column < len(row)) for column in range(count)]
     lefts = [sum(widths[:column]) + column * gap for column in range(count)]
     canvas = np.full((len(rows) * (height + gap) - gap, lefts[-1] + widths[-1], 3), 255, np.uint8)
     for y, row in enumerate(rows):
-        for left, picture in zip(lefts, row, strict=False):
+        for left, image in zip(lefts, row, strict=False):
             top = y * (height + gap)
-            canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture.numpy()
+            canvas[top : top + image.shape[0], left : left + image.shape[1]] = image.numpy()
     return Image.fromarray(canvas)

@@ -16,17 +16,17 @@ from dopsd.methods import METHODS
 
 RECIPE = {
     "model": {"name_or_path": "pocket"},
-    "data": {"folder": "pictures"},
+    "data": {"folder": "images"},
     "method": {"name": "dopsd"},
     "train": {"max_steps": 1},
 }
 
 
 @pytest.fixture()
-def desk(lesson: Path, tmp_path: Path, monkeypatch) -> Path:
+def desk(concept: Path, tmp_path: Path, monkeypatch) -> Path:
     """A working folder with four good pictures and a good recipe."""
     monkeypatch.chdir(tmp_path)
-    lesson.rename(tmp_path / "pictures")
+    concept.rename(tmp_path / "images")
     write_recipe({})
     return tmp_path
 
@@ -36,17 +36,17 @@ def write_recipe(changes: dict) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump(tree))
 
 
-def no_pictures():
-    shutil.rmtree("pictures")
-    Path("pictures").mkdir()
+def no_images():
+    shutil.rmtree("images")
+    Path("images").mkdir()
 
 
 def no_captions():
-    for file in Path("pictures").glob("*.txt"):
+    for file in Path("images").glob("*.txt"):
         file.unlink()
 
 
-def truncated_picture():
+def truncated_image():
     file = Path("pictures/0.png")
     file.write_bytes(file.read_bytes()[:200])
 
@@ -105,10 +105,10 @@ BAD = {
     "rank 0": (lambda: write_recipe({"lora": {"rank": 0}}), "lora.rank is 0"),
     "nfe 0": (lambda: write_recipe({"method": {"nfe": 0}}), "method.nfe is 0"),
     "sample nfe 0": (lambda: write_recipe({"sample": {"nfe": 0}}), "sample.nfe is 0"),
-    "no folder": (lambda: shutil.rmtree("pictures"), "pictures"),
-    "no pictures": (no_pictures, "no pictures in"),
+    "no folder": (lambda: shutil.rmtree("images"), "images"),
+    "no pictures": (no_images, "no pictures in"),
     "no captions": (no_captions, "instance_prompt"),
-    "truncated picture": (truncated_picture, "0.png"),
+    "truncated picture": (truncated_image, "0.png"),
     "model missing": (lambda: write_recipe({"model": {"name_or_path": "./nothing"}}), "does not exist"),
     "model lacks a part": (model_without_transformer, "lacks the folder transformer"),
     "model of another family": (model_of_another_family, "FluxPipeline"),
@@ -219,7 +219,7 @@ def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, 
     from dopsd.config.recipe import load_recipe
     from dopsd.config.schema import Recipe
 
-    made = run_cli("init", method, "--data", "pictures", "--out", "new.yaml")
+    made = run_cli("init", method, "--data", "images", "--out", "new.yaml")
     assert made.exit_code == 0, made.output
     text = Path("new.yaml").read_text()
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()} | {"method": METHODS[method]}
@@ -240,7 +240,7 @@ def test_every_commented_default_of_a_starter_recipe_is_the_default(desk):
     """Taking the # away changes nothing."""
     from dopsd.config.recipe import read_recipe
 
-    run_cli("init", "dopsd", "--data", "pictures", "--out", "new.yaml")
+    run_cli("init", "dopsd", "--data", "images", "--out", "new.yaml")
     text = Path("new.yaml").read_text()
     bare = "\n".join(line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in text.splitlines())
     assert bare != text

@@ -32,10 +32,10 @@ KIT: list[Path] = []  # the folder of the fixture `kit`: pictures, recipe.yaml a
 LONGEST = 2000  # characters that still make a sentence
 DEEP = "[" * 20_000
 RECIPE = {
-    "model": {"name_or_path": "pocket", "memory": "high"}, "data": {"folder": "pictures"}, "method": {"name": "sft"},
+    "model": {"name_or_path": "pocket", "memory": "high"}, "data": {"folder": "images"}, "method": {"name": "sft"},
     "lora": {"rank": 2}, "train": {"max_steps": 2}, "sample": {"every": 0, "prompts": "a star"}, "save": {"every": 1},
     "health": {"every": 0},
-}  # fmt: skip
+}
 
 
 def together(*builds: Build) -> Build:
@@ -110,7 +110,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "a section in itself": ("model: &a {name_or_path: *a}", "model.name_or_path is {'name_or_path': {"),
     "aliases": (f"a: &a [{'1,' * 99}1]\nb: &b [{'*a,' * 99}*a]\nlora: [{'*b,' * 9}*b]", "lora is"),
     "a section twice": (yaml.safe_dump(RECIPE) + "lora: {rank: 8}\n", "lora"),
-}  # fmt: skip
+}
 WRONG = """lora.rank=0 lora.rank=-1 lora.rank=1.5 lora.rank=many lora.rank= lora.rank=true lora.alpha=0 lora.alpha=-1
     lora.alpha=.nan lora.alpha=.inf lora=7 lora= train=[1] train.max_steps=0 train.max_steps=-1 train.max_steps=many
     train.batch_size=0 train.batch_size=-1 train.gradient_accumulation_steps=0 train.learning_rate=0
@@ -144,7 +144,7 @@ SETTINGS = {  # a --set of an otherwise good recipe: part of the sentence
     "model.name_or_path=owner/name": "owner/name is no local folder, is not whole in the hub's cache, and the hub",
     f"model.name_or_path={'x' * 300}": "does not exist", "lora.network_dim=8": "network_dim is lora.rank here",
     "train.lr=1": "lr is train.learning_rate here", "train.max_train_steps=5": "is train.max_steps here",
-}  # fmt: skip
+}
 INDEX, VAE, NET = "model/model_index.json", "model/vae/config.json", "model/transformer/config.json"
 SCHEDULER, ABOUT, TEXT = "model/scheduler/scheduler_config.json", "model/dopsd.json", "model/text_encoder"
 MODELS: dict[str, tuple[Build, str]] = {
@@ -157,7 +157,7 @@ MODELS: dict[str, tuple[Build, str]] = {
     "vae config empty": (write(VAE, "{}"), "vae"), "net": (remove(NET), "transformer"),
     "transformer config with a word": (edit(NET, dim="wide"), "transformer"),
     "about a list": (write(ABOUT, "[]"), "json"), "about": (write(ABOUT, "{"), "dopsd.json"),
-}  # fmt: skip
+}
 RESUME, NOT_WHOLE = (*TRAIN, "--resume", "latest"), "is no whole checkpoint of dopsd"
 STATES = ('{"step":', b"\xff", "{}", "[]", DEEP, '{"sha256": []}')
 RUNS: dict[str, tuple[Build, Command, str]] = {
@@ -180,7 +180,7 @@ RUNS: dict[str, tuple[Build, Command, str]] = {
     "metrics without steps": (finished(write(f"{RUN}/metrics.jsonl", "{}\n")), RESUME, "metrics.jsonl"),
     "compare, no config": (finished(remove(f"{RUN}/config.yaml")), COMPARE, "config.yaml"),
     "compare, no metrics": (finished(remove(f"{RUN}/metrics.jsonl")), COMPARE, "metrics.jsonl"),
-}  # fmt: skip
+}
 A, B, ONE, FP8 = torch.ones(4, 128), torch.ones(128, 4), torch.ones(()), torch.float8_e4m3fn
 UNREADABLE, NO_LORA, NONE = f"{FILE} is not a readable safetensors", f"{FILE} is no LoRA", "none is a lora_A"
 LORAS: dict[str, tuple[Build, str, str | None]] = {  # what `sample --lora` and `inspect` say; None: not asked
@@ -202,7 +202,7 @@ LORAS: dict[str, tuple[Build, str, str | None]] = {  # what `sample --lora` and 
     "nan": (lora(A * torch.nan, B), "not finite", None), "fp8": (lora(A, B.to(FP8)), "dopsd reads float32", None),
     "said": (lora(A, B, said="{"), "its lora_adapter_metadata", None),
     "a list": (lora(A, B, said="[]"), "its lora_adapter_metadata", None),
-}  # fmt: skip
+}
 FROM, LOADED = (*TRAIN, "--set", f"lora.init_from={FILE}"), (*TRAIN, "--set", "model.name_or_path=./model")
 SEEING = ("--set", "method={name: dopsd, nfe: 1}", "--set", "model.vlm=./vlm")
 VLM, LIMIT, STARS = "the teacher's VLM ./vlm", "tokens; the limit is 512. Shorten it", "star " * 600
@@ -228,30 +228,30 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
     "preview of an odd size": (nothing, (*TRAIN, "--set", "sample.width=65"), "65 x 64 pixels: both sides"),
     "output in a file": (nothing, (*TRAIN, "--set", "output_dir=recipe.yaml"), "recipe.yaml/recipe cannot be written"),
     "run_name too long": (nothing, (*TRAIN, "--set", "run_name=" + "a" * 300), "run_name is 'aaa"),
-}  # fmt: skip
-PAINT = ("sample", "a star", "--nfe", "1")
+}
+GENERATE = ("sample", "a star", "--nfe", "1")
 ARGUMENTS: dict[Command, str] = {
-    ("check", "pictures"): "pictures does not exist: give a recipe file", ("sample",): "'prompts'",
+    ("check", "images"): "pictures does not exist: give a recipe file", ("sample",): "'prompts'",
     ("train", "gone.yaml"): "gone.yaml does not exist: give a recipe file", ("sample", "a", "--nfe", "0"): "'--nfe'",
-    ("sample", STARS): LIMIT, (*PAINT, "--model", "./gone"): "./gone does not exist",
-    (*PAINT, "--width", "65"): "65 x 64 pixels: both sides must be multiples of 8",
-    (*PAINT, "--width", "-8"): "'--width'", (*PAINT, "--width", "0"): "width",
-    (*PAINT, "--seed", "9" * 20): "seed", (*PAINT, "--strength", "nan"): "strength",
-    (*PAINT, "--out", "recipe.yaml"): "recipe.yaml", (*PAINT, "--lora", "a.bin"): "a.bin is no .safe",
-    ("list", "--json", "pictures"): "pictures",
+    ("sample", STARS): LIMIT, (*GENERATE, "--model", "./gone"): "./gone does not exist",
+    (*GENERATE, "--width", "65"): "65 x 64 pixels: both sides must be multiples of 8",
+    (*GENERATE, "--width", "-8"): "'--width'", (*GENERATE, "--width", "0"): "width",
+    (*GENERATE, "--seed", "9" * 20): "seed", (*GENERATE, "--strength", "nan"): "strength",
+    (*GENERATE, "--out", "recipe.yaml"): "recipe.yaml", (*GENERATE, "--lora", "a.bin"): "a.bin is no .safe",
+    ("list", "--json", "images"): "images",
     ("init", "magic"): "choose one of dopsd, sft", ("init", "sft", "--out", "recipe.yaml"): "is not overwritten",
     ("init", "sft", "--out", "recipe.yaml/new.yaml"): "recipe.yaml/new.yaml",
-}  # fmt: skip
+}
 CASES: dict[str, tuple[Build, Command, str]] = {  # name: (what to build, command, sentence)
     **{f"recipe: {name}": (write("recipe.yaml", text), CHECK, said) for name, (text, said) in TEXTS.items()},
     **{f"--set {s[:40]}": (nothing, (*CHECK, "--set", s), said) for s, said in SETTINGS.items()},
     **{f"model: {name}": (model(build), ("check", *LOADED[1:]), said) for name, (build, said) in MODELS.items()},
     **RUNS, **TRAINED, **{" ".join(command)[:50]: (nothing, command, said) for command, said in ARGUMENTS.items()},
-    **{f"sample: {name}": (build, (*PAINT, "--lora", FILE), said) for name, (build, said, _) in LORAS.items()},
+    **{f"sample: {name}": (build, (*GENERATE, "--lora", FILE), said) for name, (build, said, _) in LORAS.items()},
     **{f"inspect: {n}": (build, ("inspect", FILE), said) for n, (build, _, said) in LORAS.items() if said},
-}  # fmt: skip
+}
 REAL = ("recipe: empty", "inspect: text", "inspect: truncated", "inspect: missing", "inspect: foreign", "init magic",
-        "inspect: a folder", "init sft --out recipe.yaml", "sample a --nfe 0", "sample")  # fmt: skip
+        "inspect: a folder", "init sft --out recipe.yaml", "sample a --nfe 0", "sample")
 LATE = [name for name, (_, _, said) in CASES.items() if said.startswith("late! ")]
 
 
@@ -260,7 +260,7 @@ def snapshot(folder: Path) -> dict[str, object]:
     return {
         str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else
         path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
-    }  # fmt: skip
+    }
 
 
 def refused(name: str, code: int, printed: str) -> bool:
@@ -274,7 +274,7 @@ def refused(name: str, code: int, printed: str) -> bool:
 def kit(tmp_path_factory) -> None:
     KIT[:] = [tmp_path_factory.mktemp("kit")]
     with contextlib.chdir(KIT[0]):
-        Path("pictures").mkdir()
+        Path("images").mkdir()
         for index in range(2):
             Image.new("RGB", (64, 64), (90 * index, 9, 9)).save(f"pictures/{index}.png")
             Path(f"pictures/{index}.txt").write_text("a red star")
@@ -284,7 +284,7 @@ def kit(tmp_path_factory) -> None:
 
 def lay_out(name: str, folder: Path) -> dict[str, object]:
     """Build a case in an empty folder; what is there then."""
-    shutil.copytree(KIT[0] / "pictures", folder / "pictures")
+    shutil.copytree(KIT[0] / "images", folder / "images")
     shutil.copy(KIT[0] / "recipe.yaml", folder)
     with contextlib.chdir(folder):
         CASES[name][0]()

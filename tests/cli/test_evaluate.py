@@ -17,7 +17,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from typer.testing import CliRunner
 
 from dopsd.cli.app import app
-from dopsd.evaluation.image_sets import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE, read_gallery
+from dopsd.evaluation.image_sets import FIRST_NOISE, MOST_SEEDS, OTHER_NOISE, read_image_set
 from dopsd.evaluation.metrics.fid import fid
 from dopsd.evaluation.metrics.inception import WEIGHTS, Inception, InceptionV3
 from dopsd.evaluation.statistics import bootstrap, paired
@@ -56,7 +56,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def painted(lora, tmp_path_factory) -> tuple[Path, list[dict]]:
+def generated(lora, tmp_path_factory) -> tuple[Path, list[dict]]:
     """A folder painted once for the tests that only read it, and its numbers."""
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     prompts = folder.parent / "prompts.txt"
@@ -69,24 +69,24 @@ def redness(path: Path) -> float:
     return red - (green + blue) / 2
 
 
-def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on_other(painted, lora):
-    folder, _ = painted
+def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on_other(generated, lora):
+    folder, _ = generated
     for name, file, first in (("base", None, FIRST_NOISE), ("tuned", lora, FIRST_NOISE), ("again", None, OTHER_NOISE)):
         wanted = sample("pocket", PROMPTS[1:], file, nfe=2, seed=first + MOST_SEEDS + 1)[0]
         found = Image.open(folder / name / "nfe-2" / "0001_01.png")
         assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1, name
 
 
-def test_what_was_painted_can_be_read_again_as_a_folder_with_its_prompts(painted):
+def test_what_was_painted_can_be_read_again_as_a_folder_with_its_prompts(generated):
     for name in ("base", "again", "tuned"):
-        again = read_gallery(painted[0] / name / "nfe-2", name, captioned=True)
-        assert [(p.path.name, p.prompt) for p in again.pictures] == [
+        again = read_image_set(generated[0] / name / "nfe-2", name, captioned=True)
+        assert [(p.path.name, p.prompt) for p in again.images] == [
             (f"{row:04}_{seed:02}.png", prompt) for row, prompt in enumerate(PROMPTS) for seed in range(2)
         ]
 
 
-def test_values_differences_and_floors_are_of_the_painted_pictures(painted):
-    folder, numbers = painted
+def test_values_differences_and_floors_are_of_the_painted_pictures(generated):
+    folder, numbers = generated
     assert [(row["gallery"], row["nfe"]) for row in numbers] == [("base", 1), ("base", 2), ("tuned", 1), ("tuned", 2)]
     tables = {
         name: np.array([[redness(folder / name / "nfe-2" / f"{r:04}_{s:02}.png") for s in range(2)] for r in range(2)])
@@ -103,8 +103,8 @@ def test_values_differences_and_floors_are_of_the_painted_pictures(painted):
     )
 
 
-def test_a_second_call_goes_on_and_more_seeds_keep_the_first(painted, lora, tmp_path):
-    folder, numbers = painted
+def test_a_second_call_goes_on_and_more_seeds_keep_the_first(generated, lora, tmp_path):
+    folder, numbers = generated
     prompts = folder.parent / "prompts.txt"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     (gone := folder / "base" / "nfe-1" / "0000_01.png").unlink()
@@ -115,16 +115,16 @@ def test_a_second_call_goes_on_and_more_seeds_keep_the_first(painted, lora, tmp_
     assert len(rows) == len({row["key"] for row in rows}) == 24
 
 
-def test_another_plan_in_the_same_folder_is_refused(painted, lora):
-    folder, _ = painted
+def test_another_plan_in_the_same_folder_is_refused(generated, lora):
+    folder, _ = generated
     result = run(folder, "--prompts", folder.parent / "prompts.txt", "--seeds", 2, *RED)
     assert result.exit_code == 2 and "was begun with lora" in result.output and "choose another folder" in result.output
 
 
 @pytest.fixture()
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """Six pictures of three prompts, ever redder, as somebody may bring them."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     rows = []
     for k in range(6):
@@ -134,33 +134,33 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_pictures_is_measured_by_prompt_and_beside_another(pictures, tmp_path):
+def test_a_folder_of_pictures_is_measured_by_prompt_and_beside_another(images, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for k in range(6):
         Image.new("RGB", (48, 32), (40 * k, 70, 50)).save(base / f"{k}.png")
-    (base / "metadata.jsonl").write_text((pictures / "metadata.jsonl").read_text())
-    mine, theirs = numbers_of(pictures, *RED, "--base", base)
+    (base / "metadata.jsonl").write_text((images / "metadata.jsonl").read_text())
+    mine, theirs = numbers_of(images, *RED, "--base", base)
     table = np.array([[(40 * k - 60) / 255 for k in (2 * p, 2 * p + 1)] for p in range(3)])
     assert mine["value"] == pytest.approx(bootstrap(table), abs=1e-6)
     assert mine["difference"] == pytest.approx([0, 0, 0], abs=1e-6) and "no difference beyond noise" in mine["note"]
     assert theirs["gallery"] == "base" and theirs["floor"] is None
     (base / "5.png").rename(base / "6.png")
     (base / "metadata.jsonl").write_text((base / "metadata.jsonl").read_text().replace("5.png", "6.png"))
-    result = run(pictures, *RED, "--base", base)
+    result = run(images, *RED, "--base", base)
     assert result.exit_code == 2 and "the two folders differ in 5.png and others" in result.output
 
 
-def test_targets_of_the_same_names_and_fid_on_them(pictures, tmp_path):
+def test_targets_of_the_same_names_and_fid_on_them(images, tmp_path):
     torch.manual_seed(0)
     DINOv3ViTModel(DINOv3ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32
-    )).save_pretrained(tmp_path / "dino")  # fmt: skip
+    )).save_pretrained(tmp_path / "dino")
     (tmp_path / "inception").mkdir()
     for k in (3, 4, 5):
-        (pictures / f"{k}.png").unlink()
-    lines = (pictures / "metadata.jsonl").read_text().splitlines()
-    (pictures / "metadata.jsonl").write_text("\n".join(lines[:3]))
+        (images / f"{k}.png").unlink()
+    lines = (images / "metadata.jsonl").read_text().splitlines()
+    (images / "metadata.jsonl").write_text("\n".join(lines[:3]))
     network = InceptionV3()
     save_file(network.state_dict(), tmp_path / "inception" / WEIGHTS)
     targets = tmp_path / "targets"
@@ -175,7 +175,7 @@ def test_targets_of_the_same_names_and_fid_on_them(pictures, tmp_path):
         "--measure",
         f"fid={tmp_path / 'inception'}",
     )
-    dino, distance, spread = numbers_of(pictures, *words, "--measure", f"kid={tmp_path / 'inception'}")
+    dino, distance, spread = numbers_of(images, *words, "--measure", f"kid={tmp_path / 'inception'}")
     assert dino["value"][0] > 0 and dino["better"] == "lower"  # 2.png has no target and is not asked
     assert dino["note"] == "not comparable with numbers by dinov3-vits16plus-pretrain-lvd1689m"
     look = Inception(str(tmp_path / "inception"), torch.device("cpu"))
@@ -184,40 +184,40 @@ def test_targets_of_the_same_names_and_fid_on_them(pictures, tmp_path):
         arrays = [np.asarray(Image.open(folder / name).convert("RGB"), np.float32) / 255 for name in names]
         return torch.cat([look(torch.from_numpy(a).permute(2, 0, 1)[None]) for a in arrays])
 
-    wanted = fid(seen(pictures, [f"{k}.png" for k in range(3)]), seen(targets, [f"{k}.jpg" for k in range(2)]))
+    wanted = fid(seen(images, [f"{k}.png" for k in range(3)]), seen(targets, [f"{k}.jpg" for k in range(2)]))
     assert distance["value"] == [pytest.approx(wanted, rel=1e-6), None, None]
     assert "3 pictures against 2; of few pictures" in distance["note"] and "over subsets" in spread["note"]
 
 
-def test_missing_models_are_named_gaps_beside_what_could_be_measured(pictures):
-    measures = ["clip", "dino=/gone", "lpips", "fid", "no_such.module:judge", "vlm_style", "red"]
-    numbers = numbers_of(pictures, *(word for name in measures for word in ("--measure", name)))
-    assert [row["measure"] for row in numbers] == [name.partition("=")[0] for name in measures]
+def test_missing_models_are_named_gaps_beside_what_could_be_measured(images):
+    metrics = ["clip", "dino=/gone", "lpips", "fid", "no_such.module:judge", "vlm_style", "red"]
+    numbers = numbers_of(images, *(word for name in metrics for word in ("--measure", name)))
+    assert [row["measure"] for row in numbers] == [name.partition("=")[0] for name in metrics]
     assert all(row["value"] is None and row["note"].startswith("not measured: ") for row in numbers[:-1])
     assert numbers[-1]["value"] is not None
 
 
-def test_a_measure_that_needs_targets_says_so_where_there_are_none(pictures, vlm):
-    (row,) = numbers_of(pictures, "--measure", f"vlm_object={vlm}")
+def test_a_measure_that_needs_targets_says_so_where_there_are_none(images, vlm):
+    (row,) = numbers_of(images, "--measure", f"vlm_object={vlm}")
     assert row["note"] == "not measured: no prompt has a target picture that it would be compared with."
 
 
-def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(pictures, vlm):
-    (row,) = numbers_of(pictures, "--measure", f"vlm_object={vlm}", "--targets", pictures)
+def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(images, vlm):
+    (row,) = numbers_of(images, "--measure", f"vlm_object={vlm}", "--targets", images)
     assert row["value"] == [None, None, None]
     assert "6 of 6 pictures without an answer" in row["note"]
     assert "not comparable with numbers by Qwen3-VL-8B-Instruct" in row["note"]
 
 
-def test_an_unreadable_picture_in_the_middle_is_named_and_what_was_scored_is_kept(pictures):
-    good = (pictures / "3.png").read_bytes()
-    (pictures / "3.png").write_bytes(good[: len(good) // 2])
-    result = run(pictures, *RED)
+def test_an_unreadable_picture_in_the_middle_is_named_and_what_was_scored_is_kept(images):
+    good = (images / "3.png").read_bytes()
+    (images / "3.png").write_bytes(good[: len(good) // 2])
+    result = run(images, *RED)
     assert result.exit_code == 2 and "3.png" in result.output and "Traceback" not in result.output
-    (store,) = (pictures / "scores").glob("red-*")
+    (store,) = (images / "scores").glob("red-*")
     assert len(store.read_text().splitlines()) == 3
-    (pictures / "3.png").write_bytes(good)
-    assert numbers_of(pictures, *RED)[0]["value"] is not None
+    (images / "3.png").write_bytes(good)
+    assert numbers_of(images, *RED)[0]["value"] is not None
     assert len(store.read_text().splitlines()) == 6
 
 
@@ -233,19 +233,19 @@ def no_room_beyond(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_on(pictures, monkeypatch):
+def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_on(images, monkeypatch):
     monkeypatch.setattr("dopsd.evaluation.scores.AT_ONCE", 1)
     with no_room_beyond(300):
-        result = run(pictures, *RED)
+        result = run(images, *RED)
     assert (
         result.exit_code == 2 and "cannot be written" in result.output and "finished before is whole" in result.output
     )
-    (store,) = (pictures / "scores").glob("red-*")
+    (store,) = (images / "scores").glob("red-*")
     assert 0 < len(store.read_bytes()) <= 300
-    straight = numbers_of(pictures, *RED)
+    straight = numbers_of(images, *RED)
     assert straight[0]["value"] is not None
     assert all(json.loads(line) for line in store.read_text().splitlines() if line.endswith("}"))
-    assert numbers_of(pictures, *RED) == straight
+    assert numbers_of(images, *RED) == straight
 
 
 def test_a_full_disk_while_painting_leaves_no_half_picture(tmp_path):
@@ -257,7 +257,7 @@ def test_a_full_disk_while_painting_leaves_no_half_picture(tmp_path):
     assert numbers_of(tmp_path / "run", "--prompts", tmp_path / "p.txt", "--nfe", "1", "--seeds", "2", *RED)[0]["value"]
 
 
-PAINT = ("{folder}/run", "--prompts", "{p}")
+GENERATE = ("{folder}/run", "--prompts", "{p}")
 
 
 @pytest.mark.parametrize(
@@ -273,22 +273,22 @@ PAINT = ("{folder}/run", "--prompts", "{p}")
         (["{folder}", "--layout", "geneval"], "and --prompts, the benchmark's own"),
         (["{folder}", "--base", "{folder}", "--prompts", "{p}"], "--base is for pictures that are there"),
         (["{folder}/run", "--prompts", "{folder}/gone.txt"], "does not exist: give a .txt"),
-        ([*PAINT, "--nfe", "4,x"], "--nfe 4,x: give numbers of forwards"),
-        ([*PAINT, "--nfe", "0"], "--nfe 0: give numbers"),
-        ([*PAINT, "--seeds", "1"], "1 seeds a prompt"),
-        ([*PAINT, "--width", "65"], "must be multiples of"),
-        ([*PAINT, "--lora", "{folder}/gone.safetensors"], "gone.safetensors"),
+        ([*GENERATE, "--nfe", "4,x"], "--nfe 4,x: give numbers of forwards"),
+        ([*GENERATE, "--nfe", "0"], "--nfe 0: give numbers"),
+        ([*GENERATE, "--seeds", "1"], "1 seeds a prompt"),
+        ([*GENERATE, "--width", "65"], "must be multiples of"),
+        ([*GENERATE, "--lora", "{folder}/gone.safetensors"], "gone.safetensors"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_is_painted(words, said, pictures, tmp_path):
-    (pictures / "empty").mkdir()
+def test_bad_input_is_one_sentence_before_anything_is_painted(words, said, images, tmp_path):
+    (images / "empty").mkdir()
     (tmp_path / "p.txt").write_text("a red star")
-    result = run(*(word.format(folder=pictures, p=tmp_path / "p.txt") for word in words), *RED)
+    result = run(*(word.format(folder=images, p=tmp_path / "p.txt") for word in words), *RED)
     assert result.exit_code == 2, result.output
     assert said in " ".join(result.output.split()) and "Traceback" not in result.output
-    assert not (pictures / "run").exists()
+    assert not (images / "run").exists()
 
 
-def test_the_family_is_not_needed_for_pictures_that_are_there(pictures, pocket: Family):
-    (row,) = numbers_of(pictures, *RED, "--model", "/no/model")
+def test_the_family_is_not_needed_for_pictures_that_are_there(images, pocket: Family):
+    (row,) = numbers_of(images, *RED, "--model", "/no/model")
     assert row["value"] is not None

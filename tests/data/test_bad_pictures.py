@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from dopsd.data.folder import read_folder
 from dopsd.data.importing import import_data
-from dopsd.images import open_picture, picture_size
+from dopsd.images import open_image, image_size
 
 LONGEST = 2000  # characters that still make a sentence
 
@@ -52,7 +52,7 @@ def png(width: int, height: int, *between: bytes, pixels: bytes = b"\0") -> byte
 
 BROKEN, NONE = "cannot be decoded", "holds no JPEG"
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
-PICTURES = {  # name: (file, bytes, sentence)
+IMAGES = {  # name: (file, bytes, sentence)
     "truncated PNG": ("x.png", cut("PNG"), BROKEN),
     "truncated JPEG": ("x.jpg", cut("JPEG"), BROKEN),
     "truncated WEBP": ("x.webp", cut("WEBP"), BROKEN),
@@ -78,7 +78,7 @@ PICTURES = {  # name: (file, bytes, sentence)
     "chunk with a wrong checksum": ("x.png", noise("PNG").replace(b"IHDR", b"IHDX", 1), NONE),
     "bomb in a text chunk": ("x.png", png(1, 1, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))),
                              pixels=b"\0\0"), "Decompressed data too large"),
-}  # fmt: skip
+}
 
 PLACES: dict[str, tuple[Callable[[], object], str]] = {  # in a folder without pictures unless the name says otherwise
     "a folder named like a picture": (lambda: Path("x.png").mkdir(), "no pictures in"),
@@ -91,7 +91,7 @@ PLACES: dict[str, tuple[Callable[[], object], str]] = {  # in a folder without p
     "a metadata file that is a link to nothing": (
         lambda: (good("a.png"), os.symlink("gone", "metadata.jsonl")), "metadata.jsonl"),
     "a caption that is a link to nothing": (lambda: (good("a.png"), os.symlink("gone", "a.txt")), "a.txt"),
-}  # fmt: skip
+}
 
 CAPTIONS: dict[str, tuple[bytes | None, str]] = {  # name: (a.txt, sentence), without an instance prompt
     "empty": (b"", "the caption a.txt is empty"),
@@ -177,7 +177,7 @@ IMPORTS: dict[str, tuple[str | bytes, str]] = {  # name: (d.jsonl of the referen
     "half a surrogate": ('{"path": "a.png", "short_en": "\\ud800"}', "d.jsonl line 1"),
     "into a new folder": ('{"path": "a.png"} ', "line 1 has no caption in short_en"),
     "second row": ('{"path": "a.png", "short_en": "a"}\n{}', "d.jsonl line 2 names no picture"),
-}  # fmt: skip
+}
 
 
 def good(name: str) -> None:
@@ -219,7 +219,7 @@ def described(files: dict[str, bytes]) -> None:
 
 # name: (what to build, the instance prompt, what the sentence contains)
 CASES: dict[str, tuple[Callable[[], object], str | None, str]] = {
-    **{name: (lambda f=file, c=data: write(f, c), "a cat", said) for name, (file, data, said) in PICTURES.items()},
+    **{name: (lambda f=file, c=data: write(f, c), "a cat", said) for name, (file, data, said) in IMAGES.items()},
     **{name: (build, "a cat", said) for name, (build, said) in PLACES.items()},
     **{f"caption: {name}": (lambda c=text: captioned(c), None, said) for name, (text, said) in CAPTIONS.items()},
     **{name: (lambda r=row: listed(r), None, said) for name, (row, said) in ROWS.items()},
@@ -237,7 +237,7 @@ def snapshot(folder: Path) -> dict[Path, object]:
 
 
 def test_the_corpus_has_100_distinct_cases(tmp_path, monkeypatch):
-    assert len(CASES) == sum(map(len, (PICTURES, PLACES, CAPTIONS, ROWS, FILES, IMPORTS)))
+    assert len(CASES) == sum(map(len, (IMAGES, PLACES, CAPTIONS, ROWS, FILES, IMPORTS)))
     contents = set()
     for index, (build, prompt, _) in enumerate(CASES.values()):
         folder = tmp_path / str(index)
@@ -266,36 +266,36 @@ def test_what_cannot_be_read_is_one_sentence_and_stays_as_it_was(name, tmp_path,
 
 
 RED = (220, 40, 30)
-RED_PICTURE = Image.new("RGB", (48, 32), RED)
+RED_IMAGE = Image.new("RGB", (48, 32), RED)
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
 NOTE = PngImagePlugin.PngInfo()
 NOTE.add_text("parameters", "steps: 8, ünïcode", zip=True)
-PALETTE = RED_PICTURE.convert("P", palette=Image.Palette.ADAPTIVE)
+PALETTE = RED_IMAGE.convert("P", palette=Image.Palette.ADAPTIVE)
 FRAMES = [Image.new("RGB", (48, 32), colour) for colour in ("blue", "green")]
 GREY = Image.fromarray(np.full((32, 48), 128 * 257, dtype=np.uint16))
 ODD: dict[str, tuple[str, bytes, tuple[int, int], tuple[int, int, int]]] = {  # name: (file, bytes, size, colour)
     "16-bit grey": ("x.png", encoded(GREY, "PNG"), (48, 32), (128, 128, 128)),
-    "CMYK JPEG": ("x.jpg", encoded(RED_PICTURE.convert("CMYK"), "JPEG"), (48, 32), RED),
+    "CMYK JPEG": ("x.jpg", encoded(RED_IMAGE.convert("CMYK"), "JPEG"), (48, 32), RED),
     "palette": ("x.png", encoded(PALETTE, "PNG"), (48, 32), RED),
     "palette BMP": ("x.bmp", encoded(PALETTE, "BMP"), (48, 32), RED),
     "all transparent": ("x.png", encoded(Image.new("RGBA", (48, 32), (*RED, 0)), "PNG"), (48, 32), (255, 255, 255)),
-    "opaque alpha": ("x.webp", encoded(RED_PICTURE.convert("RGBA"), "WEBP"), (48, 32), RED),
+    "opaque alpha": ("x.webp", encoded(RED_IMAGE.convert("RGBA"), "WEBP"), (48, 32), RED),
     "grey with alpha": ("x.png", encoded(Image.new("LA", (48, 32), (9, 255)), "PNG"), (48, 32), (9, 9, 9)),
     "one bit": ("x.png", encoded(Image.new("1", (48, 32), 1), "PNG"), (48, 32), (255, 255, 255)),
-    "turned by EXIF": ("x.jpg", encoded(RED_PICTURE, "JPEG", exif=TURNED), (32, 48), RED),
-    "broken EXIF": ("x.jpg", encoded(RED_PICTURE, "JPEG", exif=b"Exif\0\0junkjunk"), (48, 32), RED),
-    "animated": ("x.webp", encoded(RED_PICTURE, "WEBP", save_all=True, append_images=FRAMES), (48, 32), RED),
-    "progressive": ("x.jpg", encoded(RED_PICTURE, "JPEG", progressive=True), (48, 32), RED),
-    "JPEG named PNG": ("x.png", encoded(RED_PICTURE, "JPEG"), (48, 32), RED),
-    "text chunk": ("x.png", encoded(RED_PICTURE, "PNG", pnginfo=NOTE), (48, 32), RED),
-    "bytes after the end": ("x.jpg", encoded(RED_PICTURE, "JPEG") + b"trailing", (48, 32), RED),
+    "turned by EXIF": ("x.jpg", encoded(RED_IMAGE, "JPEG", exif=TURNED), (32, 48), RED),
+    "broken EXIF": ("x.jpg", encoded(RED_IMAGE, "JPEG", exif=b"Exif\0\0junkjunk"), (48, 32), RED),
+    "animated": ("x.webp", encoded(RED_IMAGE, "WEBP", save_all=True, append_images=FRAMES), (48, 32), RED),
+    "progressive": ("x.jpg", encoded(RED_IMAGE, "JPEG", progressive=True), (48, 32), RED),
+    "JPEG named PNG": ("x.png", encoded(RED_IMAGE, "JPEG"), (48, 32), RED),
+    "text chunk": ("x.png", encoded(RED_IMAGE, "PNG", pnginfo=NOTE), (48, 32), RED),
+    "bytes after the end": ("x.jpg", encoded(RED_IMAGE, "JPEG") + b"trailing", (48, 32), RED),
     "one pixel": ("x.png", encoded(Image.new("RGB", (1, 1), RED), "PNG"), (1, 1), RED),
     "20000 pixels wide": ("x.png", encoded(Image.new("RGB", (20_000, 1), RED), "PNG"), (20_000, 1), RED),
-    "letters beyond ASCII": ("Bäume 森 🌲.PNG", encoded(RED_PICTURE, "PNG"), (48, 32), RED),
-    "blanks and quotes": (" it's (1) [a].v2 .png", encoded(RED_PICTURE, "PNG"), (48, 32), RED),
-    "a combining accent": ("e\u0301.png", encoded(RED_PICTURE, "PNG"), (48, 32), RED),
-    "a name like an option": ("--help.png", encoded(RED_PICTURE, "PNG"), (48, 32), RED),
+    "letters beyond ASCII": ("Bäume 森 🌲.PNG", encoded(RED_IMAGE, "PNG"), (48, 32), RED),
+    "blanks and quotes": (" it's (1) [a].v2 .png", encoded(RED_IMAGE, "PNG"), (48, 32), RED),
+    "a combining accent": ("e\u0301.png", encoded(RED_IMAGE, "PNG"), (48, 32), RED),
+    "a name like an option": ("--help.png", encoded(RED_IMAGE, "PNG"), (48, 32), RED),
 }
 
 
@@ -306,6 +306,6 @@ def test_an_odd_picture_that_is_good_is_read_as_rgb(name, tmp_path):
     path.write_bytes(content)
     listing = read_folder(tmp_path, "a cat")
     assert [example.path for example in listing.examples] == [path] and listing.refused == ()
-    seen = open_picture(path)
-    assert (seen.mode, seen.size, picture_size(path)) == ("RGB", size, size)
+    seen = open_image(path)
+    assert (seen.mode, seen.size, image_size(path)) == ("RGB", size, size)
     assert np.abs(np.asarray(seen).astype(int) - colour).max() <= 12

@@ -18,7 +18,7 @@ from dopsd.data.cache import Row, prepare, read_context, read_latents
 from dopsd.data.folder import Example
 from dopsd.diffusion.batch import Context
 from dopsd.files import read_tensors
-from dopsd.images import cover_crop, open_picture, to_pixels
+from dopsd.images import cover_crop, open_image, to_pixels
 
 
 class LetterReader:
@@ -32,8 +32,8 @@ class LetterReader:
         self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None, references: None = None
     ) -> Context:
         self.calls.append((list(prompts), None if images is None else list(images)))
-        pictures = [None] * len(prompts) if images is None else images
-        return Context.stack([self._one(p, i) for p, i in zip(prompts, pictures, strict=True)])
+        images = [None] * len(prompts) if images is None else images
+        return Context.stack([self._one(p, i) for p, i in zip(prompts, images, strict=True)])
 
     def _one(self, prompt: str, image: Image.Image | None) -> Context:
         values = [float(ord(letter)) for letter in prompt]
@@ -44,7 +44,7 @@ class LetterReader:
         return Context(tokens, (len(values),), {"pooled": pooled})
 
 
-class MeanPainter:
+class MeanVAE:
     """Latents are means of 8 x 8 pixels."""
 
     def __init__(self, fingerprint: str = "means-1"):
@@ -64,7 +64,7 @@ class Workshop:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.reader, self.painter = LetterReader(), MeanPainter()
+        self.text_encoder, self.vae = LetterReader(), MeanVAE()
         sizes = [(80, 80), (130, 65), (64, 64), (65, 130), (100, 101), (90, 90)]
         self.examples = [self.example(f"{i}.png", f"caption {'x' * i}", size, i) for i, size in enumerate(sizes)]
 
@@ -74,16 +74,16 @@ class Workshop:
         return Example(self.folder / name, caption)
 
     def prepare(self, **changes) -> tuple[Row, ...]:
-        self.reader = LetterReader(changes.pop("reader", "letters-1"))
-        self.painter = MeanPainter(changes.pop("painter", "means-1"))
+        self.text_encoder = LetterReader(changes.pop("reader", "letters-1"))
+        self.vae = MeanVAE(changes.pop("painter", "means-1"))
         settings = {"resolution": 64, "multiple": 16, "privileged": True, "device": "cpu", "batch_size": 2} | changes
-        return prepare(self.examples, self.folder / "cache", self.reader, self.painter, **settings)
+        return prepare(self.examples, self.folder / "cache", self.text_encoder, self.vae, **settings)
 
     def work(self) -> tuple[int, int, int]:
         """How many pictures were painted, captions read, and pairs read, by the last prepare."""
-        captions = sum(len(prompts) for prompts, images in self.reader.calls if images is None)
-        pairs = sum(len(prompts) for prompts, images in self.reader.calls if images is not None)
-        return sum(shape[0] for shape in self.painter.calls), captions, pairs
+        captions = sum(len(prompts) for prompts, images in self.text_encoder.calls if images is None)
+        pairs = sum(len(prompts) for prompts, images in self.text_encoder.calls if images is not None)
+        return sum(shape[0] for shape in self.vae.calls), captions, pairs
 
     def leftovers(self) -> list[Path]:
         return [path for path in (self.folder / "cache").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
@@ -99,8 +99,8 @@ def test_rows_hold_what_the_encoders_say_of_each_example_alone_without_padding(s
     assert [row.example for row in rows] == shop.examples
     assert {row.size for row in rows} == {(64, 64), (96, 48), (48, 96)}
     for row in rows:
-        crop = cover_crop(open_picture(row.example.path), row.size)
-        assert torch.equal(read_latents(row.latents), MeanPainter().latents(to_pixels(crop)[None])[0])
+        crop = cover_crop(open_image(row.example.path), row.size)
+        assert torch.equal(read_latents(row.latents), MeanVAE().latents(to_pixels(crop)[None])[0])
         for path, images in ((row.context, None), (row.privileged, [crop])):
             expected, found = LetterReader().context([row.example.caption], images), read_context(path)
             assert torch.equal(found.tokens, expected.tokens) and found.tokens.dtype == torch.bfloat16
@@ -112,16 +112,16 @@ def test_rows_hold_what_the_encoders_say_of_each_example_alone_without_padding(s
 
 def test_the_privileged_picture_is_the_crop_that_is_trained_on(shop):
     rows = shop.prepare()
-    seen = {p: i for prompts, images in shop.reader.calls if images for p, i in zip(prompts, images, strict=True)}
+    seen = {p: i for prompts, images in shop.text_encoder.calls if images for p, i in zip(prompts, images, strict=True)}
     for row in rows:
-        expected = cover_crop(open_picture(row.example.path), row.size)
+        expected = cover_crop(open_image(row.example.path), row.size)
         assert np.array_equal(np.asarray(seen[row.example.caption]), np.asarray(expected))
 
 
 def test_encoders_are_asked_in_small_batches_of_one_size_without_gradient(shop):
     shop.prepare(batch_size=3)
-    assert sorted(shop.painter.calls) == [(1, 3, 48, 96), (1, 3, 64, 64), (1, 3, 96, 48), (3, 3, 64, 64)]
-    assert all(len(prompts) <= 3 for prompts, _ in shop.reader.calls)
+    assert sorted(shop.vae.calls) == [(1, 3, 48, 96), (1, 3, 64, 64), (1, 3, 96, 48), (3, 3, 64, 64)]
+    assert all(len(prompts) <= 3 for prompts, _ in shop.text_encoder.calls)
 
 
 def test_without_privileged_no_pair_is_read(shop):
@@ -234,7 +234,7 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_file(shop, monkeypa
 
 
 def test_latents_that_are_not_finite_are_refused_with_the_pictures_name(shop, monkeypatch):
-    monkeypatch.setattr(MeanPainter, "latents", lambda self, pixels: torch.full((len(pixels), 1, 2, 2), float("nan")))
+    monkeypatch.setattr(MeanVAE, "latents", lambda self, pixels: torch.full((len(pixels), 1, 2, 2), float("nan")))
     with pytest.raises(ValueError, match=r"latents of .*0\.png are not finite"):
         shop.prepare()
     assert not list((shop.folder / "cache").rglob("*.safetensors"))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
 from dopsd.models.hub import Checkpoint
-from dopsd.models.qwen3 import load_processor, picture_tokens, with_picture
+from dopsd.models.qwen3 import load_processor, image_tokens, with_image
 
 TOKENS = 6
 
@@ -30,7 +30,7 @@ def greedy(vlm: Path, image: Image.Image) -> str:
     model = Qwen3VLForConditionalGeneration.from_pretrained(vlm, dtype=torch.float32).eval()
     tokenizer, processor = AutoTokenizer.from_pretrained(vlm), load_processor(Checkpoint(str(vlm)))
     patches = processor(images=[image], return_tensors="pt")
-    text = with_picture(tokenizer, QUESTION, picture_tokens(processor, image.size))
+    text = with_image(tokenizer, QUESTION, image_tokens(processor, image.size))
     ids = tokenizer([text], return_tensors="pt").input_ids
     start = ids.shape[1]
     for _ in range(TOKENS):
@@ -65,7 +65,7 @@ def test_an_empty_answer_is_an_error_and_what_was_written_stays(folder):
 
 
 @pytest.mark.parametrize(("fault", "said"), [("metadata", "captions in metadata"), ("empty", "no pictures"),
-                                             ("missing", "is not a folder")])  # fmt: skip
+                                             ("missing", "is not a folder")])
 def test_a_folder_that_cannot_be_captioned_is_refused(fault, said, folder):
     place = folder
     if fault == "metadata":

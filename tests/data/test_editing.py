@@ -17,7 +17,7 @@ from dopsd.data.sources import Source, read_sources
 from dopsd.diffusion.batch import Context
 
 
-def picture(path: Path, colour: str, size: tuple[int, int] = (64, 64)) -> None:
+def image(path: Path, colour: str, size: tuple[int, int] = (64, 64)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
@@ -27,9 +27,9 @@ def folder(tmp_path) -> Path:
     """Five rows: two with one square reference, one with a wide one, one with two, one with none."""
     folder = tmp_path / "pairs"
     for name, colour in {"a": "red", "b": "green", "c": "blue", "d": "white", "e": "black"}.items():
-        picture(folder / f"{name}.png", colour)
-    picture(folder / "before" / "square.png", "gray")
-    picture(folder / "before" / "wide.png", "gray", (96, 48))
+        image(folder / f"{name}.png", colour)
+    image(folder / "before" / "square.png", "gray")
+    image(folder / "before" / "wide.png", "gray", (96, 48))
     square, wide = "before/square.png", "before/wide.png"
     rows = [
         {"target": "a.png", "references": [square], "text": "make it red"},
@@ -58,7 +58,7 @@ def test_a_row_names_its_references_and_its_target(folder):
 
 def test_a_reference_beside_the_targets_needs_no_row_of_its_own(tmp_path):
     for name in ("before.png", "after.png"):
-        picture(tmp_path / name, "red")
+        image(tmp_path / name, "red")
     (tmp_path / "metadata.jsonl").write_text('{"target": "after.png", "references": ["before.png"], "text": "x"}\n')
     assert len(read_folder(tmp_path).examples) == 1
 
@@ -86,7 +86,7 @@ def test_a_row_whose_references_cannot_be_used_is_named(folder, row, said):
 
 def test_the_fingerprint_of_a_folder_knows_which_reference_a_row_has(folder):
     before = read_folder(folder).fingerprint()
-    picture(folder / "before" / "wide.png", "yellow", (96, 48))
+    image(folder / "before" / "wide.png", "yellow", (96, 48))
     assert read_folder(folder).fingerprint() != before
 
 
@@ -114,7 +114,7 @@ class ColourReader:
         return Context(Context.stack(texts).tokens, tuple(map(len, prompts)), extras)
 
 
-class PlainPainter:
+class PlainVAE:
     fingerprint = "plain"
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -124,21 +124,21 @@ class PlainPainter:
         raise NotImplementedError
 
 
-def cached(folder: Path, reader: ColourReader, privileged: bool = True) -> tuple[Row, ...]:
+def cached(folder: Path, text_encoder: ColourReader, privileged: bool = True) -> tuple[Row, ...]:
     examples = read_folder(folder).examples
     return prepare(
-        examples, folder.parent / "cache", reader, PlainPainter(), resolution=64, multiple=16, privileged=privileged,
-        untold=True, device="cpu",
-    )  # fmt: skip
+        examples, folder.parent / "cache", text_encoder, PlainVAE(), resolution=64, multiple=16, privileged=privileged,
+        unconditional=True, device="cpu",
+    )
 
 
 def test_contexts_are_of_their_references_and_read_again_only_for_another_picture(folder):
     rows = cached(folder, ColourReader())
-    assert len({row.context for row in rows}) == 5 and len({row.untold.context for row in rows}) == 4  # a and b share
+    assert len({row.context for row in rows}) == 5 and len({row.unconditional.context for row in rows}) == 4  # a and b share
     again = ColourReader()
     cached(folder, again)
     assert again.asked == []
-    picture(folder / "before" / "wide.png", "yellow", (96, 48))
+    image(folder / "before" / "wide.png", "yellow", (96, 48))
     cached(folder, again)
     assert sum(prompts for prompts, _ in again.asked) == 2 * (2 + 3)  # plain and privileged: of c 2 captions, of d 3
 

@@ -11,7 +11,7 @@ from dopsd.data.folder import read_folder
 from dopsd.data.importing import fill, import_data
 
 
-def picture(colour: str, form: str = "PNG") -> bytes:
+def image(colour: str, form: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 12), colour).save(buffer, form)
     return buffer.getvalue()
@@ -20,14 +20,14 @@ def picture(colour: str, form: str = "PNG") -> bytes:
 @pytest.fixture()
 def reference(tmp_path: Path) -> Path:
     """Two rows as the reference code ships them: a JPEG that is called .png, captions of several lengths."""
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(picture("red", "JPEG"))
-    (tmp_path / "pictures" / "b.png").write_bytes(picture("blue"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(image("red", "JPEG"))
+    (tmp_path / "images" / "b.png").write_bytes(image("blue"))
     rows = [
         {"class_name": "corgi", "local_path_list": ["pictures/a.png"], "h*w": "832*1264", "short_en": "[V] outdoors",
          "medium_en": "[V] sitting outdoors", "short_zh": "x"},
         {"class_name": "corgi", "image_path": "pictures/b.png", "short_en": "[V] asleep", "medium_en": ""},
-    ]  # fmt: skip
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     return tmp_path / "data.jsonl"
 
@@ -37,18 +37,18 @@ def test_the_reference_codes_rows_become_a_folder_with_all_english_captions(refe
     first, second = read_folder(tmp_path / "out").examples
     assert (first.path.name, first.caption, first.also) == ("000000.jpg", "[V] outdoors", ("[V] sitting outdoors",))
     assert (second.caption, second.also) == ("[V] asleep", ())
-    assert first.path.read_bytes() == picture("red", "JPEG") and second.path.read_bytes() == picture("blue")
+    assert first.path.read_bytes() == image("red", "JPEG") and second.path.read_bytes() == image("blue")
 
 
 def test_a_row_of_several_pictures_becomes_an_editing_row_with_the_last_as_its_target(tmp_path):
     for name, colour in (("one", "red"), ("two", "green"), ("three", "blue")):
-        (tmp_path / f"{name}.png").write_bytes(picture(colour))
+        (tmp_path / f"{name}.png").write_bytes(image(colour))
     row = {"local_path_list": ["one.png", "two.png", "three.png"], "h*w": [], "short_en": "join them"}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
     import_data(str(tmp_path / "data.jsonl"), tmp_path / "out")
     (example,) = read_folder(tmp_path / "out").examples
-    assert example.path.read_bytes() == picture("blue") and example.caption == "join them"
-    assert [path.read_bytes() for path in example.references] == [picture("red"), picture("green")]
+    assert example.path.read_bytes() == image("blue") and example.caption == "join them"
+    assert [path.read_bytes() for path in example.references] == [image("red"), image("green")]
 
 
 def test_one_caption_column_can_be_chosen(reference, tmp_path):
@@ -59,7 +59,7 @@ def test_one_caption_column_can_be_chosen(reference, tmp_path):
 
 def test_a_data_set_of_the_datasets_library_becomes_a_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = {"picture": [picture("red"), picture("blue", "WEBP")], "words": ["a red one", "a blue one"]}
+    rows = {"picture": [image("red"), image("blue", "WEBP")], "words": ["a red one", "a blue one"]}
     features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
     (tmp_path / "table").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / "train.parquet")
@@ -78,7 +78,7 @@ def test_a_recipes_data_set_fills_its_folder_once_and_another_one_is_refused(ref
     stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     fill(out, str(reference), caption_columns=["short_en"])
     assert stamps == {path: path.stat().st_mtime_ns for path in out.iterdir()} and len(stamps) == 4
-    for folder, columns in ((out, ["medium_en"]), (tmp_path / "pictures", ["short_en"])):
+    for folder, columns in ((out, ["medium_en"]), (tmp_path / "images", ["short_en"])):
         with pytest.raises(ValueError, match="was not filled from"):
             fill(folder, str(reference), caption_columns=columns)
 
@@ -98,7 +98,7 @@ BAD = {
 @pytest.mark.parametrize("fault", BAD)
 def test_a_row_that_cannot_be_used_is_named_and_nothing_is_left(fault, tmp_path):
     text, said = BAD[fault]
-    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "a.png").write_bytes(image("red"))
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "data.jsonl").write_text(text)
     before = sorted(tmp_path.iterdir())
@@ -120,7 +120,7 @@ def test_a_data_set_that_cannot_be_opened_is_one_sentence(tmp_path):
 
 def test_pairs_of_a_data_set_become_pairs_of_the_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = {"win": [picture("red")], "lose": [picture("blue", "WEBP")], "prompt": ["a red one"]}
+    rows = {"win": [image("red")], "lose": [image("blue", "WEBP")], "prompt": ["a red one"]}
     features = datasets.Features(
         {"win": datasets.Image(), "lose": datasets.Image(), "prompt": datasets.Value("string")}
     )

@@ -118,9 +118,9 @@ def told_three_ways(rows, tmp_path) -> list[Row]:
     """The rows, each with two further captions (`0b`, `0c`, ...) and the empty one."""
     return [
         replace(row, also=tuple(captioned(row, tmp_path, f"{i}{letter}") for letter in "bc"),
-                untold=captioned(row, tmp_path, ""))
+                unconditional=captioned(row, tmp_path, ""))
         for i, row in enumerate(rows)
-    ]  # fmt: skip
+    ]
 
 
 def test_an_epoch_draws_one_caption_a_row_and_epochs_differ(told_three_ways):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dopsd.data.prompts import read_questions
+from dopsd.data.prompts import read_prompts
 
 
 def rows(path: Path, *values: object) -> Path:
@@ -16,7 +16,7 @@ def rows(path: Path, *values: object) -> Path:
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa red star\r\n\n  a blüe tree \n".encode())
-    assert [(q.prompt, q.name) for q in read_questions(tmp_path / "p.txt")] == [
+    assert [(q.prompt, q.name) for q in read_prompts(tmp_path / "p.txt")] == [
         ("a red star", "1"),
         ("a blüe tree", "3"),
     ]
@@ -25,11 +25,11 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
 def test_rows_name_targets_beside_the_file_and_keep_what_they_hold(tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "0.png")
-    found = read_questions(rows(
+    found = read_prompts(rows(
         tmp_path / "p.jsonl",
         {"prompt": "zib on a hill", "target": "data/0.png", "kind": "rewrite", "scored_as": "dog on a hill"},
         {"text": "a bus", "tag": "single_object"},
-    ))  # fmt: skip
+    ))
     assert (found[0].target, found[0].kind, found[0].scored_as) == (tmp_path / "data/0.png", "rewrite", "dog on a hill")
     assert found[1].row == {"text": "a bus", "tag": "single_object"} and found[1].target is None
 
@@ -37,8 +37,8 @@ def test_rows_name_targets_beside_the_file_and_keep_what_they_hold(tmp_path):
 def test_a_folder_of_texts_is_a_prompt_each_by_its_name(tmp_path):
     for name in ("COCOval2014_2", "midjourney10"):
         (tmp_path / f"{name}.txt").write_text(f"a picture of {name}")
-    assert [(q.name, q.prompt) for q in read_questions(tmp_path)] == [
-        ("COCOval2014_2", "a picture of COCOval2014_2"), ("midjourney10", "a picture of midjourney10")]  # fmt: skip
+    assert [(q.name, q.prompt) for q in read_prompts(tmp_path)] == [
+        ("COCOval2014_2", "a picture of COCOval2014_2"), ("midjourney10", "a picture of midjourney10")]
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_a_folder_of_texts_is_a_prompt_each_by_its_name(tmp_path):
 def test_bad_prompts_are_named_by_file_and_line(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        read_questions(tmp_path / name)
+        read_prompts(tmp_path / name)
 
 
 def test_prompts_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not exist: give a \.txt or \.jsonl"):
-        read_questions(tmp_path / "gone.txt")
+        read_prompts(tmp_path / "gone.txt")
     with pytest.raises(ValueError, match="holds no prompts"):
-        read_questions(tmp_path)
+        read_prompts(tmp_path)

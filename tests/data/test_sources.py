@@ -34,7 +34,7 @@ def test_the_trigger_is_put_before_captions_that_lack_it(tmp_path):
 
 
 @pytest.mark.parametrize(("captions", "said"), [([], "is \\[\\], which is not text"), (["a", ""], "is empty"),
-                                                (["a", 3], "is 3, which is not text")])  # fmt: skip
+                                                (["a", 3], "is 3, which is not text")])
 def test_a_list_of_captions_is_checked_like_one(captions, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         read_sources([Source(folder_of(tmp_path, "mine", captions))])
@@ -47,7 +47,7 @@ def test_a_teacher_that_sees_another_picture_sees_the_next_one_of_the_same_folde
     assert seen == {
         ("mine", "0"): ("mine", "1"), ("mine", "1"): ("mine", "2"), ("mine", "2"): ("mine", "0"),
         ("others", "0"): ("others", "1"), ("others", "1"): ("others", "0"),
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match="holds one picture"):
         seen_in_turn(read_sources([Source(folder_of(tmp_path, "single", "a"))]))
 
@@ -56,4 +56,4 @@ def test_every_caption_can_have_an_example_of_its_own(tmp_path):
     listing = one_caption_each(read_sources([Source(folder_of(tmp_path, "mine", ["a", "b"], "c"), weight=0.5)]))
     assert [(e.path.stem, e.caption, e.also, e.weight) for e in listing.examples] == [
         ("0", "a", (), 0.5), ("0", "b", (), 0.5), ("1", "c", (), 0.5),
-    ]  # fmt: skip
+    ]

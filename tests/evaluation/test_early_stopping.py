@@ -5,7 +5,7 @@ import pytest
 from dopsd.evaluation.early_stopping import advise
 
 
-def checkups(healthy: str) -> list[dict]:
+def health_checks(healthy: str) -> list[dict]:
     """A row every 50 steps; "-" is unhealthy."""
     sharpness = {"value": 0.8, "error": 0.01, "floor": 0.0, "limit": 0.9}
     rows = [(50 * (k + 1), each == "+") for k, each in enumerate(healthy)]
@@ -24,7 +24,7 @@ def checkups(healthy: str) -> list[dict]:
     ],
 )
 def test_the_last_healthy_checkup_is_the_place_to_stop_unless_the_run_ends_healthy(healthy, step, said):
-    found = advise(checkups(healthy))
+    found = advise(health_checks(healthy))
     assert found is not None and found.step == step and said in found.sentence
 
 

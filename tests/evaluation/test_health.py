@@ -12,7 +12,7 @@ from dopsd.cli.app import app
 from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation import health
-from dopsd.evaluation.health import Checkup
+from dopsd.evaluation.health import HealthCheck
 from dopsd.pocket.metrics.pixels import blurred
 from dopsd.runs.train import train
 
@@ -20,7 +20,7 @@ CELLS = (8, 16, 16)
 
 
 @pytest.fixture(scope="module")
-def painted():
+def generated():
     """What a healthy model might paint: the pocket world's own pictures, two of each prompt, on two draws of noise."""
     from dopsd.pocket.world.scenes import draw_scene, render
 
@@ -29,89 +29,89 @@ def painted():
     return mine, other
 
 
-def examined(painted, spoil, twice=None) -> health.Health:
+def examined(generated, spoil, twice=None) -> health.Health:
     """A checkup whose pictures are given: the base's, and the student's as `spoil` makes them of the base's."""
-    mine, other = painted
-    checkup = Checkup.__new__(Checkup)
+    mine, other = generated
+    health_check = HealthCheck.__new__(HealthCheck)
     rng = np.random.default_rng(1)
 
-    def nearly(pictures):  # the picture at twice the forwards: a little different
-        return np.clip(pictures + rng.normal(0, 0.02, pictures.shape), 0, 1)
+    def nearly(images):  # the picture at twice the forwards: a little different
+        return np.clip(images + rng.normal(0, 0.02, images.shape), 0, 1)
 
-    checkup._base, checkup._again = (mine, nearly(mine)), (other, nearly(other))
-    checkup._noise, checkup._measures = torch.zeros(1), dict(health.MEASURES)
+    health_check._base, health_check._again = (mine, nearly(mine)), (other, nearly(other))
+    health_check._noise, health_check._metrics = torch.zeros(1), dict(health.METRICS)
     spoiled = spoil(mine)
-    checkup._pictures = lambda *_: (spoiled, twice(spoiled) if twice else nearly(spoiled))  # type: ignore[method-assign]
-    return checkup.examine(None, None)  # type: ignore[arg-type]
+    health_check._images = lambda *_: (spoiled, twice(spoiled) if twice else nearly(spoiled))  # type: ignore[method-assign]
+    return health_check.examine(None, None)  # type: ignore[arg-type]
 
 
 def ill(found: health.Health) -> set[str]:
-    return {name for name, measure in found.measures.items() if not measure.healthy}
+    return {name for name, metric in found.metrics.items() if not metric.healthy}
 
 
-def test_what_did_not_change_is_healthy(painted):
-    found = examined(painted, lambda p: p)
-    assert found.healthy and found.measures["sharpness"].value == 1 and found.measures["drift"].value == 0
+def test_what_did_not_change_is_healthy(generated):
+    found = examined(generated, lambda p: p)
+    assert found.healthy and found.metrics["sharpness"].value == 1 and found.metrics["drift"].value == 0
 
 
-def test_blur_is_found_by_sharpness(painted):
-    assert "sharpness" in ill(examined(painted, lambda p: blurred(p.astype(np.float32), 1.0).astype(float)))
+def test_blur_is_found_by_sharpness(generated):
+    assert "sharpness" in ill(examined(generated, lambda p: blurred(p.astype(np.float32), 1.0).astype(float)))
 
 
-def test_artefacts_are_found_by_roughness_and_do_not_pass_for_sharpness(painted):
+def test_artefacts_are_found_by_roughness_and_do_not_pass_for_sharpness(generated):
     rng = np.random.default_rng(2)
-    found = examined(painted, lambda p: np.clip(p + rng.normal(0, 0.05, p.shape), 0, 1))
+    found = examined(generated, lambda p: np.clip(p + rng.normal(0, 0.05, p.shape), 0, 1))
     assert "roughness" in ill(found) and not found.healthy
 
 
-def test_one_picture_for_all_seeds_is_found_by_diversity(painted):
-    def same(pictures):
-        return np.repeat(pictures[::2], 2, axis=0)
+def test_one_picture_for_all_seeds_is_found_by_diversity(generated):
+    def same(images):
+        return np.repeat(images[::2], 2, axis=0)
 
-    assert "diversity" in ill(examined(painted, same))
-
-
-def test_other_pictures_altogether_are_found_by_drift(painted):
-    assert "drift" in ill(examined(painted, lambda p: p[::-1]))
+    assert "diversity" in ill(examined(generated, same))
 
 
-def test_a_model_that_needs_more_steps_is_found_by_the_gap(painted):
-    def unfinished(pictures):
-        return np.clip(pictures + np.random.default_rng(3).normal(0, 0.06, pictures.shape), 0, 1)
+def test_other_pictures_altogether_are_found_by_drift(generated):
+    assert "drift" in ill(examined(generated, lambda p: p[::-1]))
 
-    assert "nfe_gap" in ill(examined(painted, lambda p: p, twice=unfinished))
+
+def test_a_model_that_needs_more_steps_is_found_by_the_gap(generated):
+    def unfinished(images):
+        return np.clip(images + np.random.default_rng(3).normal(0, 0.06, images.shape), 0, 1)
+
+    assert "nfe_gap" in ill(examined(generated, lambda p: p, twice=unfinished))
 
 
 @pytest.fixture(scope="module")
-def checkup(pocket, pocket_reader) -> tuple:
+def health_check(pocket, pocket_text_encoder) -> tuple:
     """A checkup of the pocket model, with its denoiser and painter."""
     cpu = torch.device("cpu")
-    denoiser, painter = pocket.load_denoiser(cpu, torch.float32), pocket.load_painter(cpu, torch.float32)
+    denoiser, vae = pocket.load_denoiser(cpu, torch.float32), pocket.load_vae(cpu, torch.float32)
 
     def schedule(nfe: int) -> Schedule:
         return pocket.schedule(nfe, *CELLS[1:])
 
-    context = pocket_reader.context(list(pocket.unrelated_prompts))
-    return Checkup(denoiser, painter, schedule, pocket.default_nfe, context, CELLS), denoiser, painter
+    context = pocket_text_encoder.context(list(pocket.unrelated_prompts))
+    return HealthCheck(denoiser, vae, schedule, pocket.default_nfe, context, CELLS), denoiser, vae
 
 
-def test_the_untouched_model_is_healthy_and_a_random_change_of_its_weights_is_not(checkup):
-    examination, denoiser, painter = checkup
-    assert examination.examine(denoiser, painter).healthy
+def test_the_untouched_model_is_healthy_and_a_random_change_of_its_weights_is_not(health_check):
+    examination, denoiser, vae = health_check
+    assert examination.examine(denoiser, vae).healthy
     shaken = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter += parameter.std().nan_to_num() * 0.3 * torch.randn(parameter.shape, generator=generator)
-    found = examination.examine(denoiser, painter)
+    found = examination.examine(denoiser, vae)
     denoiser.load_state_dict(shaken)
     assert not found.healthy
 
 
-def recipe_for(lesson: Path, output: Path, **changes: dict):
+def recipe_for(concept: Path, output: Path, **changes: dict):
     tree: dict = {
         "model": {"name_or_path": "pocket", "memory": "high"},
-        "data": {"folder": str(lesson)},
+        "data": {"folder": str(concept)},
         "method": {"name": "sft"},
         "lora": {"rank": 4},
         "train": {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-6},
@@ -120,11 +120,11 @@ def recipe_for(lesson: Path, output: Path, **changes: dict):
         "run_name": "watched",
     }
     return parse_recipe({key: tree.get(key, {}) | changes.get(key, {}) if key in changes else value
-                         for key, value in (tree | {k: {} for k in changes if k not in tree}).items()})  # fmt: skip
+                         for key, value in (tree | {k: {} for k in changes if k not in tree}).items()})
 
 
-def test_a_run_is_looked_at_and_its_last_healthy_lora_is_kept(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path)
+def test_a_run_is_looked_at_and_its_last_healthy_lora_is_kept(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path)
     for _ in train(recipe):
         pass
     rows = [json.loads(line) for line in (recipe.run_folder / "health.jsonl").read_text().splitlines()]
@@ -133,8 +133,8 @@ def test_a_run_is_looked_at_and_its_last_healthy_lora_is_kept(lesson, tmp_path):
     assert "Few-step health" in (recipe.run_folder / "report.html").read_text()
 
 
-def test_a_run_that_wants_to_stops_when_health_is_lost_with_exit_code_3(lesson, tmp_path, monkeypatch):
-    recipe = recipe_for(lesson, tmp_path, train={"max_steps": 40, "learning_rate": 0.3}, stop={"unhealthy": True})
+def test_a_run_that_wants_to_stops_when_health_is_lost_with_exit_code_3(concept, tmp_path, monkeypatch):
+    recipe = recipe_for(concept, tmp_path, train={"max_steps": 40, "learning_rate": 0.3}, stop={"unhealthy": True})
     recipe.save_as(tmp_path / "recipe.yaml")
     ended = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert ended.exit_code == 3, ended.output
@@ -142,8 +142,8 @@ def test_a_run_that_wants_to_stops_when_health_is_lost_with_exit_code_3(lesson, 
     assert (recipe.run_folder / "checkpoints" / "step-000002").is_dir()
 
 
-def test_health_can_be_turned_off(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, train={"max_steps": 1}, health={"every": 0})
+def test_health_can_be_turned_off(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, train={"max_steps": 1}, health={"every": 0})
     for _ in train(recipe):
         pass
     assert not (recipe.run_folder / "health.jsonl").exists()

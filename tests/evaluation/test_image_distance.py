@@ -8,9 +8,9 @@ from dopsd.evaluation.image_distance import distances, nearer
 
 @pytest.mark.parametrize("side", [48, 64])
 def test_small_pictures_are_compared_pixel_by_pixel(side):
-    pictures = np.random.default_rng(0).integers(256, size=(4, side, side, 3)).astype(np.uint8)
-    wanted = [np.linalg.norm((p.astype(float) - pictures[0]).ravel()) / np.sqrt(p.size) / 255 for p in pictures]
-    np.testing.assert_allclose(distances(pictures, pictures[0]), wanted, atol=1e-12)
+    images = np.random.default_rng(0).integers(256, size=(4, side, side, 3)).astype(np.uint8)
+    wanted = [np.linalg.norm((p.astype(float) - images[0]).ravel()) / np.sqrt(p.size) / 255 for p in images]
+    np.testing.assert_allclose(distances(images, images[0]), wanted, atol=1e-12)
 
 
 def test_large_pictures_are_compared_cell_by_cell_so_grain_does_not_count():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dopsd.config.recipe import parse_recipe
-from dopsd.pocket.benchmark import write_lesson
+from dopsd.pocket.benchmark import write_concept
 from dopsd.runs.train import train
 
 BROWSER = next(
@@ -30,7 +30,7 @@ LOOK = """<script>addEventListener("load", () => {
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of two steps, with previews, health and data."""
     folder = tmp_path_factory.mktemp("browser")
-    write_lesson(folder / "lesson", 1_000_100)
+    write_concept(folder / "lesson", 1_000_100)
     recipe = parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
@@ -50,7 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def browse(tmp_path: Path, page: Path, *options: str) -> subprocess.CompletedProcess:
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", *options, page.as_uri()]  # fmt: skip
+               "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", *options, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dopsd.cli.app import app
-from dopsd.data.prompts import read_questions
+from dopsd.data.prompts import read_prompts
 from dopsd.evaluation.prompt_writer import prompts_in, write_test_prompts
 
 GOOD = (
@@ -17,14 +17,14 @@ GOOD = (
 
 
 @pytest.fixture()
-def pictures(tmp_path: Path) -> list[tuple[Path, str]]:
+def images(tmp_path: Path) -> list[tuple[Path, str]]:
     (tmp_path / "data").mkdir()
     for name in "ab":
         Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / f"{name}.png")
     return [(tmp_path / "data" / f"{name}.png", "zib on a sofa") for name in "ab"]
 
 
-def test_each_picture_gives_a_rewrite_and_four_scenes_that_evaluate_reads(pictures, tmp_path):
+def test_each_picture_gives_a_rewrite_and_four_scenes_that_evaluate_reads(images, tmp_path):
     asked = []
 
     def ask(image: Image.Image, question: str) -> str:
@@ -32,22 +32,22 @@ def test_each_picture_gives_a_rewrite_and_four_scenes_that_evaluate_reads(pictur
         return GOOD
 
     file = tmp_path / "prompts.jsonl"
-    assert write_test_prompts(pictures, file, ask, "zib", "object", "dog") == 10
-    found = read_questions(file)
+    assert write_test_prompts(images, file, ask, "zib", "object", "dog") == 10
+    found = read_prompts(file)
     assert [q.kind for q in found[:5]] == ["rewrite", *["scene"] * 4]
-    assert found[5].target is not None and found[5].target.resolve() == pictures[1][0].resolve()
+    assert found[5].target is not None and found[5].target.resolve() == images[1][0].resolve()
     assert (
         found[1].prompt == "zib runs along a beach at noon" and found[1].scored_as == "dog runs along a beach at noon"
     )
     assert all("zib on a sofa" in question and "Never say what kind of thing zib is" in question for question in asked)
 
 
-def test_what_was_written_stays_and_is_not_asked_again(pictures, tmp_path):
+def test_what_was_written_stays_and_is_not_asked_again(images, tmp_path):
     file, answers = tmp_path / "prompts.jsonl", iter([GOOD, "I cannot see it", GOOD])
     with pytest.raises(ValueError, match=r"about b\.png is not five numbered prompts"):
-        write_test_prompts(pictures, file, lambda *_: next(answers), "zib", "object", "dog")
+        write_test_prompts(images, file, lambda *_: next(answers), "zib", "object", "dog")
     assert len(file.read_text().splitlines()) == 5
-    assert write_test_prompts(pictures, file, lambda *_: next(answers), "zib", "object", "dog") == 10
+    assert write_test_prompts(images, file, lambda *_: next(answers), "zib", "object", "dog") == 10
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_style_prompts_may_say_what_they_like():
     assert len(prompts_in(GOOD.replace("zib runs", "dogs of zib run"), "zib", None, "a.png")) == 5
 
 
-def test_a_model_that_does_not_keep_to_the_form_ends_the_command_with_a_sentence(pictures, vlm, tmp_path, monkeypatch):
+def test_a_model_that_does_not_keep_to_the_form_ends_the_command_with_a_sentence(images, vlm, tmp_path, monkeypatch):
     monkeypatch.setattr("dopsd.evaluation.prompt_writer.MOST_TOKENS", 8)
     (tmp_path / "data" / "a.txt").write_text("zib")
     (tmp_path / "data" / "b.txt").write_text("zib")

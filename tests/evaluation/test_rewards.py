@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dopsd.evaluation.metrics import MEASURES, find_measure
-from dopsd.evaluation.rewards import find_judge, load_judge
+from dopsd.evaluation.metrics import METRICS, find_metric
+from dopsd.evaluation.rewards import find_reward, load_reward
 from dopsd.pocket.world.captions import caption_of, stated_in, stated_of
 from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render
 
@@ -20,13 +20,13 @@ def one_colour(*colour: float) -> torch.Tensor:
 
 
 def test_the_redder_picture_is_preferred_by_red_and_the_brighter_by_bright():
-    pictures = torch.stack(
+    images = torch.stack(
         [one_colour(*c) for c in ((0, 1, 1), (0.2, 0.9, 0.9), (1, 1, 1), (0.9, 0.5, 0.3), (1, 0, 0))]
     )
-    red = load_judge("red", CPU)(pictures, ["a"] * 5)
+    red = load_reward("red", CPU)(images, ["a"] * 5)
     assert red.tolist() == sorted(red.tolist()) and red.dtype == torch.float32
     assert (red[0].item(), red[2].item(), red[4].item()) == (-1, 0, 1)
-    bright = load_judge("bright", CPU)(pictures, ["a"] * 5)
+    bright = load_reward("bright", CPU)(images, ["a"] * 5)
     assert bright.tolist() == pytest.approx([2 / 3, 2 / 3, 1, 1.7 / 3, 1 / 3])
 
 
@@ -39,13 +39,13 @@ def test_attributes_prefers_the_picture_that_shows_what_the_caption_says():
         scene.__class__(**(scene.__dict__ | {"colour": "blue"})),
         scene.__class__(**(scene.__dict__ | {"colour": "blue", "place": "right", "background": "paper"})),
     ]
-    pictures = torch.from_numpy(np.stack([render(each) for each in others])).permute(0, 3, 1, 2) / 255
-    judge = load_judge("attributes", CPU)
-    shown = judge(pictures, ["a big red star at the left on night"] * 3)
+    images = torch.from_numpy(np.stack([render(each) for each in others])).permute(0, 3, 1, 2) / 255
+    reward = load_reward("attributes", CPU)
+    shown = reward(images, ["a big red star at the left on night"] * 3)
     assert shown.tolist() == pytest.approx([1, 0.8, 0.4])
-    assert torch.isnan(judge(pictures[:1], ["a shape"])).all()
+    assert torch.isnan(reward(images[:1], ["a shape"])).all()
     with pytest.raises(ValueError, match="64 x 64"):
-        judge(pictures[..., :32], ["a red star"] * 3)
+        reward(images[..., :32], ["a red star"] * 3)
 
 
 def test_what_a_caption_states_is_read_back_from_it():
@@ -73,9 +73,9 @@ def second(pictures, prompts):
     return pictures[:, 0, 0, 0]
 """
     as_module(tmp_path, "my_judges", text, monkeypatch)
-    pictures = torch.rand(3, 3, 4, 4)
-    assert torch.equal(load_judge("my_judges:second", CPU)(pictures, ["a"] * 3), pictures[:, 0, 0, 0])
-    answer = load_judge("my_judges:Long", CPU)(pictures, ["a", "", "abc"])
+    images = torch.rand(3, 3, 4, 4)
+    assert torch.equal(load_reward("my_judges:second", CPU)(images, ["a"] * 3), images[:, 0, 0, 0])
+    answer = load_reward("my_judges:Long", CPU)(images, ["a", "", "abc"])
     assert answer.dtype == torch.float32 and answer[[0, 2]].tolist() == [2, 6] and torch.isnan(answer[1])
 
 
@@ -92,9 +92,9 @@ def second(pictures, prompts):
 )
 def test_an_answer_of_another_shape_or_kind_is_refused(answer, said, tmp_path, monkeypatch):
     as_module(tmp_path, "bad_judge", f"import torch\ndef judge(pictures, prompts):\n    return {answer}\n", monkeypatch)
-    judge = load_judge("bad_judge:judge", CPU)
+    reward = load_reward("bad_judge:judge", CPU)
     with pytest.raises(ValueError, match=said):
-        judge(torch.rand(3, 3, 4, 4), ["a"] * 3)
+        reward(torch.rand(3, 3, 4, 4), ["a"] * 3)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_an_answer_of_another_shape_or_kind_is_refused(answer, said, tmp_path, m
 )
 def test_a_name_that_leads_nowhere_is_one_sentence(name, said):
     with pytest.raises(ValueError, match=said):
-        find_judge(name)
+        find_reward(name)
 
 
 def test_a_measure_that_needs_a_target_is_no_judge(tmp_path):
     with pytest.raises(ValueError, match="dino compares with target pictures: it is a measure, and no judge"):
-        find_judge(f"dino={tmp_path}")
+        find_reward(f"dino={tmp_path}")
 
 
 def test_every_short_name_is_a_name_of_something():
-    for measure in MEASURES.values():
-        assert callable(find_measure(measure.made).made)
+    for metric in METRICS.values():
+        assert callable(find_metric(metric.made).made)

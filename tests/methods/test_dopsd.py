@@ -77,10 +77,10 @@ class Counted:
     """A velocity that counts its forwards, two more where a graph is asked for: what `forwards` promises."""
 
     def __init__(self, module):
-        self.module, self.units = module, 0
+        self.module, self.replicates = module, 0
 
     def __call__(self, z, t, context):
-        self.units += 3 if torch.is_grad_enabled() else 1
+        self.replicates += 3 if torch.is_grad_enabled() else 1
         return self.module(z, t, context)
 
 
@@ -93,7 +93,7 @@ def test_the_announced_cost_is_what_is_computed(states, loss_steps, guidance):
     without = lambda velocity: torch.no_grad()(velocity)  # noqa: E731
     data = batch(privileged=context(3), replay=context(4))
     list(method.losses(roles(student, without(teacher), without(base)), data, torch.Generator()))
-    assert student.units + teacher.units + base.units == method.forwards(4)
+    assert student.replicates + teacher.replicates + base.replicates == method.forwards(4)
 
 
 def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
@@ -160,12 +160,12 @@ def test_retention_is_measured_on_the_students_own_walk():
 
 def test_off_policy_states_are_the_noised_pictures():
     student, teacher, data = Plain(0), Plain(1), seeing()
-    visited = []
-    watched = lambda z, t, c: (visited.append(z), student(z, t, c))[1]  # noqa: E731
+    reached = []
+    watched = lambda z, t, c: (reached.append(z), student(z, t, c))[1]  # noqa: E731
     list(DOPSD(states="data").losses(roles(watched, teacher), data, torch.Generator().manual_seed(7)))
     rng = torch.Generator().manual_seed(7)
     torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
-    for z, t in zip(visited, TIMES, strict=False):
+    for z, t in zip(reached, TIMES, strict=False):
         noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
         torch.testing.assert_close(z, (1 - t) * data.latents + t * noise)
 
@@ -173,4 +173,4 @@ def test_off_policy_states_are_the_noised_pictures():
 @pytest.mark.parametrize(("steps", "why"), [(5, "at most 4"), ((0, 4), "0 to 3")])
 def test_steps_beyond_the_walk_are_refused(steps, why):
     with pytest.raises(ValueError, match=why):
-        DOPSD(loss_steps=steps).refuse_walk(4)
+        DOPSD(loss_steps=steps).refuse_nfe(4)

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from dopsd.diffusion.batch import Batch
-from dopsd.diffusion.rollout import walk
-from dopsd.evaluation.health import Checkup
-from dopsd.evaluation.rewards import load_judge
+from dopsd.diffusion.rollout import sample
+from dopsd.evaluation.health import HealthCheck
+from dopsd.evaluation.rewards import load_reward
 from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
 from dopsd.models.base import Family
-from dopsd.pocket.benchmark import unrelated, write_lesson
+from dopsd.pocket.benchmark import unrelated, write_concept
 from dopsd.pocket.world.captions import caption_of
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
@@ -26,38 +26,38 @@ UNSEEN = 10_000  # first index of the noise that only the judging draws
 
 
 @pytest.fixture(scope="module")
-def lesson_batch(pocket: Family, pocket_reader, tmp_path_factory) -> Batch:
+def concept_batch(pocket: Family, pocket_text_encoder, tmp_path_factory) -> Batch:
     """Two pictures of a thing, two of another as the rejected ones, two pictures of a class, two other prompts."""
     folder = tmp_path_factory.mktemp("lessons")
-    painter = pocket.load_painter(CPU, torch.float32)
+    vae = pocket.load_vae(CPU, torch.float32)
 
-    def lesson(seed: int):
-        write_lesson(folder / str(seed), seed, pictures=2)
+    def concept(seed: int):
+        write_concept(folder / str(seed), seed, images=2)
         images = [Image.open(folder / str(seed) / f"{i}.png").convert("RGB") for i in range(2)]
         texts = [(folder / str(seed) / f"{i}.txt").read_text().strip() for i in range(2)]
         with torch.no_grad():
-            return images, texts, painter.latents(torch.stack([to_pixels(image) for image in images]))
+            return images, texts, vae.latents(torch.stack([to_pixels(image) for image in images]))
 
-    images, texts, latents = lesson(1_000_200)
-    _, _, rejected = lesson(1_000_201)
-    context = pocket_reader.context(texts)
-    prior = Batch(rejected, pocket_reader.context(["a toy", "a toy"]), ("a toy",) * 2, torch.ones(2))
+    images, texts, latents = concept(1_000_200)
+    _, _, rejected = concept(1_000_201)
+    context = pocket_text_encoder.context(texts)
+    prior = Batch(rejected, pocket_text_encoder.context(["a toy", "a toy"]), ("a toy",) * 2, torch.ones(2))
     return Batch(
-        latents, context, tuple(texts), torch.ones(2), privileged=pocket_reader.context(texts, images),
-        rejected=rejected, prior=prior, replay=pocket_reader.context(["a green tree on beach", "a cyan tower"]),
-    )  # fmt: skip
+        latents, context, tuple(texts), torch.ones(2), privileged=pocket_text_encoder.context(texts, images),
+        rejected=rejected, prior=prior, replay=pocket_text_encoder.context(["a green tree on beach", "a cyan tower"]),
+    )
 
 
 def student_of(pocket: Family, method: Method, seed: int):
     denoiser = pocket.load_denoiser(CPU, torch.float32)
     student = add_lora(denoiser.network, pocket.lora_targets, rank=8, alpha=8, seed=seed)
     teacher = Teacher(student, method.decay)
-    painter = pocket.load_painter(CPU, torch.float32)
-    judge = load_judge("red", CPU)
+    vae = pocket.load_vae(CPU, torch.float32)
+    reward = load_reward("red", CPU)
 
     @torch.no_grad()
     def score(clean, prompts):
-        return judge((painter.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
+        return reward((vae.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
 
     parts = make_roles(
         denoiser, student, teacher, lambda nfe, h, w: pocket.schedule(nfe or pocket.default_nfe, h, w), score
@@ -100,49 +100,49 @@ CASES = [  # (method, steps, learning rate, number read, sign it moves in, least
 
 
 @pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
-def test_a_method_moves_its_own_objective(method, steps, rate, name, sign, least, pocket, lesson_batch):
-    before, after, _ = trained(pocket, method, lesson_batch, steps, rate, 0, name)
+def test_a_method_moves_its_own_objective(method, steps, rate, name, sign, least, pocket, concept_batch):
+    before, after, _ = trained(pocket, method, concept_batch, steps, rate, 0, name)
     assert sign * (after - before) > least, (before, after)
 
 
-def test_retention_is_exactly_0_before_the_first_step(pocket, lesson_batch):
+def test_retention_is_exactly_0_before_the_first_step(pocket, concept_batch):
     method = DOPSD(nfe=2, retention=1.0)
     _, _, parts = student_of(pocket, method, seed=0)
-    assert told(method, parts, lesson_batch, "retention") == 0
+    assert told(method, parts, concept_batch, "retention") == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
-def test_the_margins_hold_for_three_seeds(method, steps, rate, name, sign, least, pocket, lesson_batch):
+def test_the_margins_hold_for_three_seeds(method, steps, rate, name, sign, least, pocket, concept_batch):
     for seed in range(3):
-        before, after, _ = trained(pocket, method, lesson_batch, steps, rate, seed, name)
+        before, after, _ = trained(pocket, method, concept_batch, steps, rate, seed, name)
         assert sign * (after - before) > least, (seed, before, after)
 
 
 @pytest.mark.parametrize(
     ("seed", "steps"), [(0, 20), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in range(3))]
 )
-def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, steps, pocket, pocket_reader):
+def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, steps, pocket, pocket_text_encoder):
     """Judge `red`, on prompts that name all colours; health as a run's checkup measures it, on other prompts."""
     prompts = [caption_of(stated) for stated in unrelated(8, stream=9)]
-    side = pocket.resolution // pocket.cell
+    side = pocket.resolution // pocket.vae_scale_factor
     batch = Batch(
-        torch.zeros(8, pocket.channels, side, side), pocket_reader.context(prompts), tuple(prompts), torch.ones(8)
+        torch.zeros(8, pocket.channels, side, side), pocket_text_encoder.context(prompts), tuple(prompts), torch.ones(8)
     )
-    method = PSOOnline(judge="red", beta=100)
+    method = PSOOnline(reward="red", beta=100)
     *_, parts = trained(pocket, method, batch, steps, 2e-3, seed, "score")
     scores = {}
     for name, velocity in (("tuned", parts.student), ("base", parts.base)):
         noises = [torch.randn(batch.latents.shape, generator=generator_at(2, index)) for index in range(4)]
         schedule = parts.schedule(None, side, side)
-        ends = [walk(velocity, noise, schedule, batch.context) for noise in noises]
+        ends = [sample(velocity, noise, schedule, batch.context) for noise in noises]
         scores[name] = torch.cat([parts.score(end, prompts) for end in ends]).numpy()
     gain = scores["tuned"] - scores["base"]
     assert gain.mean() > 2 * gain.std() / np.sqrt(len(gain)), gain.mean()
-    context = pocket_reader.context(list(pocket.unrelated_prompts))
-    painter = pocket.load_painter(CPU, torch.float32)
-    checkup = Checkup(
-        parts.base, painter, lambda nfe: pocket.schedule(nfe, side, side), 4, context, (pocket.channels, side, side)
+    context = pocket_text_encoder.context(list(pocket.unrelated_prompts))
+    vae = pocket.load_vae(CPU, torch.float32)
+    health_check = HealthCheck(
+        parts.base, vae, lambda nfe: pocket.schedule(nfe, side, side), 4, context, (pocket.channels, side, side)
     )
-    found = checkup.examine(parts.student, painter)
+    found = health_check.examine(parts.student, vae)
     assert found.healthy, str(found)

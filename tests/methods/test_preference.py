@@ -34,8 +34,8 @@ def offline() -> Batch:
     return batch(rejected=latents(4))
 
 
-def redness(pictures: Tensor, prompts) -> Tensor:
-    return pictures[:, 0].mean((1, 2)).float()
+def redness(images: Tensor, prompts) -> Tensor:
+    return images[:, 0].mean((1, 2)).float()
 
 
 def every_method():
@@ -46,7 +46,7 @@ def every_method():
         pytest.param(PSO(beta=2, form="forward", weights="exact"), id="pso-forward-exact"),
         pytest.param(DPO(beta=2), id="dpo"),
         pytest.param(DPO(beta=2, times="own_steps", space="noise"), id="dpo-own-steps-noise"),
-        pytest.param(PSOOnline(beta=2, judge="red"), id="pso-online"),
+        pytest.param(PSOOnline(beta=2, reward="red"), id="pso-online"),
     ]
 
 
@@ -68,7 +68,7 @@ def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, nor
     rng = torch.Generator().manual_seed(7)
     r = math.sin(eta * math.pi / 2)
     draw = lambda: torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)  # noqa: E731
-    walked, painted = [], data.rejected
+    sample_in_chunks, generated = [], data.rejected
     if form == "rollout":
         z = draw()
         for k in range(4):
@@ -76,7 +76,7 @@ def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, nor
                 u = student(z, TIMES[k].expand(3), data.context)
             now, after = TIMES[k], TIMES[k + 1]
             if k == 3:
-                painted = z - now * u
+                generated = z - now * u
                 break
             fresh = draw()
             std = after * r
@@ -84,7 +84,7 @@ def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, nor
                 (1 - after) * (z - now * v) + after * math.sqrt(1 - r * r) * (z + (1 - now) * v)
             )
             z_next = mean_at(u) + std * fresh
-            walked.append((z, z_next, mean_at, std))
+            sample_in_chunks.append((z, z_next, mean_at, std))
             z = z_next
     slopes = [TIMES[k] * (1 - TIMES[k + 1]) - (1 - TIMES[k]) * TIMES[k + 1] * math.sqrt(1 - r * r) for k in range(3)]
     w = [(c**2 / (2 * (TIMES[k + 1] * r) ** 2)).item() for k, c in enumerate(slopes)]
@@ -96,15 +96,15 @@ def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, nor
         state = (1 - TIMES[k]) * data.latents + TIMES[k] * noise
         margin = margin - beta * w[k] * errors_of(student, base, state, t, data.context, noise - data.latents)
         if form == "rollout" and k < 3:
-            z, z_next, mean_at, std = walked[k]
+            z, z_next, mean_at, std = sample_in_chunks[k]
             # the log-density ratio itself, with the weight's own scale put back
             u, v = student(z, t, data.context), base(z, t, data.context).detach()
             ratio = (-((z_next - mean_at(u)) ** 2) + (z_next - mean_at(v)) ** 2).mean((1, 2, 3)) / (2 * std**2)
             own = (slopes[k] ** 2 / (2 * (TIMES[k + 1] * r) ** 2)).item()
             margin = margin - beta * (w[k] / own) * ratio
         else:
-            state = (1 - TIMES[k]) * painted + TIMES[k] * noise
-            margin = margin + beta * w[k] * errors_of(student, base, state, t, data.context, noise - painted)
+            state = (1 - TIMES[k]) * generated + TIMES[k] * noise
+            margin = margin + beta * w[k] * errors_of(student, base, state, t, data.context, noise - generated)
     return -(data.weight * logsigmoid(margin)).mean()
 
 
@@ -281,7 +281,7 @@ def test_invariant_7_one_margin_over_all_steps_is_below_the_mean_of_margins_of_e
     assert together.log["loss"].item() <= sum(alone) / 2
 
 
-@pytest.mark.parametrize("method", [DPO(), PSO(), PSO(form="forward"), PSOOnline(judge="red"), *SHIPPED])
+@pytest.mark.parametrize("method", [DPO(), PSO(), PSO(form="forward"), PSOOnline(reward="red"), *SHIPPED])
 def test_invariant_8_the_loser_pushes_in_every_shipped_recipe_and_by_default(method):
     """Gradient through the loser's terms alone, at the start, where the official customisation code has exactly 0."""
     student = Plain()
@@ -320,7 +320,7 @@ def test_invariant_13_a_walk_without_noise_is_refused_for_its_loser_would_have_n
     with pytest.raises(ValueError, match=r"greater than or equal to 0\.01"):
         PSO(eta=0)
     with pytest.raises(ValueError, match=r"greater than or equal to 0\.01"):
-        PSOOnline(judge="red", eta=0)
+        PSOOnline(reward="red", eta=0)
     student, z, t = Plain(), latents(3), TIMES[1].expand(3)
     own = student(z, t, context(2)).detach()  # what a deterministic walk would want of itself
     pair = [Term("loser", 0, z, t, own), Term("winner", 0, z, t, latents(5))]
@@ -336,7 +336,7 @@ def test_invariant_14_every_state_in_a_likelihood_drew_noise():
         assert found.pieces == pieces
         assert all(math.isfinite(value) for value in found.told.values())
     with pytest.raises(ValueError, match="only the last"):
-        PSO(last_step="left_out").refuse_walk(1)
+        PSO(last_step="left_out").refuse_nfe(1)
 
 
 def test_invariant_15_every_time_of_the_sampler_is_trained_and_no_other():
@@ -368,7 +368,7 @@ def test_invariant_18_the_forward_form_is_at_rest_where_the_data_is_the_models_o
     weight = torch.ones(rows, dtype=torch.float64)
     text = replace(context(2), tokens=context(2).tokens[:1].expand(rows, 5, 3), lengths=(5,) * rows)
 
-    def painted():
+    def generated():
         z = torch.randn(rows, 2, 4, 4, dtype=torch.float64, generator=rng)
         for now, after in pairwise(TIMES):
             with torch.no_grad():
@@ -379,7 +379,7 @@ def test_invariant_18_the_forward_form_is_at_rest_where_the_data_is_the_models_o
         """Squared length of the mean gradient of 40 batches over what chance gives it; about 1 where the mean is 0."""
         values = []
         for seed in range(40):
-            data = Batch(painted(), text, ("",) * rows, weight, rejected=painted())
+            data = Batch(generated(), text, ("",) * rows, weight, rejected=generated())
             student.zero_grad()
             for piece in method.losses(roles(student), data, torch.Generator().manual_seed(seed)):
                 piece.surrogate.backward()
@@ -396,15 +396,15 @@ def test_invariant_18_the_forward_form_is_at_rest_where_the_data_is_the_models_o
 
 def online(score, seed=7, student=None):
     student = student or Plain(0)
-    method = PSOOnline(judge="red", beta=2)
+    method = PSOOnline(reward="red", beta=2)
     return run(method, roles(student, base=Plain(1), score=score), batch(), student, seed)
 
 
 def test_invariant_19_any_rising_transform_of_the_score_gives_the_same_gradient():
     plain = online(redness)
-    bent = online(lambda pictures, prompts: redness(pictures, prompts).mul(3).exp() - 7)
+    bent = online(lambda images, prompts: redness(images, prompts).mul(3).exp() - 7)
     assert same(plain.gradients, bent.gradients)
-    turned = online(lambda pictures, prompts: -redness(pictures, prompts))
+    turned = online(lambda images, prompts: -redness(images, prompts))
     assert not same(plain.gradients, turned.gradients)
 
 
@@ -416,16 +416,16 @@ def test_invariant_19_the_higher_score_is_the_winner_for_every_step(monkeypatch)
         states.append(z)
         return student(z, t, text)
 
-    def watching(pictures, prompts):
-        ends.append(pictures)
-        return redness(pictures, prompts)
+    def watching(images, prompts):
+        ends.append(images)
+        return redness(images, prompts)
 
     def caught(parts, text, terms, *_, **__):
         handed.extend(terms)
         return ()
 
     monkeypatch.setattr("dopsd.methods.pso_online.pairwise_losses", caught)
-    method = PSOOnline(judge="red", stochastic_steps=(0, 1, 2))
+    method = PSOOnline(reward="red", stochastic_steps=(0, 1, 2))
     data = Batch(latents(1, 8), context(2, 8), ("a",) * 8, torch.ones(8))
     list(method.losses(roles(watched, score=watching), data, torch.Generator().manual_seed(3)))
     one, two = states[:4] + ends[:1], states[4:8] + ends[1:]
@@ -445,7 +445,7 @@ def test_invariant_19_the_higher_score_is_the_winner_for_every_step(monkeypatch)
 def test_online_steps_raise_the_score_on_walks_that_were_not_trained_on():
     student, rows = Plain(0), 64
     data = Batch(latents(1, rows), context(2, rows), ("a",) * rows, torch.ones(rows, dtype=torch.float64))
-    method, parts = PSOOnline(judge="red", beta=2), roles(student, base=Plain(0), score=redness)
+    method, parts = PSOOnline(reward="red", beta=2), roles(student, base=Plain(0), score=redness)
 
     def score() -> float:
         return sum(run(method, parts, data, student, seed=seed).told["score"] for seed in range(900, 908)) / 8
@@ -462,14 +462,14 @@ def test_online_steps_raise_the_score_on_walks_that_were_not_trained_on():
 def test_invariant_19_ties_and_missing_scores_drop_the_pair():
     calls = iter(range(2))
 
-    def some(pictures, prompts):
+    def some(images, prompts):
         first = next(calls) == 0
         return torch.tensor([0.5, float("nan"), 1.0]) if first else torch.tensor([0.5, 1.0, 2.0])
 
     found = online(some)
     assert found.told["pairs"] == 1
     for empty in (0.0, float("nan")):
-        nothing = online(lambda pictures, prompts, empty=empty: torch.full((3,), empty))
+        nothing = online(lambda images, prompts, empty=empty: torch.full((3,), empty))
         assert nothing.told["pairs"] == 0 and not any(gradient.any() for gradient in nothing.gradients)
 
 
@@ -477,11 +477,11 @@ def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_t
     """At student = base: advantages +-1, gradient of -mean(advantage * log density), written from the densities."""
     student, data, beta = Plain(0), batch(), 3.0
     data = replace(data, weight=torch.ones(3, dtype=torch.float64))
-    method = PSOOnline(judge="red", beta=beta, stochastic_steps=(1,))
+    method = PSOOnline(reward="red", beta=beta, stochastic_steps=(1,))
     mine = run(method, roles(student, base=Plain(0), score=redness), data, student)
     student.zero_grad()
     rng = torch.Generator().manual_seed(7)
-    walks = []
+    rollouts = []
     r = math.sin(0.25 * math.pi)
     start = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     bits = Random(7)
@@ -499,12 +499,12 @@ def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_t
                 z = went = mean + after * r * fresh
             else:
                 z = z + (after - now) * u
-        walks.append((state, went, redness(z, None).double()))
-    scores = torch.stack([score for *_, score in walks])
+        rollouts.append((state, went, redness(z, None).double()))
+    scores = torch.stack([score for *_, score in rollouts])
     advantages = (scores - scores.mean(0)) / scores.std(0, correction=0)
     now, after = TIMES[1], TIMES[2]
     objective = 0.0
-    for (state, went, _), advantage in zip(walks, advantages, strict=True):
+    for (state, went, _), advantage in zip(rollouts, advantages, strict=True):
         u = student(state, now.expand(3), data.context)
         mean = (1 - after) * clean_of(state, u, now) + after * math.sqrt(1 - r * r) * noise_of(state, u, now)
         log_density = -((went - mean) ** 2).mean((1, 2, 3)) / (2 * (after * r) ** 2)
@@ -526,7 +526,7 @@ def test_what_a_sampler_draws_by_itself_is_shared_by_the_two_walks(start, alike)
 
     renoising = Schedule(TIMES, (1.0, 1.0, 1.0, 0.0))
     parts = replace(roles(watched, score=redness), schedule=lambda nfe, h, w: renoising)
-    method = PSOOnline(judge="red", stochastic_steps=(2,), start=start)
+    method = PSOOnline(reward="red", stochastic_steps=(2,), start=start)
     next(iter(method.losses(parts, batch(), torch.Generator().manual_seed(7))))
     assert [torch.equal(one, other) for one, other in zip(states[:4], states[4:8], strict=True)] == alike
 

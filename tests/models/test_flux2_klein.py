@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from tiny_klein import TEXT, write_klein, write_vlm
 
 from dopsd.diffusion.batch import Batch
-from dopsd.diffusion.rollout import rollout, walk
+from dopsd.diffusion.rollout import rollout, sample as sample_rollout
 from dopsd.diffusion.sampling import noise_for
 from dopsd.methods import DOPSD
 from dopsd.models import load_family
-from dopsd.models.base import Sight
-from dopsd.models.flux2_klein import LAST_SUFFIX, SUFFIX, Flux2Klein, KleinReader
+from dopsd.models.base import TeacherVision
+from dopsd.models.flux2_klein import LAST_SUFFIX, SUFFIX, Flux2Klein, KleinTextEncoder
 from dopsd.models.lora import read_lora
 from dopsd.models.pipeline import sample
 from dopsd.training.adapters import add_lora, coverage
@@ -30,12 +30,12 @@ CPU = torch.device("cpu")
 PROMPTS = ["a star", "a big red heart at the left on night in striped style", "words unseen: kaleidoscope, zeppelin"]
 
 
-def noisy_picture(seed: int, width: int, height: int) -> Image.Image:
+def noisy_image(seed: int, width: int, height: int) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height))
 
 
-REFERENCES = [noisy_picture(1, 80, 130), noisy_picture(2, 150, 70)]  # neither a multiple of 16
+REFERENCES = [noisy_image(1, 80, 130), noisy_image(2, 150, 70)]  # neither a multiple of 16
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def klein(folder) -> Flux2Klein:
 
 
 @pytest.fixture(scope="module")
-def reader(klein) -> KleinReader:
-    return klein.load_reader(CPU, torch.float32, pictures=True)
+def text_encoder(klein) -> KleinTextEncoder:
+    return klein.load_text_encoder(CPU, torch.float32, images=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def pipeline(folder) -> Flux2KleinPipeline:
     return pipeline
 
 
-def painted_by(pipeline, noise: torch.Tensor, nfe: int = 4, **inputs) -> torch.Tensor:
+def generated_by(pipeline, noise: torch.Tensor, nfe: int = 4, **inputs) -> torch.Tensor:
     """The pipeline's last latents before it undoes the batch norm, in the house's shape."""
     seen = {}
 
@@ -77,13 +77,13 @@ def painted_by(pipeline, noise: torch.Tensor, nfe: int = 4, **inputs) -> torch.T
     pipeline(
         height=16 * height, width=16 * width, num_inference_steps=nfe, latents=noise.clone(), output_type="latent",
         callback_on_step_end=keep, **inputs,
-    )  # fmt: skip
+    )
     return seen["latents"].mT.reshape(noise.shape)
 
 
-def test_student_contexts_are_what_the_pipeline_feeds_padding_and_all(reader, pipeline):
+def test_student_contexts_are_what_the_pipeline_feeds_padding_and_all(text_encoder, pipeline):
     theirs, _ = pipeline.encode_prompt(list(PROMPTS))
-    mine = reader.context(PROMPTS)
+    mine = text_encoder.context(PROMPTS)
     assert mine.tokens.shape == theirs.shape == (3, 512, 48) and mine.lengths == (512,) * 3
     torch.testing.assert_close(mine.tokens, theirs, atol=2e-6, rtol=1e-5)
     assert theirs[:, -1].abs().max() > 0.1  # what stands on the padding is not nothing
@@ -92,19 +92,19 @@ def test_student_contexts_are_what_the_pipeline_feeds_padding_and_all(reader, pi
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (7, 3)])
 def test_same_latents_prompts_and_references_paint_what_the_pipeline_paints(
-    klein, reader, denoiser, pipeline, count, height, width
+    klein, text_encoder, denoiser, pipeline, count, height, width
 ):
     noise, shown = noise_for(range(3), klein.channels, height, width).start, REFERENCES[:count]
-    theirs = painted_by(pipeline, noise, prompt=list(PROMPTS), image=shown or None)
-    context = reader.context(PROMPTS, references=[shown] * 3 if shown else None)
-    mine = walk(denoiser, noise, klein.schedule(4, height, width), context)
+    theirs = generated_by(pipeline, noise, prompt=list(PROMPTS), image=shown or None)
+    context = text_encoder.context(PROMPTS, references=[shown] * 3 if shown else None)
+    mine = sample_rollout(denoiser, noise, klein.schedule(4, height, width), context)
     assert (theirs[0] - theirs[1]).abs().max() > 0.1
     assert (mine - theirs).abs().max() <= 1e-4
 
 
 def test_pictures_and_noise_are_the_pipelines(folder, pipeline, tmp_path):
-    for index, picture in enumerate(REFERENCES):
-        picture.save(tmp_path / f"{index}.png")
+    for index, image in enumerate(REFERENCES):
+        image.save(tmp_path / f"{index}.png")
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
     mine = sample(str(folder), PROMPTS[:1], seed=7, references=paths)[0]
     theirs = pipeline(
@@ -125,7 +125,7 @@ def test_training_visits_bitwise_the_pipelines_sigmas_at_every_size(klein, pipel
     source.retrieve_timesteps(theirs, nfe, None, sigmas=np.linspace(1.0, 1 / nfe, nfe), mu=mu)
     wanted = theirs.sigmas.clone()
     if height * width < 50:  # and, where it is cheap, after a whole call
-        painted_by(pipeline, torch.zeros(1, klein.channels, height, width), nfe=nfe, prompt="a star")
+        generated_by(pipeline, torch.zeros(1, klein.channels, height, width), nfe=nfe, prompt="a star")
         assert torch.equal(theirs.sigmas, wanted)
     assert torch.equal(klein.schedule(nfe, height, width).times, wanted)
 
@@ -136,14 +136,14 @@ def test_klein_walks_the_documented_times_at_1024(klein):
 
 
 def test_latents_are_those_that_the_pipeline_makes_of_a_reference_and_the_way_back_is_its_own(klein, pipeline):
-    painter = klein.load_painter(CPU, torch.float32)
+    vae = klein.load_vae(CPU, torch.float32)
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         theirs = pipeline._encode_vae_image(pixels, None)
-        torch.testing.assert_close(painter.latents(pixels), theirs, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(vae.latents(pixels), theirs, atol=1e-6, rtol=1e-5)
         std = torch.sqrt(pipeline.vae.bn.running_var + pipeline.vae.config.batch_norm_eps).view(1, -1, 1, 1)
         raw = pipeline._unpatchify_latents(theirs * std + pipeline.vae.bn.running_mean.view(1, -1, 1, 1))
-        torch.testing.assert_close(painter.pixels(theirs), pipeline.vae.decode(raw).sample, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(vae.pixels(theirs), pipeline.vae.decode(raw).sample, atol=1e-5, rtol=1e-4)
 
 
 def test_references_are_fitted_by_the_pipelines_rule(klein):
@@ -161,10 +161,10 @@ def test_references_are_fitted_by_the_pipelines_rule(klein):
         assert klein.reference_size((width, height)) == (found[0] // 16 * 16, found[1] // 16 * 16)
 
 
-def test_a_batch_of_other_prompts_does_not_change_a_picture(klein, reader, denoiser):
+def test_a_batch_of_other_prompts_does_not_change_a_picture(klein, text_encoder, denoiser):
     noise, schedule = noise_for(range(3), klein.channels, 4, 4).start, klein.schedule(4, 4, 4)
-    together = walk(denoiser, noise, schedule, reader.context(PROMPTS))
-    alone = walk(denoiser, noise[1:2], schedule, reader.context(PROMPTS[1:2]))
+    together = sample_rollout(denoiser, noise, schedule, text_encoder.context(PROMPTS))
+    alone = sample_rollout(denoiser, noise[1:2], schedule, text_encoder.context(PROMPTS[1:2]))
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -179,46 +179,46 @@ def test_lora_reaches_every_block_linear_of_both_sizes(size):
         network = Flux2Transformer2DModel(
             num_layers=doubles, num_single_layers=singles, num_attention_heads=heads, joint_attention_dim=width,
             guidance_embeds=False,
-        )  # fmt: skip
+        )
     reach = coverage(network, Flux2Klein.lora_targets, rank=32)
     assert (reach.adapted, reach.linears) == (linears, linears)
     assert reach.adapted_weights == reach.linear_weights
 
 
 @torch.no_grad()
-def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_picture(klein, reader, denoiser):
+def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_picture(klein, text_encoder, denoiser):
     z, t = noise_for([0, 1], klein.channels, 4, 4).start, torch.tensor([1.0, 0.9])
-    plain = reader.context(PROMPTS[:2])
-    seeing = reader.context(PROMPTS[:2], [noisy_picture(seed, 64, 64) for seed in (3, 4)])
+    plain = text_encoder.context(PROMPTS[:2])
+    seeing = text_encoder.context(PROMPTS[:2], [noisy_image(seed, 64, 64) for seed in (3, 4)])
     assert plain.layout == () and seeing.layout == (("reference_0", (klein.channels, 4, 4)),)
     assert (denoiser(z, t, seeing) - denoiser(z, t, plain)).abs().mean() > 0.05
-    suffixed = reader.context([f"{prompt} {SUFFIX}" for prompt in PROMPTS[:2]])
+    suffixed = text_encoder.context([f"{prompt} {SUFFIX}" for prompt in PROMPTS[:2]])
     assert torch.equal(seeing.tokens, suffixed.tokens)
     assert (denoiser(z, t, seeing) - denoiser(z, t, suffixed)).abs().mean() > 0.05  # by the picture, not the words
     without = replace(seeing, extras={})  # the same prompt, its picture taken away: nothing of it is left in the words
     assert torch.equal(denoiser(z, t, without), denoiser(z, t, suffixed))
-    assert torch.equal(denoiser(z, t, reader.context(PROMPTS[:2], references=[[], []])), denoiser(z, t, plain))
+    assert torch.equal(denoiser(z, t, text_encoder.context(PROMPTS[:2], references=[[], []])), denoiser(z, t, plain))
 
 
-def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(klein, reader):
-    target = noisy_picture(5, 96, 64)
-    seeing = reader.context(PROMPTS[:1], [target], [REFERENCES])
+def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(klein, text_encoder):
+    target = noisy_image(5, 96, 64)
+    seeing = text_encoder.context(PROMPTS[:1], [target], [REFERENCES])
     assert [shape for _, shape in seeing.layout] == [(16, 8, 5), (16, 4, 9), (16, 4, 6)]
-    latents = klein.load_painter(CPU, torch.float32).latents(reader._pixels(target, target.size)[None])
+    latents = klein.load_vae(CPU, torch.float32).latents(text_encoder._pixels(target, target.size)[None])
     torch.testing.assert_close(seeing.extras["reference_2"], latents)
-    assert torch.equal(seeing.tokens, reader.context([f"{PROMPTS[0]} {LAST_SUFFIX}"]).tokens)
+    assert torch.equal(seeing.tokens, text_encoder.context([f"{PROMPTS[0]} {LAST_SUFFIX}"]).tokens)
 
 
 def test_the_suffix_is_the_users_to_choose(folder):
     for suffix, told in (("as it is", "a star as it is"), ("", "a star")):
-        family = load_family(str(folder), sight=Sight(suffix=suffix))
+        family = load_family(str(folder), teacher_vision=TeacherVision(suffix=suffix))
         assert family.teachers_prompt("a star", False) == family.teachers_prompt("a star", True) == told
 
 
-def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teachers_picture(klein, reader):
+def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teachers_picture(klein, text_encoder):
     """With the roles that a run has. The student's own reference would get a gradient, if it asked for one."""
-    shown, target = noisy_picture(7, 64, 64), noisy_picture(6, 64, 64)
-    own, privileged = reader.context(PROMPTS[:1], None, [[shown]]), reader.context(PROMPTS[:1], [target], [[shown]])
+    shown, target = noisy_image(7, 64, 64), noisy_image(6, 64, 64)
+    own, privileged = text_encoder.context(PROMPTS[:1], None, [[shown]]), text_encoder.context(PROMPTS[:1], [target], [[shown]])
     mine, theirs = (
         {name: latents.clone().requires_grad_(True) for name, latents in each.extras.items()}
         for each in (own, privileged)
@@ -236,7 +236,7 @@ def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teache
     batch = Batch(
         torch.zeros(1, klein.channels, 4, 4), replace(own, extras=mine), tuple(PROMPTS[:1]), torch.ones(1),
         replace(privileged, extras=theirs),
-    )  # fmt: skip
+    )
     for piece in DOPSD().losses(replace(roles, student=watched), batch, torch.Generator().manual_seed(0)):
         piece.surrogate.backward()
     assert torch.equal(torch.stack(seen), klein.schedule(4, 4, 4).times[:-1])
@@ -245,19 +245,19 @@ def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teache
 
 
 @pytest.fixture(scope="module")
-def by_vlm(folder) -> KleinReader:
-    return load_family(str(folder), sight=Sight("vlm")).load_reader(CPU, torch.float32, pictures=True)
+def by_vlm(folder) -> KleinTextEncoder:
+    return load_family(str(folder), teacher_vision=TeacherVision("vlm")).load_text_encoder(CPU, torch.float32, images=True)
 
 
 @torch.no_grad()
-def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding(by_vlm, reader):
+def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding(by_vlm, text_encoder):
     assert by_vlm.text.text_gap == 0  # though the twin's own rotary base is another
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     context = by_vlm.context(PROMPTS[:1], [red])
     assert context.lengths == (512 + 16,) and context.layout == ()
     assert (context.tokens - by_vlm.context(PROMPTS[:1], [blue]).tokens).abs().max() > 1e-3
     # what precedes every picture is read as the text encoder reads it
-    torch.testing.assert_close(context.tokens[:, :2], reader.context([""]).tokens[:, :2], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(context.tokens[:, :2], text_encoder.context([""]).tokens[:, :2], atol=2e-6, rtol=1e-5)
     with_references = by_vlm.context(PROMPTS[:1], [red], [REFERENCES[:1]])
     assert torch.equal(with_references.tokens, context.tokens) and len(with_references.layout) == 1
 
@@ -273,14 +273,14 @@ def test_padding_beside_a_picture_stands_after_the_prompt_as_in_the_text_encoder
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, position_ids=places,
             output_hidden_states=True,
         )
-    )  # fmt: skip
+    )
     plain = text._states(text.encoder(**tokens, output_hidden_states=True))
     torch.testing.assert_close(seeing, plain, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_rows_of_several_lengths_are_not_mixed_with_padding(by_vlm, klein, denoiser):
-    short, long = (by_vlm.context(["a star"], [noisy_picture(1, side, side)]) for side in (64, 64))
+    short, long = (by_vlm.context(["a star"], [noisy_image(1, side, side)]) for side in (64, 64))
     long = replace(long, tokens=torch.cat([long.tokens, long.tokens[:, -5:]], dim=1), lengths=(long.lengths[0] + 5,))
     z, t = noise_for([0, 1], klein.channels, 4, 4).start, torch.tensor([1.0, 1.0])
     together = denoiser(z, t, type(short).stack([short, long]))
@@ -288,13 +288,13 @@ def test_rows_of_several_lengths_are_not_mixed_with_padding(by_vlm, klein, denoi
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("sight", [Sight("edit"), Sight("vlm")])
+@pytest.mark.parametrize("sight", [TeacherVision("edit"), TeacherVision("vlm")])
 @pytest.mark.parametrize("shown", [(), REFERENCES])
-def test_blank_contexts_have_the_shapes_of_real_ones(folder, reader, by_vlm, sight, shown):
-    family, real = load_family(str(folder), sight=sight), reader if sight.context == "edit" else by_vlm
+def test_blank_contexts_have_the_shapes_of_real_ones(folder, text_encoder, by_vlm, teacher_vision, shown):
+    family, real = load_family(str(folder), teacher_vision=teacher_vision), text_encoder if teacher_vision.context == "edit" else by_vlm
     rows = [list(shown)] * 2 if shown else None
     sizes = [[image.size for image in row] for row in rows] if rows else None
-    target = noisy_picture(5, 96, 64)
+    target = noisy_image(5, 96, 64)
     for images, seen in ((None, None), ([target] * 2, [target.size] * 2)):
         blank, wanted = family.blank_context(PROMPTS[:2], seen, sizes), real.context(PROMPTS[:2], images, rows)
         assert (blank.tokens.shape, blank.lengths, blank.layout) == (wanted.tokens.shape, wanted.lengths, wanted.layout)
@@ -312,22 +312,22 @@ def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_pat
 
 def test_a_vlm_that_reads_texts_otherwise_is_refused(tmp_path, folder):
     vlm = write_vlm(tmp_path / "vlm", TEXT | {"rms_norm_eps": 10.0})
-    family = load_family(str(folder), sight=Sight("vlm", str(vlm)))
+    family = load_family(str(folder), teacher_vision=TeacherVision("vlm", str(vlm)))
     with pytest.raises(ValueError, match="reads a text without a picture otherwise than the checkpoint's text encoder"):
-        family.load_reader(CPU, torch.float32, pictures=True)
+        family.load_text_encoder(CPU, torch.float32, images=True)
 
 
 def test_a_vlm_of_another_size_is_refused(tmp_path, folder):
     vlm = write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30})
-    family = load_family(str(folder), sight=Sight("vlm", str(vlm)))
+    family = load_family(str(folder), teacher_vision=TeacherVision("vlm", str(vlm)))
     with pytest.raises(ValueError, match=r"text encoder: num_hidden_layers 30, not 28\. Set model\.vlm"):
         family.count_tokens(PROMPTS, [(64, 64)] * len(PROMPTS))
     with pytest.raises(ValueError, match=r"does not match the checkpoint's text encoder in layers\.28.*model\.vlm"):
-        family.load_reader(CPU, torch.float32, pictures=True)
+        family.load_text_encoder(CPU, torch.float32, images=True)
 
 
-def test_a_caption_over_the_limit_is_said_not_cut(klein, reader):
-    for refuse in (lambda: reader.context(["star " * 600]), lambda: klein.count_tokens(["star " * 600])):
+def test_a_caption_over_the_limit_is_said_not_cut(klein, text_encoder):
+    for refuse in (lambda: text_encoder.context(["star " * 600]), lambda: klein.count_tokens(["star " * 600])):
         with pytest.raises(ValueError, match="the limit is 512"):
             refuse()
 
@@ -348,7 +348,7 @@ def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(klein, tmp_pa
     prefix, down, up, alpha = FORMS[form]
     generator, wanted, tensors = torch.Generator().manual_seed(0), {}, {}
     for module in ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.1.ff.linear_in",
-                   "single_transformer_blocks.2.attn.to_out"):  # fmt: skip
+                   "single_transformer_blocks.2.attn.to_out"):
         a, b = torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
         wanted[module] = b @ a * 2
         tensors |= {f"{prefix}{module}.{down}.weight": a, f"{prefix}{module}.{up}.weight": b if alpha else b * 2}
@@ -360,12 +360,12 @@ def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(klein, tmp_pa
         torch.testing.assert_close(found[module][1] @ found[module][0], delta)
 
 
-def test_another_way_of_seeing_is_another_key_in_the_cache(reader, by_vlm, folder):
-    other = load_family(str(folder), sight=Sight(suffix="as it is")).load_reader(CPU, torch.float32, pictures=True)
-    assert len({reader.fingerprint, by_vlm.fingerprint, other.fingerprint}) == 3
+def test_another_way_of_seeing_is_another_key_in_the_cache(text_encoder, by_vlm, folder):
+    other = load_family(str(folder), teacher_vision=TeacherVision(suffix="as it is")).load_text_encoder(CPU, torch.float32, images=True)
+    assert len({text_encoder.fingerprint, by_vlm.fingerprint, other.fingerprint}) == 3
 
 
-def test_the_walk_takes_four_forwards(klein, reader):
-    visits = list(rollout(lambda z, t, c: z, noise_for([0], 16, 4, 4).start, klein.schedule(klein.default_nfe, 4, 4),
-                          reader.context(PROMPTS[:1])))  # fmt: skip
-    assert len(visits) == 4
+def test_the_walk_takes_four_forwards(klein, text_encoder):
+    states = list(rollout(lambda z, t, c: z, noise_for([0], 16, 4, 4).start, klein.schedule(klein.default_nfe, 4, 4),
+                          text_encoder.context(PROMPTS[:1])))
+    assert len(states) == 4

@@ -41,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
             known = rest[1] in ("main", COMMIT)
             about = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
             self.answer(200 if known else 404, json.dumps(about).encode(), {} if known else
-                        {"X-Error-Code": "RevisionNotFound"})  # fmt: skip
+                        {"X-Error-Code": "RevisionNotFound"})
         elif rest[:1] == ["tree"]:
             tree = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": _oid(p)} for n, p in FILES.items()]
             self.answer(200, json.dumps(tree).encode(), {})
@@ -87,7 +87,7 @@ def run(code: str, home: Path, endpoint: str, **environment: str) -> str:
     """What a process of its own prints: the hub's client reads its settings when it is imported."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
-                          env=os.environ | settings | environment, check=False)  # fmt: skip
+                          env=os.environ | settings | environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -120,10 +120,10 @@ def test_a_hub_id_is_opened_by_its_configs_and_its_weights_come_when_they_are_ne
 
 def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
     cases = [("gated/model", None), ("missing/model", None), ("tiny/zimage", "v9"), ("broken/model", None),
-             ("no name/at all", None), ("tiny/zimage/x", None)]  # fmt: skip
+             ("no name/at all", None), ("tiny/zimage/x", None)]
     lines = run(OPEN.format(cases=cases), tmp_path, hub[0]).splitlines()
     wanted = ["gated: accept its licence", "neither a local folder nor a repository", "has no revision v9",
-              "could not be reached", "nor a name that the hub could have", "does not exist"]  # fmt: skip
+              "could not be reached", "nor a name that the hub could have", "does not exist"]
     assert len(lines) == len(wanted)
     for line, words in zip(lines, wanted, strict=True):
         assert words in line
@@ -142,7 +142,7 @@ for name in ("tiny/zimage/vae/diffusion_pytorch_model.safetensors", "tiny/zimage
 """
     lines = run(code, tmp_path, endpoint).splitlines()
     wanted = ["None", "there is no lora.safetensors in tiny/zimage", "there is no lora.safetensors in missing/model",
-              "gated: accept its licence", "./lora.safetensors does not exist"]  # fmt: skip
+              "gated: accept its licence", "./lora.safetensors does not exist"]
     assert len(lines) == len(wanted) and not asked
     for line, words in zip(lines, wanted, strict=True):
         assert words in line

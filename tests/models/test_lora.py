@@ -19,7 +19,7 @@ from dopsd.models.pipeline import sample_latents
 from dopsd.runs.train import train
 
 MODULES = {"layers.0.attention.to_q": (128, 128), "layers.3.attention.to_out.0": (128, 128),
-           "noise_refiner.0.feed_forward.w1": (341, 128), "context_refiner.0.attention.to_k": (128, 128)}  # fmt: skip
+           "noise_refiner.0.feed_forward.w1": (341, 128), "context_refiner.0.attention.to_k": (128, 128)}
 RANK, ALPHA = 4, 8
 
 
@@ -47,7 +47,7 @@ def kohya_names():
     for name, (a, b) in deltas().items():
         path = "lora_unet_" + name.replace(".", "_")
         tensors |= {f"{path}.lora_down.weight": a.clone(), f"{path}.lora_up.weight": b.clone(),
-                    f"{path}.alpha": torch.tensor(float(ALPHA))}  # fmt: skip
+                    f"{path}.alpha": torch.tensor(float(ALPHA))}
     return tensors
 
 
@@ -98,7 +98,7 @@ def test_inspect_knows_family_rank_and_form_of_every_public_form(file, request):
     lines = dict(inspect_lora(file).lines)
     assert (lines["family"], lines["rank"], lines["modules"]) == ("zimage", str(RANK), str(len(MODULES)))
     expected = {"ours": "strength 1", "scale in the metadata": "strength 1", "with alpha": "error",
-                "bare names": "nothing is loaded, in silence", "raw PEFT": "nothing is loaded, in silence"}  # fmt: skip
+                "bare names": "nothing is loaded, in silence", "raw PEFT": "nothing is loaded, in silence"}
     form = request.node.callspec.params["file"]
     assert lines["diffusers"] == expected.get(form, "strength 1")
 
@@ -125,7 +125,7 @@ BAD = {
     "of another size": (
         foreign({f"transformer.layers.0.attention.to_q.lora_{m}.weight": t for m, t in
                  (("A", torch.ones(4, 64)), ("B", B))}), "as 128 x 64; here it is"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -138,11 +138,11 @@ def test_a_file_that_does_not_fit_is_refused_with_a_sentence(fault, pocket, tmp_
         merge_lora(network, path, pocket)
 
 
-def recipe_from(lesson: Path, output: Path, name: str, **lora):
+def recipe_from(concept: Path, output: Path, name: str, **lora):
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": "sft"},
             "lora": {"rank": 4} | lora,
             "train": {"max_steps": 1, "learning_rate": 1e-9},
@@ -159,11 +159,11 @@ def finish(recipe) -> Path:
     return recipe.run_folder / f"{recipe.run_name}.safetensors"
 
 
-def test_training_goes_on_from_a_lora_file_whatever_the_alpha(lesson, tmp_path, pocket):
-    first = recipe_from(lesson, tmp_path, "first")
+def test_training_goes_on_from_a_lora_file_whatever_the_alpha(concept, tmp_path, pocket):
+    first = recipe_from(concept, tmp_path, "first")
     first = parse_recipe(first.model_dump() | {"train": first.train.model_dump() | {"learning_rate": 0.01}})
     start = finish(first)
-    again = finish(recipe_from(lesson, tmp_path, "second", init_from=str(start), alpha=2))
+    again = finish(recipe_from(concept, tmp_path, "second", init_from=str(start), alpha=2))
     left, right = read_lora(start, pocket), read_lora(again, pocket)
     for module, (a, b) in left.items():
         assert b.any()
@@ -171,8 +171,8 @@ def test_training_goes_on_from_a_lora_file_whatever_the_alpha(lesson, tmp_path, 
     assert "parent_adapter_sha256" in dict(inspect_lora(again).lines)
 
 
-def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(lesson, tmp_path, pocket):
-    recipe = recipe_from(lesson, tmp_path, "first")
+def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(concept, tmp_path, pocket):
+    recipe = recipe_from(concept, tmp_path, "first")
     file = finish(parse_recipe(recipe.model_dump() | {"train": recipe.train.model_dump() | {"learning_rate": 0.01}}))
     fuse("pocket", file, tmp_path / "fused", strength=0.5)
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "fused", torch_dtype=torch.float32)
@@ -182,16 +182,16 @@ def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(lesson, tm
     found = pipeline(
         "a big red star", height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.start,
         output_type="latent",
-    ).images  # fmt: skip
+    ).images
     assert (wanted - untuned).abs().max() > 0.01
     torch.testing.assert_close(found.float(), wanted, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="exists and is not overwritten"):
         fuse("pocket", file, tmp_path / "fused")
 
 
-def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_machine(lesson, tmp_path):
-    recipe = recipe_from(lesson, tmp_path, "first")
-    recipe = parse_recipe(recipe.model_dump() | {"data": {"folder": str(lesson), "trigger": "zib"}})
+def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_machine(concept, tmp_path):
+    recipe = recipe_from(concept, tmp_path, "first")
+    recipe = parse_recipe(recipe.model_dump() | {"data": {"folder": str(concept), "trigger": "zib"}})
     file = finish(recipe)
     text = (recipe.run_folder / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
@@ -200,16 +200,16 @@ def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_
     assert len(files) == 9 and all((recipe.run_folder / name).is_file() for name in files)
     assert str(tmp_path) not in text
     said = dict(inspect_lora(file).lines)
-    assert said["data_sha256"] in text and said["pictures"] == "4"
+    assert said["data_sha256"] in text and said["images"] == "4"
 
 
-def test_a_lora_of_another_rank_is_no_start(lesson, tmp_path):
-    start = finish(recipe_from(lesson, tmp_path, "first"))
+def test_a_lora_of_another_rank_is_no_start(concept, tmp_path):
+    start = finish(recipe_from(concept, tmp_path, "first"))
     with pytest.raises(ValueError, match=r"has rank 4, this recipe 8: set lora\.rank: 4"):
-        finish(recipe_from(lesson, tmp_path, "second", init_from=str(start), rank=8))
+        finish(recipe_from(concept, tmp_path, "second", init_from=str(start), rank=8))
 
 
-def test_a_lora_of_other_modules_is_no_start(lesson, tmp_path):
-    start = finish(recipe_from(lesson, tmp_path, "first"))
+def test_a_lora_of_other_modules_is_no_start(concept, tmp_path):
+    start = finish(recipe_from(concept, tmp_path, "first"))
     with pytest.raises(ValueError, match="adapts other modules"):
-        finish(recipe_from(lesson, tmp_path, "second", init_from=str(start), targets=r"layers\.\d+\.attention\.to_q"))
+        finish(recipe_from(concept, tmp_path, "second", init_from=str(start), targets=r"layers\.\d+\.attention\.to_q"))

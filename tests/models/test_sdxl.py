@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dopsd.cli.app import app
 from dopsd.config.recipe import parse_recipe
-from dopsd.diffusion.rollout import rollout, walk
+from dopsd.diffusion.rollout import rollout, sample as sample_rollout
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
 from dopsd.models.folder import fuse
@@ -41,13 +41,13 @@ def pipeline_of(folder: Path) -> StableDiffusionXLPipeline:
     return pipeline
 
 
-def painted(pipeline: StableDiffusionXLPipeline, nfe: int, width: int, height: int, **more) -> torch.Tensor:
+def generated(pipeline: StableDiffusionXLPipeline, nfe: int, width: int, height: int, **more) -> torch.Tensor:
     renoising = isinstance(pipeline.scheduler, LCMScheduler)
     steps = {"timesteps": DMD2_TIMESTEPS[nfe]} if renoising else {"num_inference_steps": nfe}
     return pipeline(
         list(PROMPTS), height=height, width=width, guidance_scale=0.0, output_type="latent", return_dict=False,
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))], **steps, **more,
-    )[0]  # fmt: skip
+    )[0]
 
 
 @pytest.fixture(scope="module", params=["turbo", "dmd2"])
@@ -72,7 +72,7 @@ def pipeline(folder):
 
 def test_contexts_are_what_the_pipeline_feeds(family, pipeline):
     tokens, _, pooled, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    mine = family.load_reader(CPU, torch.float32, pictures=False).context(PROMPTS)
+    mine = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS)
     assert torch.equal(mine.tokens, tokens) and torch.equal(mine.extras["pooled"], pooled)
     blank = family.blank_context(PROMPTS)
     assert (blank.tokens.shape, blank.layout, blank.lengths) == (mine.tokens.shape, mine.layout, mine.lengths)
@@ -80,9 +80,9 @@ def test_contexts_are_what_the_pipeline_feeds(family, pipeline):
 
 @pytest.mark.parametrize(("nfe", "width", "height"), [(1, 64, 64), (4, 64, 64), (4, 96, 64), (4, 64, 128)])
 def test_same_prompts_and_seeds_paint_what_the_pipeline_paints(family, pipeline, nfe, width, height):
-    noise = noise_for(range(3), family.channels, height // family.cell, width // family.cell)
+    noise = noise_for(range(3), family.channels, height // family.vae_scale_factor, width // family.vae_scale_factor)
     mine = sample_latents(family, PROMPTS, noise, nfe=nfe)
-    assert (mine - painted(pipeline, nfe, width, height)).abs().max() <= 1e-4
+    assert (mine - generated(pipeline, nfe, width, height)).abs().max() <= 1e-4
 
 
 def test_pictures_are_the_pipelines_pictures(folder, pipeline, kind):
@@ -95,15 +95,15 @@ def test_pictures_are_the_pipelines_pictures(folder, pipeline, kind):
 @pytest.mark.parametrize(("nfe", "height", "width"), [(4, 8, 8), (4, 16, 8), (1, 8, 12)])
 def test_training_visits_bitwise_the_pipelines_sigmas_and_timesteps(family, pipeline, nfe, height, width):
     denoiser = family.load_denoiser(CPU, torch.float32)
-    context = family.load_reader(CPU, torch.float32, pictures=False).context(PROMPTS)
+    context = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS)
     mine, theirs = [], []
     times = []
     for network, seen in ((denoiser.network, mine), (pipeline.unet, theirs)):
         network.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1].float().max()))
     noise = noise_for(range(3), family.channels, height, width)
-    for visit in rollout(denoiser, noise.start, family.schedule(nfe, height, width), context, torch.Generator()):
-        times.append(visit.step.now)
-    painted(pipeline, nfe, width * family.cell, height * family.cell)
+    for state in rollout(denoiser, noise.start, family.schedule(nfe, height, width), context, torch.Generator()):
+        times.append(state.step.now)
+    generated(pipeline, nfe, width * family.vae_scale_factor, height * family.vae_scale_factor)
     pipeline.unet._forward_pre_hooks.clear()
     assert torch.equal(torch.stack(mine), torch.stack(theirs))
     if isinstance(pipeline.scheduler, LCMScheduler):  # which keeps no sigmas
@@ -125,29 +125,29 @@ def test_between_the_samplers_times_timesteps_are_in_proportion(family):
 def test_the_velocity_says_the_noise_that_the_unet_says(family):
     """Where x = clean + sigma noise, the UNet reads x / sqrt(1 + sigma^2) and answers the noise."""
     denoiser = family.load_denoiser(CPU, torch.float32)
-    context = family.load_reader(CPU, torch.float32, pictures=False).context(PROMPTS[:1])
+    context = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS[:1])
     z, t = torch.randn(1, 4, 8, 8), denoiser.times[[500]]
     sigma = (t / (1 - t)).item()
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64.0]])
     noise = denoiser.network(
         z * (1 + sigma) / (1 + sigma**2) ** 0.5, torch.tensor(500), context.tokens,
         added_cond_kwargs={"text_embeds": context.extras["pooled"], "time_ids": sizes}, return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     velocity = denoiser(z, t, context)
     torch.testing.assert_close(z + (1 - t) * velocity, noise, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_of_other_captions_does_not_change_a_picture_and_its_own_caption_does(family):
-    reader, denoiser = family.load_reader(CPU, torch.float32, pictures=False), family.load_denoiser(CPU, torch.float32)
+    text_encoder, denoiser = family.load_text_encoder(CPU, torch.float32, images=False), family.load_denoiser(CPU, torch.float32)
     noise, schedule = noise_for(range(3), family.channels, 8, 8), family.schedule(4, 8, 8)
 
-    def walked(rows: slice, prompts: list[str]) -> torch.Tensor:
+    def sample_in_chunks(rows: slice, prompts: list[str]) -> torch.Tensor:
         z, generators = noise[rows].draw()
-        return walk(denoiser, z, schedule, reader.context(prompts), generators)
+        return sample_rollout(denoiser, z, schedule, text_encoder.context(prompts), generators)
 
-    together, alone = walked(slice(0, 3), PROMPTS), walked(slice(1, 2), PROMPTS[1:2])
+    together, alone = sample_in_chunks(slice(0, 3), PROMPTS), sample_in_chunks(slice(1, 2), PROMPTS[1:2])
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
-    assert (walked(slice(1, 2), PROMPTS[2:]) - alone).abs().max() > 1e-3
+    assert (sample_in_chunks(slice(1, 2), PROMPTS[2:]) - alone).abs().max() > 1e-3
 
 
 def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_unet(sdxl, dmd2_lora, tmp_path):
@@ -166,10 +166,10 @@ def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_
         family = load_family(str(base), distilled_by=str(file))
         assert family.distilled and family.default_nfe == 4
         mine = sample_latents(family, PROMPTS, noise_for(range(3), 4, 8, 8))
-        theirs = painted(pipeline, 4, 64, 64)
+        theirs = generated(pipeline, 4, 64, 64)
         assert (mine - theirs).abs().max() <= 1e-4
-        untouched = sample_latents(load_family(str(sdxl("dmd2"))), PROMPTS, noise_for(range(3), 4, 8, 8))
-        assert (mine - untouched).abs().max() > 0.01, "the file did nothing, so the comparison would prove nothing"
+        base_tensors = sample_latents(load_family(str(sdxl("dmd2"))), PROMPTS, noise_for(range(3), 4, 8, 8))
+        assert (mine - base_tensors).abs().max() > 0.01, "the file did nothing, so the comparison would prove nothing"
 
 
 def test_lora_targets_reach_every_linear_of_the_transformers_and_no_name_is_lost_in_kohyas_form(family):
@@ -268,10 +268,10 @@ def test_a_checkpoint_in_half_precision_alone_paints_the_same_and_is_fused_whole
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "fused")
 
 
-def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_lora, lesson):
+def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_lora, concept):
     def opened(**more):
         model = {"name_or_path": str(sdxl("base")), **more}
-        tree = {"model": model, "data": {"folder": str(lesson)}, "method": {"name": "sft"}, "run_name": "x"}
+        tree = {"model": model, "data": {"folder": str(concept)}, "method": {"name": "sft"}, "run_name": "x"}
         return open_family(parse_recipe(tree))
 
     with pytest.raises(ValueError, match="is a many-step base model"):
@@ -280,18 +280,18 @@ def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_
     assert opened(distilled_by=str(dmd2_lora)).distilled
 
 
-def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(sdxl, dmd2_lora, lesson, tmp_path, monkeypatch):
+def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(sdxl, dmd2_lora, concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, turbo, edited = str(sdxl("base")), str(sdxl("turbo")), tmp_path / "edited"
-    shutil.copytree(lesson, edited)
+    shutil.copytree(concept, edited)
     rows = [{"target": path.name, "references": [path.name], "text": "a toy"} for path in edited.glob("*.png")]
     (edited / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cases = (
-        ({"name_or_path": base}, lesson, "sft", "many-step base model"),
+        ({"name_or_path": base}, concept, "sft", "many-step base model"),
         ({"name_or_path": turbo}, edited, "sft", "sdxl edits none"),
-        ({"name_or_path": turbo}, lesson, "dopsd", "read no picture"),
-        ({"name_or_path": turbo, "distilled_by": str(dmd2_lora)}, lesson, "sft", "is a few-step model already"),
-        ({"name_or_path": base, "distilled_by": "unet.bin"}, lesson, "sft", "`dopsd import` turns a .bin into one"),
+        ({"name_or_path": turbo}, concept, "dopsd", "read no picture"),
+        ({"name_or_path": turbo, "distilled_by": str(dmd2_lora)}, concept, "sft", "is a few-step model already"),
+        ({"name_or_path": base, "distilled_by": "unet.bin"}, concept, "sft", "`dopsd import` turns a .bin into one"),
     )
     for model, folder, method, words in cases:
         tree = {"model": model, "data": {"folder": str(folder)}, "method": {"name": method}}
@@ -306,7 +306,7 @@ def test_a_caption_over_the_limit_is_said_not_cut(family):
     with pytest.raises(ValueError, match="makes 82 tokens; the limit is 77"):
         family.count_tokens(["i" + " i" * 79])
     with pytest.raises(ValueError, match="the limit is 77"):
-        family.load_reader(CPU, torch.float32, pictures=False).context(["i" + " i" * 79])
+        family.load_text_encoder(CPU, torch.float32, images=False).context(["i" + " i" * 79])
 
 
 def test_a_walk_of_no_steps_is_refused(family):
@@ -337,14 +337,14 @@ torch.save(picture, target)
 
 
 @pytest.mark.parametrize("kind", ["turbo", "base and a LoRA"])
-def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(kind, sdxl, dmd2_lora, lesson, tmp_path):
+def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(kind, sdxl, dmd2_lora, concept, tmp_path):
     model = {"name_or_path": str(sdxl("turbo"))}
     if kind != "turbo":
         model = {"name_or_path": str(sdxl("base")), "distilled_by": str(dmd2_lora)}
     recipe = parse_recipe(
         {
             "model": model,
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": "sft", "space": "noise"},
             "lora": {"rank": 2, "alpha": 4},
             "train": {"max_steps": 3, "learning_rate": 0.02},

@@ -10,12 +10,12 @@ from diffusers import ZImagePipeline
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLModel
 
-from dopsd.diffusion.rollout import rollout, walk
-from dopsd.diffusion.sampling import noise_for, paint
+from dopsd.diffusion.rollout import rollout, sample as sample_rollout
+from dopsd.diffusion.sampling import noise_for, generate
 from dopsd.models import load_family
-from dopsd.models.base import Sight
+from dopsd.models.base import TeacherVision
 from dopsd.models.pipeline import sample, sample_latents
-from dopsd.models.qwen3 import transplant, with_picture
+from dopsd.models.qwen3 import transplant, with_image
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -32,20 +32,20 @@ def pipeline(pocket) -> ZImagePipeline:
     return pipeline
 
 
-def test_student_contexts_are_what_the_pipeline_feeds(pocket_reader, pipeline):
+def test_student_contexts_are_what_the_pipeline_feeds(pocket_text_encoder, pipeline):
     theirs, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    mine = pocket_reader.context(PROMPTS)
+    mine = pocket_text_encoder.context(PROMPTS)
     for index, row in enumerate(theirs):
         torch.testing.assert_close(mine.row(index).tokens[0], row, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("nfe", "width", "height"), [(4, 64, 64), (8, 64, 64), (4, 96, 48), (8, 48, 96)])
 def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pipeline, nfe, width, height):
-    noise = noise_for(range(3), pocket.channels, height // pocket.cell, width // pocket.cell)
+    noise = noise_for(range(3), pocket.channels, height // pocket.vae_scale_factor, width // pocket.vae_scale_factor)
     theirs = pipeline(
         list(PROMPTS), height=height, width=width, num_inference_steps=nfe, guidance_scale=0.0,
         latents=noise.start, output_type="latent", return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     mine = sample_latents(pocket, PROMPTS, noise, nfe=nfe)
     assert (mine - theirs).abs().max() <= 1e-4
 
@@ -62,20 +62,20 @@ def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
 
 @pytest.mark.parametrize("nfe", [1, 4, 8])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 12)])
-def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_reader, nfe, height, width):
+def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_text_encoder, nfe, height, width):
     seen = []
 
     def velocity(z, t, context):
         seen.append(t[0].clone())
         return torch.zeros_like(z)
 
-    context = pocket_reader.context(PROMPTS[:1])
+    context = pocket_text_encoder.context(PROMPTS[:1])
     noise = noise_for([0], pocket.channels, height, width).start
     list(rollout(velocity, noise, pocket.schedule(nfe, height, width), context))
     pipeline(
-        PROMPTS[0], height=height * pocket.cell, width=width * pocket.cell, num_inference_steps=nfe,
+        PROMPTS[0], height=height * pocket.vae_scale_factor, width=width * pocket.vae_scale_factor, num_inference_steps=nfe,
         guidance_scale=0.0, output_type="latent",
-    )  # fmt: skip
+    )
     assert torch.equal(torch.stack(seen), pipeline.scheduler.sigmas[:-1])
 
 
@@ -88,22 +88,22 @@ def test_turbo_walks_the_documented_times(pocket):
     assert all((eight - t).abs().min() < 1e-6 for t in four)
 
 
-def test_a_batch_of_other_captions_does_not_change_a_picture(pocket, pocket_reader):
+def test_a_batch_of_other_captions_does_not_change_a_picture(pocket, pocket_text_encoder):
     denoiser = pocket.load_denoiser(CPU, torch.float32)
     noise, schedule = noise_for(range(3), pocket.channels, 16, 16), pocket.schedule(4, 16, 16)
-    together = walk(denoiser, noise.start, schedule, pocket_reader.context(PROMPTS))
-    alone = walk(denoiser, noise[1:2].start, schedule, pocket_reader.context(PROMPTS[1:2]))
+    together = sample_rollout(denoiser, noise.start, schedule, pocket_text_encoder.context(PROMPTS))
+    alone = sample_rollout(denoiser, noise[1:2].start, schedule, pocket_text_encoder.context(PROMPTS[1:2]))
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, pocket_reader):
-    picture = Image.new("RGB", (64, 64), "red")
-    context = pocket_reader.context(["a star"], [picture])
-    text = pocket_reader.tokenizer.apply_chat_template(
+def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, pocket_text_encoder):
+    image = Image.new("RGB", (64, 64), "red")
+    context = pocket_text_encoder.context(["a star"], [image])
+    text = pocket_text_encoder.tokenizer.apply_chat_template(
         [{"role": "user", "content": "a star"}], tokenize=True, add_generation_prompt=True, return_dict=True
     )["input_ids"]
     assert context.tokens.shape[1] == len(text) + 16 + 2  # 16 picture tokens between two marks
-    other = pocket_reader.context(["a star"], [Image.new("RGB", (64, 64), "blue")])
+    other = pocket_text_encoder.context(["a star"], [Image.new("RGB", (64, 64), "blue")])
     assert (context.tokens - other.tokens).abs().max() > 1e-3
 
 
@@ -112,15 +112,15 @@ def test_the_teachers_picture_is_limited_to_576_tokens(pocket, tmp_path):
     file = tmp_path / "vlm" / "preprocessor_config.json"
     wide = {"shortest_edge": 65536, "longest_edge": 16777216}  # Qwen3-VL's own
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": wide}))
-    reader = load_family(str(pocket.checkpoint.folder), sight=Sight(vlm=str(tmp_path / "vlm"))).load_reader(
-        CPU, torch.float32, pictures=True
+    text_encoder = load_family(str(pocket.checkpoint.folder), teacher_vision=TeacherVision(vlm=str(tmp_path / "vlm"))).load_text_encoder(
+        CPU, torch.float32, images=True
     )
-    patches = reader.processor(images=[Image.new("RGB", (2000, 1000))], return_tensors="pt")
+    patches = text_encoder.processor(images=[Image.new("RGB", (2000, 1000))], return_tensors="pt")
     assert 500 <= int(patches["image_grid_thw"].prod()) // 4 <= 576
 
 
-def test_text_only_states_of_encoder_and_vlm_are_equal(pocket_reader):
-    assert pocket_reader.text_gap == 0
+def test_text_only_states_of_encoder_and_vlm_are_equal(pocket_text_encoder):
+    assert pocket_text_encoder.text_gap == 0
 
 
 def copied(pocket, tmp_path: Path) -> Path:
@@ -149,22 +149,22 @@ def test_a_missing_folder_is_refused(path):
         load_family(path)
 
 
-def test_a_vlm_of_another_size_is_refused_and_the_keys_listed(pocket, pocket_reader):
-    config = pocket_reader.vlm.config.__class__.from_dict(pocket_reader.vlm.config.to_dict())
+def test_a_vlm_of_another_size_is_refused_and_the_keys_listed(pocket, pocket_text_encoder):
+    config = pocket_text_encoder.vlm.config.__class__.from_dict(pocket_text_encoder.vlm.config.to_dict())
     config.text_config.num_hidden_layers = 4
     with pytest.raises(ValueError, match=r"layers\.3.*\(missing\)"):
-        transplant(pocket_reader.encoder, Qwen3VLModel(config), "bigger")
-    config = config.__class__.from_dict(pocket_reader.vlm.config.to_dict())
+        transplant(pocket_text_encoder.encoder, Qwen3VLModel(config), "bigger")
+    config = config.__class__.from_dict(pocket_text_encoder.vlm.config.to_dict())
     config.text_config.intermediate_size = 64
     with pytest.raises(ValueError, match=r"\(shape\)"):
-        transplant(pocket_reader.encoder, Qwen3VLModel(config), "narrower")
+        transplant(pocket_text_encoder.encoder, Qwen3VLModel(config), "narrower")
 
 
-def test_a_caption_over_the_limit_is_said_not_cut(pocket_reader):
+def test_a_caption_over_the_limit_is_said_not_cut(pocket_text_encoder):
     with pytest.raises(ValueError, match="the limit is 512"):
-        pocket_reader.context(["star " * 600])
+        pocket_text_encoder.context(["star " * 600])
     with pytest.raises(ValueError, match="16 of them the picture's; the limit is 1024"):
-        pocket_reader.context(["star " * 1100], [Image.new("RGB", (64, 64))])
+        pocket_text_encoder.context(["star " * 1100], [Image.new("RGB", (64, 64))])
 
 
 # The user turn of Qwen3's template, which Z-Image's tokenizer brings: content that is no text is nothing to it.
@@ -180,9 +180,9 @@ QWEN3 = (
 
 def test_the_picture_and_the_prompt_stand_in_the_turn_with_a_template_that_knows_no_pictures(pocket):
     tokenizer = AutoTokenizer.from_pretrained(pocket.checkpoint.folder / "tokenizer")
-    mine = with_picture(tokenizer, "a red star", 3)
+    mine = with_image(tokenizer, "a red star", 3)
     tokenizer.chat_template = QWEN3
-    assert with_picture(tokenizer, "a red star", 3) == mine
+    assert with_image(tokenizer, "a red star", 3) == mine
     assert mine == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>a red star<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -191,12 +191,12 @@ def test_the_picture_and_the_prompt_stand_in_the_turn_with_a_template_that_knows
 
 @torch.no_grad()
 def test_tiles_are_those_of_diffusers_and_only_pictures_are_decoded_in_them(pocket):
-    whole, tiled = (pocket.load_painter(CPU, torch.float32, tiled=tiled) for tiled in (False, True))
+    whole, tiled = (pocket.load_vae(CPU, torch.float32, tiled=tiled) for tiled in (False, True))
     pixels = torch.rand(1, 3, 160, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = whole.latents(pixels)
     assert torch.equal(tiled.latents(pixels), latents)
-    scaled = latents / whole.vae.config.scaling_factor + whole.vae.config.shift_factor
-    theirs = whole.vae
+    scaled = latents / whole.autoencoder.config.scaling_factor + whole.autoencoder.config.shift_factor
+    theirs = whole.autoencoder
     theirs.tile_sample_min_size, theirs.tile_latent_min_size = 64, 16
     wanted = theirs.tiled_decode(scaled, return_dict=False)[0]
     assert torch.equal(tiled.pixels(latents), wanted)
@@ -204,18 +204,18 @@ def test_tiles_are_those_of_diffusers_and_only_pictures_are_decoded_in_them(pock
 
 
 @torch.no_grad()
-def test_pictures_painted_one_by_one_are_those_painted_together(pocket, pocket_reader, monkeypatch):
-    denoiser, painter = pocket.load_denoiser(CPU, torch.float32), pocket.load_painter(CPU, torch.float32)
-    side = pocket.resolution // pocket.cell
-    context, noise = pocket_reader.context(PROMPTS), noise_for(range(3), pocket.channels, side, side)
+def test_pictures_painted_one_by_one_are_those_painted_together(pocket, pocket_text_encoder, monkeypatch):
+    denoiser, vae = pocket.load_denoiser(CPU, torch.float32), pocket.load_vae(CPU, torch.float32)
+    side = pocket.resolution // pocket.vae_scale_factor
+    context, noise = pocket_text_encoder.context(PROMPTS), noise_for(range(3), pocket.channels, side, side)
     sizes = []
 
     def velocity(z, t, text):
         sizes.append(len(z))
         return denoiser(z, t, text)
 
-    together = paint(velocity, painter, pocket.schedule(2, side, side), context, noise)
+    together = generate(velocity, vae, pocket.schedule(2, side, side), context, noise)
     monkeypatch.setattr("dopsd.diffusion.sampling.PIXELS_AT_ONCE", 2 * pocket.resolution**2)
-    apart = paint(velocity, painter, pocket.schedule(2, side, side), context, noise)
+    apart = generate(velocity, vae, pocket.schedule(2, side, side), context, noise)
     assert sizes == [3, 3, 2, 2, 1, 1]
     assert (together.int() - apart.int()).abs().max() <= 1

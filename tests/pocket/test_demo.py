@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dopsd.cli.app import app
-from dopsd.runs.comparison.table import KEPT, MEASURES
+from dopsd.runs.comparison.table import KEPT, METRICS
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ def test_the_demo_shows_dopsd_learning_what_its_teacher_paints_and_keeping_more_
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "demo.json").read_text())
     asked = {name: row["nfe"]["4"] for name, row in found.items()}
-    assert set(MEASURES) == asked["sft"].keys()
+    assert set(METRICS) == asked["sft"].keys()
     assert all(asked["teacher"][measure] is None for measure in KEPT)
     means = {name: {m: score["value"] for m, score in row.items() if score} for name, row in asked.items()}
     base, teacher, dopsd, sft = (means[name] for name in ("base", "teacher", "dopsd", "sft"))

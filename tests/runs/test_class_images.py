@@ -12,15 +12,15 @@ from PIL import Image
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.models.pipeline import sample
 from dopsd.runs.check import check
-from dopsd.runs.class_images import FIRST_SEED, paint_ahead, with_painted
+from dopsd.runs.class_images import FIRST_SEED, generate_ahead, with_generated
 from dopsd.runs.resolve import open_family, read_data
 
 
-def recipe_of(lesson: Path, folder: Path, **method) -> Recipe:
+def recipe_of(concept: Path, folder: Path, **method) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket"},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": method,
             "output_dir": str(folder),
             "run_name": "run",
@@ -28,26 +28,26 @@ def recipe_of(lesson: Path, folder: Path, **method) -> Recipe:
     )
 
 
-def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(lesson, tmp_path, pocket):
-    recipe = recipe_of(lesson, tmp_path, name="dreambooth", class_prompt="a red star", class_pictures=3)
-    listing, beside = with_painted(recipe, pocket, read_data(recipe))
+def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(concept, tmp_path, pocket):
+    recipe = recipe_of(concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3)
+    listing, beside = with_generated(recipe, pocket, read_data(recipe))
     assert len(beside) == 3 and {example.caption for example in beside} == {"a red star"}
     expected = sample("pocket", ["a red star"] * 3, seed=FIRST_SEED)
     for example, image in zip(beside, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(example.path)), np.asarray(image))
     folder = beside[0].path.parent
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert with_painted(recipe, pocket, listing)[1] == beside
+    assert with_generated(recipe, pocket, listing)[1] == beside
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert rows == [{"file_name": example.path.name, "text": "a red star"} for example in beside]
 
 
-def test_other_weights_at_the_same_address_paint_anew(lesson, tmp_path, sdxl, dmd2_lora):
+def test_other_weights_at_the_same_address_paint_anew(concept, tmp_path, sdxl, dmd2_lora):
     def folder_of(model: dict) -> Path:
-        tree = recipe_of(lesson, tmp_path, name="dreambooth", class_prompt="a red star", class_pictures=1).model_dump()
-        recipe = parse_recipe(tree | {"model": model, "data": {"folder": str(lesson), "resolution": 64}})
-        (files,) = paint_ahead(recipe, open_family(recipe), ["a red star"], 1).values()
+        tree = recipe_of(concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=1).model_dump()
+        recipe = parse_recipe(tree | {"model": model, "data": {"folder": str(concept), "resolution": 64}})
+        (files,) = generate_ahead(recipe, open_family(recipe), ["a red star"], 1).values()
         return files[0].parent
 
     base, turbo = tmp_path / "base", tmp_path / "turbo"
@@ -62,21 +62,21 @@ def test_other_weights_at_the_same_address_paint_anew(lesson, tmp_path, sdxl, dm
     assert folder_of({"name_or_path": str(turbo)}) != before
 
 
-def test_an_interrupted_folder_goes_on_where_it_stopped(lesson, tmp_path, pocket):
-    recipe = recipe_of(lesson, tmp_path, name="dreambooth", class_prompt="a red star", class_pictures=3)
-    (files,) = paint_ahead(recipe, pocket, ["a red star"], 3).values()
+def test_an_interrupted_folder_goes_on_where_it_stopped(concept, tmp_path, pocket):
+    recipe = recipe_of(concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3)
+    (files,) = generate_ahead(recipe, pocket, ["a red star"], 3).values()
     before = [path.read_bytes() for path in files]
     files[1].unlink()
     told = []
-    paint_ahead(recipe, pocket, ["a red star"], 3, lambda done, total: told.append((done, total)))
+    generate_ahead(recipe, pocket, ["a red star"], 3, lambda done, total: told.append((done, total)))
     assert [path.read_bytes() for path in files] == before and told == [(2, 3)]
 
 
-def test_every_picture_gets_losers_for_its_own_caption(lesson, tmp_path, pocket):
+def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket):
     rows = [{"file_name": f"{i}.png", "text": ["a zib at the left", f"zib number {i}"]} for i in range(4)]
-    (lesson / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = recipe_of(lesson, tmp_path, name="pso", form="forward", losers=2)
-    listing, beside = with_painted(recipe, pocket, read_data(recipe))
+    (concept / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = recipe_of(concept, tmp_path, name="pso", form="forward", losers=2)
+    listing, beside = with_generated(recipe, pocket, read_data(recipe))
     assert beside == () and len(listing.examples) == 8 and all(not example.also for example in listing.examples)
     by_caption = {example.caption: example.rejected for example in listing.examples}
     assert len({path for files in by_caption.values() for path in files}) == 2 * len(by_caption) == 10
@@ -85,8 +85,8 @@ def test_every_picture_gets_losers_for_its_own_caption(lesson, tmp_path, pocket)
         row["file_name"]: row["text"] for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
     }
     assert all(told[path.name] == caption for caption, files in by_caption.items() for path in files)
-    again, _ = with_painted(recipe_of(lesson, tmp_path, name="pso", form="forward", losers=2, loser_prompt="a star"),
-                            pocket, read_data(recipe))  # fmt: skip
+    again, _ = with_generated(recipe_of(concept, tmp_path, name="pso", form="forward", losers=2, loser_prompt="a star"),
+                            pocket, read_data(recipe))
     assert len(again.examples) == 4 and len({example.rejected for example in again.examples}) == 1
 
 
@@ -95,17 +95,17 @@ def test_every_picture_gets_losers_for_its_own_caption(lesson, tmp_path, pocket)
     [
         ({"name": "dpo"}, "dpo learns from pairs, and 4 of 4 pictures"),
         ({"name": "pso", "nfe": 1, "last_step": "left_out"}, "a walk of one step has only the last"),
-        ({"name": "pso_online", "judge": "red", "nfe": 1}, "needs a walk of 2 steps or more"),
-        ({"name": "pso_online", "judge": "read"}, "Did you mean red"),
-        ({"name": "pso_online", "judge": "red", "stochastic_steps": [3]}, "names step 3, and a walk of 4 steps"),
+        ({"name": "pso_online", "reward": "red", "nfe": 1}, "needs a walk of 2 steps or more"),
+        ({"name": "pso_online", "reward": "read"}, "Did you mean red"),
+        ({"name": "pso_online", "reward": "red", "stochastic_steps": [3]}, "names step 3, and a walk of 4 steps"),
         ({"name": "dopsd", "loss_steps": 5}, "asks for 5 steps of a walk of 4"),
         ({"name": "dopsd", "retention": 1, "replay": "missing.txt"}, "missing.txt does not exist"),
         ({"name": "dreambooth", "class_prompt": "a " * 600}, "tokens"),
     ],
 )
-def test_what_a_method_cannot_have_is_refused_by_check(method, said, lesson, tmp_path):
+def test_what_a_method_cannot_have_is_refused_by_check(method, said, concept, tmp_path):
     replay = method.pop("replay", None)
-    recipe = recipe_of(lesson, tmp_path, **method)
+    recipe = recipe_of(concept, tmp_path, **method)
     if replay:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"replay": (replay,)})})
     with pytest.raises(ValueError, match=said):
@@ -113,10 +113,10 @@ def test_what_a_method_cannot_have_is_refused_by_check(method, said, lesson, tmp
     assert open_family(recipe) is not None
 
 
-def test_replay_prompts_come_from_a_list_a_file_or_the_checkpoint(lesson, tmp_path, pocket):
+def test_replay_prompts_come_from_a_list_a_file_or_the_checkpoint(concept, tmp_path, pocket):
     from dopsd.runs.resolve import replay_prompts
 
-    recipe = recipe_of(lesson, tmp_path, name="dopsd", retention=1)
+    recipe = recipe_of(concept, tmp_path, name="dopsd", retention=1)
     assert replay_prompts(recipe, pocket) == pocket.unrelated_prompts
     file = tmp_path / "prompts.txt"
     for text, expected in (("a cat\n\n a dog \n", ("a cat", "a dog")), ("\n", None)):

@@ -65,7 +65,7 @@ def pairs(tmp_path_factory) -> Path:
     }.items():
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
     rows = [("a", ["square"], "make it red"), ("b", ["square"], "make it blue"), ("c", ["wide"], "wider"),
-            ("a", ["square", "wide"], "join them")]  # fmt: skip
+            ("a", ["square", "wide"], "join them")]
     lines = [{"target": f"{t}.png", "references": [f"{r}.png" for r in refs], "text": text} for t, refs, text in rows]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -85,7 +85,7 @@ def recipe_of(model: Path, folder: Path, out: Path, /, **changes) -> Recipe:
         "run_name": "edited",
     }
     return parse_recipe({key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
-                         for key, value in tree.items()})  # fmt: skip
+                         for key, value in tree.items()})
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +110,12 @@ def test_the_file_holds_exactly_the_models_block_modules(run, model):
 
 
 def test_diffusers_paints_with_the_file_in_a_fresh_process_what_dopsd_paints(run, model, pairs, tmp_path):
-    file, picture, noise = run.run_folder / "edited.safetensors", pairs / "square.png", noise_for([3], 16, 4, 4)
+    file, image, noise = run.run_folder / "edited.safetensors", pairs / "square.png", noise_for([3], 16, 4, 4)
     torch.save(noise.start, tmp_path / "noise.pt")
-    command = [DIFFUSERS, model, file, picture, tmp_path / "noise.pt", tmp_path / "out.pt"]
+    command = [DIFFUSERS, model, file, image, tmp_path / "noise.pt", tmp_path / "out.pt"]
     subprocess.run([sys.executable, "-c", *map(str, command)], check=True, capture_output=True)
     theirs = torch.load(tmp_path / "out.pt", weights_only=True)
-    family, shown = load_family(str(model)), [Image.open(picture)]
+    family, shown = load_family(str(model)), [Image.open(image)]
     mine = sample_latents(family, ["make it red"], noise, file, references=shown)
     assert (mine - theirs).abs().max() <= 1e-4
     assert (mine - sample_latents(family, ["make it red"], noise, references=shown)).abs().max() > 0.01
@@ -124,9 +124,9 @@ def test_diffusers_paints_with_the_file_in_a_fresh_process_what_dopsd_paints(run
 def test_previews_report_and_card_show_the_rows_with_their_references(run):
     samples = run.run_folder / "samples"
     told = json.loads((samples / "step-000003" / "preview.json").read_text())
-    assert [each["prompt"] for each in told["pictures"]][:4] == ["make it red", "join them", "make it blue", "wider"]
-    painted = [Image.open(samples / "step-000003" / f"student_{i}_{i}.png").size for i in range(5)]
-    assert painted == [(64, 64)] * 3 + [(80, 48)] + [(64, 64)]  # in the shapes that they are trained in
+    assert [each["prompt"] for each in told["images"]][:4] == ["make it red", "join them", "make it blue", "wider"]
+    generated = [Image.open(samples / "step-000003" / f"student_{i}_{i}.png").size for i in range(5)]
+    assert generated == [(64, 64)] * 3 + [(80, 48)] + [(64, 64)]  # in the shapes that they are trained in
     assert len(list((samples / "step-000003").glob("teacher_*"))) == 5
     assert Image.open(samples / "data-1.png").size[0] > 3 * 60  # two references and the target
     page = (run.run_folder / "report.html").read_text(encoding="utf-8")
@@ -156,7 +156,7 @@ def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
     recipe = recipe_of(model, pairs, tmp_path)
     found = check(recipe)
     assert found.coverage.adapted == found.coverage.linears == 30 and found.nfe == 4
-    with_references = foresee(recipe, found, torch.float32, lean=False).peak
+    with_references = foresee(recipe, found, torch.float32, low_memory=False).peak
     rows = [{"file_name": f"{name}.png", "text": "x"} for name in ("a", "b", "c", "square", "wide")]
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -164,7 +164,7 @@ def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
         (plain / f"{name}.png").write_bytes((pairs / f"{name}.png").read_bytes())
     (plain / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = recipe_of(model, plain, tmp_path)
-    assert foresee(other, check(other), torch.float32, lean=False).peak < 0.95 * with_references
+    assert foresee(other, check(other), torch.float32, low_memory=False).peak < 0.95 * with_references
 
 
 def refused(recipe: Recipe, tmp_path: Path) -> str:
@@ -207,16 +207,16 @@ def test_what_cannot_be_edited_is_one_sentence_and_exit_2(model, pairs, tmp_path
 
 
 def test_sample_edits_the_references_it_is_given_and_refuses_what_it_cannot(model, pairs, tmp_path):
-    def painted(*arguments: str) -> tuple[int, str]:
+    def generated(*arguments: str) -> tuple[int, str]:
         result = CliRunner().invoke(app, ["sample", "make it red", "--out", str(tmp_path / "out"), *arguments])
         return result.exit_code, " ".join(result.output.split())
 
     square, wide = str(pairs / "square.png"), str(pairs / "wide.png")
-    assert painted("--model", str(model), "--reference", wide, "--reference", square)[0] == 0
+    assert generated("--model", str(model), "--reference", wide, "--reference", square)[0] == 0
     assert Image.open(tmp_path / "out" / "0_0.png").size == (96, 64)  # of the first, fitted
-    code, said = painted("--reference", square)
+    code, said = generated("--reference", square)
     assert code == 2 and "zimage edits none" in said
-    code, said = painted("--model", str(model), "--reference", str(tmp_path / "gone.png"))
+    code, said = generated("--model", str(model), "--reference", str(tmp_path / "gone.png"))
     assert code == 2 and "gone.png cannot be decoded (No such file" in said.replace("[Errno 2] ", "")
 
 

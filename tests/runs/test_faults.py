@@ -24,10 +24,10 @@ from dopsd.training.checkpoint import checkpoints
 STEPS = 12
 
 
-def recipe_for(lesson: Path, output: Path, name: str, **changes: dict) -> Recipe:
+def recipe_for(concept: Path, output: Path, name: str, **changes: dict) -> Recipe:
     tree: dict = {
         "model": {"name_or_path": "pocket", "memory": "high"},
-        "data": {"folder": str(lesson)},
+        "data": {"folder": str(concept)},
         "method": {"name": "dopsd", "nfe": 2, "teacher_decay": 0.9},
         "lora": {"rank": 2},
         "train": {"max_steps": STEPS, "batch_size": 1, "learning_rate": 1e-3},
@@ -83,15 +83,15 @@ def fork_and_train(recipe: Recipe, resume: str | None) -> int:
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_run(kills, lesson, tmp_path):
-    straight = recipe_for(lesson, tmp_path, "straight")
+def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_run(kills, concept, tmp_path):
+    straight = recipe_for(concept, tmp_path, "straight")
     began = time.monotonic()
     finish(straight)
     lifetime = time.monotonic() - began
     rng, killed, attempt = np.random.default_rng(kills), 0, 0
     while killed < kills:
         attempt += 1
-        broken, over = recipe_for(lesson, tmp_path, f"broken{attempt}"), False
+        broken, over = recipe_for(concept, tmp_path, f"broken{attempt}"), False
         while not over:
             saved = checkpoints(broken.run_folder)
             if not saved:  # killed before its first checkpoint: whoever sees this removes the folder, as the error says
@@ -108,9 +108,9 @@ def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run(number, code, lesson, tmp_path):
+def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run(number, code, concept, tmp_path):
     straight, stopped = (
-        recipe_for(lesson, tmp_path, name, train={"max_steps": 40}, save={"every": 0})
+        recipe_for(concept, tmp_path, name, train={"max_steps": 40}, save={"every": 0})
         for name in ("straight", "stopped")
     )
     file = tmp_path / "stopped.yaml"
@@ -118,7 +118,7 @@ def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run
     child = subprocess.Popen(
         [sys.executable, "-m", "dopsd.cli", "train", str(file)], env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     metrics = stopped.run_folder / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
@@ -134,8 +134,8 @@ def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run
     assert_same_outcome(straight, stopped)
 
 
-def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_says_so(lesson, tmp_path, caplog):
-    straight, damaged = (recipe_for(lesson, tmp_path, name, train={"max_steps": 4}) for name in ("straight", "damaged"))
+def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_says_so(concept, tmp_path, caplog):
+    straight, damaged = (recipe_for(concept, tmp_path, name, train={"max_steps": 4}) for name in ("straight", "damaged"))
     finish(straight)
     for report in train(damaged):
         if report.step == 3:
@@ -150,8 +150,8 @@ def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_says_so(le
     assert_same_outcome(straight, damaged)
 
 
-def test_when_no_checkpoint_is_whole_nothing_is_trained(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "lost", train={"max_steps": 2})
+def test_when_no_checkpoint_is_whole_nothing_is_trained(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "lost", train={"max_steps": 2})
     finish(recipe)
     for path in checkpoints(recipe.run_folder):
         (path / "state.json").write_text("{")
@@ -159,16 +159,16 @@ def test_when_no_checkpoint_is_whole_nothing_is_trained(lesson, tmp_path):
         finish(recipe, "latest")
 
 
-def test_only_the_last_checkpoints_are_kept_and_every_lora(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "kept", train={"max_steps": 5}, save={"every": 1, "keep_last": 3})
+def test_only_the_last_checkpoints_are_kept_and_every_lora(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "kept", train={"max_steps": 5}, save={"every": 1, "keep_last": 3})
     finish(recipe)
     assert [path.name for path in checkpoints(recipe.run_folder)] == ["step-000003", "step-000004", "step-000005"]
     loras = {path.name for path in recipe.run_folder.glob("*.safetensors")}
     assert loras == {"kept.safetensors", *(f"kept-step00000{n}.safetensors" for n in (1, 2, 3, 4))}
 
 
-def test_a_run_folder_has_one_writer(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "shared", train={"max_steps": 1})
+def test_a_run_folder_has_one_writer(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "shared", train={"max_steps": 1})
     recipe.run_folder.mkdir(parents=True)
     with (
         FileLock(recipe.run_folder / "run.lock"),
@@ -177,8 +177,8 @@ def test_a_run_folder_has_one_writer(lesson, tmp_path):
         finish(recipe)
 
 
-def test_a_full_disk_ends_with_a_sentence_and_a_good_last_checkpoint(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "full", train={"max_steps": 8})
+def test_a_full_disk_ends_with_a_sentence_and_a_good_last_checkpoint(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "full", train={"max_steps": 8})
     file = tmp_path / "full.yaml"
     recipe.save_as(file)
     for report in train(recipe):
@@ -198,13 +198,13 @@ def test_a_full_disk_ends_with_a_sentence_and_a_good_last_checkpoint(lesson, tmp
     assert {path: path.read_bytes() for path in before} == before
     assert not list(recipe.run_folder.rglob("*.part"))
     finish(recipe, "latest")
-    straight = recipe_for(lesson, tmp_path, "straight", train={"max_steps": 8})
+    straight = recipe_for(concept, tmp_path, "straight", train={"max_steps": 8})
     finish(straight)
     assert_same_outcome(straight, recipe)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(lesson, tmp_path, monkeypatch):
-    recipe = recipe_for(lesson, tmp_path, "skipping", train={"max_steps": 4})
+def test_a_step_that_is_not_finite_is_skipped_and_counted(concept, tmp_path, monkeypatch):
+    recipe = recipe_for(concept, tmp_path, "skipping", train={"max_steps": 4})
     recipe = parse_recipe(recipe.model_dump() | {"method": {"name": "sft"}})
     honest = type(recipe.method).losses
     calls = iter(range(100))

@@ -20,7 +20,7 @@ from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import POCKET, load_family
-from dopsd.models.folder import told_of, write_model
+from dopsd.models.folder import tuning_metadata, write_model
 from dopsd.models.pipeline import sample_latents
 from dopsd.runs.comparison.compare import compare
 from dopsd.runs.memory import forecast
@@ -40,11 +40,11 @@ CHANGES = {
 }
 
 
-def recipe_for(lesson: Path, output: Path, name: str, method: str = "sft", model=None, **train_settings) -> Recipe:
+def recipe_for(concept: Path, output: Path, name: str, method: str = "sft", model=None, **train_settings) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"} | (model or {}),
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": method, "nfe": 2},
             "adapter": "full",
             "train": {"max_steps": 2, "batch_size": 2, "learning_rate": 1e-4} | train_settings,
@@ -68,9 +68,9 @@ def dopsd(*arguments: object) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)])
-def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(method, dtype, lesson, tmp_path):
+def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(method, dtype, concept, tmp_path):
     straight, broken = (
-        recipe_for(lesson, tmp_path, name, method, {"dtype": dtype}, max_steps=4) for name in ("straight", "broken")
+        recipe_for(concept, tmp_path, name, method, {"dtype": dtype}, max_steps=4) for name in ("straight", "broken")
     )
     file = tmp_path / "broken.yaml"
     broken.save_as(file)
@@ -116,10 +116,10 @@ torch.save(picture, target)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Recipe:
     """A run of D-OPSD whose rate is large enough to be seen, with a health checkup."""
-    from dopsd.pocket.benchmark import write_lesson
+    from dopsd.pocket.benchmark import write_concept
 
     folder = tmp_path_factory.mktemp("finished")
-    write_lesson(folder / "lesson", 1_000_100)
+    write_concept(folder / "lesson", 1_000_100)
     (folder / "lesson" / "pocket.json").unlink()  # an exam would take long, and asks nothing of the folder
     tree = recipe_for(folder / "lesson", folder, "whole", "dopsd", max_steps=3, learning_rate=3e-4).model_dump()
     recipe = parse_recipe(tree | {"health": {"every": 3}, "data": tree["data"] | {"trigger": "zib"}})
@@ -142,7 +142,7 @@ def test_every_part_beside_the_network_is_the_checkpoints_own(finished):
     for part in ("vae", "text_encoder", "tokenizer", "scheduler", "vlm"):
         for file in (POCKET / part).iterdir():
             assert (folder / part / file.name).read_bytes() == file.read_bytes()
-    told = told_of(folder)
+    told = tuning_metadata(folder)
     assert told["method"] == "dopsd" and told["base_model"] == "pocket" and "ss_network_dim" not in told
     about = json.loads((folder / "dopsd.json").read_text())
     assert about["nfe"] == 4 and not (folder / "README.md").exists()
@@ -167,48 +167,48 @@ def test_a_full_result_stands_in_a_comparison_and_is_inspected(finished, tmp_pat
 
 def test_previews_show_base_teacher_and_student_apart(finished):
     folder = finished.run_folder / "samples" / "step-000003"
-    pictures = [(folder / f"{role}_0_0.png").read_bytes() for role in ("base", "student")]
-    assert pictures[0] != pictures[1]
+    images = [(folder / f"{role}_0_0.png").read_bytes() for role in ("base", "student")]
+    assert images[0] != images[1]
     first = finished.run_folder / "samples" / "step-000000"
-    assert pictures[0] == (first / "base_0_0.png").read_bytes() == (first / "student_0_0.png").read_bytes()
+    assert images[0] == (first / "base_0_0.png").read_bytes() == (first / "student_0_0.png").read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_full_tuning_moves_its_own_objective(method, lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "moved", method, max_steps=24, learning_rate=1e-4)
+def test_full_tuning_moves_its_own_objective(method, concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "moved", method, max_steps=24, learning_rate=1e-4)
     recipe = parse_recipe(recipe.model_dump() | {"save": {"every": 0}})
     losses = [report.log["loss"] for report in train(recipe)]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
 @pytest.mark.slow
-def test_where_teacher_and_base_are_kept_changes_no_number(lesson, tmp_path):
+def test_where_teacher_and_base_are_kept_changes_no_number(concept, tmp_path):
     losses = [
-        [report.log["loss"] for report in train(recipe_for(lesson, tmp_path, name, "dopsd", where | {"memory": "low"}))]
+        [report.log["loss"] for report in train(recipe_for(concept, tmp_path, name, "dopsd", where | {"memory": "low"}))]
         for name, where in (("here", {}), ("away", {"offload": True}))
     ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_settings_that_full_tuning_cannot_have_are_refused_with_a_sentence(change, lesson, tmp_path):
+def test_settings_that_full_tuning_cannot_have_are_refused_with_a_sentence(change, concept, tmp_path):
     file = tmp_path / "recipe.yaml"
-    recipe_for(lesson, tmp_path, "refused").save_as(file)
+    recipe_for(concept, tmp_path, "refused").save_as(file)
     done = CliRunner().invoke(app, ["check", str(file), "--set", change])
     assert done.exit_code == 2 and CHANGES[change] in " ".join(done.output.split()), done.output
 
 
-def test_a_card_that_cannot_hold_it_is_refused_by_check_with_what_to_do(lesson, tmp_path):
+def test_a_card_that_cannot_hold_it_is_refused_by_check_with_what_to_do(concept, tmp_path):
     file = tmp_path / "recipe.yaml"
-    recipe_for(lesson, tmp_path, "large").save_as(file)
+    recipe_for(concept, tmp_path, "large").save_as(file)
     done = CliRunner().invoke(app, ["check", str(file), "--card", "1.01"])
     assert done.exit_code == 2 and "too much for a card of 1.01 GiB. Set model.offload: true" in done.output
     assert not (tmp_path / "large").exists()
 
 
-def test_a_run_begun_with_lora_does_not_go_on_in_full(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "begun", max_steps=1)
+def test_a_run_begun_with_lora_does_not_go_on_in_full(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "begun", max_steps=1)
     begun = parse_recipe(recipe.model_dump() | {"adapter": "lora"})
     begun.save_as(begun.run_folder / "config.yaml")
     checkpoint_path(begun.run_folder, 1).mkdir(parents=True)
@@ -234,28 +234,28 @@ def test_a_folder_that_does_not_hold_the_network_is_not_called_saved(pocket, tmp
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)])
-def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(method, dtype, lesson, tmp_path, pocket_reader):
-    recipe = recipe_for(lesson, tmp_path, "measured", method, {"dtype": dtype})
+def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(method, dtype, concept, tmp_path, pocket_text_encoder):
+    recipe = recipe_for(concept, tmp_path, "measured", method, {"dtype": dtype})
     family, in_network = load_family("pocket"), torch.bfloat16 if dtype == "bf16" else torch.float32
-    examples = read_folder(lesson).examples
+    examples = read_folder(concept).examples
     rows = prepare(
-        examples, tmp_path / "cache", pocket_reader, family.load_painter(CPU, torch.float32),
+        examples, tmp_path / "cache", pocket_text_encoder, family.load_vae(CPU, torch.float32),
         resolution=family.resolution, multiple=family.multiple, privileged=method == "dopsd", device=CPU,
-    )  # fmt: skip
+    )
     from accelerate import Accelerator
 
-    session = Session.open(recipe, family, Accelerator(cpu=True), in_network, False, {}, pocket_reader.context(["a"]))
+    session = Session.open(recipe, family, Accelerator(cpu=True), in_network, False, {}, pocket_text_encoder.context(["a"]))
     held = (session.network.parameters(), session.trainable.values(), session.student.base.values(),
-            session.teacher.tensors.values())  # fmt: skip
+            session.teacher.tensors.values())
     resident = sum({id(tensor): tensor.nbytes for group in held for tensor in group}.values())
     plan = Plan(max_steps=2, learning_rate=1e-4)
     with LiveBytes() as meter:
         for _ in steps(
             session.roles, recipe.method, Loader(rows, 2, seed=0), session.trainable, session.optimizer,
             session.teacher, session.accelerator, plan,
-        ):  # fmt: skip
+        ):
             pass
     side = family.resolution, family.resolution
-    found = forecast(recipe, family, side, [e.caption for e in examples], in_network, lean=False)
+    found = forecast(recipe, family, side, [e.caption for e in examples], in_network, low_memory=False)
     assert found.peak == pytest.approx(resident + meter.peak, rel=0.1)
     assert resident < found.resident < found.peak

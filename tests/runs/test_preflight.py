@@ -14,7 +14,7 @@ from dopsd.config.recipe import parse_recipe
 from dopsd.evaluation.metrics.dino import DinoDistance
 from dopsd.evaluation.statistics import Interval
 from dopsd.models.pipeline import sample
-from dopsd.pocket.benchmark import write_lesson
+from dopsd.pocket.benchmark import write_concept
 from dopsd.pocket.demo import demo_recipe
 from dopsd.runs.preflight import Preflight, preflight, verdict_of
 from dopsd.runs.train import train
@@ -25,29 +25,29 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 @pytest.fixture()
-def lesson(tmp_path: Path) -> Path:
+def concept(tmp_path: Path) -> Path:
     """Of the thing that D-OPSD learned most of in docs/results.json."""
-    write_lesson(tmp_path / "lesson", 1_000_203)
+    write_concept(tmp_path / "lesson", 1_000_203)
     return tmp_path / "lesson"
 
 
 @pytest.fixture()
-def looked(lesson: Path, tmp_path: Path) -> Preflight:
-    return preflight(demo_recipe("dopsd", lesson, tmp_path / "runs"), tmp_path / "page.html", silent)
+def looked(concept: Path, tmp_path: Path) -> Preflight:
+    return preflight(demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
 
 
 def test_the_student_is_the_deployed_model_and_the_teacher_comes_nearer_on_a_thing(looked, tmp_path):
     first = looked.looks[0]
-    painted = sample("pocket", [first.caption] * 4, seed=0)
-    np.testing.assert_array_equal(first.student.numpy(), np.stack([np.asarray(image) for image in painted]))
+    generated = sample("pocket", [first.caption] * 4, seed=0)
+    np.testing.assert_array_equal(first.student.numpy(), np.stack([np.asarray(image) for image in generated]))
     assert looked.verdict == "can" and looked.nearer.low > 0
     assert looked.sentence.startswith("dopsd can learn this set with this teacher")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == 4 * (1 + 4 + 4) and looked.sentence[:40] in page
 
 
-def test_what_it_encodes_is_what_training_reads(looked, lesson, tmp_path):
-    tree = demo_recipe("dopsd", lesson, tmp_path / "runs").model_dump()
+def test_what_it_encodes_is_what_training_reads(looked, concept, tmp_path):
+    tree = demo_recipe("dopsd", concept, tmp_path / "runs").model_dump()
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "cache").rglob("*.safetensors")}
     list(train(parse_recipe(tree | {"train": tree["train"] | {"max_steps": 1}, "lora": {"rank": 2}})))
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "cache").rglob("*.safetensors")}
@@ -67,7 +67,7 @@ def test_chance_is_no_reason_to_train_and_little_is_called_little(found, verdict
     assert verdict_of(found) == verdict
 
 
-def test_what_the_student_paints_already_is_not_worth_a_training(lesson, tmp_path):
+def test_what_the_student_paints_already_is_not_worth_a_training(concept, tmp_path):
     """Pictures that the untouched model paints from these very captions."""
     captions = [f"a big red {noun} in the middle on night in flat style" for noun in ("star", "heart")]
     folder = tmp_path / "known"
@@ -79,50 +79,50 @@ def test_what_the_student_paints_already_is_not_worth_a_training(lesson, tmp_pat
     assert found.verdict != "can" and "Try another model.vlm" in found.sentence
 
 
-def test_the_command_says_it_and_leaves_the_numbers(lesson, tmp_path, monkeypatch):
+def test_the_command_says_it_and_leaves_the_numbers(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo_recipe("dopsd", lesson, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
+    demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(app, ["preflight", "recipe.yaml", "--pictures", "2", "--json", "numbers.json"])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found["sentence"] in result.output.replace("\n", "")
-    assert [len(p["student_distance"]) for p in found["pictures"]] == [4, 4] and found["pictures_in_the_set"] == 4
+    assert [len(p["student_distance"]) for p in found["images"]] == [4, 4] and found["pictures_in_the_set"] == 4
 
 
-def test_check_looks_as_well_where_it_is_asked_to(lesson, tmp_path, monkeypatch):
+def test_check_looks_as_well_where_it_is_asked_to(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for picture in ("2.png", "3.png"):
-        (lesson / picture).unlink()
-        (lesson / picture).with_suffix(".txt").unlink()
-    demo_recipe("dopsd", lesson, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
+    for image in ("2.png", "3.png"):
+        (concept / image).unlink()
+        (concept / image).with_suffix(".txt").unlink()
+    demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(app, ["check", "recipe.yaml", "--preflight"])
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "pictures 2" in said and "nearer to it than the student" in said and (tmp_path / "preflight.html").is_file()
 
 
-def test_another_distance_is_taken_by_its_name(lesson, tmp_path):
+def test_another_distance_is_taken_by_its_name(concept, tmp_path):
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
     Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dino")
-    recipe = demo_recipe("dopsd", lesson, tmp_path / "runs")
-    found = preflight(recipe, tmp_path / "page.html", silent, most=1, measure=f"dino={tmp_path / 'dino'}")
+    recipe = demo_recipe("dopsd", concept, tmp_path / "runs")
+    found = preflight(recipe, tmp_path / "page.html", silent, most=1, metric=f"dino={tmp_path / 'dino'}")
     look, dino = found.looks[0], DinoDistance(str(tmp_path / "dino"), torch.device("cpu"))
     target = torch.from_numpy(np.array(look.target)).permute(2, 0, 1) / 255
     wanted = dino(look.teacher.permute(0, 3, 1, 2) / 255, target)
     np.testing.assert_allclose(look.teacher_distance, wanted, atol=1e-6)
     with pytest.raises(ValueError, match="red is no distance to a target picture"):
-        preflight(recipe, tmp_path / "page.html", silent, measure="red")
+        preflight(recipe, tmp_path / "page.html", silent, metric="red")
 
 
-def test_a_method_without_such_a_teacher_is_refused(lesson, tmp_path):
+def test_a_method_without_such_a_teacher_is_refused(concept, tmp_path):
     with pytest.raises(ValueError, match="sft learns from the pictures themselves"):
-        preflight(demo_recipe("sft", lesson, tmp_path / "runs"), tmp_path / "page.html", silent)
+        preflight(demo_recipe("sft", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unreadable_picture_in_the_middle_is_named_and_nothing_is_painted(lesson, tmp_path):
-    (lesson / "1.png").write_bytes(b"no picture")
+def test_an_unreadable_picture_in_the_middle_is_named_and_nothing_is_painted(concept, tmp_path):
+    (concept / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"1\.png"):
-        preflight(demo_recipe("dopsd", lesson, tmp_path / "runs"), tmp_path / "page.html", silent)
+        preflight(demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
     assert not (tmp_path / "page.html").exists()

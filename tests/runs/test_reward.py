@@ -12,7 +12,7 @@ from dopsd.runs.memory import Forecast
 from dopsd.runs.train import train
 from dopsd.training.checkpoint import checkpoints
 
-JUDGES = """
+REWARDS = """
 import torch
 calls = 0
 
@@ -43,12 +43,12 @@ def whole_numbers(pictures, prompts):
 """
 
 
-def recipe_of(lesson: Path, folder: Path, judge: str) -> Recipe:
+def recipe_of(concept: Path, folder: Path, reward: str) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
-            "data": {"folder": str(lesson)},
-            "method": {"name": "pso_online", "judge": judge, "nfe": 2},
+            "data": {"folder": str(concept)},
+            "method": {"name": "pso_online", "reward": reward, "nfe": 2},
             "lora": {"rank": 2},
             "train": {"max_steps": 6, "max_skipped_steps": 2},
             "sample": {"every": 0, "prompts": "a toy", "unrelated": 0},
@@ -62,7 +62,7 @@ def recipe_of(lesson: Path, folder: Path, judge: str) -> Recipe:
 
 @pytest.fixture()
 def desk(tmp_path, monkeypatch):
-    (tmp_path / "own_judges.py").write_text(JUDGES)
+    (tmp_path / "own_judges.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "own_judges", raising=False)
 
@@ -76,17 +76,17 @@ def refused(recipe: Recipe, tmp_path: Path) -> str:
     return printed.rpartition("dopsd: ")[2]
 
 
-@pytest.mark.parametrize("judge", ["falls_silent", "falls_to_infinity"])
-def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(judge, lesson, tmp_path, desk):
-    said = refused(recipe_of(lesson, tmp_path / "runs", f"own_judges:{judge}"), tmp_path)
-    assert said.startswith(f"the judge own_judges:{judge} gave no picture of 4 walks in a row a finite score")
+@pytest.mark.parametrize("reward", ["falls_silent", "falls_to_infinity"])
+def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(reward, concept, tmp_path, desk):
+    said = refused(recipe_of(concept, tmp_path / "runs", f"own_judges:{reward}"), tmp_path)
+    assert said.startswith(f"the judge own_judges:{reward} gave no picture of 4 walks in a row a finite score")
     kept = checkpoints(tmp_path / "runs" / "run")[-1]
     assert kept.name == "step-000003"  # two steps with a judge, one without
     assert read_tensors(kept / "student.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("judge", "words"),
+    ("reward", "words"),
     [
         ("own_judges:one_number", "answered torch.float32 [] to 1 pictures"),
         ("own_judges:whole_numbers", "answered torch.int64 [1] to 1 pictures"),
@@ -96,25 +96,25 @@ def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(judge, 
         ("no_such_module:judge", "cannot be imported"),
     ],
 )
-def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(judge, words, lesson, tmp_path, desk):
-    assert words in refused(recipe_of(lesson, tmp_path / "runs", judge), tmp_path)
+def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(reward, words, concept, tmp_path, desk):
+    assert words in refused(recipe_of(concept, tmp_path / "runs", reward), tmp_path)
     assert not list((tmp_path / "runs").glob("run/*.safetensors"))
 
 
-def test_a_judge_that_tells_nothing_apart_is_said_to(lesson, tmp_path, desk, caplog):
-    list(train(recipe_of(lesson, tmp_path / "runs", "own_judges:constant")))
+def test_a_judge_that_tells_nothing_apart_is_said_to(concept, tmp_path, desk, caplog):
+    list(train(recipe_of(concept, tmp_path / "runs", "own_judges:constant")))
     said = [record.getMessage() for record in caplog.records if "gave the same scores" in record.getMessage()]
     assert said == [
         "the judge own_judges:constant gave the same scores to 4 walks in a row: pairs of equal score teach nothing"
     ]
 
 
-def test_check_says_that_the_judges_own_model_comes_on_top(lesson, tmp_path, monkeypatch):
+def test_check_says_that_the_judges_own_model_comes_on_top(concept, tmp_path, monkeypatch):
     monkeypatch.setattr("dopsd.runs.memory.foresee", lambda *_, **__: Forecast(1, 1))  # takes seconds, and is tested
     scorer = tmp_path / "scorer"
     scorer.mkdir()
-    for judge, words in (("red", ""), (f"pickscore={scorer}", f"the judge's own model, {scorer}, comes on top")):
-        recipe_of(lesson, tmp_path / "runs", judge).save_as(tmp_path / "recipe.yaml")
+    for reward, words in (("red", ""), (f"pickscore={scorer}", f"the judge's own model, {scorer}, comes on top")):
+        recipe_of(concept, tmp_path / "runs", reward).save_as(tmp_path / "recipe.yaml")
         done = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
         assert done.exit_code == 0 and words in done.output.replace("\n", ""), done.output
         assert words or "comes on top" not in done.output

@@ -12,11 +12,11 @@ from dopsd.runs.comparison.compare import compare
 from dopsd.runs.train import train
 
 
-def recipe_of(model: dict, lesson: Path, folder: Path, name: str, method: dict | None = None) -> Recipe:
+def recipe_of(model: dict, concept: Path, folder: Path, name: str, method: dict | None = None) -> Recipe:
     return parse_recipe(
         {
             "model": {"memory": "high"} | model,
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": method or {"name": "sft", "space": "noise"},
             "lora": {"rank": 2},
             "train": {"max_steps": 2, "learning_rate": 0.02},
@@ -36,11 +36,11 @@ def same(left: Recipe, right: Recipe) -> bool:
 
 
 @pytest.mark.parametrize("quantized", [None, "int8"])
-def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(quantized, sdxl, dmd2_lora, lesson, tmp_path):
+def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(quantized, sdxl, dmd2_lora, concept, tmp_path):
     if quantized:
         pytest.importorskip("bitsandbytes")
     model = {"name_or_path": str(sdxl("base")), "distilled_by": str(dmd2_lora), "quantize": quantized}
-    straight, broken = (recipe_of(model, lesson, tmp_path, name) for name in ("straight", "broken"))
+    straight, broken = (recipe_of(model, concept, tmp_path, name) for name in ("straight", "broken"))
     list(train(straight))
     run = train(broken)
     next(run)
@@ -49,22 +49,22 @@ def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(quantized
     assert same(straight, broken)
 
 
-def test_offload_trains_the_same_numbers(sdxl, lesson, tmp_path):
+def test_offload_trains_the_same_numbers(sdxl, concept, tmp_path):
     model = {"name_or_path": str(sdxl("turbo"))}
-    plain = recipe_of(model | {"memory": "low"}, lesson, tmp_path, "plain")
-    away = recipe_of(model | {"memory": "low", "offload": True}, lesson, tmp_path, "away")
+    plain = recipe_of(model | {"memory": "low"}, concept, tmp_path, "plain")
+    away = recipe_of(model | {"memory": "low", "offload": True}, concept, tmp_path, "away")
     for recipe in (plain, away):
         list(train(recipe))
     assert same(plain, away)
 
 
-def test_compare_takes_two_methods_on_turbo(sdxl, lesson, tmp_path, monkeypatch):
+def test_compare_takes_two_methods_on_turbo(sdxl, concept, tmp_path, monkeypatch):
     monkeypatch.setattr("dopsd.pocket.benchmark.UNSEEN_SCENES", 4)
     monkeypatch.setattr(Sheet.write, "__defaults__", (None, 4))  # unrelated prompts
     model = {"name_or_path": str(sdxl("turbo"))}
     recipes = [
-        recipe_of(model, lesson, tmp_path / "runs", "plain"),
-        recipe_of(model, lesson, tmp_path / "runs", "preferred", {"name": "pso_online", "judge": "red", "nfe": 2}),
+        recipe_of(model, concept, tmp_path / "runs", "plain"),
+        recipe_of(model, concept, tmp_path / "runs", "preferred", {"name": "pso_online", "reward": "red", "nfe": 2}),
     ]
     outcome = compare(recipes, tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
     assert list(outcome.numbers) == ["base", "base, other noise", "plain", "preferred"]

@@ -23,11 +23,11 @@ from dopsd.runs.train import train
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 
 
-def recipe_for(lesson: Path, output: Path, name: str, method: str = "dopsd", **train_settings) -> Recipe:
+def recipe_for(concept: Path, output: Path, name: str, method: str = "dopsd", **train_settings) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": method},
             "lora": {"rank": 4, "alpha": 8},
             "train": {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2} | train_settings,
@@ -50,8 +50,8 @@ def rows(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(method, lesson, tmp_path):
-    straight, broken = (recipe_for(lesson, tmp_path, name, method) for name in ("straight", "broken"))
+def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(method, concept, tmp_path):
+    straight, broken = (recipe_for(concept, tmp_path, name, method) for name in ("straight", "broken"))
     file = tmp_path / "broken.yaml"
     broken.save_as(file)
     for _ in train(straight):
@@ -73,10 +73,10 @@ def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(method
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_accumulation_accumulates(lesson, tmp_path):
+def test_accumulation_accumulates(concept, tmp_path):
     """Two micro-batches of two are one step on their mean: the same log as the two apart, half the optimizer steps."""
-    recipe = recipe_for(lesson, tmp_path, "accumulated", "sft", max_steps=2, gradient_accumulation_steps=2)
-    single = recipe_for(lesson, tmp_path, "single", "sft", max_steps=4, learning_rate=1e-12)
+    recipe = recipe_for(concept, tmp_path, "accumulated", "sft", max_steps=2, gradient_accumulation_steps=2)
+    single = recipe_for(concept, tmp_path, "single", "sft", max_steps=4, learning_rate=1e-12)
     together = [report.log["loss"] for report in train(recipe)]
     apart = [report.log["loss"] for report in train(single)]
     assert together[0] == pytest.approx((apart[0] + apart[1]) / 2, rel=1e-6)
@@ -97,8 +97,8 @@ torch.save(picture, target)
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffusers(form, lesson, tmp_path, pocket):
-    recipe = recipe_for(lesson, tmp_path, "exported", max_steps=3, learning_rate=0.02)  # alpha is twice the rank
+def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffusers(form, concept, tmp_path, pocket):
+    recipe = recipe_for(concept, tmp_path, "exported", max_steps=3, learning_rate=0.02)  # alpha is twice the rank
     for _ in train(recipe):
         pass
     file = recipe.run_folder / "exported.safetensors"
@@ -117,20 +117,20 @@ def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffuser
     assert (mine - theirs).abs().max() <= 1e-4
 
 
-def test_previews_of_step_zero_show_the_untouched_model_for_all(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "previewed", max_steps=1)
+def test_previews_of_step_zero_show_the_untouched_model_for_all(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "previewed", max_steps=1)
     for _ in train(recipe):
         pass
     folder = recipe.run_folder / "samples" / "step-000000"
     assert (folder / "student_0_0.png").read_bytes() == (folder / "base_0_0.png").read_bytes()
     assert (folder / "teacher_0_0.png").exists()
-    told = json.loads((folder / "preview.json").read_text())["pictures"]
+    told = json.loads((folder / "preview.json").read_text())["images"]
     assert told[0]["sigmas"] == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert [picture["prompt"] for picture in told[1:]] == list(load_family("pocket").unrelated_prompts[:2])
+    assert [image["prompt"] for image in told[1:]] == list(load_family("pocket").unrelated_prompts[:2])
 
 
-def test_a_preview_may_have_a_size_and_a_seed_of_its_own(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "shaped", "sft", max_steps=1)
+def test_a_preview_may_have_a_size_and_a_seed_of_its_own(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "shaped", "sft", max_steps=1)
     prompts = [PROMPTS[0], {"prompt": PROMPTS[1], "seed": 9, "width": 96, "height": 48}]
     recipe = parse_recipe(recipe.model_dump() | {"sample": {"every": 0, "prompts": prompts, "unrelated": 0}})
     for _ in train(recipe):
@@ -142,8 +142,8 @@ def test_a_preview_may_have_a_size_and_a_seed_of_its_own(lesson, tmp_path):
     assert Image.open(folder / "grid.png").size == (64 + 2 + 96, 64 + 2 + 64)
 
 
-def test_a_folder_that_holds_another_run_is_refused_and_left_alone(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "mine", "sft", max_steps=1)
+def test_a_folder_that_holds_another_run_is_refused_and_left_alone(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "mine", "sft", max_steps=1)
     for _ in train(recipe):
         pass
     before = {path: path.read_bytes() for path in recipe.run_folder.rglob("*") if path.is_file()}
@@ -152,13 +152,13 @@ def test_a_folder_that_holds_another_run_is_refused_and_left_alone(lesson, tmp_p
     assert before == {path: path.read_bytes() for path in recipe.run_folder.rglob("*") if path.is_file()}
 
 
-def test_resuming_without_a_checkpoint_is_refused(lesson, tmp_path):
+def test_resuming_without_a_checkpoint_is_refused(concept, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
-        next(train(recipe_for(lesson, tmp_path, "new"), resume="latest"))
+        next(train(recipe_for(concept, tmp_path, "new"), resume="latest"))
 
 
-def test_resuming_with_another_rank_is_refused(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "ranked", "sft", max_steps=1)
+def test_resuming_with_another_rank_is_refused(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "ranked", "sft", max_steps=1)
     for _ in train(recipe):
         pass
     other = parse_recipe(recipe.model_dump() | {"lora": recipe.lora.model_dump() | {"rank": 2}})
@@ -166,26 +166,26 @@ def test_resuming_with_another_rank_is_refused(lesson, tmp_path):
         next(train(other, resume="latest"))
 
 
-def test_a_learning_rate_that_explodes_stops_with_a_sentence(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "exploding", "sft", learning_rate=1e18, warmup_steps=0)
+def test_a_learning_rate_that_explodes_stops_with_a_sentence(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "exploding", "sft", learning_rate=1e18, warmup_steps=0)
     with pytest.raises(ValueError, match="None of them was applied"):
         for _ in train(recipe):
             pass
 
 
-def test_check_announces_what_training_adapts(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "checked", max_steps=1)
+def test_check_announces_what_training_adapts(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "checked", max_steps=1)
     found = check(recipe)
     for _ in train(recipe):
         pass
     student = load_file(recipe.run_folder / "checkpoints" / "step-000001" / "student.safetensors")
     assert len(student) == 2 * found.coverage.adapted
-    assert found.buckets == {(64, 64): 4} and found.forwards_per_picture == 16
+    assert found.buckets == {(64, 64): 4} and found.forwards_per_image == 16
 
 
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_a_bf16_model_trains_with_float32_adapters_and_checkpointed_activations(method, lesson, tmp_path):
-    tree = recipe_for(lesson, tmp_path, "halved", method, max_steps=2).model_dump()
+def test_a_bf16_model_trains_with_float32_adapters_and_checkpointed_activations(method, concept, tmp_path):
+    tree = recipe_for(concept, tmp_path, "halved", method, max_steps=2).model_dump()
     recipe = parse_recipe(tree | {"model": tree["model"] | {"dtype": "bf16", "memory": "low"}})
     losses = [report.log["loss"] for report in train(recipe)]
     assert all(0 < loss < 10 for loss in losses)

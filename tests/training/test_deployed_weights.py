@@ -25,19 +25,19 @@ def parent(tmp_path_factory):
     return folder
 
 
-def recipe_for(lesson, output, **model):
+def recipe_for(concept, output, **model):
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"} | model,
-            "data": {"folder": str(lesson)}, "method": {"name": "sft"}, "lora": {"rank": 4, "alpha": 8},
+            "data": {"folder": str(concept)}, "method": {"name": "sft"}, "lora": {"rank": 4, "alpha": 8},
             "train": {"max_steps": 1}, "output_dir": str(output), "run_name": "elsewhere",
         }
-    )  # fmt: skip
+    )
 
 
-def opened(recipe, pocket, reader):
+def opened(recipe, pocket, text_encoder):
     """A session whose student has moved."""
-    session = Session.open(recipe, pocket, Accelerator(cpu=True), torch.float32, False, {}, reader.context(["a"]))
+    session = Session.open(recipe, pocket, Accelerator(cpu=True), torch.float32, False, {}, text_encoder.context(["a"]))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in session.trainable.values():
@@ -45,10 +45,10 @@ def opened(recipe, pocket, reader):
     return session
 
 
-def asked(velocity, pocket, reader):
+def asked(velocity, pocket, text_encoder):
     latents = noise_for([5, 6], pocket.channels, 16, 16).start
     with torch.no_grad():
-        return velocity(latents, torch.tensor([0.9, 0.5]), reader.context(["a star", "a big toy at the left"]))
+        return velocity(latents, torch.tensor([0.9, 0.5]), text_encoder.context(["a star", "a big toy at the left"]))
 
 
 def with_lora(family, file):
@@ -58,10 +58,10 @@ def with_lora(family, file):
 
 
 def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_model(
-    parent, lesson, tmp_path, pocket, pocket_reader
+    parent, concept, tmp_path, pocket, pocket_text_encoder
 ):
-    session = opened(recipe_for(lesson, tmp_path, train_on=str(parent)), pocket, pocket_reader)
-    ask = lambda velocity: asked(velocity, pocket, pocket_reader)  # noqa: E731
+    session = opened(recipe_for(concept, tmp_path, train_on=str(parent)), pocket, pocket_text_encoder)
+    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)  # noqa: E731
     theirs, own = (each.load_denoiser(CPU, torch.float32) for each in (load_family(str(parent)), pocket))
     assert torch.equal(ask(session.roles.base), ask(theirs)) and torch.equal(ask(session.shown.base), ask(own))
     assert (ask(theirs) - ask(own)).abs().max() > 0.01
@@ -75,13 +75,13 @@ def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_mode
 
 
 def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_shown(
-    lesson, tmp_path, pocket, pocket_reader
+    concept, tmp_path, pocket, pocket_text_encoder
 ):
-    first = opened(recipe_for(lesson, tmp_path), pocket, pocket_reader)
+    first = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
     adapter = tmp_path / "adapter.safetensors"
     first.export(adapter, 1)
-    session = opened(recipe_for(lesson, tmp_path, training_adapter=str(adapter)), pocket, pocket_reader)
-    ask = lambda velocity: asked(velocity, pocket, pocket_reader)  # noqa: E731
+    session = opened(recipe_for(concept, tmp_path, training_adapter=str(adapter)), pocket, pocket_text_encoder)
+    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)  # noqa: E731
     torch.testing.assert_close(ask(session.roles.base), ask(with_lora(pocket, adapter)), atol=1e-5, rtol=0)
     assert torch.equal(ask(session.shown.base), ask(pocket.load_denoiser(CPU, torch.float32)))
     session.export(tmp_path / "lora.safetensors", 1)
@@ -91,25 +91,25 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
     assert len(session.metadata(1)["training_adapter_sha256"]) == 64
 
 
-def test_without_other_weights_a_run_shows_what_it_trains(lesson, tmp_path, pocket, pocket_reader):
-    session = opened(recipe_for(lesson, tmp_path), pocket, pocket_reader)
+def test_without_other_weights_a_run_shows_what_it_trains(concept, tmp_path, pocket, pocket_text_encoder):
+    session = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
     assert session.shown is session.roles
 
 
-def test_another_architecture_is_refused_by_check(parent, lesson, tmp_path):
+def test_another_architecture_is_refused_by_check(parent, concept, tmp_path):
     config = parent / "transformer" / "config.json"
     said = config.read_text()
     config.write_text(json.dumps(json.loads(said) | {"n_layers": 2}))
     try:
         with pytest.raises(ValueError, match=r"model\.train_on .* is of another architecture than pocket"):
-            check(recipe_for(lesson, tmp_path, train_on=str(parent)))
+            check(recipe_for(concept, tmp_path, train_on=str(parent)))
     finally:
         config.write_text(said)
 
 
 @pytest.mark.parametrize("other", [{"quantize": "nf4"}, {"offload": True}, {"training_adapter": "a.safetensors"}])
-def test_what_excludes_it_is_one_sentence(other, lesson, tmp_path):
+def test_what_excludes_it_is_one_sentence(other, concept, tmp_path):
     with pytest.raises(ValueError, match="exclude one another: choose one"):
-        recipe_for(lesson, tmp_path, train_on="somewhere", **other)
+        recipe_for(concept, tmp_path, train_on="somewhere", **other)
     with pytest.raises(ValueError, match="adapter: full trains the weights that are deployed"):
-        parse_recipe(recipe_for(lesson, tmp_path, train_on="somewhere").model_dump() | {"adapter": "full"})
+        parse_recipe(recipe_for(concept, tmp_path, train_on="somewhere").model_dump() | {"adapter": "full"})

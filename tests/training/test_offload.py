@@ -13,11 +13,11 @@ from dopsd.training.offload import offload_blocks
 CPU = torch.device("cpu")
 
 
-def recipe_for(lesson, output, name: str, offload: bool) -> Recipe:
+def recipe_for(concept, output, name: str, offload: bool) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "low", "offload": offload},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": "dopsd", "nfe": 2, "teacher_decay": 0.9},
             "lora": {"rank": 2},
             "train": {"max_steps": 3},
@@ -29,10 +29,10 @@ def recipe_for(lesson, output, name: str, offload: bool) -> Recipe:
     )
 
 
-def test_a_run_with_borrowed_weights_is_bitwise_the_run_without(lesson, tmp_path):
+def test_a_run_with_borrowed_weights_is_bitwise_the_run_without(concept, tmp_path):
     files = []
     for name, offload in (("resident", False), ("borrowed", True)):
-        recipe = recipe_for(lesson, tmp_path, name, offload)
+        recipe = recipe_for(concept, tmp_path, name, offload)
         for _ in train(recipe):
             pass
         files.append(load_file(recipe.run_folder / f"{name}.safetensors"))
@@ -41,8 +41,8 @@ def test_a_run_with_borrowed_weights_is_bitwise_the_run_without(lesson, tmp_path
 
 
 @torch.no_grad()
-def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(pocket, pocket_reader):
-    context = pocket_reader.context(["a big red star"])
+def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(pocket, pocket_text_encoder):
+    context = pocket_text_encoder.context(["a big red star"])
     z, t = torch.randn(1, pocket.channels, 16, 16), torch.full((1,), 0.7)
     denoiser = pocket.load_denoiser(CPU, torch.float32)
     denoiser.requires_grad_(False)
@@ -57,9 +57,9 @@ def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(pocke
     assert borrowed.now <= plain.now
 
 
-def test_the_forecast_leaves_out_what_stays_away_and_counts_what_is_lent(lesson, tmp_path, pocket):
+def test_the_forecast_leaves_out_what_stays_away_and_counts_what_is_lent(concept, tmp_path, pocket):
     resident, borrowed = (
-        forecast(recipe_for(lesson, tmp_path, "x", offload), pocket, (64, 64), ["a toy"], torch.float32, lean=True)
+        forecast(recipe_for(concept, tmp_path, "x", offload), pocket, (64, 64), ["a toy"], torch.float32, low_memory=True)
         for offload in (False, True)
     )
     assert borrowed.resident < resident.resident and borrowed.peak < resident.peak

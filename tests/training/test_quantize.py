@@ -18,11 +18,11 @@ pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
 
 
-def recipe_for(lesson, output, name: str, kind: str | None, steps: int = 2) -> Recipe:
+def recipe_for(concept, output, name: str, kind: str | None, steps: int = 2) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high", "quantize": kind},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": "dopsd", "nfe": 1},
             "lora": {"rank": 2},
             "train": {"max_steps": steps},
@@ -44,8 +44,8 @@ def run_through_and_in_two_parts(straight: Recipe, broken: Recipe) -> None:
         pass
 
 
-def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(pocket, pocket_reader):
-    context, gaps = pocket_reader.context(["a big red star"]), {}
+def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(pocket, pocket_text_encoder):
+    context, gaps = pocket_text_encoder.context(["a big red star"]), {}
     for kind in ("nf4", "int8"):
         whole = pocket.load_denoiser(CPU, torch.float32)
         bytes_before = sum(p.nbytes for p in whole.network.parameters())
@@ -59,8 +59,8 @@ def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(po
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, lesson, tmp_path):
-    straight, broken = (recipe_for(lesson, tmp_path, name, kind) for name in ("straight", "broken"))
+def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, concept, tmp_path):
+    straight, broken = (recipe_for(concept, tmp_path, name, kind) for name in ("straight", "broken"))
     run_through_and_in_two_parts(straight, broken)
     left, right = (load_file(r.run_folder / f"{r.run_name}.safetensors") for r in (straight, broken))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -71,9 +71,9 @@ def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, l
     merge_lora(load_family("pocket").load_denoiser(CPU, torch.float32).network, file, load_family("pocket"))
 
 
-def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(lesson, tmp_path):
+def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(concept, tmp_path):
     def recipe(name: str) -> Recipe:
-        tree = recipe_for(lesson, tmp_path, name, None, steps=3).model_dump()
+        tree = recipe_for(concept, tmp_path, name, None, steps=3).model_dump()
         return parse_recipe(tree | {"lora": {"rank": 32}, "train": tree["train"] | {"optimizer": "adamw_8bit"}})
 
     straight, broken = recipe("straight"), recipe("broken")
@@ -87,9 +87,9 @@ def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(lesson
     assert {tensor.dtype for tensor in moments if tensor.numel() >= 4096} == {torch.uint8}
 
 
-def test_the_forecast_knows_what_it_saves(lesson, tmp_path, pocket):
+def test_the_forecast_knows_what_it_saves(concept, tmp_path, pocket):
     whole, small = (
-        forecast(recipe_for(lesson, tmp_path, "x", kind), pocket, (64, 64), ["a toy"], torch.float32, lean=False)
+        forecast(recipe_for(concept, tmp_path, "x", kind), pocket, (64, 64), ["a toy"], torch.float32, low_memory=False)
         for kind in (None, "nf4")
     )
     network = pocket.empty_denoiser().network

@@ -8,7 +8,7 @@ import torch
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.sampling import noise_for
 from dopsd.methods import DOPSD
-from dopsd.training.adapters import ADAPTER, add_lora, coverage, lora_pairs, untouched
+from dopsd.training.adapters import ADAPTER, add_lora, coverage, lora_pairs, base_tensors
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 class Setup:
     """A pocket denoiser with LoRA, and one batch of a red and a blue picture's contexts."""
 
-    def __init__(self, pocket, reader, decay=0.5, checkpointing=False):
+    def __init__(self, pocket, text_encoder, decay=0.5, checkpointing=False):
         self.denoiser = pocket.load_denoiser(CPU, torch.float32)
         if checkpointing:
             self.denoiser.network.enable_gradient_checkpointing()
@@ -29,11 +29,11 @@ class Setup:
         from PIL import Image
 
         prompts = ("a star", "a big toy at the left")
-        pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+        images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
         self.batch = Batch(
-            noise_for([5, 6], pocket.channels, 16, 16).start, reader.context(prompts), prompts, torch.ones(2),
-            privileged=reader.context(prompts, pictures),
-        )  # fmt: skip
+            noise_for([5, 6], pocket.channels, 16, 16).start, text_encoder.context(prompts), prompts, torch.ones(2),
+            privileged=text_encoder.context(prompts, images),
+        )
 
     def shake(self):
         """Move the student away from the base."""
@@ -55,15 +55,15 @@ def call(velocity, setup):
     return velocity(setup.batch.latents, torch.tensor([0.9, 0.5]), setup.batch.context)
 
 
-def test_all_three_are_the_untouched_model_at_the_start(pocket, pocket_reader):
-    setup = Setup(pocket, pocket_reader)
+def test_all_three_are_the_untouched_model_at_the_start(pocket, pocket_text_encoder):
+    setup = Setup(pocket, pocket_text_encoder)
     plain = call(pocket.load_denoiser(CPU, torch.float32), setup)
     for role in (setup.roles.student, setup.roles.teacher, setup.roles.base):
         assert torch.equal(call(role, setup), plain)
 
 
-def test_the_base_stays_the_untouched_model_when_the_student_moves(pocket, pocket_reader):
-    setup = Setup(pocket, pocket_reader)
+def test_the_base_stays_the_untouched_model_when_the_student_moves(pocket, pocket_text_encoder):
+    setup = Setup(pocket, pocket_text_encoder)
     plain = call(setup.roles.student, setup)
     setup.shake()
     assert torch.equal(call(setup.roles.base, setup), plain.detach())
@@ -71,8 +71,8 @@ def test_the_base_stays_the_untouched_model_when_the_student_moves(pocket, pocke
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999, 1.0])
-def test_the_teacher_is_the_hand_written_average(pocket, pocket_reader, decay):
-    setup = Setup(pocket, pocket_reader, decay)
+def test_the_teacher_is_the_hand_written_average(pocket, pocket_text_encoder, decay):
+    setup = Setup(pocket, pocket_text_encoder, decay)
     expected = {name: p.detach().double().clone() for name, p in setup.student.items()}
     for _ in range(3):
         setup.shake()
@@ -83,8 +83,8 @@ def test_the_teacher_is_the_hand_written_average(pocket, pocket_reader, decay):
         torch.testing.assert_close(tensor.double(), expected[name], atol=1e-6, rtol=1e-6)
 
 
-def test_only_the_student_gets_gradient(pocket, pocket_reader):
-    setup = Setup(pocket, pocket_reader)
+def test_only_the_student_gets_gradient(pocket, pocket_text_encoder):
+    setup = Setup(pocket, pocket_text_encoder)
     before = {n: p.detach().clone() for n, p in setup.denoiser.network.named_parameters()}
     gradients = setup.gradients()
     assert all(ADAPTER in name for name in gradients)
@@ -93,8 +93,8 @@ def test_only_the_student_gets_gradient(pocket, pocket_reader):
         assert parameter.grad is None and torch.equal(parameter, before[name])
 
 
-def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_student(pocket, pocket_reader):
-    setup = Setup(pocket, pocket_reader, decay=0.0)
+def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_student(pocket, pocket_text_encoder):
+    setup = Setup(pocket, pocket_text_encoder, decay=0.0)
     setup.shake()
     setup.batch = Batch(
         setup.batch.latents, setup.batch.context, setup.batch.prompts, setup.batch.weight, setup.batch.context
@@ -102,8 +102,8 @@ def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_stu
     assert all(not gradient.any() for gradient in setup.gradients().values())
 
 
-def test_gradient_on_pocket_equals_one_graph_code(pocket, pocket_reader):
-    setup = Setup(pocket, pocket_reader)
+def test_gradient_on_pocket_equals_one_graph_code(pocket, pocket_text_encoder):
+    setup = Setup(pocket, pocket_text_encoder)
     setup.shake()
     mine = setup.gradients()
     times = pocket.schedule(4, 16, 16).times
@@ -120,8 +120,8 @@ def test_gradient_on_pocket_equals_one_graph_code(pocket, pocket_reader):
         assert (mine[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
 
 
-def test_gradient_checkpointing_changes_nothing(pocket, pocket_reader):
-    plain, saving = Setup(pocket, pocket_reader), Setup(pocket, pocket_reader, checkpointing=True)
+def test_gradient_checkpointing_changes_nothing(pocket, pocket_text_encoder):
+    plain, saving = Setup(pocket, pocket_text_encoder), Setup(pocket, pocket_text_encoder, checkpointing=True)
     plain.shake(), saving.shake()
     for left, right in zip(plain.gradients().values(), saving.gradients().values(), strict=True):
         torch.testing.assert_close(left, right, atol=1e-7, rtol=1e-5)
@@ -145,4 +145,4 @@ def test_targets_that_match_nothing_are_refused(pocket):
 
 def test_untouched_tensors_have_zero_deltas(pocket):
     student = add_lora(pocket.load_denoiser(CPU, torch.float32).network, pocket.lora_targets, 4, 4, seed=0)
-    assert all(not b.any() for _, b in lora_pairs(untouched(student)).values())
+    assert all(not b.any() for _, b in lora_pairs(base_tensors(student)).values())

@@ -131,9 +131,9 @@ def test_masters_get_the_gradients_of_bf16_forwards_summed_in_float32():
 def test_the_base_stays_what_it_was_while_every_weight_moves(dtype):
     _, student, _, roles, _ = train_by_hand(dtype, SFT(), 3)
     batch, t = Same().one, torch.tensor([0.9, 0.4])
-    untouched = Plain(dtype)(batch.latents, t, batch.context)
-    torch.testing.assert_close(roles.base(batch.latents, t, batch.context), untouched, atol=1e-6, rtol=1e-6)
-    assert (roles.student(batch.latents, t, batch.context) - untouched).abs().max() > 1e-3
+    base_tensors = Plain(dtype)(batch.latents, t, batch.context)
+    torch.testing.assert_close(roles.base(batch.latents, t, batch.context), base_tensors, atol=1e-6, rtol=1e-6)
+    assert (roles.student(batch.latents, t, batch.context) - base_tensors).abs().max() > 1e-3
     for name, before in Plain(dtype).network.named_parameters():
         assert not torch.equal(student.weights[name], before.float()), name
 
@@ -144,7 +144,7 @@ def test_a_float32_network_needs_no_second_copy():
     assert all(student.weights[name] is p for name, p in denoiser.network.named_parameters())
 
 
-def test_full_gradients_with_activations_recomputed_are_the_same(pocket, pocket_reader):
+def test_full_gradients_with_activations_recomputed_are_the_same(pocket, pocket_text_encoder):
     found = []
     for recompute in (False, True):
         denoiser = pocket.load_denoiser(CPU, torch.bfloat16)
@@ -156,7 +156,7 @@ def test_full_gradients_with_activations_recomputed_are_the_same(pocket, pocket_
             denoiser, student.weights, teacher, lambda nfe, h, w: pocket.schedule(nfe or 4, h, w), base=student.base
         )
         latents = torch.randn(1, pocket.channels, 16, 16, generator=generator_at(0, 1))
-        batch = Batch(latents, pocket_reader.context(["a star"]), ("a star",), torch.ones(1))
+        batch = Batch(latents, pocket_text_encoder.context(["a star"]), ("a star",), torch.ones(1))
         (piece,) = SFT().losses(roles, batch, generator_at(0, 0))
         piece.surrogate.backward()
         found.append({name: w.grad for name, w in student.weights.items() if w.grad is not None})

@@ -23,7 +23,7 @@ def train_adapter(
         Path, typer.Argument(help="Of the pictures: .txt (one a line), .jsonl or a folder of .txt.", show_default=False)
     ],
     model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
-    pictures: Annotated[int, typer.Option(help="Painted a prompt, at the model's own number of steps.", min=1)] = 4,
+    images: Annotated[int, typer.Option(help="Painted a prompt, at the model's own number of steps.", min=1)] = 4,
     steps: Annotated[int | None, typer.Option(help="Default: the model's own for SFT.", min=1)] = None,
     rank: Annotated[int | None, typer.Option(help="Default: the model's own.", min=1)] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs"),
@@ -31,12 +31,12 @@ def train_adapter(
     resume: Annotated[str | None, typer.Option(help="`latest` or a checkpoint folder.")] = None,
 ) -> None:
     """Paint pictures with the model and tune a de-distill adapter on them, for model.training_adapter."""
-    from dopsd.data.prompts import read_questions
+    from dopsd.data.prompts import read_prompts
     from dopsd.runs.check import check
     from dopsd.runs.train import train
     from dopsd.runs.training_adapter import adapter_recipe, default_name
 
-    asked = [question.prompt for question in read_questions(prompts)]
+    asked = [question.prompt for question in read_prompts(prompts)]
     changes = {
         "train": {"max_steps": steps} if steps else {},
         "lora": {"rank": rank} if rank else {},
@@ -44,7 +44,7 @@ def train_adapter(
         "run_name": name or default_name(model),
     }
     with bars() as advance:
-        recipe = adapter_recipe(model, asked, pictures, changes, lambda done, total: advance("painting", done, total))
+        recipe = adapter_recipe(model, asked, images, changes, lambda done, total: advance("painting", done, total))
         found = check(recipe)
         summarise(recipe, found)
         for report in train(recipe, resume, advance, found):

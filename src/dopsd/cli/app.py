@@ -134,7 +134,7 @@ def compare(
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("compare.html"),
     nfe: Annotated[str | None, typer.Option(help="Forwards, e.g. 1,2,4,8: what step budget holds.")] = None,
     equal: Annotated[str | None, typer.Option(help="To the first recipe in pictures, seconds or forwards.")] = None,
-    units: Annotated[int, typer.Option(help="Pocket lessons to repeat it on.", min=1)] = 1,
+    replicates: Annotated[int, typer.Option(help="Pocket lessons to repeat it on.", min=1)] = 1,
 ) -> None:
     """Run recipes side by side: same data, noise and measures. What is finished is not done again."""
     from dopsd.config.recipe import load_recipe
@@ -146,7 +146,7 @@ def compare(
     tuned = [path for path in recipes if path.suffix == ".safetensors" or is_model(path)]
     loaded = [load_recipe(path, change or ()) for path in recipes if path not in tuned]
     with bars() as advance:
-        outcome = compare_recipes(loaded, report, advance, tuned, nfes, rule, units)
+        outcome = compare_recipes(loaded, report, advance, tuned, nfes, rule, replicates)
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {report}", highlight=False)
@@ -286,7 +286,7 @@ def list_cells(json_file: AsJson = None) -> None:
         for family in FAMILIES
     }
     show(["family", *METHODS], [[f, *("yes" if why is None else f"no: {why}" for why in row.values())]
-                                for f, row in cells.items()])  # fmt: skip
+                                for f, row in cells.items()])
     write_numbers(json_file, cells)
 
 

@@ -32,10 +32,10 @@ def summarise(loaded: "Recipe", found: "Checked") -> None:
     out.print(f"buckets    {sizes}", highlight=False)
     of = f"LoRA       rank {loaded.lora.rank} on" if loaded.adapter == "lora" else "full      "
     out.print(f"{of} {found.coverage}", highlight=False)
-    pictures = train.max_steps * train.batch_size * train.gradient_accumulation_steps
+    images = train.max_steps * train.batch_size * train.gradient_accumulation_steps
     out.print(
-        f"training   {loaded.method.name}, {train.max_steps} steps, {pictures} pictures, "
-        f"walks of {found.nfe} forwards; {pictures * found.forwards_per_picture} forward units (a backward counts two)",
+        f"training   {loaded.method.name}, {train.max_steps} steps, {images} pictures, "
+        f"walks of {found.nfe} forwards; {images * found.forwards_per_image} forward units (a backward counts two)",
         highlight=False,
     )
 
@@ -43,16 +43,16 @@ def summarise(loaded: "Recipe", found: "Checked") -> None:
 def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
     """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where full fine-tuning
     fits at neither."""
-    from dopsd.evaluation.rewards import find_judge
+    from dopsd.evaluation.rewards import find_reward
     from dopsd.runs.memory import foresee, planned_for, refuse_too_large
 
     room, dtype, where = planned_for(loaded, card)
-    peaks = {level: foresee(loaded, found, dtype, lean=level == "low") for level in ("low", "high")}
+    peaks = {level: foresee(loaded, found, dtype, low_memory=level == "low") for level in ("low", "high")}
     told = ", ".join(f"{level} {peak.peak / 2**30:.2f} GiB" for level, peak in peaks.items())
     fitting = [level for level, peak in peaks.items() if peak.fits(room)]
     verdict = f"{where} takes {' and '.join(fitting) or 'neither'}"
     out.print(f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}", highlight=False)
-    if (judge := loaded.method.judged_by) and (model := find_judge(judge).model):
+    if (reward := loaded.method.reward_name) and (model := find_reward(reward).model):
         out.print(f"           the judge's own model, {model}, comes on top", highlight=False)
     if loaded.adapter == "full":
         refuse_too_large(loaded, peaks["low"], room, where)

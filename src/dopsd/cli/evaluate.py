@@ -13,7 +13,7 @@ def evaluate(
     folder: Annotated[
         Path, typer.Argument(help="Pictures to measure; with --prompts, where they are painted.", show_default=False)
     ],
-    measure: Annotated[
+    metric: Annotated[
         list[str],
         typer.Option(
             help="NAME, NAME=MODEL (hub id or folder), or module:attribute. Repeatable; docs/measures.md.",
@@ -48,16 +48,16 @@ def evaluate(
 ) -> None:
     """Measure pictures: values, differences to the untouched model and noise floors, with intervals over prompts and
     seeds. Stopped, it goes on where it was: call it again."""
-    from dopsd.data.folder import pictures_in
-    from dopsd.data.prompts import read_questions
-    from dopsd.evaluation.image_sets import BASE, Plan, galleries_of, read_gallery, refuse_unpaired
+    from dopsd.data.folder import images_in
+    from dopsd.data.prompts import read_prompts
+    from dopsd.evaluation.image_sets import BASE, Plan, generate_image_sets, read_image_set, refuse_unpaired
     from dopsd.evaluation.layouts import LAYOUTS
-    from dopsd.evaluation.metrics import named_measure
+    from dopsd.evaluation.metrics import named_metric
     from dopsd.evaluation.table import HEADER, tabulate
     from dopsd.models.pipeline import deployed_on
 
-    needs = {named_measure(name)[2].needs for name in measure}
-    questions = read_questions(prompts) if prompts else ()
+    needs = {named_metric(name)[2].needs for name in metric}
+    questions = read_prompts(prompts) if prompts else ()
     if layout is not None and (layout not in LAYOUTS or not prompts):
         raise ValueError(f"--layout {layout}: give {' or '.join(LAYOUTS)}, and --prompts, the benchmark's own.")
     if base and prompts:
@@ -67,21 +67,21 @@ def evaluate(
     if not prompts and (lora or nfe or width or height):
         raise ValueError("--lora, --nfe, --width and --height are for painting: give --prompts as well.")
     reference = [q.target for q in questions if q.target]
-    if targets and (not targets.is_dir() or not (reference := pictures_in(targets))):
+    if targets and (not targets.is_dir() or not (reference := images_in(targets))):
         raise ValueError(f"no pictures in {targets}: --targets wants a folder of pictures.")
     with bars() as advance:
         if prompts:
             plan = Plan(model, questions, lora, strength, seeds, forwards_of(nfe), width, height)
-            galleries = galleries_of(plan, folder, advance)
+            image_sets = generate_image_sets(plan, folder, advance)
         else:
-            galleries = [read_gallery(folder, "pictures", needs != {"set"}, targets)]
+            image_sets = [read_image_set(folder, "pictures", needs != {"set"}, targets)]
             if base:
-                galleries.append(read_gallery(base, BASE, needs != {"set"}, targets))
-                refuse_unpaired(*galleries)
-        rows = tabulate(measure, galleries, list(dict.fromkeys(reference)), folder, deployed_on()[0], advance)
+                image_sets.append(read_image_set(base, BASE, needs != {"set"}, targets))
+                refuse_unpaired(*image_sets)
+        rows = tabulate(metric, image_sets, list(dict.fromkeys(reference)), folder, deployed_on()[0], advance)
     if layout:
-        for gallery in galleries:
-            LAYOUTS[layout](gallery, questions, folder / layout / f"{gallery.name}-nfe-{gallery.nfe}")
+        for image_set in image_sets:
+            LAYOUTS[layout](image_set, questions, folder / layout / f"{image_set.name}-nfe-{image_set.nfe}")
     show(HEADER, [row.cells() for row in rows])
     write_numbers(json_file, [row.numbers() for row in rows])
 
@@ -104,13 +104,13 @@ def prompts(
     from dopsd.models.pipeline import deployed_on
     from dopsd.models.vlm import Captioner
 
-    pictures = [(example.path, example.caption) for example in read_folder(folder).examples]
+    images = [(example.path, example.caption) for example in read_folder(folder).examples]
     captioner = Captioner(model, *deployed_on())
     with bars() as advance:
         count = write_test_prompts(
-            pictures, file, lambda image, question: captioner.answer([image], question, MOST_TOKENS), trigger,
+            images, file, lambda image, question: captioner.answer([image], question, MOST_TOKENS), trigger,
             "style" if style else "object", class_word, lambda done, total: advance("pictures", done, total),
-        )  # fmt: skip
+        )
     out.print(f"{count} prompts in {file}; read them before you evaluate", highlight=False)
 
 
@@ -120,8 +120,8 @@ def preflight(
     json_file: AsJson = None,
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("preflight.html"),
     seeds: Annotated[int, typer.Option(help="Noises that each picture is painted from.", min=4)] = 4,
-    pictures: Annotated[int, typer.Option(help="Most pictures to look at, evenly over the set.", min=1)] = 16,
-    measure: Annotated[str | None, typer.Option(help="Distance: dino[=FOLDER], lpips=FOLDER; default: pixels.")] = None,
+    images: Annotated[int, typer.Option(help="Most pictures to look at, evenly over the set.", min=1)] = 16,
+    metric: Annotated[str | None, typer.Option(help="Distance: dino[=FOLDER], lpips=FOLDER; default: pixels.")] = None,
 ) -> None:
     """Say whether D-OPSD can learn these pictures: paint as student and as teacher, before anything is trained."""
     from dopsd.config.recipe import load_recipe
@@ -129,7 +129,7 @@ def preflight(
     from dopsd.runs.preflight import preflight as look_before
 
     with bars() as advance:
-        result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, pictures, measure)
+        result = look_before(load_recipe(recipe, change or ()), report, advance, seeds, images, metric)
     show(HEADER, result.table())
     write_numbers(json_file, result.as_numbers())
     out.print(f"report {report}", highlight=False)

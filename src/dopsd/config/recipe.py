@@ -1,6 +1,7 @@
 """Recipes as YAML files: read into the tree of settings, every fault one sentence, unknown keys with a suggestion."""
 
 import difflib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from dopsd.config.schema import PromptSection, Recipe, Section, TrainSection
 from dopsd.files import brief
 from dopsd.methods import METHODS
+
+log = logging.getLogger(__name__)
 
 __all__ = ["PromptSection", "Recipe", "TrainSection", "known_keys", "load_recipe", "parse_recipe", "read_recipe"]
 
@@ -65,6 +68,10 @@ ALIASES = {
 }
 
 
+# Recipe keys that were renamed: the old one still works, and a line says what to write.
+RENAMED = {"method.judge": "method.reward", "method.class_pictures": "method.class_images"}
+
+
 class _OnlyOnce(yaml.SafeLoader):
     """A key that comes twice is an error: YAML would drop the first in silence."""
 
@@ -106,9 +113,22 @@ def read_recipe(text: str, source: str, defaults: Mapping[str, Any], changes: Se
 def parse_recipe(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """A nested mapping as a Recipe. Raises ValueError with one sentence a fault."""
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(_with_current_names(tree, source))
     except ValidationError as error:
         raise ValueError(f"{source}: " + " ".join(_sentences(error))) from error
+
+
+def _with_current_names(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The tree with renamed keys under their current names. A key that is given under both is left for the schema to
+    refuse."""
+    current = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    for old, new in RENAMED.items():
+        (section, old_key), new_key = old.split("."), new.split(".")[1]
+        keys = current.get(section)
+        if isinstance(keys, dict) and old_key in keys and new_key not in keys:
+            keys[new_key] = keys.pop(old_key)
+            log.warning("%s: %s is now called %s; the old name still works.", source, old, new)
+    return current
 
 
 def _apply(tree: dict[str, Any], change: str) -> None:

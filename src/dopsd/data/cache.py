@@ -18,9 +18,9 @@ from torch import Tensor
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Painter, Reader
+from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
-from dopsd.images import Size, cover_crop, open_picture, picture_size, to_pixels
+from dopsd.images import Size, cover_crop, open_image, image_size, to_pixels
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +43,24 @@ class Row:
     privileged: Path | None
     rejected: tuple[Path, ...] = ()
     also: tuple["Row", ...] = ()
-    untold: "Row | None" = None
+    unconditional: "Row | None" = None
 
     @property
     def versions(self) -> tuple["Row", ...]:
         """The picture with every caption that an epoch can draw for it."""
-        return (self, *self.also, *([self.untold] if self.untold else []))
+        return (self, *self.also, *([self.unconditional] if self.unconditional else []))
 
 
 def prepare(
     examples: Sequence[Example],
     cache_folder: Path,
-    reader: Reader,
-    painter: Painter,
+    text_encoder: TextEncoder,
+    vae: VAE,
     *,
     resolution: int,
     multiple: int,
     privileged: bool,
-    untold: bool = False,
+    unconditional: bool = False,
     batch_size: int = 4,
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
@@ -73,25 +73,25 @@ def prepare(
     a caption is over the reader's limit or an encoder answers with numbers that are not finite.
     """
     buckets = bucket_sizes(resolution, multiple)
-    rows = tuple(_row(example, cache_folder, reader, painter, buckets, privileged, untold) for example in examples)
+    rows = tuple(_row(example, cache_folder, text_encoder, vae, buckets, privileged, unconditional) for example in examples)
     read_rows = [version for row in rows for version in row.versions]
 
-    def paint(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+    def generate(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         pixels = torch.stack([to_pixels(_crop(row)) for row in batch])
-        return ({"latents": latents} for latents in painter.latents(pixels.to(device)).float())
+        return ({"latents": latents} for latents in vae.latents(pixels.to(device)).float())
 
     def read(batch: Sequence[Row], images: Sequence[Image.Image] | None = None) -> Iterable[Mapping[str, Tensor]]:
-        edited = [[open_picture(path) for path in row.example.references] for row in batch]
+        edited = [[open_image(path) for path in row.example.references] for row in batch]
         captions = [row.example.caption for row in batch]
-        return _context_tensors(reader.context(captions, images, edited if any(edited) else None))
+        return _context_tensors(text_encoder.context(captions, images, edited if any(edited) else None))
 
-    def read_with_picture(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+    def read_with_image(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         return read(batch, [shown_to_teacher(row) for row in batch])
 
     kinds: list[tuple[str, dict[Path, Row], Encode]] = [
-        ("latents", {row.latents: row for row in rows} | _worse(rows), paint),
+        ("latents", {row.latents: row for row in rows} | _worse(rows), generate),
         ("context", {row.context: row for row in read_rows}, read),
-        ("privileged", {row.privileged: row for row in read_rows if row.privileged}, read_with_picture),
+        ("privileged", {row.privileged: row for row in read_rows if row.privileged}, read_with_image),
     ]
     total = sum(len(files) for _, files, _ in kinds)
     todo = [
@@ -110,7 +110,7 @@ def prepare(
 
 def shown_to_teacher(row: Row) -> Image.Image:
     """The picture that the teacher sees with the row's caption, cut to the row's size."""
-    return cover_crop(open_picture(row.example.shown or row.example.path), row.size)
+    return cover_crop(open_image(row.example.shown or row.example.path), row.size)
 
 
 def context_file(cache_folder: Path, caption: str, fingerprint: str, references: Sequence[str] = ()) -> Path:
@@ -134,40 +134,40 @@ def read_latents(path: Path) -> Tensor:
 def _row(
     example: Example,
     folder: Path,
-    reader: Reader,
-    painter: Painter,
+    text_encoder: TextEncoder,
+    vae: VAE,
     buckets: Sequence[Size],
     privileged: bool,
-    untold: bool,
+    unconditional: bool,
 ) -> Row:
-    size = nearest_bucket(*picture_size(example.path), buckets)
+    size = nearest_bucket(*image_size(example.path), buckets)
     shown, edited = sha256_of(example.shown or example.path), tuple(map(sha256_of, example.references))
 
-    def latents_of(picture: Path) -> Path:
-        key = _key("latents", sha256_of(picture), size, painter.fingerprint)
+    def latents_of(image: Path) -> Path:
+        key = _key("latents", sha256_of(image), size, vae.fingerprint)
         return folder / "latents" / f"{key}.safetensors"
 
     def captioned(caption: str) -> Row:
-        pair = _key("privileged", caption, shown, size, reader.fingerprint, *edited)
+        pair = _key("privileged", caption, shown, size, text_encoder.fingerprint, *edited)
         return Row(
             replace(example, caption=caption, also=()),
             size,
             latents=latents_of(example.path),
-            context=context_file(folder, caption, reader.fingerprint, edited),
+            context=context_file(folder, caption, text_encoder.fingerprint, edited),
             privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
             rejected=tuple(map(latents_of, example.rejected)),
         )
 
     also = tuple(captioned(caption) for caption in example.also)
-    return replace(captioned(example.caption), example=example, also=also, untold=captioned("") if untold else None)
+    return replace(captioned(example.caption), example=example, also=also, unconditional=captioned("") if unconditional else None)
 
 
 def _worse(rows: Sequence[Row]) -> dict[Path, Row]:
     """For each file of rejected latents, a row whose picture is the rejected one."""
     return {
-        file: replace(row, example=replace(row.example, path=picture))
+        file: replace(row, example=replace(row.example, path=image))
         for row in rows
-        for file, picture in zip(row.rejected, row.example.rejected, strict=True)
+        for file, image in zip(row.rejected, row.example.rejected, strict=True)
     }
 
 
@@ -177,7 +177,7 @@ def _key(*parts: object) -> str:
 
 
 def _crop(row: Row) -> Image.Image:
-    return cover_crop(open_picture(row.example.path), row.size)
+    return cover_crop(open_image(row.example.path), row.size)
 
 
 def _context_tensors(contexts: Context) -> Iterator[Mapping[str, Tensor]]:
@@ -205,7 +205,7 @@ def _same_size(files: Mapping[Path, Row], batch_size: int) -> Iterator[list[tupl
     """Small batches of pictures of one size, whose references are of the same sizes too."""
     groups: dict[tuple[Size, ...], list[tuple[Path, Row]]] = {}
     for path, row in files.items():
-        groups.setdefault((row.size, *map(picture_size, row.example.references)), []).append((path, row))
+        groups.setdefault((row.size, *map(image_size, row.example.references)), []).append((path, row))
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dopsd.data.folder import CAPTION_EXTENSIONS, METADATA, pictures_in
+from dopsd.data.folder import CAPTION_EXTENSIONS, METADATA, images_in
 from dopsd.files import write_text
-from dopsd.images import open_picture
+from dopsd.images import open_image
 
 QUESTION = (
     "Describe this picture in one sentence, as a prompt from which a text-to-image model could paint it: the subject, "
@@ -22,24 +22,24 @@ def uncaptioned(folder: Path, overwrite: bool = False) -> tuple[list[Path], int]
         raise ValueError(f"{folder} is not a folder: give a folder of pictures.")
     if listed := [name for name in METADATA if (folder / name).is_file()]:
         raise ValueError(f"{folder} has its captions in {listed[0]}: a text beside a picture would not be read.")
-    pictures = pictures_in(folder)
-    if not pictures:
+    images = images_in(folder)
+    if not images:
         raise ValueError(f"no pictures in {folder}.")
-    todo = [p for p in pictures if overwrite or not any(p.with_suffix(e).is_file() for e in CAPTION_EXTENSIONS)]
-    return todo, len(pictures) - len(todo)
+    todo = [p for p in images if overwrite or not any(p.with_suffix(e).is_file() for e in CAPTION_EXTENSIONS)]
+    return todo, len(images) - len(todo)
 
 
 def write_captions(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     describe: Callable[[Image.Image], str],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `<stem>.txt` beside each picture. Raises ValueError for one that cannot be decoded or of which nothing is
     said; what was written before stays."""
-    for done, path in enumerate(pictures, start=1):
-        caption = describe(open_picture(path))
+    for done, path in enumerate(images, start=1):
+        caption = describe(open_image(path))
         if not caption:
             raise ValueError(f"the model says nothing of {path.name}: write its caption by hand, or ask otherwise.")
         write_text(path.with_suffix(CAPTION_EXTENSIONS[0]), caption + "\n")
         if progress:
-            progress(done, len(pictures))
+            progress(done, len(images))

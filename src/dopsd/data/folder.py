@@ -16,14 +16,14 @@ from pathlib import Path, PureWindowsPath
 from PIL import features
 
 from dopsd.files import brief, sha256_of
-from dopsd.images import FORMATS, open_picture
+from dopsd.images import FORMATS, open_image
 
 if features.check("avif"):
     FORMATS[".avif"] = "AVIF"
 # Pictures that dopsd does not read; refused by name, so that a folder of them does not shrink in silence.
 FOREIGN = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"} - FORMATS.keys()
 METADATA = ("metadata.jsonl", "metadata.csv")
-PICTURE_COLUMNS = ("file_name", "image", "image_path", "target", "chosen")
+IMAGE_COLUMNS = ("file_name", "image", "image_path", "target", "chosen")
 REFERENCE_COLUMN = "references"  # pictures that the caption edits, one or a list
 REJECTED_COLUMN = "rejected"  # worse pictures for the same caption, one or a list
 CAPTION_COLUMNS = ("text", "prompt", "caption")
@@ -87,7 +87,7 @@ def read_folder(
         findings, source = _listed_in(present[0]), present[0].name
     else:
         prompt = None if instance_prompt is None else as_caption(instance_prompt, "the instance prompt")
-        findings, source = _beside_pictures(folder, prompt, caption_extension)
+        findings, source = _beside_images(folder, prompt, caption_extension)
     findings = sorted(map(_decoded, findings) if decode else findings, key=lambda finding: finding[0].as_posix())
     examples = tuple(result for _, result in findings if isinstance(result, Example))
     refused = tuple((path, result) for path, result in findings if isinstance(result, str))
@@ -113,7 +113,7 @@ def _listed_in(metadata: Path) -> list[Finding]:
                 raise ValueError(f"{where} {row}.")
             named |= _mentioned(row, metadata.parent)
             edited, rejected = _references(row, metadata.parent, where), _rejected(row, metadata.parent, where)
-            path = _picture_of(row, metadata.parent, where, bool(edited))
+            path = _image_of(row, metadata.parent, where, bool(edited))
             if path in rejected:
                 raise ValueError(f"{where} names {path.name} as chosen and as rejected: a pair is of two pictures.")
             texts = _first(row, CAPTION_COLUMNS, where)
@@ -126,7 +126,7 @@ def _listed_in(metadata: Path) -> list[Finding]:
     if not findings:
         raise ValueError(f"no pictures in {metadata.parent}: {metadata.name} has no rows.")
     unnamed = f"has no caption: no row of {metadata.name} names it."
-    return findings + [(p, f"{p.name} {unnamed}") for p in pictures_in(metadata.parent) if p not in named]
+    return findings + [(p, f"{p.name} {unnamed}") for p in images_in(metadata.parent) if p not in named]
 
 
 def _mentioned(row: Mapping[str, object], folder: Path) -> set[Path]:
@@ -169,30 +169,30 @@ def _csv_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]
         yield number, "has more fields than the header: quote captions that hold a comma" if None in row else row
 
 
-def _picture_of(row: Mapping[str, object], folder: Path, where: str, edits: bool) -> Path:
-    if edits and not row.keys() & set(PICTURE_COLUMNS):
+def _image_of(row: Mapping[str, object], folder: Path, where: str, edits: bool) -> Path:
+    if edits and not row.keys() & set(IMAGE_COLUMNS):
         raise ValueError(f"{where} has {REFERENCE_COLUMN} and no target: name the picture that they are to become.")
-    return _picture_named(_first(row, PICTURE_COLUMNS, where), folder, where)
+    return _image_named(_first(row, IMAGE_COLUMNS, where), folder, where)
 
 
 def _rejected(row: Mapping[str, object], folder: Path, where: str) -> tuple[Path, ...]:
     names = row.get(REJECTED_COLUMN)
     if not names and row.keys() & {"chosen", REJECTED_COLUMN}:
         raise ValueError(f"{where} is half a pair: it names no picture in {REJECTED_COLUMN}.")
-    return _pictures_named(names, folder, where)
+    return _images_named(names, folder, where)
 
 
 def _references(row: Mapping[str, object], folder: Path, where: str) -> tuple[Path, ...]:
-    return _pictures_named(row.get(REFERENCE_COLUMN), folder, where)
+    return _images_named(row.get(REFERENCE_COLUMN), folder, where)
 
 
-def _pictures_named(names: object, folder: Path, where: str) -> tuple[Path, ...]:
+def _images_named(names: object, folder: Path, where: str) -> tuple[Path, ...]:
     """The pictures of a column that holds none, one or a list."""
     names = names or []
-    return tuple(_picture_named(name, folder, where) for name in (names if isinstance(names, list) else [names]))
+    return tuple(_image_named(name, folder, where) for name in (names if isinstance(names, list) else [names]))
 
 
-def _picture_named(name: object, folder: Path, where: str) -> Path:
+def _image_named(name: object, folder: Path, where: str) -> Path:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{where} names its picture with {name!r}, which is not a file name.")
     inside = Path(os.path.normpath(name))
@@ -223,18 +223,18 @@ def as_caption(text: object, what: str) -> str:
     return text.strip()
 
 
-def _beside_pictures(folder: Path, prompt: str | None, extension: str | None) -> tuple[list[Finding], str]:
+def _beside_images(folder: Path, prompt: str | None, extension: str | None) -> tuple[list[Finding], str]:
     """One finding per picture, captioned by the file beside it or else by `prompt`; and where captions came from."""
-    pictures = pictures_in(folder)
-    if not pictures:
+    images = images_in(folder)
+    if not images:
         raise ValueError(f"no pictures in {folder}: looked for {', '.join(FORMATS)} in it, not in its subfolders.")
     extensions = CAPTION_EXTENSIONS if extension is None else (f".{extension.lstrip('.')}",)
-    texts = {path: [text for e in extensions if os.path.lexists(text := path.with_suffix(e))] for path in pictures}
+    texts = {path: [text for e in extensions if os.path.lexists(text := path.with_suffix(e))] for path in images}
     used = [f"{e} files" for e in extensions if any(found and found[0].suffix == e for found in texts.values())]
     if not used and prompt is None:
         raise ValueError(
-            f"{folder} holds {len(pictures)} pictures and no captions. Write {' or '.join(METADATA)} "
-            f"(file_name, text), or put {pictures[0].stem}{extensions[0]} beside {pictures[0].name} and so on, "
+            f"{folder} holds {len(images)} pictures and no captions. Write {' or '.join(METADATA)} "
+            f"(file_name, text), or put {images[0].stem}{extensions[0]} beside {images[0].name} and so on, "
             "or set data.instance_prompt to one caption for all."
         )
     if not all(texts.values()) and prompt is not None:
@@ -259,7 +259,7 @@ def _captioned(path: Path, texts: list[Path], prompt: str | None, extensions: tu
     return Example(path, prompt)
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """Files that look like pictures, sorted; files that begin with a dot are the system's, not the user's."""
     seen = (path for path in folder.iterdir() if path.name[0] != "." and (path.is_symlink() or path.is_file()))
     return sorted(path for path in seen if path.suffix.lower() in FORMATS.keys() | FOREIGN)
@@ -270,11 +270,11 @@ def _decoded(finding: Finding) -> Finding:
     path, result = finding
     if isinstance(result, str):
         return finding
-    for picture in (path, *result.references, *result.rejected):
-        if picture.suffix.lower() not in FORMATS:
-            return path, f"{picture.name} is not one of {', '.join(FORMATS)}: convert it."
+    for image in (path, *result.references, *result.rejected):
+        if image.suffix.lower() not in FORMATS:
+            return path, f"{image.name} is not one of {', '.join(FORMATS)}: convert it."
         try:
-            open_picture(picture)
+            open_image(image)
         except ValueError as error:
             return path, str(error)
     return finding

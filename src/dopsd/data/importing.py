@@ -55,9 +55,9 @@ def import_data(
             row: dict[str, Any] = {"file_name": f"{index:06d}{_extension(content, where)}"}
             (temporary / row["file_name"]).write_bytes(content)
             row["text"] = captions[0] if len(captions) == 1 else captions
-            for column, pictures in further.items():
-                names = [f"{index:06d}-{column}{i or ''}{_extension(each, where)}" for i, each in enumerate(pictures)]
-                for name, each in zip(names, pictures, strict=True):
+            for column, images in further.items():
+                names = [f"{index:06d}-{column}{i or ''}{_extension(each, where)}" for i, each in enumerate(images)]
+                for name, each in zip(names, images, strict=True):
                     (temporary / name).write_bytes(each)
                 row[column] = names[0] if len(names) == 1 else names
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -118,11 +118,11 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}).") from error
-        *references, target = [_bytes_of(path, where) for path in _pictures_of(row, file.parent, where)]
+        *references, target = [_bytes_of(path, where) for path in _images_of(row, file.parent, where)]
         yield target, _captions_of(row, columns, where), {"references": references} if references else {}
 
 
-def _pictures_of(row: Any, folder: Path, where: str) -> list[Path]:
+def _images_of(row: Any, folder: Path, where: str) -> list[Path]:
     """Of an editing row the references, then the target."""
     key = next((key for key in PATH_KEYS if isinstance(row, dict) and row.get(key)), None)
     if key is None:
@@ -137,11 +137,11 @@ def _found(name: str, folder: Path, where: str) -> Path:
     raise ValueError(f"{where} names {brief(name)}, which is neither in {folder} nor the working directory.")
 
 
-def _bytes_of(picture: Path, where: str) -> bytes:
+def _bytes_of(image: Path, where: str) -> bytes:
     try:
-        return picture.read_bytes()
+        return image.read_bytes()
     except OSError as error:
-        raise ValueError(f"{where}: {picture} cannot be read ({error.strerror}).") from error
+        raise ValueError(f"{where}: {image} cannot be read ({error.strerror}).") from error
 
 
 def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
@@ -163,20 +163,20 @@ def _dataset_rows(
     except Exception as error:  # the library raises its own, the hub's, Arrow's and the system's errors
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{source} cannot be opened as a data set ({type(error).__name__}: {reason}).") from error
-    pictures = [image_column, rejected_column] if rejected_column else [image_column]
-    for column in (*pictures, *columns):
+    images = [image_column, rejected_column] if rejected_column else [image_column]
+    for column in (*images, *columns):
         if column not in table.column_names:
             raise ValueError(f"{source} has no column {column}; it has {', '.join(table.column_names)}.")
-    for column in pictures:
+    for column in images:
         table = table.cast_column(column, datasets.Image(decode=False))
     for number, row in enumerate(table, start=1):
         where = f"row {number} of {source}"
-        content, *rejected = (_content_of(row[column] or {}, column, where) for column in pictures)
+        content, *rejected = (_content_of(row[column] or {}, column, where) for column in images)
         yield content, _captions_of(row, columns, where), {"rejected": rejected} if rejected else {}
 
 
-def _content_of(picture: dict[str, Any], column: str, where: str) -> bytes:
-    content = picture.get("bytes") or (_bytes_of(Path(picture["path"]), where) if picture.get("path") else None)
+def _content_of(image: dict[str, Any], column: str, where: str) -> bytes:
+    content = image.get("bytes") or (_bytes_of(Path(image["path"]), where) if image.get("path") else None)
     if content is None:
         raise ValueError(f"{where} has no picture in {column}.")
     return content

@@ -39,8 +39,8 @@ class Loader:
         self.batch_size = batch_size
         self.seed = seed
         self.caption_dropout = caption_dropout
-        pictures = dict.fromkeys(path for row in rows for path in (row.latents, *row.rejected))
-        self._latents = {path: read_latents(path) for path in pictures}
+        images = dict.fromkeys(path for row in rows for path in (row.latents, *row.rejected))
+        self._latents = {path: read_latents(path) for path in images}
         versions = [version for row in rows for version in row.versions]
         contexts = dict.fromkeys(path for row in versions for path in (row.context, row.privileged) if path)
         self._contexts = {path: read_context(path) for path in contexts}
@@ -85,8 +85,8 @@ class Loader:
         """The row with the caption that this epoch draws for it."""
         row = self.rows[index]
         rng = np.random.default_rng([self.seed, epoch, index, 1])
-        if row.untold and rng.random() < self.caption_dropout:
-            return row.untold
+        if row.unconditional and rng.random() < self.caption_dropout:
+            return row.unconditional
         return (row, *row.also)[rng.integers(1 + len(row.also))]
 
     def _kind(self, row: Row) -> Hashable:

@@ -12,7 +12,7 @@ KINDS = ("", "rewrite", "scene")  # of a target's own scene in other words, or o
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluationPrompt:
     """A prompt. target: the picture that what is painted should be like; kind: one of KINDS; scored_as: the prompt in
     words that a text measure knows (a name like "zib" replaced by "dog"); name: of the row; row: all of it."""
 
@@ -24,19 +24,19 @@ class Question:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_questions(path: Path) -> tuple[Question, ...]:
+def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
     """Of a `.txt` (a prompt a line), a `.jsonl` (`prompt`; `target`, `kind`, `scored_as` where there are any; targets
     relative to the file), or a folder of `.txt`, a prompt each (DPG-Bench's). Raises ValueError where one cannot be
     used, naming file and line."""
     if path.is_dir():
-        found = [Question(_text(file, file.name), name=file.stem) for file in sorted(path.glob("*.txt"))]
+        found = [EvaluationPrompt(_text(file, file.name), name=file.stem) for file in sorted(path.glob("*.txt"))]
     elif not path.is_file():
         raise ValueError(f"{path} does not exist: give a .txt or .jsonl of prompts, or a folder of .txt.")
     elif path.suffix == ".jsonl":
         found = [_of_row(line, path, number) for number, line in _lines(path)]
     else:
-        found = [Question(as_caption(_decoded(line, path, number), f"{path.name} line {number}"), name=f"{number}")
-                 for number, line in _lines(path)]  # fmt: skip
+        found = [EvaluationPrompt(as_caption(_decoded(line, path, number), f"{path.name} line {number}"), name=f"{number}")
+                 for number, line in _lines(path)]
     if not found:
         raise ValueError(f"{path} holds no prompts.")
     return tuple(found)
@@ -59,7 +59,7 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
         raise ValueError(f"{path.name} line {number} is not UTF-8 ({error}): save it again as UTF-8.") from error
 
 
-def _of_row(line: bytes, path: Path, number: int) -> Question:
+def _of_row(line: bytes, path: Path, number: int) -> EvaluationPrompt:
     where = f"{path.name} line {number}"
     try:
         row = json.loads(_decoded(line, path, number))
@@ -78,4 +78,4 @@ def _of_row(line: bytes, path: Path, number: int) -> Question:
         if not target.is_file():
             raise ValueError(f"{where} names the target {row['target']}, and there is no such file in {path.parent}.")
     scored_as = as_caption(row["scored_as"], f"scored_as of {where}") if "scored_as" in row else ""
-    return Question(prompt, target, kind, scored_as, name=str(number - 1), row=row)
+    return EvaluationPrompt(prompt, target, kind, scored_as, name=str(number - 1), row=row)

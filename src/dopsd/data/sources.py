@@ -42,17 +42,17 @@ def seen_in_turn(listing: Listing) -> Listing:
     ValueError for a folder of one picture."""
     folders: dict[Path, list[Path]] = {}
     for example in listing.examples:
-        pictures = folders.setdefault(example.path.parent, [])
-        if example.path not in pictures:
-            pictures.append(example.path)
-    if alone := next((folder for folder, pictures in folders.items() if len(pictures) == 1), None):
+        images = folders.setdefault(example.path.parent, [])
+        if example.path not in images:
+            images.append(example.path)
+    if alone := next((folder for folder, images in folders.items() if len(images) == 1), None):
         raise ValueError(
             f"{alone} holds one picture, and the teacher is to see another one: method.teacher_sees: target."
         )
 
     def following(path: Path) -> Path:
-        pictures = folders[path.parent]
-        return pictures[(pictures.index(path) + 1) % len(pictures)]
+        images = folders[path.parent]
+        return images[(images.index(path) + 1) % len(images)]
 
     return replace(listing, examples=tuple(replace(e, shown=following(e.path)) for e in listing.examples))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dopsd.diffusion.batch import Context
 
 
-class Reader(Protocol):
+class TextEncoder(Protocol):
     """Reads prompts (and pictures: those that a prompt is about, and the teacher's) before training, then leaves
     memory."""
 
@@ -28,11 +28,11 @@ class Reader(Protocol):
         ...
 
 
-class Painter(Protocol):
+class VAE(Protocol):
     """The autoencoder."""
 
     fingerprint: str
-    cell: int  # pixels along a side of a latent cell
+    vae_scale_factor: int  # pixels along a side of a latent cell
 
     def latents(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shift and scale applied."""

@@ -13,7 +13,7 @@ Velocity = Callable[[Tensor, Tensor, Context], Tensor]  # (z [B, C, h, w], t [B]
 
 
 @dataclass(frozen=True)
-class Visit:
+class RolloutStep:
     """A state of the walk: z before the step, the velocity there (with its graph, if any), and the detached next z."""
 
     step: Step
@@ -29,7 +29,7 @@ def rollout(
     context: Context,
     rng: Rng | Callable[[Step], Rng] | None = None,
     graph_at: Container[int] | None = None,
-) -> Iterator[Visit]:
+) -> Iterator[RolloutStep]:
     """Walk unit noise [B, C, h, w] (float32) down the schedule. The next state is always detached: no graph spans two
     steps, so whoever runs backward at each visit keeps one forward's activations alive, not all of them. rng: what
     steps that renoise draw from, or says it of each. graph_at: the steps whose velocity gets a graph at all; default:
@@ -39,14 +39,14 @@ def rollout(
         with torch.set_grad_enabled(torch.is_grad_enabled() and (graph_at is None or s.index in graph_at)):
             u = velocity(z, s.now.expand(len(z)).to(z.device), context)
         z_next = step(z, u.detach(), s, rng(s) if callable(rng) else rng)
-        yield Visit(s, z, u, z_next)
+        yield RolloutStep(s, z, u, z_next)
         z = z_next
 
 
 @torch.no_grad()
-def walk(velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: Rng | None = None) -> Tensor:
+def sample(velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: Rng | None = None) -> Tensor:
     """The clean latents at the end of the walk from unit noise."""
     z = noise
-    for visit in rollout(velocity, noise, schedule, context, rng):
-        z = visit.z_next
+    for state in rollout(velocity, noise, schedule, context, rng):
+        z = state.z_next
     return z

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Painter
+from dopsd.diffusion.components import VAE
 from dopsd.diffusion.flow import Schedule
-from dopsd.diffusion.rollout import Velocity, walk
+from dopsd.diffusion.rollout import Velocity, sample
 from dopsd.images import as_bytes
 
 # What a network gets in one call: its activations take up to a gigabyte a picture of 1024 x 1024.
@@ -23,18 +23,18 @@ class Noise:
     `generator=torch.Generator().manual_seed(seed)`, whatever else is in the batch."""
 
     seeds: tuple[int, ...]
-    cells: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __getitem__(self, rows: slice) -> "Noise":
-        return Noise(self.seeds[rows], self.cells)
+        return Noise(self.seeds[rows], self.latent_shape)
 
     def draw(self) -> tuple[Tensor, list[torch.Generator]]:
         """The starts, float32 [B, C, h, w], and the generators that the walks go on drawing from."""
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        return torch.cat([torch.randn(1, *self.cells, generator=each) for each in generators]), generators
+        return torch.cat([torch.randn(1, *self.latent_shape, generator=each) for each in generators]), generators
 
     @property
     def start(self) -> Tensor:
@@ -48,27 +48,27 @@ def noise_for(seeds: Sequence[int], channels: int, height: int, width: int) -> N
 
 
 @torch.no_grad()
-def paint(velocity: Velocity, painter: Painter, schedule: Schedule, context: Context, noise: Noise) -> Tensor:
+def generate(velocity: Velocity, vae: VAE, schedule: Schedule, context: Context, noise: Noise) -> Tensor:
     """Pictures, uint8 [B, H, W, 3] on the CPU, from the noise and contexts of each."""
-    parts = walked(velocity, schedule, context, noise, painter.cell)
-    return torch.cat([to_pictures(painter, clean) for clean in parts])
+    parts = sample_in_chunks(velocity, schedule, context, noise, vae.vae_scale_factor)
+    return torch.cat([decode_images(vae, clean) for clean in parts])
 
 
 @torch.no_grad()
-def walked(velocity: Velocity, schedule: Schedule, context: Context, noise: Noise, cell: int) -> Iterator[Tensor]:
+def sample_in_chunks(velocity: Velocity, schedule: Schedule, context: Context, noise: Noise, vae_scale_factor: int) -> Iterator[Tensor]:
     """The clean latents of some pictures after the other, on the context's device. cell: pixels along its side."""
-    height, width = noise.cells[1:]
-    at_once = min(MOST_AT_ONCE, max(1, PIXELS_AT_ONCE // (height * width * cell**2)))
+    height, width = noise.latent_shape[1:]
+    at_once = min(MOST_AT_ONCE, max(1, PIXELS_AT_ONCE // (height * width * vae_scale_factor**2)))
     for start in range(0, len(noise), at_once):
         rows = Context.stack([context.row(i) for i in range(start, min(start + at_once, len(noise)))])
         z, generators = noise[start : start + at_once].draw()
-        yield walk(velocity, z.to(rows.tokens.device), schedule, rows, generators)
+        yield sample(velocity, z.to(rows.tokens.device), schedule, rows, generators)
 
 
 @torch.no_grad()
-def to_pictures(painter: Painter, clean: Tensor) -> Tensor:
+def decode_images(vae: VAE, clean: Tensor) -> Tensor:
     """Clean latents [B, C, h, w] as uint8 [B, H, W, 3] on the CPU, rounded as diffusers' VaeImageProcessor does."""
-    return as_bytes(painter.pixels(clean) / 2 + 0.5)
+    return as_bytes(vae.pixels(clean) / 2 + 0.5)
 
 
 

@@ -16,18 +16,18 @@ Kind = Literal["base", "floor", "teacher", "parent", "tuned"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class BenchmarkResult:
     """values: of each measure, one a question, [N], or [N, seeds]; pictures: some of each topic, uint8 [H, W, 3]."""
 
     values: Mapping[str, np.ndarray]
-    pictures: Mapping[str, Sequence[Tensor]]
+    images: Mapping[str, Sequence[Tensor]]
 
 
-class Questions(Protocol):
+class Benchmark(Protocol):
     """What is asked. captions: of the pictures that are shown, by topic; truth: how they should look, where known."""
 
     about: Any  # whatever the answers depend on besides the model, as JSON
     captions: Mapping[str, tuple[str, ...]]
     truth: Mapping[str, Sequence[Tensor]]
 
-    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> Answer: ...
+    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> BenchmarkResult: ...

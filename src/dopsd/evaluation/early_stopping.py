@@ -24,10 +24,10 @@ def advise(rows: Sequence[Mapping[str, Any]]) -> Advice | None:
         some = f" ({passing} of {len(rows)} checkups were not healthy, and it recovered)" if passing else ""
         return Advice(None, f"No reason to stop before step {rows[-1]['step']}: the last checkup was healthy{some}.")
     ill = rows[healthy[-1] + 1 if healthy else 0]
-    measures = {name: found for name, found in ill.items() if name not in ("step", "healthy")}
-    why = ", ".join(f"{n} {m['value']:.2f}, limit {m['limit']:.2f}" for n, m in measures.items() if not m["healthy"])
+    metrics = {name: found for name, found in ill.items() if name not in ("step", "healthy")}
+    why = ", ".join(f"{n} {m['value']:.2f}, limit {m['limit']:.2f}" for n, m in metrics.items() if not m["healthy"])
     if not healthy:
         return Advice(None, f"Unhealthy from the first checkup on, at step {ill['step']} ({why}): lower "
-                            "train.learning_rate, or look sooner (health.every).")  # fmt: skip
+                            "train.learning_rate, or look sooner (health.every).")
     step = int(rows[healthy[-1]]["step"])
     return Advice(step, f"Stop at step {step}: after it no checkup was healthy (step {ill['step']}: {why}).")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Painter
+from dopsd.diffusion.components import VAE
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import Noise, noise_for, paint
+from dopsd.diffusion.sampling import Noise, noise_for, generate
 
 PROMPTS = (
     "a red bicycle leaning against a brick wall",
@@ -37,7 +37,7 @@ DRIFT_ALLOWED = 0.60  # of the distance between two pictures of one prompt on di
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """value: over the untouched model's (drift: over the distance of its pictures on other noise). error: standard
     error of the paired difference. floor: of the noise. Unhealthy: beyond the limit, and not by chance."""
 
@@ -54,101 +54,101 @@ class Health:
     distance to the untouched model's picture; nfe_gap: distance between the pictures at one and two times the forwards;
     diversity: distance between the pictures of one prompt; text: agreement with the prompts, where a model is given."""
 
-    measures: dict[str, Measure]
+    metrics: dict[str, Metric]
 
     @property
     def healthy(self) -> bool:
-        return all(measure.healthy for measure in self.measures.values())
+        return all(metric.healthy for metric in self.metrics.values())
 
     def __str__(self) -> str:
-        ill = [f"{name} {m.value:.2f} (limit {m.limit:.2f})" for name, m in self.measures.items() if not m.healthy]
+        ill = [f"{name} {m.value:.2f} (limit {m.limit:.2f})" for name, m in self.metrics.items() if not m.healthy]
         return "healthy" if not ill else "unhealthy: " + ", ".join(ill)
 
     def as_row(self, step: int) -> dict[str, Any]:
         """A row of health.jsonl."""
-        return {"step": step, "healthy": self.healthy, **{name: asdict(m) for name, m in self.measures.items()}}
+        return {"step": step, "healthy": self.healthy, **{name: asdict(m) for name, m in self.metrics.items()}}
 
 
 Agreement = Callable[[np.ndarray, int], np.ndarray]  # pictures in [0, 1], and how many of a prompt stand in a row
 
 
-class Checkup:
+class HealthCheck:
     """The untouched model's pictures, painted once, and the comparison with whatever was tuned from it."""
 
     def __init__(
         self,
         base: Velocity,
-        painter: Painter,
+        vae: VAE,
         schedule_of: Callable[[int], Schedule],
         nfe: int,
         context: Context,
-        cells: tuple[int, int, int],
+        latent_shape: tuple[int, int, int],
         first_seed: int = FIRST_SEED,
         agreement: Agreement | None = None,
     ):
         """context: one row a prompt; cells: latent (channels, height, width); schedule_of: forwards -> times;
         agreement: what says whether pictures show what their prompts say, if there is such a model."""
-        self._measures = dict(MEASURES)
+        self._metrics = dict(METRICS)
         if agreement:
-            self._measures["text"] = lambda pictures: agreement(pictures[0], SEEDS)
+            self._metrics["text"] = lambda images: agreement(images[0], SEEDS)
         rows = [context.row(index) for index in range(len(context)) for _ in range(SEEDS)]
         self._context = Context.stack(rows)
-        self._noise = noise_for(range(first_seed, first_seed + len(rows)), *cells)
-        other = noise_for(range(OTHER_SEED + first_seed, OTHER_SEED + first_seed + len(rows)), *cells)
+        self._noise = noise_for(range(first_seed, first_seed + len(rows)), *latent_shape)
+        other = noise_for(range(OTHER_SEED + first_seed, OTHER_SEED + first_seed + len(rows)), *latent_shape)
         self._schedules = schedule_of(nfe), schedule_of(2 * nfe)
-        self._base = self._pictures(base, painter, self._noise)
-        self._again = self._pictures(base, painter, other)
+        self._base = self._images(base, vae, self._noise)
+        self._again = self._images(base, vae, other)
 
-    def _pictures(self, velocity: Velocity, painter: Painter, noise: Noise) -> "tuple[np.ndarray, np.ndarray]":
+    def _images(self, velocity: Velocity, vae: VAE, noise: Noise) -> "tuple[np.ndarray, np.ndarray]":
         """At the deployed forwards and at twice that, float64 [N, H, W, 3] in [0, 1]."""
-        once, twice = (paint(velocity, painter, s, self._context, noise).numpy() / 255 for s in self._schedules)
+        once, twice = (generate(velocity, vae, s, self._context, noise).numpy() / 255 for s in self._schedules)
         return once, twice
 
-    def examine(self, student: Velocity, painter: Painter) -> Health:
+    def examine(self, student: Velocity, vae: VAE) -> Health:
         """Paint as the student and compare."""
-        mine = self._pictures(student, painter, self._noise)
-        measures = {}
-        for name, of in self._measures.items():
+        mine = self._images(student, vae, self._noise)
+        metrics = {}
+        for name, of in self._metrics.items():
             base, again, tuned = of(self._base), of(self._again), of(mine)
             sign, allowed = (-1, LOSS_ALLOWED[name]) if name in LOSS_ALLOWED else (1, GAIN_ALLOWED[name])
             change = (tuned - base) / base.mean()
             value, error = 1 + float(change.mean()), _standard_error(change)
             healthy = sign * (value - 1) <= max(allowed, CERTAIN * error)
             floor = float(np.abs(again.mean() - base.mean()) / base.mean())
-            measures[name] = Measure(value, error, floor, 1 + sign * allowed, healthy)
+            metrics[name] = Metric(value, error, floor, 1 + sign * allowed, healthy)
         apart = _distance(self._base[0], self._again[0])
         drift = _distance(mine[0], self._base[0]) / apart.mean()
         value, error = float(drift.mean()), _standard_error(drift)
         healthy = value <= max(DRIFT_ALLOWED, CERTAIN * error)
-        measures["drift"] = Measure(value, error, _standard_error(apart / apart.mean()), DRIFT_ALLOWED, healthy)
-        return Health(measures)
+        metrics["drift"] = Metric(value, error, _standard_error(apart / apart.mean()), DRIFT_ALLOWED, healthy)
+        return Health(metrics)
 
 
-Pictures = tuple[np.ndarray, np.ndarray]  # at once and twice the forwards
+Images = tuple[np.ndarray, np.ndarray]  # at once and twice the forwards
 
 
-def _sharpness(pictures: Pictures) -> np.ndarray:
-    down, right = np.gradient(pictures[0], axis=(1, 2))
+def _sharpness(images: Images) -> np.ndarray:
+    down, right = np.gradient(images[0], axis=(1, 2))
     slopes = np.sqrt((np.square(down) + np.square(right)).sum(3))
     ranked = np.sort(slopes.reshape(len(slopes), -1), axis=1)
     return ranked[:, -ranked.shape[1] // 20 :].mean(1)
 
 
-def _roughness(pictures: Pictures) -> np.ndarray:
-    p = pictures[0]
+def _roughness(images: Images) -> np.ndarray:
+    p = images[0]
     curve = np.abs(4 * p[:, 1:-1, 1:-1] - p[:, :-2, 1:-1] - p[:, 2:, 1:-1] - p[:, 1:-1, :-2] - p[:, 1:-1, 2:]).mean(3)
     ranked = np.sort(curve.reshape(len(p), -1), axis=1)
     return ranked[:, : ranked.shape[1] // 2].mean(1) + 1 / 255 / 8  # below an eighth of a grey level nothing is seen
 
 
-def _diversity(pictures: Pictures) -> np.ndarray:
+def _diversity(images: Images) -> np.ndarray:
     """One value a prompt: its SEEDS pictures stand side by side."""
-    groups = pictures[0].reshape(-1, SEEDS, *pictures[0].shape[1:])
+    groups = images[0].reshape(-1, SEEDS, *images[0].shape[1:])
     return _distance(groups[:, 0], groups[:, 1])
 
 
-def _gap(pictures: Pictures) -> np.ndarray:
-    return _distance(*pictures)
+def _gap(images: Images) -> np.ndarray:
+    return _distance(*images)
 
 
 def _standard_error(values: np.ndarray) -> float:
@@ -160,7 +160,7 @@ def _distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(left - right).mean((1, 2, 3)))
 
 
-MEASURES: dict[str, Callable[[Pictures], np.ndarray]] = {
+METRICS: dict[str, Callable[[Images], np.ndarray]] = {
     "sharpness": _sharpness,
     "roughness": _roughness,
     "diversity": _diversity,

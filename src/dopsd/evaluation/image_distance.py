@@ -11,11 +11,11 @@ from dopsd.evaluation.statistics import Interval, resampled
 SIDE = 64  # cells of a reduced picture's longer side
 
 
-def distances(pictures: np.ndarray, target: np.ndarray) -> np.ndarray:
+def distances(images: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Root mean square difference in [0, 1], [N], of the reduced pictures [N, H, W, 3] to the reduced target
     [H, W, 3], all uint8."""
     aim = _reduced(target)
-    return np.array([np.sqrt(np.square(_reduced(picture) - aim).mean()) for picture in pictures])
+    return np.array([np.sqrt(np.square(_reduced(image) - aim).mean()) for image in images])
 
 
 def nearer(student: np.ndarray, teacher: np.ndarray) -> Interval:
@@ -25,10 +25,11 @@ def nearer(student: np.ndarray, teacher: np.ndarray) -> Interval:
     return resampled(lambda picks: 1 - theirs[picks].mean(-1) / ours[picks].mean(-1), len(ours))
 
 
-def _reduced(picture: np.ndarray) -> np.ndarray:
+def _reduced(image: np.ndarray) -> np.ndarray:
     """A mean over each cell, float64 in [0, 1]; a picture of SIDE pixels or less stays as it is."""
-    image = Image.fromarray(picture)
-    factor = SIDE / max(image.size)
+    reduced = Image.fromarray(image)
+    factor = SIDE / max(reduced.size)
     if factor < 1:
-        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BOX)
-    return np.asarray(image) / 255
+        size = round(reduced.width * factor), round(reduced.height * factor)
+        reduced = reduced.resize(size, Image.Resampling.BOX)
+    return np.asarray(reduced) / 255

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from dopsd.data.folder import pictures_in, read_folder
-from dopsd.data.prompts import Question
+from dopsd.data.folder import images_in, read_folder
+from dopsd.data.prompts import EvaluationPrompt
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Denoiser, Painter
-from dopsd.diffusion.sampling import noise_for, paint
+from dopsd.diffusion.components import Denoiser, VAE
+from dopsd.diffusion.sampling import noise_for, generate
 from dopsd.files import atomic_path, sha256_of, write_json, write_text
-from dopsd.images import to_images
+from dopsd.images import to_pil
 from dopsd.models import load_family
-from dopsd.models.base import Family, cells_of
+from dopsd.models.base import Family, latent_size
 from dopsd.models.lora import merge_lora, read_lora, refuse_strength
 from dopsd.models.pipeline import deployed_on
 
@@ -29,7 +29,7 @@ FIRST_NOISE, OTHER_NOISE = 300_000_000, 600_000_000  # far from training's, prev
 
 
 @dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """A file, and what it is measured against. row: of its prompt; seed: which of the prompt's pictures it is."""
 
     path: Path
@@ -41,12 +41,12 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Gallery:
+class ImageSet:
     """The pictures of one model at one number of forwards. name: base, again (the base on other noise), tuned, or the
     folder's."""
 
     name: str
-    pictures: tuple[Picture, ...]
+    images: tuple[GeneratedImage, ...]
     nfe: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Gallery:
     @property
     def shape(self) -> tuple[int, int]:
         """(prompts, most seeds of one)."""
-        return 1 + max(p.row for p in self.pictures), 1 + max(p.seed for p in self.pictures)
+        return 1 + max(p.row for p in self.images), 1 + max(p.seed for p in self.images)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     numbers of forwards; empty: the model's own. Sizes in pixels; None: the model's own."""
 
     model: str
-    questions: tuple[Question, ...]
+    questions: tuple[EvaluationPrompt, ...]
     lora: Path | None = None
     strength: float = 1.0
     seeds: int = 4
@@ -86,7 +86,7 @@ class Plan:
         }
 
 
-def read_gallery(folder: Path, name: str, captioned: bool, targets: Path | None = None) -> Gallery:
+def read_image_set(folder: Path, name: str, captioned: bool, targets: Path | None = None) -> ImageSet:
     """A folder's pictures; captions (metadata.jsonl, .txt) are the prompts, and pictures of one prompt its seeds.
     targets: a folder with a picture of the same name for each, or none."""
     if not folder.is_dir():
@@ -94,19 +94,19 @@ def read_gallery(folder: Path, name: str, captioned: bool, targets: Path | None 
     if captioned:
         listed = [(example.path, example.caption) for example in read_folder(folder, decode=False).examples]
     else:
-        listed = [(path, "") for path in pictures_in(folder)]
+        listed = [(path, "") for path in images_in(folder)]
     if not listed:
         raise ValueError(f"no pictures in {folder}.")
     rows: dict[str, list[Path]] = {}
     for path, prompt in listed:
         rows.setdefault(prompt or path.name, []).append(path)
     prompts = dict(listed)
-    pictures = (
-        Picture(path, prompts[path], _target_of(path, folder, targets), row=row, seed=seed)
+    images = (
+        GeneratedImage(path, prompts[path], _target_of(path, folder, targets), row=row, seed=seed)
         for row, paths in enumerate(rows.values())
         for seed, path in enumerate(paths)
     )
-    return Gallery(name, tuple(pictures))
+    return ImageSet(name, tuple(images))
 
 
 def _target_of(path: Path, folder: Path, targets: Path | None) -> Path | None:
@@ -117,9 +117,9 @@ def _target_of(path: Path, folder: Path, targets: Path | None) -> Path | None:
     return found[0] if found else None
 
 
-def refuse_unpaired(ours: Gallery, theirs: Gallery) -> None:
+def refuse_unpaired(ours: ImageSet, theirs: ImageSet) -> None:
     """Raise ValueError where a gallery's files are not called as the other's, or are not of the same prompts."""
-    mine, others = ({p.path.name: p.prompt for p in gallery.pictures} for gallery in (ours, theirs))
+    mine, others = ({p.path.name: p.prompt for p in image_set.images} for image_set in (ours, theirs))
     if differing := sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name)):
         raise ValueError(
             f"the two folders differ in {differing[0]}{' and others' if len(differing) > 1 else ''}: pictures to "
@@ -127,7 +127,7 @@ def refuse_unpaired(ours: Gallery, theirs: Gallery) -> None:
         )
 
 
-def galleries_of(plan: Plan, folder: Path, progress: Progress) -> list[Gallery]:
+def generate_image_sets(plan: Plan, folder: Path, progress: Progress) -> list[ImageSet]:
     """Paint what is missing of a plan into `folder/<name>/nfe-<n>/<prompt>_<seed>.png`, a prompt at a time: the base,
     the base again on other noise, and the tuned model on the base's noise. Each picture is whole or absent, so that a
     second call goes on. Raises ValueError where the folder holds another plan's pictures."""
@@ -138,20 +138,20 @@ def galleries_of(plan: Plan, folder: Path, progress: Progress) -> list[Gallery]:
         )
     family = load_family(plan.model)
     side = family.resolution
-    cells = (family.channels, *cells_of(family, plan.height or side, plan.width or side))
+    latent_shape = (family.channels, *latent_size(family, plan.height or side, plan.width or side))
     if plan.lora:
         read_lora(plan.lora, family)
     family.count_tokens([question.prompt for question in plan.questions])
     _claim(folder, plan.settings())
     names = (BASE, AGAIN, TUNED) if plan.lora else (BASE, AGAIN)
     nfes = plan.nfe or (family.default_nfe,)
-    galleries = [_gallery(name, nfe, plan, folder) for name in names for nfe in nfes]
-    missing = [g for g in galleries if any(not p.path.exists() for p in g.pictures)]
+    image_sets = [_image_set(name, nfe, plan, folder) for name in names for nfe in nfes]
+    missing = [g for g in image_sets if any(not p.path.exists() for p in g.images)]
     if missing:
-        _paint(plan, family, cells, missing, progress)
-    for gallery in galleries:
-        _write_captions(gallery)
-    return galleries
+        _generate(plan, family, latent_shape, missing, progress)
+    for image_set in image_sets:
+        _write_captions(image_set)
+    return image_sets
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -170,63 +170,63 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         write_json(file, settings)
 
 
-def _gallery(name: str, nfe: int, plan: Plan, folder: Path) -> Gallery:
+def _image_set(name: str, nfe: int, plan: Plan, folder: Path) -> ImageSet:
     place = folder / name / f"nfe-{nfe}"
-    pictures = (
-        Picture(place / f"{row:04}_{seed:02}.png", q.scored_as or q.prompt, q.target, q.kind, row, seed)
+    images = (
+        GeneratedImage(place / f"{row:04}_{seed:02}.png", q.scored_as or q.prompt, q.target, q.kind, row, seed)
         for row, q in enumerate(plan.questions)
         for seed in range(plan.seeds)
     )
-    return Gallery(name, tuple(pictures), nfe)
+    return ImageSet(name, tuple(images), nfe)
 
 
-def _write_captions(gallery: Gallery) -> None:
+def _write_captions(image_set: ImageSet) -> None:
     """metadata.jsonl beside the pictures, those of an earlier call with more seeds too: any tool can measure them."""
-    folder, prompts = gallery.pictures[0].path.parent, {f"{p.row:04}": p.prompt for p in gallery.pictures}
+    folder, prompts = image_set.images[0].path.parent, {f"{p.row:04}": p.prompt for p in image_set.images}
     rows = (
         {"file_name": file.name, "text": prompts[file.stem.rpartition("_")[0]]} for file in sorted(folder.glob("*.png"))
     )
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _paint(
-    plan: Plan, family: Family, cells: tuple[int, int, int], missing: Sequence[Gallery], progress: Progress
+def _generate(
+    plan: Plan, family: Family, latent_shape: tuple[int, int, int], missing: Sequence[ImageSet], progress: Progress
 ) -> None:
     device, dtype = deployed_on()
-    reader = family.load_reader(device, dtype, pictures=False)
-    contexts = [reader.context([question.prompt]).to("cpu") for question in plan.questions]
-    del reader  # gigabytes: one network at a time
-    painter = family.load_painter(device, torch.float32)
+    text_encoder = family.load_text_encoder(device, dtype, images=False)
+    contexts = [text_encoder.context([question.prompt]).to("cpu") for question in plan.questions]
+    del text_encoder  # gigabytes: one network at a time
+    vae = family.load_vae(device, torch.float32)
     denoiser = family.load_denoiser(device, dtype)
-    _fill([g for g in missing if g.name != TUNED], contexts, denoiser, painter, family, cells, progress)
+    _fill([g for g in missing if g.name != TUNED], contexts, denoiser, vae, family, latent_shape, progress)
     if tuned := [g for g in missing if g.name == TUNED]:
         assert plan.lora is not None
         merge_lora(denoiser.network, plan.lora, family, plan.strength)
-        _fill(tuned, contexts, denoiser, painter, family, cells, progress)
+        _fill(tuned, contexts, denoiser, vae, family, latent_shape, progress)
 
 
 def _fill(
-    galleries: Sequence[Gallery],
+    image_sets: Sequence[ImageSet],
     contexts: Sequence[Context],
     denoiser: Denoiser,
-    painter: Painter,
+    vae: VAE,
     family: Family,
-    cells: tuple[int, int, int],
+    latent_shape: tuple[int, int, int],
     progress: Progress,
 ) -> None:
     device = deployed_on()[0]
-    for gallery in galleries:
-        assert gallery.nfe is not None
-        first = OTHER_NOISE if gallery.name == AGAIN else FIRST_NOISE
-        schedule = family.schedule(gallery.nfe, *cells[1:])
+    for image_set in image_sets:
+        assert image_set.nfe is not None
+        first = OTHER_NOISE if image_set.name == AGAIN else FIRST_NOISE
+        schedule = family.schedule(image_set.nfe, *latent_shape[1:])
         for row, context in enumerate(contexts):
-            todo = [p for p in gallery.pictures if p.row == row and not p.path.exists()]
+            todo = [p for p in image_set.images if p.row == row and not p.path.exists()]
             if todo:
-                noise = noise_for([first + MOST_SEEDS * row + picture.seed for picture in todo], *cells)
+                noise = noise_for([first + MOST_SEEDS * row + image.seed for image in todo], *latent_shape)
                 rows = Context.stack([context] * len(todo)).to(device)
-                for picture, image in zip(
-                    todo, to_images(paint(denoiser, painter, schedule, rows, noise)), strict=True
+                for entry, image in zip(
+                    todo, to_pil(generate(denoiser, vae, schedule, rows, noise)), strict=True
                 ):
-                    with atomic_path(picture.path) as temporary:
+                    with atomic_path(entry.path) as temporary:
                         image.save(temporary, format="PNG")
-            progress(f"painting {gallery.name} at {gallery.nfe}", row + 1, len(contexts))
+            progress(f"painting {image_set.name} at {image_set.nfe}", row + 1, len(contexts))

@@ -7,28 +7,28 @@ from pathlib import Path
 
 from PIL import Image
 
-from dopsd.data.prompts import Question
-from dopsd.evaluation.image_sets import Gallery
+from dopsd.data.prompts import EvaluationPrompt
+from dopsd.evaluation.image_sets import ImageSet
 from dopsd.files import atomic_path, write_text
-from dopsd.images import open_picture
+from dopsd.images import open_image
 
 
-def geneval(gallery: Gallery, questions: Sequence[Question], folder: Path) -> None:
+def geneval(image_set: ImageSet, questions: Sequence[EvaluationPrompt], folder: Path) -> None:
     """`00000/metadata.jsonl`, the prompt's own row, and `00000/samples/0000.png` ... , as the README of
     github.com/djghosh13/geneval asks for (its evaluation_metadata.jsonl is the prompts file)."""
     for row, question in enumerate(questions):
         place = folder / f"{row:05}"
         write_text(place / "metadata.jsonl", json.dumps(dict(question.row)) + "\n")
-        for picture in (p for p in gallery.pictures if p.row == row):
-            with atomic_path(place / "samples" / f"{picture.seed:04}.png") as temporary:
-                shutil.copyfile(picture.path, temporary)
+        for image in (p for p in image_set.images if p.row == row):
+            with atomic_path(place / "samples" / f"{image.seed:04}.png") as temporary:
+                shutil.copyfile(image.path, temporary)
 
 
-def dpg(gallery: Gallery, questions: Sequence[Question], folder: Path) -> None:
+def dpg(image_set: ImageSet, questions: Sequence[EvaluationPrompt], folder: Path) -> None:
     """`<name of the prompt>.png`: four pictures as two rows of two, read from left to right, as dpg_bench/
     compute_dpg_bench.py of github.com/TencentQQGYLab/ELLA cuts it (--resolution: one picture's side, --pic-num 4)."""
     for row, question in enumerate(questions):
-        images = [open_picture(p.path) for p in gallery.pictures if p.row == row][:4]
+        images = [open_image(p.path) for p in image_set.images if p.row == row][:4]
         if len(images) < 4 or images[0].width != images[0].height:
             raise ValueError("DPG-Bench wants four square pictures a prompt: set --seeds 4, and equal sides.")
         side = images[0].width
@@ -39,4 +39,4 @@ def dpg(gallery: Gallery, questions: Sequence[Question], folder: Path) -> None:
             sheet.save(temporary, format="PNG")
 
 
-LAYOUTS: Mapping[str, Callable[[Gallery, Sequence[Question], Path], None]] = {"geneval": geneval, "dpg": dpg}
+LAYOUTS: Mapping[str, Callable[[ImageSet, Sequence[EvaluationPrompt], Path], None]] = {"geneval": geneval, "dpg": dpg}

@@ -43,7 +43,7 @@ def write_comparison(
 ) -> Path:
     """Write the page of a comparison. table: a row for each model, its name first and numbers after."""
     sections = [
-        _Section("Measures", header=header, rows=table),
+        _Section("HealthMetrics", header=header, rows=table),
         _Section("Pictures", words=[SHARED] if panels else [], panels=panels),
         _Section("Notes", words=notes),
     ]

@@ -8,7 +8,7 @@ import numpy as np
 
 POINTS = 1000  # of a curve; in a longer run each point is the mean of consecutive steps
 # Of metrics.jsonl, whatever the method.
-COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "pictures", "seconds", "skipped")
+COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "images", "seconds", "skipped")
 WIDE = 20  # highest over lowest value from which a curve is logarithmic
 
 Metrics = Sequence[Mapping[str, float | None]]  # None: it was not finite

@@ -13,7 +13,7 @@ from typing import Literal
 from PIL import Image
 
 from dopsd.files import brief, write_text
-from dopsd.images import open_picture
+from dopsd.images import open_image
 
 Mode = Literal["object", "style"]
 MOST_TOKENS = 1024  # of an answer, as in the reference code
@@ -33,7 +33,7 @@ MEANING = {"object": "its main object or character", "style": "the way it is mad
 
 
 def write_test_prompts(
-    pictures: Sequence[tuple[Path, str]],
+    images: Sequence[tuple[Path, str]],
     file: Path,
     ask: Callable[[Image.Image, str], str],
     trigger: str,
@@ -47,20 +47,20 @@ def write_test_prompts(
     that breaks the rule; what was written before stays."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     done = {json.loads(line)["target"] for line in lines}
-    for number, (path, caption) in enumerate(pictures, start=1):
+    for number, (path, caption) in enumerate(images, start=1):
         target = os.path.relpath(path, file.parent)
         if target not in done:
             question = QUESTION.format(
                 caption=caption, trigger=trigger, meaning=MEANING[mode], rule=RULE[mode].format(trigger=trigger)
             )
-            answer = ask(open_picture(path), question)
+            answer = ask(open_image(path), question)
             prompts = prompts_in(answer, trigger, class_word if mode == "object" else None, path.name)
             lines += [
                 json.dumps(_row(p, k, target, trigger, class_word), ensure_ascii=False) for k, p in enumerate(prompts)
             ]
             write_text(file, "\n".join(lines) + "\n")
         if progress:
-            progress(number, len(pictures))
+            progress(number, len(images))
     return len(lines)
 
 

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dopsd.evaluation.image_sets import Gallery, Picture, Progress
+from dopsd.evaluation.image_sets import ImageSet, GeneratedImage, Progress
 from dopsd.evaluation.metrics import Found
-from dopsd.evaluation.rewards import load_judge
+from dopsd.evaluation.rewards import load_reward
 from dopsd.files import read_tensors, sha256_of, write_tensors, writing
-from dopsd.images import open_picture
+from dopsd.images import open_image
 
 AT_ONCE = 8  # pictures that a model looks at together
 
 
-class Unmeasured(ValueError):
+class MetricUnavailable(ValueError):
     """A measure's model, or what it compares with, is not there."""
 
 
@@ -67,34 +67,34 @@ class Scores:
 
 
 def score(
-    found: Found, galleries: Sequence[Gallery], folder: Path, device: torch.device, progress: Progress
+    found: Found, image_sets: Sequence[ImageSet], folder: Path, device: torch.device, progress: Progress
 ) -> list[Scored]:
     """Each gallery's scores; prompts that the measure is not about (`Measure.skips`, or no target) are not asked.
     Raises Unmeasured where the measure's model cannot be had, and ValueError for a picture that cannot be read; what
     was scored before is kept."""
     store = Scores(_place(folder, found, "jsonl"))
-    asked = [[p for p in gallery.pictures if _concerns(found, p)] for gallery in galleries]
+    asked = [[p for p in image_set.images if _concerns(found, p)] for image_set in image_sets]
     content = cache(_content)
-    keys = {p: _key(p, found, content) for pictures in asked for p in pictures}
-    todo = [[p for p in pictures if keys[p] not in store.values] for pictures in asked]
+    keys = {p: _key(p, found, content) for images in asked for p in images}
+    todo = [[p for p in images if keys[p] not in store.values] for images in asked]
     try:
-        measure = _load(found, device) if any(todo) else None
+        metric = _load(found, device) if any(todo) else None
     except ValueError as error:
-        raise Unmeasured(str(error)) from error
-    for gallery, pictures in zip(galleries, todo, strict=True):
+        raise MetricUnavailable(str(error)) from error
+    for image_set, images in zip(image_sets, todo, strict=True):
         done = 0
-        for group, pixels in _groups(pictures):
-            assert measure is not None
-            values = [v if np.isfinite(v) else float("nan") for v in measure(group, pixels.to(device))]
+        for group, pixels in _groups(images):
+            assert metric is not None
+            values = [v if np.isfinite(v) else float("nan") for v in metric(group, pixels.to(device))]
             store.add([(keys[p], str(p.path), v) for p, v in zip(group, values, strict=True)])
             done += len(group)
-            progress(f"{found.short} of {gallery.label}", done, len(pictures))
+            progress(f"{found.short} of {image_set.label}", done, len(images))
     tables = []
-    for gallery, pictures in zip(galleries, asked, strict=True):
-        table = np.full(gallery.shape, np.nan)
-        for p in pictures:
+    for image_set, images in zip(image_sets, asked, strict=True):
+        table = np.full(image_set.shape, np.nan)
+        for p in images:
             table[p.row, p.seed] = store.values[keys[p]]
-        tables.append(Scored(table, len(pictures)))
+        tables.append(Scored(table, len(images)))
     return tables
 
 
@@ -110,66 +110,66 @@ def features(
             try:
                 network = network or found.made(found.model, device)
             except ValueError as error:
-                raise Unmeasured(str(error)) from error
+                raise MetricUnavailable(str(error)) from error
             parts = []
             for done, path in enumerate(paths, start=1):
-                parts.append(network(read_picture(path)[None]))
+                parts.append(network(read_image(path)[None]))
                 progress(f"features of set {number}", done, len(paths))
             write_tensors(file, {"features": torch.cat(parts)})
         answers.append(read_tensors(file)["features"])
     return answers
 
 
-def read_picture(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
     """float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.asarray(open_picture(path), dtype=np.float32) / 255).permute(2, 0, 1)
+    return torch.from_numpy(np.asarray(open_image(path), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def _concerns(found: Found, picture: Picture) -> bool:
-    if found.measure.needs == "target" and picture.target is None:
+def _concerns(found: Found, image: GeneratedImage) -> bool:
+    if found.metric.needs == "target" and image.target is None:
         return False
-    return not (picture.kind and picture.kind == found.measure.skips)
+    return not (image.kind and image.kind == found.metric.skips)
 
 
-def _load(found: Found, device: torch.device) -> Callable[[Sequence[Picture], Tensor], list[float]]:
+def _load(found: Found, device: torch.device) -> Callable[[Sequence[GeneratedImage], Tensor], list[float]]:
     """What scores pictures of one target and one size: (pictures, their pixels [B, 3, H, W]) -> values."""
-    if found.measure.needs == "target":
+    if found.metric.needs == "target":
         compare = found.made(found.model, device)
 
-        def against(group: Sequence[Picture], pixels: Tensor) -> list[float]:
+        def against(group: Sequence[GeneratedImage], pixels: Tensor) -> list[float]:
             assert group[0].target is not None
-            return compare(pixels, read_picture(group[0].target).to(device)).tolist()
+            return compare(pixels, read_image(group[0].target).to(device)).tolist()
 
         return against
-    judge = load_judge(found.name, device)
-    return lambda group, pixels: judge(pixels, [picture.prompt for picture in group]).tolist()
+    reward = load_reward(found.name, device)
+    return lambda group, pixels: reward(pixels, [image.prompt for image in group]).tolist()
 
 
-def _groups(pictures: Sequence[Picture]) -> Iterator[tuple[list[Picture], Tensor]]:
+def _groups(images: Sequence[GeneratedImage]) -> Iterator[tuple[list[GeneratedImage], Tensor]]:
     """Neighbours with one target and one size, AT_ONCE at most, and their pixels. Before a picture that cannot be read
     is refused, those before it go out."""
-    group: list[Picture] = []
+    group: list[GeneratedImage] = []
     pixels: list[Tensor] = []
-    for picture in pictures:
+    for image in images:
         try:
-            mine = read_picture(picture.path)
+            mine = read_image(image.path)
         except ValueError:
             if group:
                 yield group, torch.stack(pixels)
             raise
-        if group and (len(group) == AT_ONCE or picture.target != group[0].target or mine.shape != pixels[0].shape):
+        if group and (len(group) == AT_ONCE or image.target != group[0].target or mine.shape != pixels[0].shape):
             yield group, torch.stack(pixels)
             group, pixels = [], []
-        group.append(picture)
+        group.append(image)
         pixels.append(mine)
     if group:
         yield group, torch.stack(pixels)
 
 
-def _key(picture: Picture, found: Found, content: Callable[[Path], str]) -> str:
+def _key(image: GeneratedImage, found: Found, content: Callable[[Path], str]) -> str:
     """Of all that a score depends on but the measure, whose file this is."""
-    beside = content(picture.target) if found.measure.needs == "target" and picture.target else picture.prompt
-    return hashlib.sha256(f"{content(picture.path)} {beside}".encode()).hexdigest()[:24]
+    beside = content(image.target) if found.metric.needs == "target" and image.target else image.prompt
+    return hashlib.sha256(f"{content(image.path)} {beside}".encode()).hexdigest()[:24]
 
 
 def _content(path: Path) -> str:
@@ -181,6 +181,6 @@ def _content(path: Path) -> str:
 
 def _place(folder: Path, found: Found, ending: str) -> Path:
     """fid and kid look at the same features."""
-    name = "inception" if found.measure.needs == "set" else found.short
-    mark = hashlib.sha256(f"{found.measure.made} {found.model}".encode()).hexdigest()[:8]
+    name = "inception" if found.metric.needs == "set" else found.short
+    mark = hashlib.sha256(f"{found.metric.made} {found.model}".encode()).hexdigest()[:8]
     return folder / "scores" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{mark}.{ending}"

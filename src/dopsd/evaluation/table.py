@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from dopsd.evaluation.image_sets import AGAIN, BASE, Gallery, Progress
-from dopsd.evaluation.metrics import Found, find_measure, named_measure
+from dopsd.evaluation.image_sets import AGAIN, BASE, ImageSet, Progress
+from dopsd.evaluation.metrics import Found, find_metric, named_metric
 from dopsd.evaluation.metrics.fid import fid, kid
-from dopsd.evaluation.scores import Scored, Unmeasured, features, score
+from dopsd.evaluation.scores import Scored, MetricUnavailable, features, score
 from dopsd.evaluation.statistics import Interval, bootstrap, paired
 
 ENOUGH = 2048  # pictures, below which FID depends more on their number than on what they show
-HEADER = ["measure", "pictures", "nfe", "value", "minus base", "noise floor", "note"]
+HEADER = ["measure", "images", "nfe", "value", "minus base", "noise floor", "note"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Row:
     """One measure of one gallery. difference: to the base on the same prompts and noise; floor: how far the base is
     from itself on other noise; a difference within it says nothing."""
 
-    measure: str
+    metric: str
     better: str  # higher or lower
-    gallery: str = ""
+    image_set: str = ""
     nfe: int | None = None
     value: Interval | None = None
     difference: Interval | None = None
@@ -37,7 +37,7 @@ class Row:
         shown = [_text(each) for each in (self.value, self.difference)]
         floor = "-" if self.floor is None else f"{self.floor:.3f}"
         arrow = {"higher": " ↑", "lower": " ↓", "": ""}[self.better]
-        return [self.measure + arrow, self.gallery or "-", str(self.nfe or "-"), *shown, floor, self.note]
+        return [self.metric + arrow, self.image_set or "-", str(self.nfe or "-"), *shown, floor, self.note]
 
     def numbers(self) -> dict[str, Any]:
         """The same for JSON, which knows neither NaN nor infinity."""
@@ -55,8 +55,8 @@ def _text(interval: Interval | None) -> str:
 
 
 def tabulate(
-    measures: Sequence[str],
-    galleries: Sequence[Gallery],
+    metrics: Sequence[str],
+    image_sets: Sequence[ImageSet],
     reference: Sequence[Path],
     folder: Path,
     device: torch.device,
@@ -65,45 +65,45 @@ def tabulate(
     """Rows of each measure, one model in memory at a time; what it found lies under `folder/scores`. reference: the
     pictures that FID and KID compare with. A measure whose model cannot be had is a row that says so."""
     rows: list[Row] = []
-    for name in measures:
-        short, _, measure = named_measure(name)
-        better = "higher" if measure.higher else "lower"
+    for name in metrics:
+        short, _, metric = named_metric(name)
+        better = "higher" if metric.higher else "lower"
         try:
             try:
-                found = find_measure(name)
+                found = find_metric(name)
             except ValueError as error:
-                raise Unmeasured(str(error)) from error
-            if measure.needs == "set":
-                rows += _of_sets(found, better, galleries, reference, folder, device, progress)
+                raise MetricUnavailable(str(error)) from error
+            if metric.needs == "set":
+                rows += _of_sets(found, better, image_sets, reference, folder, device, progress)
             else:
-                rows += _of_pictures(found, better, galleries, folder, device, progress)
-        except Unmeasured as gap:
+                rows += _of_images(found, better, image_sets, folder, device, progress)
+        except MetricUnavailable as gap:
             rows.append(Row(short, better, note=f"not measured: {gap}"))
     return rows
 
 
-def _of_pictures(
-    found: Found, better: str, galleries: Sequence[Gallery], folder: Path, device: torch.device, progress: Progress
+def _of_images(
+    found: Found, better: str, image_sets: Sequence[ImageSet], folder: Path, device: torch.device, progress: Progress
 ) -> list[Row]:
-    scored = dict(zip(galleries, score(found, galleries, folder, device, progress), strict=True))
+    scored = dict(zip(image_sets, score(found, image_sets, folder, device, progress), strict=True))
     if not any(each.asked for each in scored.values()):
-        raise Unmeasured("no prompt has a target picture that it would be compared with.")
+        raise MetricUnavailable("no prompt has a target picture that it would be compared with.")
     rows = []
-    for gallery in (g for g in galleries if g.name != AGAIN):
-        base, again = (_beside(gallery, name, scored) for name in (BASE, AGAIN))
-        mine = scored[gallery]
-        difference = paired(mine.values, base.values) if base and gallery.name != BASE else None
+    for image_set in (g for g in image_sets if g.name != AGAIN):
+        base, again = (_beside(image_set, name, scored) for name in (BASE, AGAIN))
+        mine = scored[image_set]
+        difference = paired(mine.values, base.values) if base and image_set.name != BASE else None
         floor = _reach(paired(again.values, base.values)) if base and again else None
         note = "; ".join([*_remarks(found, mine), *_weight(difference, floor)])
         rows.append(
-            Row(found.short, better, gallery.name, gallery.nfe, bootstrap(mine.values), difference, floor, note)
+            Row(found.short, better, image_set.name, image_set.nfe, bootstrap(mine.values), difference, floor, note)
         )
     return rows
 
 
-def _beside(gallery: Gallery, name: str, scored: Mapping[Gallery, Any]) -> Any:
+def _beside(image_set: ImageSet, name: str, scored: Mapping[ImageSet, Any]) -> Any:
     """What the gallery of that name at the same number of forwards scored."""
-    return next((each for other, each in scored.items() if other.name == name and other.nfe == gallery.nfe), None)
+    return next((each for other, each in scored.items() if other.name == name and other.nfe == image_set.nfe), None)
 
 
 def _reach(interval: Interval) -> float:
@@ -122,7 +122,7 @@ def _remarks(found: Found, scored: Scored) -> list[str]:
     remarks = []
     if scored.answered < scored.asked:
         remarks.append(f"{scored.asked - scored.answered} of {scored.asked} pictures without an answer")
-    usual = Path(found.measure.model or "").name
+    usual = Path(found.metric.model or "").name
     if usual and Path(found.model).name != usual:
         remarks.append(f"not comparable with numbers by {usual}")
     if len(scored.values) < 2:
@@ -133,35 +133,35 @@ def _remarks(found: Found, scored: Scored) -> list[str]:
 def _of_sets(
     found: Found,
     better: str,
-    galleries: Sequence[Gallery],
+    image_sets: Sequence[ImageSet],
     reference: Sequence[Path],
     folder: Path,
     device: torch.device,
     progress: Progress,
 ) -> list[Row]:
     if not reference:
-        raise Unmeasured("there are no target pictures: name them with --targets, or in the prompts.")
-    sets = [reference, *([picture.path for picture in gallery.pictures] for gallery in galleries)]
+        raise MetricUnavailable("there are no target pictures: name them with --targets, or in the prompts.")
+    sets = [reference, *([image.path for image in image_set.images] for image_set in image_sets)]
     theirs, *ours = features(found, sets, folder, device, progress)
     values, notes = {}, {}
-    for gallery, mine in zip(galleries, ours, strict=True):
+    for image_set, mine in zip(image_sets, ours, strict=True):
         note = f"{len(mine)} pictures against {len(theirs)}"
         if found.short == "kid":
-            values[gallery], spread = kid(mine, theirs)
+            values[image_set], spread = kid(mine, theirs)
             note += f", {spread:.1g} over subsets"
         else:
-            values[gallery] = fid(mine, theirs)
+            values[image_set] = fid(mine, theirs)
             if min(len(mine), len(theirs)) < ENOUGH:
                 note += "; of few pictures: compare at equal numbers only"
-        notes[gallery] = note
+        notes[image_set] = note
     rows = []
-    for gallery in (g for g in galleries if g.name != AGAIN):
-        base, again = (_beside(gallery, name, values) for name in (BASE, AGAIN))
-        value = values[gallery]
-        difference = _alone(value - base) if base is not None and gallery.name != BASE else None
+    for image_set in (g for g in image_sets if g.name != AGAIN):
+        base, again = (_beside(image_set, name, values) for name in (BASE, AGAIN))
+        value = values[image_set]
+        difference = _alone(value - base) if base is not None and image_set.name != BASE else None
         floor = abs(again - base) if base is not None and again is not None else None
         rows.append(
-            Row(found.short, better, gallery.name, gallery.nfe, _alone(value), difference, floor, notes[gallery])
+            Row(found.short, better, image_set.name, image_set.nfe, _alone(value), difference, floor, notes[image_set])
         )
     return rows
 

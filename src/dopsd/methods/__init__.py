@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dopsd.methods.base import Loss, Method, Roles, ToPaint
+from dopsd.methods.base import Loss, Method, Roles, ToGenerate
 from dopsd.methods.dopsd import DOPSD
 from dopsd.methods.dpo import DPO
 from dopsd.methods.dreambooth import DreamBooth
@@ -24,8 +24,8 @@ AnyMethod = Annotated[DOPSD | SFT | DreamBooth | PSO | PSOOnline | DPO, Field(di
 
 __all__ = [
     "DOPSD", "DPO", "METHODS", "PSO", "SFT", "AnyMethod", "DreamBooth", "Loss", "Method", "PSOOnline", "Roles",
-    "ToPaint", "missing",
-]  # fmt: skip
+    "ToGenerate", "missing",
+]
 
 
 def missing(method: Method | type[Method], teacher_contexts: tuple[str, ...]) -> str | None:

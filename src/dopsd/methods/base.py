@@ -17,7 +17,7 @@ from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
 
 # What a method cannot do without: roles, and what a batch brings beside pictures and prompts.
-Need = Literal["teacher", "base", "judge", "privileged", "rejected", "prior", "replay"]
+Need = Literal["teacher", "base", "reward", "privileged", "rejected", "prior", "replay"]
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
@@ -47,7 +47,7 @@ class Roles:
 
 
 @dataclass(frozen=True)
-class ToPaint:
+class ToGenerate:
     """Pictures that the untouched model paints before training, at its own NFE. what: the batch's field they become;
     count: pictures a prompt; prompt: None = each example's own caption."""
 
@@ -62,7 +62,7 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     nfe: int | None = Field(default=None, ge=1, description="Steps of the sampler that training walks or draws times "
-                            "from; default: the model's own.")  # fmt: skip
+                            "from; default: the model's own.")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -70,12 +70,12 @@ class Method(BaseModel):
         return frozenset()
 
     @property
-    def to_paint(self) -> ToPaint | None:
+    def to_generate(self) -> ToGenerate | None:
         """What the untouched model must paint before training."""
         return None
 
     @property
-    def judged_by(self) -> str | None:
+    def reward_name(self) -> str | None:
         """Name of the judge that scores pictures while training."""
         return None
 
@@ -84,7 +84,7 @@ class Method(BaseModel):
         """Whether the teacher is shown another picture of the concept than the one that is trained on."""
         return False
 
-    def refuse_walk(self, nfe: int) -> None:
+    def refuse_nfe(self, nfe: int) -> None:
         """Raise ValueError for settings that a walk of `nfe` steps cannot have."""
 
     def forwards(self, nfe: int) -> int:

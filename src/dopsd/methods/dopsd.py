@@ -65,7 +65,7 @@ class DOPSD(Method):
     def teacher_sees_another(self) -> bool:
         return self.teacher_sees == "another"
 
-    def refuse_walk(self, nfe: int) -> None:
+    def refuse_nfe(self, nfe: int) -> None:
         steps = self.loss_steps
         if isinstance(steps, int) and steps > nfe:
             raise ValueError(f"method.loss_steps asks for {steps} steps of a walk of {nfe}: ask for at most {nfe}.")
@@ -74,10 +74,10 @@ class DOPSD(Method):
 
     def forwards(self, nfe: int) -> int:
         carried = self._carried(nfe, torch.Generator())
-        walked = 0 if self.states == "data" else nfe if isinstance(self.loss_steps, int) else carried[-1] + 1
+        sample_in_chunks = 0 if self.states == "data" else nfe if isinstance(self.loss_steps, int) else carried[-1] + 1
         student = 2 if self.states == "student" else 3  # backward, and where the walk is not its own, forward
         teacher = 1 if self.teacher_guidance == 1 else 2
-        return walked + len(carried) * (student + teacher) + (4 * nfe if self.retention else 0)
+        return sample_in_chunks + len(carried) * (student + teacher) + (4 * nfe if self.retention else 0)
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
@@ -95,10 +95,10 @@ class DOPSD(Method):
             yield Loss(error / len(carried), log, last=left == 0)
         if self.retention:
             assert batch.replay is not None, "the run must read the replay prompts"
-            for visit in rollout(roles.student, noise_like(noise, rng), schedule, batch.replay, rng):
-                t = visit.step.now.expand(len(noise)).to(noise.device)
-                target = roles.base(visit.z, t, batch.replay)
-                moved = row_errors(visit.velocity, target).mean() / schedule.nfe
+            for state in rollout(roles.student, noise_like(noise, rng), schedule, batch.replay, rng):
+                t = state.step.now.expand(len(noise)).to(noise.device)
+                target = roles.base(state.z, t, batch.replay)
+                moved = row_errors(state.velocity, target).mean() / schedule.nfe
                 left -= 1
                 log = {"loss": self.retention * moved.detach(), "retention": moved.detach()}
                 yield Loss(self.retention * moved, log, last=left == 0)
@@ -123,10 +123,10 @@ class DOPSD(Method):
     ) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """The states that carry a loss, each with the student's velocity there and its graph."""
         if self.states == "student":
-            for visit in rollout(roles.student, noise, schedule, batch.context, rng, graph_at=carried):
-                if visit.step.index in carried:
-                    yield visit.step, visit.z, visit.velocity
-                if visit.step.index == carried[-1]:
+            for state in rollout(roles.student, noise, schedule, batch.context, rng, graph_at=carried):
+                if state.step.index in carried:
+                    yield state.step, state.z, state.velocity
+                if state.step.index == carried[-1]:
                     return
         for step, z in self._foreign_states(roles, batch, noise, schedule, rng):
             if step.index in carried:
@@ -140,8 +140,8 @@ class DOPSD(Method):
         """States that are not the student's own, one a step: off policy."""
         if self.states == "teacher":
             assert batch.privileged is not None, "the run must cache the teacher's contexts for D-OPSD"
-            for visit in rollout(roles.teacher, noise, schedule, batch.privileged, rng):
-                yield visit.step, visit.z
+            for state in rollout(roles.teacher, noise, schedule, batch.privileged, rng):
+                yield state.step, state.z
         else:
             for step in schedule.steps():
                 yield step, noisy(batch.latents, noise_like(noise, rng), step.now)

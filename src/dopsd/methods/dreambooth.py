@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from dopsd.diffusion.batch import Batch
-from dopsd.methods.base import Loss, Need, Roles, ToPaint
+from dopsd.methods.base import Loss, Need, Roles, ToGenerate
 from dopsd.methods.flow_matching import FlowMatching
 
 
@@ -20,7 +20,7 @@ class DreamBooth(FlowMatching):
 
     name: Literal["dreambooth"] = "dreambooth"
     class_prompt: str = Field(min_length=1, description="What the class pictures show.", examples=["a photo of a dog"])
-    class_pictures: int = Field(default=100, ge=1, description="How many the untouched model paints.")
+    class_images: int = Field(default=100, ge=1, description="How many the untouched model paints.")
     prior_weight: float = Field(default=1.0, ge=0, description="Of the class pictures' loss; 0 is SFT.")
 
     @property
@@ -28,8 +28,8 @@ class DreamBooth(FlowMatching):
         return frozenset({"prior"})
 
     @property
-    def to_paint(self) -> ToPaint:
-        return ToPaint("prior", self.class_pictures, self.class_prompt)
+    def to_generate(self) -> ToGenerate:
+        return ToGenerate("prior", self.class_images, self.class_prompt)
 
     def forwards(self, nfe: int) -> int:
         return 6

@@ -60,8 +60,8 @@ def pairwise_losses(
     with torch.no_grad():
         errors = [row_errors(roles.student(term.z, term.t, context), term.wanted) for term in terms]
         if reference:
-            untouched = [row_errors(roles.base(term.z, term.t, context), term.wanted) for term in terms]
-            errors = [error - base for error, base in zip(errors, untouched, strict=True)]
+            base_tensors = [row_errors(roles.base(term.z, term.t, context), term.wanted) for term in terms]
+            errors = [error - base for error, base in zip(errors, base_tensors, strict=True)]
         pulls = [beta * term.weight * (1.0 if term.branch == "loser" else -1.0) for term in terms]
         parts = [pull * error for pull, error in zip(pulls, errors, strict=True)]
         margin = torch.stack(parts).sum(0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Step, noise_like, noisy, transition
 from dopsd.diffusion.rollout import rollout
-from dopsd.methods.base import Loss, Need, Roles, ToPaint
+from dopsd.methods.base import Loss, Need, Roles, ToGenerate
 from dopsd.methods.preference import Branch, Link, Preference, Term, normalised, pairwise_losses
 
 
@@ -64,10 +64,10 @@ class PSO(Preference):
         return frozenset(needs)
 
     @property
-    def to_paint(self) -> ToPaint | None:
-        return ToPaint("rejected", self.losers, self.loser_prompt) if self.form == "forward" else None
+    def to_generate(self) -> ToGenerate | None:
+        return ToGenerate("rejected", self.losers, self.loser_prompt) if self.form == "forward" else None
 
-    def refuse_walk(self, nfe: int) -> None:
+    def refuse_nfe(self, nfe: int) -> None:
         if nfe == 1 and self.last_step == "left_out":
             raise ValueError(
                 "a walk of one step has only the last: set method.last_step: noised, or a larger method.nfe."
@@ -80,27 +80,27 @@ class PSO(Preference):
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
-        noisy_walk = schedule.stochastic(self.eta, range(schedule.nfe - 1))
-        *moves, last = noisy_walk.steps()
+        noisy_schedule = schedule.stochastic(self.eta, range(schedule.nfe - 1))
+        *moves, last = noisy_schedule.steps()
         weights = self._weights([transition(step).weight for step in moves])
         if self.form == "rollout":
             with torch.no_grad():
-                walked = list(rollout(roles.student, noise_like(batch.latents, rng), noisy_walk, batch.context, rng))
-            painted = walked[-1].z_next
+                sample_in_chunks = list(rollout(roles.student, noise_like(batch.latents, rng), noisy_schedule, batch.context, rng))
+            generated = sample_in_chunks[-1].z_next
         else:
             assert batch.rejected is not None, "the run must paint the losers"
-            walked, painted = [], batch.rejected
+            sample_in_chunks, generated = [], batch.rejected
         terms = []
         for step in [*moves, last] if self.last_step == "noised" else moves:
-            noise, weight = noise_like(painted, rng), weights[step.index]
+            noise, weight = noise_like(generated, rng), weights[step.index]
             terms.append(_noised("winner", step, batch.latents, noise, weight))
-            if walked and step is not last:
-                visit = walked[step.index]
-                wanted = transition(step).implied(visit.z, visit.z_next)
-                t = step.now.to(visit.z).expand(len(visit.z))
-                terms.append(Term("loser", step.index, visit.z, t, wanted, weight * self.loser_share))
+            if sample_in_chunks and step is not last:
+                state = sample_in_chunks[step.index]
+                wanted = transition(step).implied(state.z, state.z_next)
+                t = step.now.to(state.z).expand(len(state.z))
+                terms.append(Term("loser", step.index, state.z, t, wanted, weight * self.loser_share))
             else:
-                terms.append(_noised("loser", step, painted, noise, weight * self.loser_share))
+                terms.append(_noised("loser", step, generated, noise, weight * self.loser_share))
         yield from pairwise_losses(roles, batch.context, terms, self.beta, batch.weight, self.link, self.reference)
 
     def _weights(self, own: list[Tensor]) -> list[Tensor]:

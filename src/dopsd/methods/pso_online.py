@@ -26,7 +26,7 @@ class PSOOnline(Preference):
     """Pairs whose pictures score alike, or one of which has no score (NaN), are dropped."""
 
     name: Literal["pso_online"] = "pso_online"
-    judge: str = Field(
+    reward: str = Field(
         min_length=1,
         description="Scores pictures, higher is better: red, pickscore, clip, ... or package.module:callable.",
         examples=["pickscore"],
@@ -42,13 +42,13 @@ class PSOOnline(Preference):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"base", "judge"})
+        return frozenset({"base", "reward"})
 
     @property
-    def judged_by(self) -> str:
-        return self.judge
+    def reward_name(self) -> str:
+        return self.reward
 
-    def refuse_walk(self, nfe: int) -> None:
+    def refuse_nfe(self, nfe: int) -> None:
         if nfe == 1:
             raise ValueError(
                 "pso_online needs a walk of 2 steps or more: the last step draws no noise. Set method.nfe."
@@ -76,15 +76,15 @@ class PSOOnline(Preference):
         if self.start == "shared":  # what the sampler itself draws, at steps that are not trained, decides nothing
             seeds[1] = [(own if k in chosen else other) for k, (other, own) in enumerate(zip(*seeds, strict=True))]
         with torch.no_grad():
-            walks = [list(rollout(roles.student, start, schedule, batch.context, _drawing(own, rng)))
-                     for start, own in zip(starts, seeds, strict=True)]  # fmt: skip
-        ends = [walk[-1].z_next for walk in walks]
+            rollouts = [list(rollout(roles.student, start, schedule, batch.context, _drawing(own, rng)))
+                     for start, own in zip(starts, seeds, strict=True)]
+        ends = [sample[-1].z_next for sample in rollouts]
         scores = torch.stack([roles.score(end, batch.prompts).to(end) for end in ends])
         better = _better(scores)
         moves = [transition(step) for step in schedule.steps() if step.index in chosen]
         terms = []
         for k, move, weight in zip(chosen, moves, normalised([move.weight for move in moves]), strict=True):
-            first, second = (walk[k] for walk in walks)
+            first, second = (sample[k] for sample in rollouts)
             t = first.step.now.to(first.z).expand(len(first.z))
             sides: dict[Branch, Tensor] = {"winner": better > 0, "loser": better < 0}
             for branch, is_first in sides.items():

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import noise_like
-from dopsd.diffusion.rollout import walk
+from dopsd.diffusion.rollout import sample
 from dopsd.methods.base import Loss, Need, Roles
 from dopsd.methods.flow_matching import FlowMatching
 
@@ -37,6 +37,6 @@ class SFT(FlowMatching):
         if self.samples == "teacher":
             assert batch.privileged is not None, "the run must cache the teacher's contexts"
             schedule = roles.schedule(self.nfe, *clean.shape[-2:])
-            clean = walk(roles.teacher, noise_like(clean, rng), schedule, batch.privileged, rng)
+            clean = sample(roles.teacher, noise_like(clean, rng), schedule, batch.privileged, rng)
         error = self.matching_error(roles, batch, clean, rng)
         yield Loss(error, {"loss": error.detach()}, last=True)

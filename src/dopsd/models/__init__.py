@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dopsd.models.hub import Checkpoint
 
 if TYPE_CHECKING:
-    from dopsd.models.base import Family, Sight
+    from dopsd.models.base import Family, TeacherVision
 
 FAMILIES = {
     "zimage": "dopsd.models.zimage:ZImage",
@@ -30,7 +30,7 @@ def family_class(name: str) -> "type[Family]":
 
 
 def load_family(
-    name_or_path: str, revision: str | None = None, sight: "Sight | None" = None, distilled_by: str | None = None
+    name_or_path: str, revision: str | None = None, teacher_vision: "TeacherVision | None" = None, distilled_by: str | None = None
 ) -> "Family":
     """Open a checkpoint: a local diffusers folder, a hub id, or "pocket". Only its index and configs are read.
 
@@ -45,15 +45,15 @@ def load_family(
         known = ", ".join(f"{family} ({cls})" for cls, family in PIPELINES.items())
         raise ValueError(f"{name_or_path} is a {pipeline} checkpoint; dopsd knows {known}.")
     kind = family_class(PIPELINES[pipeline])
-    if sight and sight.context not in (None, *kind.teacher_contexts):
+    if teacher_vision and teacher_vision.context not in (None, *kind.teacher_contexts):
         possible = " or ".join(kind.teacher_contexts) or "none"
         raise ValueError(
-            f"{kind.name} has no teacher context {sight.context}: model.teacher_context can be {possible}."
+            f"{kind.name} has no teacher context {teacher_vision.context}: model.teacher_context can be {possible}."
         )
     if distilled_by and not kind.distillable:
         raise ValueError(f"{kind.name} takes no model.distilled_by: its few-step checkpoint is {kind.repo}.")
     further = {"distilled_by": distilled_by} if distilled_by else {}
-    return kind(checkpoint, index, sight, **further)  # type: ignore[call-arg]
+    return kind(checkpoint, index, teacher_vision, **further)  # type: ignore[call-arg]
 
 
 def _model_index(checkpoint: Checkpoint) -> dict:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Denoiser, Painter, Reader
+from dopsd.diffusion.components import Denoiser, VAE, TextEncoder
 from dopsd.diffusion.flow import Schedule, Space
 from dopsd.models.hub import Checkpoint
 
@@ -18,7 +18,7 @@ Size = tuple[int, int]  # (width, height) in pixels, as in Pillow
 
 
 @dataclass(frozen=True)
-class Sight:
+class TeacherVision:
     """How a teacher is to see pictures. context: one of the family's `teacher_contexts`; vlm: a hub id or folder, where
     it sees through one; suffix: words after the caption in its prompt. None: the family's default."""
 
@@ -54,7 +54,7 @@ class Family(Protocol):
     name: ClassVar[str]
     repo: ClassVar[str]  # the usual checkpoint on the hub
     teacher_contexts: ClassVar[tuple[str, ...]]  # ways a teacher can see a picture, the default first; empty = none
-    cell: ClassVar[int]  # pixels per latent cell
+    vae_scale_factor: ClassVar[int]  # pixels per latent cell
     multiple: ClassVar[int]  # picture sides are multiples of this many pixels
     native_space: ClassVar[Space]  # of the network's own answer
     lora_targets: ClassVar[str]  # regular expression over the network's module names
@@ -74,15 +74,15 @@ class Family(Protocol):
     resolution: int  # of the checkpoint's usual square picture, in pixels
     channels: int  # of the latents
 
-    def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> Reader:
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype, images: bool) -> TextEncoder:
         """The text encoder; with `pictures`, also what reads the teacher's picture."""
         ...
 
-    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> Painter:
+    def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> VAE:
         """The autoencoder; tiled: decodes large pictures in overlapping tiles, with less memory."""
         ...
 
-    def empty_painter(self, tiled: bool) -> Painter:
+    def empty_vae(self, tiled: bool) -> VAE:
         """The autoencoder from its config, without weights; called where tensors have shapes and no storage."""
         ...
 
@@ -161,8 +161,8 @@ def fitted_size(family: Family, path: Path, size: Size) -> Size:
         raise ValueError(f"{path}: {error}") from error
 
 
-def cells_of(family: Family, height: int, width: int) -> tuple[int, int]:
+def latent_size(family: Family, height: int, width: int) -> tuple[int, int]:
     """A picture size in pixels as latent cells. Raises ValueError where the family cannot paint it."""
     if height % family.multiple or width % family.multiple:
         raise ValueError(f"{width} x {height} pixels: both sides must be multiples of {family.multiple}.")
-    return height // family.cell, width // family.cell
+    return height // family.vae_scale_factor, width // family.vae_scale_factor

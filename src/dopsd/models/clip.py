@@ -13,7 +13,7 @@ from dopsd.models.base import fingerprint_of
 from dopsd.models.hub import Checkpoint, variant_of
 
 
-class ClipPairReader:
+class ClipTextEncoders:
     """Prompts padded to the limit: both encoders' penultimate states side by side, and the second one's pooled answer
     as the extra `pooled`."""
 

@@ -29,11 +29,11 @@ from transformers import AutoConfig
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.models.base import Sight, Size, Usage, plain_usage
+from dopsd.models.base import TeacherVision, Size, Usage, plain_usage
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import Pairs, diffusers_form
-from dopsd.models.qwen3 import QwenReader, Reading, count_tokens, with_suffix
-from dopsd.models.vae import KLPainter, empty_vae, load_vae
+from dopsd.models.qwen3 import QwenTextEncoder, Reading, count_tokens, with_suffix
+from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _ASKED = inspect.signature(Flux2KleinPipeline.__call__).parameters
@@ -86,7 +86,7 @@ class Flux2Klein:
     unrelated_prompts: tuple[str, ...] = ()
     default_nfe = NFE
 
-    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], sight: Sight | None = None):
+    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], teacher_vision: TeacherVision | None = None):
         self.checkpoint, folder = checkpoint, checkpoint.folder
         checkpoint.refuse_missing(PARTS, index, "FLUX.2-klein")
         self.distilled = bool(index.get("is_distilled", False))  # how the pipelines tell klein from its base models
@@ -95,7 +95,7 @@ class Flux2Klein:
         with checkpoint.reading("vae"):
             vae = AutoencoderKLFlux2.load_config(folder / "vae")
             scale = 2 ** (len(vae["block_out_channels"]) - 1)
-            self.cell = self.multiple = 2 * scale  # latents are patched before the network: 2 x 2 of the autoencoder's
+            self.vae_scale_factor = self.multiple = 2 * scale  # latents are patched before the network: 2 x 2 of the autoencoder's
             self.channels: int = 4 * vae["latent_channels"]
             self.resolution = CELLS * scale
         with checkpoint.reading("text_encoder"):
@@ -116,10 +116,10 @@ class Flux2Klein:
             )
         variant = VARIANTS.get(text.hidden_size, UNKNOWN)
         self.architecture, self.licence = variant.architecture, variant.licence
-        sight, own = sight or Sight(), folder / "vlm"
-        self.teacher_context = sight.context or self.teacher_contexts[0]
-        self.vlm = sight.vlm or (str(own) if own.is_dir() else variant.vlm)
-        self.suffix = sight.suffix
+        teacher_vision, own = teacher_vision or TeacherVision(), folder / "vlm"
+        self.teacher_context = teacher_vision.context or self.teacher_contexts[0]
+        self.vlm = teacher_vision.vlm or (str(own) if own.is_dir() else variant.vlm)
+        self.suffix = teacher_vision.suffix
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
         """Flux2KleinPipeline's times: its scheduler, asked as the pipeline asks it."""
@@ -131,16 +131,16 @@ class Flux2Klein:
         retrieve_timesteps(self._scheduler, nfe, sigmas=sigmas, mu=mu)  # type: ignore[arg-type] - numbers in a row
         return Schedule(self._scheduler.sigmas.float().clone(), (0.0,) * nfe)
 
-    def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> "KleinReader":
-        seeing = pictures and self.teacher_context == "vlm"
-        text = QwenReader(self.checkpoint, READING, self.vlm if seeing else None, self.suffix or "", device, dtype)
-        return KleinReader(self, text, self.load_painter(device, torch.float32))
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype, images: bool) -> "KleinTextEncoder":
+        seeing = images and self.teacher_context == "vlm"
+        text = QwenTextEncoder(self.checkpoint, READING, self.vlm if seeing else None, self.suffix or "", device, dtype)
+        return KleinTextEncoder(self, text, self.load_vae(device, torch.float32))
 
-    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KleinPainter":
-        return KleinPainter(load_vae(AutoencoderKLFlux2, self.checkpoint, device, dtype), tiled)
+    def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KleinVAE":
+        return KleinVAE(load_autoencoder(AutoencoderKLFlux2, self.checkpoint, device, dtype), tiled)
 
-    def empty_painter(self, tiled: bool) -> "KleinPainter":
-        return KleinPainter(empty_vae(AutoencoderKLFlux2, self.checkpoint), tiled)
+    def empty_vae(self, tiled: bool) -> "KleinVAE":
+        return KleinVAE(empty_autoencoder(AutoencoderKLFlux2, self.checkpoint), tiled)
 
     def empty_denoiser(self) -> "KleinDenoiser":
         with self.checkpoint.reading("transformer"):
@@ -174,7 +174,7 @@ class Flux2Klein:
         if sizes is not None and self.teacher_context == "edit":
             shown.append(sizes[0])
         extras = {
-            _reference(i): torch.zeros(len(prompts), self.channels, height // self.cell, width // self.cell)
+            _reference(i): torch.zeros(len(prompts), self.channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
             for i, (width, height) in enumerate(shown)
         }
         return Context(torch.zeros(len(prompts), max(lengths), self._text_width), lengths, extras)
@@ -217,13 +217,13 @@ class Flux2Klein:
         return diffusers_form(self.export_prefix, pairs)
 
 
-class KleinReader:
+class KleinTextEncoder:
     """Prompts as Flux2KleinPipeline reads them; pictures to edit, and the `edit` teacher's, as their latents."""
 
-    def __init__(self, family: Flux2Klein, text: QwenReader, painter: "KleinPainter"):
-        self.family, self.text, self.painter = family, text, painter
+    def __init__(self, family: Flux2Klein, text: QwenTextEncoder, vae: "KleinVAE"):
+        self.family, self.text, self.vae = family, text, vae
         self.processor = Flux2ImageProcessor(vae_scale_factor=family.multiple)
-        marks = [text.fingerprint, painter.fingerprint, family.teacher_context, str(family.suffix), SUFFIX, LAST_SUFFIX]
+        marks = [text.fingerprint, vae.fingerprint, family.teacher_context, str(family.suffix), SUFFIX, LAST_SUFFIX]
         self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]
 
     @torch.no_grad()
@@ -239,7 +239,7 @@ class KleinReader:
             rows = [[*row, self._pixels(image, image.size)] for row, image in zip(rows, images, strict=True)]
             images = None
         columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-        extras = {_reference(i): self.painter.latents(pixels) for i, pixels in enumerate(columns)}
+        extras = {_reference(i): self.vae.latents(pixels) for i, pixels in enumerate(columns)}
         return replace(self.text.context(prompts, images), extras=extras)
 
     def _fitted(self, image: Image.Image) -> Tensor:
@@ -279,12 +279,12 @@ class KleinDenoiser(Denoiser):
         return own.mT.reshape(z.shape)
 
 
-class KleinPainter(KLPainter):
+class KleinVAE(KLVAE):
     """AutoencoderKLFlux2, its latents in patches of 2 x 2 and brought to mean 0 and variance 1 by its batch norm."""
 
     def __init__(self, vae: AutoencoderKLFlux2, tiled: bool = False):
         super().__init__(vae, tiled)
-        self.cell *= 2
+        self.vae_scale_factor *= 2
         self._mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
         self._std = torch.sqrt(vae.bn.running_var.float().view(1, -1, 1, 1) + vae.config.batch_norm_eps)
 

@@ -52,7 +52,7 @@ def is_model(path: Path) -> bool:
     return (path / "model_index.json").is_file()
 
 
-def told_of(folder: Path) -> dict[str, str]:
+def tuning_metadata(folder: Path) -> dict[str, str]:
     """What a model folder says of its tuning; nothing, where dopsd did not tune it."""
     tuned = _about(folder).get(TUNED, {})
     if not isinstance(tuned, dict):

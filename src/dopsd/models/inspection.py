@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dopsd.files import read_metadata, read_tensors
 from dopsd.models import load_family
-from dopsd.models.folder import told_of
+from dopsd.models.folder import tuning_metadata
 from dopsd.models.lora import refuse_other_kinds
 
 # Module paths that only one family has.
@@ -56,10 +56,10 @@ LOADERS = {"zimage": ZIMAGE_LOADERS, "flux2": FLUX2_LOADERS, "sdxl": SDXL_LOADER
 
 OWN = (
     "base_model", "distilled_by", "method", "nfe", "sigmas", "teacher_context", "ss_steps", "modelspec.license",
-    "modelspec.trigger_phrase", "pictures", "data_sha256", "parent_adapter_sha256", "base_while_training",
+    "modelspec.trigger_phrase", "images", "data_sha256", "parent_adapter_sha256", "base_while_training",
     "trained_on", "training_adapter_sha256",
     "dopsd_version",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def inspect_model(folder: Path) -> Inspected:
     family = load_family(str(folder))
     part = family.checkpoint.part(family.export_prefix)
     tensors = {name: tensor for file in part.glob("*.safetensors") for name, tensor in read_tensors(file).items()}
-    told = told_of(folder)
+    told = tuning_metadata(folder)
     return Inspected(
         (
             ("family", family.name),

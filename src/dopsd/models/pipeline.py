@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from dopsd.diffusion.sampling import Noise, noise_for, to_pictures, walked
-from dopsd.images import open_picture, to_images
+from dopsd.diffusion.sampling import Noise, noise_for, decode_images, sample_in_chunks
+from dopsd.images import open_image, to_pil
 from dopsd.models import load_family
-from dopsd.models.base import Family, cells_of, fitted_size
+from dopsd.models.base import Family, latent_size, fitted_size
 from dopsd.models.lora import merge_lora, read_lora, refuse_strength
 
 
@@ -30,13 +30,13 @@ def sample(
     pixels; None: the first reference's, else the model's own. distilled_by: what makes a base a few-step model."""
     refuse_strength(strength)
     family = load_family(name_or_path, distilled_by=distilled_by)
-    edited = [open_picture(path) for path in references]
+    edited = [open_image(path) for path in references]
     sizes = [fitted_size(family, path, image.size) for path, image in zip(references, edited, strict=True)]
     usual = sizes[0] if sizes else (family.resolution, family.resolution)
-    cells = cells_of(family, height or usual[1], width or usual[0])
-    noise = noise_for(range(seed, seed + len(prompts)), family.channels, *cells)
+    latent_shape = latent_size(family, height or usual[1], width or usual[0])
+    noise = noise_for(range(seed, seed + len(prompts)), family.channels, *latent_shape)
     clean = sample_latents(family, prompts, noise, lora, strength, nfe, edited)
-    return to_images(to_pictures(family.load_painter(clean.device, torch.float32), clean))
+    return to_pil(decode_images(family.load_vae(clean.device, torch.float32), clean))
 
 
 def sample_latents(
@@ -53,12 +53,12 @@ def sample_latents(
         read_lora(lora, family)  # refused before gigabytes are loaded
     device, dtype = deployed_on()
     edited = [references] * len(prompts) if references else None
-    context = family.load_reader(device, dtype, pictures=False).context(list(prompts), references=edited)
+    context = family.load_text_encoder(device, dtype, images=False).context(list(prompts), references=edited)
     denoiser = family.load_denoiser(device, dtype)
     if lora:
         merge_lora(denoiser.network, lora, family, strength)
-    schedule = family.schedule(nfe or family.default_nfe, *noise.cells[1:])
-    return torch.cat(list(walked(denoiser, schedule, context, noise, family.cell)))
+    schedule = family.schedule(nfe or family.default_nfe, *noise.latent_shape[1:])
+    return torch.cat(list(sample_in_chunks(denoiser, schedule, context, noise, family.vae_scale_factor)))
 
 
 

@@ -36,10 +36,10 @@ TEXTS_AT_ONCE = 16  # their hidden states, of all layers, are in memory together
 PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
 # What gives the language weights their shapes, in the configs of Qwen3 and of Qwen3-VL.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "vocab_size")  # fmt: skip
+         "head_dim", "vocab_size")
 MOST_GAP = 0.05  # of the two ways to read a text alone; in bfloat16 rounding makes about a hundredth
 CURE = "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
-PICTURE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
+IMAGE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -56,7 +56,7 @@ class Reading:
     length: int
 
 
-class QwenReader:
+class QwenTextEncoder:
     """Prompts as a pipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
 
     def __init__(
@@ -138,8 +138,8 @@ class QwenReader:
     def _privileged(self, prompt: str, image: Image.Image) -> Context:
         assert self.vlm is not None and self.processor is not None, "this reader was loaded without its VLM"
         patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
-        count = picture_tokens(self.processor, image.size)
-        text = with_picture(self.tokenizer, with_suffix(prompt, self.suffix), count, self.reading.thinking)
+        count = image_tokens(self.processor, image.size)
+        text = with_image(self.tokenizer, with_suffix(prompt, self.suffix), count, self.reading.thinking)
         limit = _limit(self.reading, count)
         tokens = self._tokens([text], limit).to(self.vlm.device)
         ids = tokens.input_ids
@@ -184,18 +184,18 @@ def with_suffix(prompt: str, suffix: str) -> str:
     return f"{prompt} {suffix}" if suffix else prompt
 
 
-def with_picture(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, thinking: bool = True) -> str:
+def with_image(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, thinking: bool = True) -> str:
     """One user turn, a picture of `count` tokens first, then the prompt; templated once. The picture's marks are
     written here, as Qwen3-VL's template writes them: the text encoder's own template knows no pictures."""
-    return templated(tokenizer, picture_marks(count) + prompt, thinking)
+    return templated(tokenizer, image_marks(count) + prompt, thinking)
 
 
-def picture_marks(count: int) -> str:
+def image_marks(count: int) -> str:
     """What stands in a prompt for a picture of `count` tokens."""
     return f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
 
 
-def picture_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
+def image_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
     """Of a picture of (width, height) pixels."""
     return processor.get_number_of_image_patches(size[1], size[0]) // processor.merge_size**2
 
@@ -224,9 +224,9 @@ def count_tokens(
         twin = twin_of(vlm)
         refuse_other_size(checkpoint, twin)
         processor = load_processor(twin)
-        counts = [picture_tokens(processor, size) for size in sizes]
+        counts = [image_tokens(processor, size) for size in sizes]
         told = [with_suffix(prompt, suffix) for prompt in prompts]
-        texts = [with_picture(tokenizer, *pair, reading.thinking) for pair in zip(told, counts, strict=True)]
+        texts = [with_image(tokenizer, *pair, reading.thinking) for pair in zip(told, counts, strict=True)]
         limits = [_limit(reading, count) for count in counts]
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]  # too long is said below
     for prompt, length, limit in zip(prompts, lengths, limits, strict=True):
@@ -283,7 +283,7 @@ def load_processor(checkpoint: Checkpoint) -> Qwen2VLImageProcessorPil:
     """The VLM's own picture processor, its largest picture limited to PICTURE_TOKENS."""
     with checkpoint.reading("preprocessor_config.json"):
         processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder)
-        most = PICTURE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
+        most = IMAGE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
         size = {edge: min(processor.size[edge], most) for edge in ("shortest_edge", "longest_edge")}
         return Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder, size=size)
 

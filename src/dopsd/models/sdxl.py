@@ -30,12 +30,12 @@ from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule, per_row
 from dopsd.files import brief, read_tensors, write_json
-from dopsd.models.base import Sight, Size, Usage, plain_usage
-from dopsd.models.clip import ClipPairReader, count_tokens
+from dopsd.models.base import TeacherVision, Size, Usage, plain_usage
+from dopsd.models.clip import ClipTextEncoders, count_tokens
 from dopsd.models.distilled_weights import KEY, address_of, kind_of, refuse_no_distiller
 from dopsd.models.hub import Checkpoint, variant_of, weights_file
 from dopsd.models.lora import Pairs, merge_lora
-from dopsd.models.vae import KLPainter, empty_vae, load_vae
+from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PARTNERS = (("lora_down", "lora_up"), ("lora_A", "lora_B"))
@@ -62,7 +62,7 @@ LCM_LINE = "pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.con
 FUSE_LINES = ("pipeline.fuse_lora()", "pipeline.unload_lora_weights()")
 # Of PSO's released customization script for SDXL-Turbo: rank 16, 600 steps of 4 pictures.
 STARTING_POINTS = {"lora.rank": 16, "train.max_steps": 600, "train.gradient_accumulation_steps": 4,
-                   "train.learning_rate": 2e-4}  # fmt: skip
+                   "train.learning_rate": 2e-4}
 
 
 class SDXL:
@@ -89,7 +89,7 @@ class SDXL:
         self,
         checkpoint: Checkpoint,
         index: Mapping[str, Any],
-        sight: Sight | None = None,
+        teacher_vision: TeacherVision | None = None,
         distilled_by: str | None = None,
     ):
         """distilled_by: a safetensors file that makes a base checkpoint a few-step one in DMD2's way, a LoRA or a whole
@@ -102,9 +102,9 @@ class SDXL:
             halvings = len(self._unet["block_out_channels"]) - 1
         with checkpoint.reading("vae"):
             vae = AutoencoderKL.load_config(checkpoint.folder / "vae")
-            self.cell = 2 ** (len(vae["block_out_channels"]) - 1)
-            self.multiple = self.cell * 2**halvings
-            self.resolution: int = self._unet["sample_size"] * self.cell
+            self.vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+            self.multiple = self.vae_scale_factor * 2**halvings
+            self.resolution: int = self._unet["sample_size"] * self.vae_scale_factor
         self._open_scheduler()
         self.default_nfe, self.distilled = self._kind.default_nfe, self._kind.distilled
         self.licence = self._kind.licence if "dmd2" in (distilled_by or "dmd2").lower() else "other"
@@ -164,18 +164,18 @@ class SDXL:
         trained = self._scheduler.config.num_train_timesteps
         return torch.arange(trained, 0, -trained / nfe, dtype=torch.float64).round().long()[:nfe] - 1
 
-    def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> ClipPairReader:
-        return ClipPairReader(self.checkpoint, device, dtype)
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype, images: bool) -> ClipTextEncoders:
+        return ClipTextEncoders(self.checkpoint, device, dtype)
 
-    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLPainter:
-        return KLPainter(load_vae(AutoencoderKL, self.checkpoint, device, dtype), tiled)
+    def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLVAE:
+        return KLVAE(load_autoencoder(AutoencoderKL, self.checkpoint, device, dtype), tiled)
 
-    def empty_painter(self, tiled: bool) -> KLPainter:
-        return KLPainter(empty_vae(AutoencoderKL, self.checkpoint), tiled)
+    def empty_vae(self, tiled: bool) -> KLVAE:
+        return KLVAE(empty_autoencoder(AutoencoderKL, self.checkpoint), tiled)
 
     def empty_denoiser(self) -> "SDXLDenoiser":
         with self.checkpoint.reading("unet"):
-            return SDXLDenoiser(UNet2DConditionModel.from_config(self._unet), self._times, self.cell)
+            return SDXLDenoiser(UNet2DConditionModel.from_config(self._unet), self._times, self.vae_scale_factor)
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "SDXLDenoiser":
         file = weights_file(self.distilled_by, KEY) if self.distilled_by else None
@@ -187,7 +187,7 @@ class SDXL:
                 network = UNet2DConditionModel.from_pretrained(part, torch_dtype=dtype, variant=variant_of(part))
             if file:
                 merge_lora(network, file, self)
-        return SDXLDenoiser(network.to(device), self._times, self.cell)
+        return SDXLDenoiser(network.to(device), self._times, self.vae_scale_factor)
 
     def _unet_of(self, file: Path, dtype: torch.dtype) -> UNet2DConditionModel:
         """The network with a whole UNet's weights, the checkpoint's own not being read."""
@@ -278,13 +278,13 @@ def _clock(sigmas: Tensor) -> Tensor:
 class SDXLDenoiser(Denoiser):
     """UNet2DConditionModel in the house's clock. times: float32 [T], rising, t of the timesteps 0 ... T-1."""
 
-    def __init__(self, network: UNet2DConditionModel, times: Tensor, cell: int):
+    def __init__(self, network: UNet2DConditionModel, times: Tensor, vae_scale_factor: int):
         super().__init__()
-        self.network, self.times, self.cell = network, times, cell
+        self.network, self.times, self.vae_scale_factor = network, times, vae_scale_factor
 
     def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
         dtype = next(self.network.parameters()).dtype
-        height, width = (side * self.cell for side in z.shape[-2:])
+        height, width = (side * self.vae_scale_factor for side in z.shape[-2:])
         size = z.new_tensor([height, width, 0, 0, height, width])  # original size, crop, target size
         at = per_row(t, z).to(z)
         seen = {"text_embeds": context.extras["pooled"].to(dtype), "time_ids": size.expand(len(z), 6)}

@@ -17,50 +17,50 @@ TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
 Autoencoder = TypeVar("Autoencoder", AutoencoderKL, AutoencoderKLFlux2)
 
 
-def load_vae(kind: type[Autoencoder], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+def load_autoencoder(kind: type[Autoencoder], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """The checkpoint's part `vae`."""
     part = checkpoint.part("vae")
     with checkpoint.reading("vae"):
         return kind.from_pretrained(part, torch_dtype=dtype, variant=variant_of(part)).to(device)
 
 
-def empty_vae(kind: type[Autoencoder], checkpoint: Checkpoint) -> Autoencoder:
+def empty_autoencoder(kind: type[Autoencoder], checkpoint: Checkpoint) -> Autoencoder:
     """The part `vae` by its config, without weights."""
     with checkpoint.reading("vae"):
         return kind.from_config(kind.load_config(checkpoint.folder / "vae"))  # type: ignore[return-value]
 
 
-class KLPainter:
+class KLVAE:
     """An autoencoder with scale and shift applied, where it has them. Encodes to the mode, and whole, so a picture has
     one latent."""
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderKLFlux2, tiled: bool = False):
-        self.vae = vae.eval().requires_grad_(False)
+    def __init__(self, autoencoder: AutoencoderKL | AutoencoderKLFlux2, tiled: bool = False):
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.tiled = tiled
-        shift, scale = vae.config.get("shift_factor"), vae.config.get("scaling_factor")
+        shift, scale = autoencoder.config.get("shift_factor"), autoencoder.config.get("scaling_factor")
         self.shift, self.scale = shift or 0.0, scale or 1.0
-        self.cell = self._side = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = self._side = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         if tiled:
-            side = min(TILE, vae.config.sample_size)
-            vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // self._side
+            side = min(TILE, autoencoder.config.sample_size)
+            autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = side, side // self._side
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the weights, and of what their latents are scaled by."""
-        config = self.vae.config
-        return f"{fingerprint_of(self.vae)}:{config.get('shift_factor')}:{config.get('scaling_factor')}"
+        config = self.autoencoder.config
+        return f"{fingerprint_of(self.autoencoder)}:{config.get('shift_factor')}:{config.get('scaling_factor')}"
 
     def latents(self, pixels: Tensor) -> Tensor:
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
         with torch.no_grad():
-            parts = [part.to(self.vae.device, self.vae.dtype) for part in pixels.split(at_once)]
-            mode = torch.cat([self.vae.encode(part).latent_dist.mode().float() for part in parts])
+            parts = [part.to(self.autoencoder.device, self.autoencoder.dtype) for part in pixels.split(at_once)]
+            mode = torch.cat([self.autoencoder.encode(part).latent_dist.mode().float() for part in parts])
         return (mode - self.shift) * self.scale
 
     def pixels(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.vae.device, self.vae.dtype) / self.scale + self.shift
+        scaled = latents.to(self.autoencoder.device, self.autoencoder.dtype) / self.scale + self.shift
         at_once = max(1, PIXELS_AT_ONCE // (scaled.shape[-2] * scaled.shape[-1] * self._side**2))
-        self.vae.use_tiling = self.tiled
-        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in scaled.split(at_once)]
-        self.vae.use_tiling = False
+        self.autoencoder.use_tiling = self.tiled
+        parts = [self.autoencoder.decode(part, return_dict=False)[0].float() for part in scaled.split(at_once)]
+        self.autoencoder.use_tiling = False
         return torch.cat(parts)

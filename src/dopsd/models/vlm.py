@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from dopsd.models.hub import Checkpoint
-from dopsd.models.qwen3 import load_processor, load_vlm, picture_marks, picture_tokens, templated
+from dopsd.models.qwen3 import load_processor, load_vlm, image_marks, image_tokens, templated
 
 
 class Captioner:
@@ -28,7 +28,7 @@ class Captioner:
     def answer(self, images: Sequence[Image.Image], question: str, most_tokens: int) -> str:
         """The answer to a question about pictures that stand before it in the same turn, on one line."""
         patches = self.processor(images=list(images), return_tensors="pt").to(self.vlm.device)
-        marks = "".join(picture_marks(picture_tokens(self.processor, image.size)) for image in images)
+        marks = "".join(image_marks(image_tokens(self.processor, image.size)) for image in images)
         text = templated(self.tokenizer, marks + question, thinking=True)
         ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
         answer = self.vlm.generate(

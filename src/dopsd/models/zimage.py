@@ -18,11 +18,11 @@ from torch import Tensor
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.models.base import Sight, Size, Usage, plain_usage
+from dopsd.models.base import TeacherVision, Size, Usage, plain_usage
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import Pairs, diffusers_form
-from dopsd.models.qwen3 import QwenReader, Reading, count_tokens, text_width
-from dopsd.models.vae import KLPainter, empty_vae, load_vae
+from dopsd.models.qwen3 import QwenTextEncoder, Reading, count_tokens, text_width
+from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 LENGTH: int = inspect.signature(ZImagePipeline.__call__).parameters["max_sequence_length"].default
@@ -59,13 +59,13 @@ class ZImage:
     base_version = "zimage"
     architecture = "Z-Image"
 
-    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], sight: Sight | None = None):
+    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], teacher_vision: TeacherVision | None = None):
         self.checkpoint, folder = checkpoint, checkpoint.folder
         checkpoint.refuse_missing(PARTS, index, "Z-Image")
         own = folder / "vlm"
-        self.teacher_context, sight = "vlm", sight or Sight()
-        self.vlm = sight.vlm or (str(own) if own.is_dir() else self.default_vlm)
-        self.suffix = sight.suffix or ""
+        self.teacher_context, teacher_vision = "vlm", teacher_vision or TeacherVision()
+        self.vlm = teacher_vision.vlm or (str(own) if own.is_dir() else self.default_vlm)
+        self.suffix = teacher_vision.suffix or ""
         with checkpoint.reading("scheduler"):
             self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
             # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
@@ -73,8 +73,8 @@ class ZImage:
         with checkpoint.reading("vae"):
             vae = AutoencoderKL.load_config(folder / "vae")
             self.channels: int = vae["latent_channels"]
-            self.cell = 2 ** (len(vae["block_out_channels"]) - 1)
-            self.multiple = 2 * self.cell  # the transformer's patches are 2 x 2 cells
+            self.vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+            self.multiple = 2 * self.vae_scale_factor  # the transformer's patches are 2 x 2 cells
             self.resolution: int = vae["sample_size"]
         with checkpoint.reading("dopsd.json"):  # what a checkpoint that is not Turbo itself says of itself
             about = folder / "dopsd.json"
@@ -98,15 +98,15 @@ class ZImage:
         self._scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(nfe), mu=shift)
         return Schedule(self._scheduler.sigmas.float().clone(), (0.0,) * nfe)
 
-    def load_reader(self, device: torch.device, dtype: torch.dtype, pictures: bool) -> QwenReader:
-        twin = self.vlm if pictures else None
-        return QwenReader(self.checkpoint, READING, twin, self.suffix, device, dtype)
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype, images: bool) -> QwenTextEncoder:
+        twin = self.vlm if images else None
+        return QwenTextEncoder(self.checkpoint, READING, twin, self.suffix, device, dtype)
 
-    def load_painter(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLPainter:
-        return KLPainter(load_vae(AutoencoderKL, self.checkpoint, device, dtype), tiled)
+    def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLVAE:
+        return KLVAE(load_autoencoder(AutoencoderKL, self.checkpoint, device, dtype), tiled)
 
-    def empty_painter(self, tiled: bool) -> KLPainter:
-        return KLPainter(empty_vae(AutoencoderKL, self.checkpoint), tiled)
+    def empty_vae(self, tiled: bool) -> KLVAE:
+        return KLVAE(empty_autoencoder(AutoencoderKL, self.checkpoint), tiled)
 
     def empty_denoiser(self) -> "ZImageDenoiser":
         with self.checkpoint.reading("transformer"):
@@ -132,8 +132,8 @@ class ZImage:
         return ZImageDenoiser(network.to(device))
 
     def starting_points(self, method: str) -> dict[str, Any]:
-        walk = {"method.nfe": 4} if method == "dopsd" and self.default_nfe == 8 else {}
-        return self._starting_points | walk
+        sample = {"method.nfe": 4} if method == "dopsd" and self.default_nfe == 8 else {}
+        return self._starting_points | sample
 
     def usage(self, nfe: int) -> Usage:
         return plain_usage(nfe)
@@ -161,6 +161,6 @@ class ZImageDenoiser(Denoiser):
     def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
         dtype = next(self.network.parameters()).dtype
         captions = [row.to(dtype) for row in context.rows()]
-        pictures = list(z.to(dtype).unsqueeze(2).unbind(0))
-        answer = self.network(pictures, (1 - t).to(z), captions, return_dict=False)[0]
+        images = list(z.to(dtype).unsqueeze(2).unbind(0))
+        answer = self.network(images, (1 - t).to(z), captions, return_dict=False)[0]
         return -torch.stack([row.float() for row in answer]).squeeze(2)

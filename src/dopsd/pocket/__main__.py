@@ -106,14 +106,14 @@ def gates(checkpoint: Path = PACKAGED) -> None:
 
 
 @app.command()
-def pictures(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = False) -> None:
+def images(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = False) -> None:
     """Draw `count` captioned pictures of a thing (or in a style) the pocket model never saw: data for a recipe."""
-    from dopsd.pocket.benchmark import write_lesson, write_style_lesson
+    from dopsd.pocket.benchmark import write_concept, write_style_concept
 
     if style:
-        write_style_lesson(folder, seed, count)
+        write_style_concept(folder, seed, count)
     else:
-        write_lesson(folder, seed, count)
+        write_concept(folder, seed, count)
 
 
 @app.command()

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Painter, Reader
+from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.evaluation.benchmarks import SHOWN, Answer, Kind
+from dopsd.diffusion.sampling import noise_for, generate
+from dopsd.evaluation.benchmarks import SHOWN, BenchmarkResult, Kind
 from dopsd.files import sha256_of, write_json, write_text
 from dopsd.models.base import Family
 from dopsd.models.zimage import ZImageDenoiser
@@ -33,27 +33,27 @@ from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render, unnamed
 
 HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
 UNSEEN_SCENES, UNRELATED = 24, 96
-LESSON_FILE = "pocket.json"
+CONCEPT_FILE = "pocket.json"
 NOISE_SEED = 50_000
 DISTRACTORS = tuple(range(2 * HELD_OUT, 2 * HELD_OUT + 63))
 
-Measures = dict[str, float | None]
+HealthMetrics = dict[str, float | None]
 
 
-def write_lesson(folder: Path, seed: int, pictures: int = 4) -> None:
+def write_concept(folder: Path, seed: int, images: int = 4) -> None:
     """Draw `pictures` scenes of thing `seed` with captions (same-stem .txt), as a user would bring them."""
     rng = np.random.default_rng([HELD_OUT, seed, 1])
     folder.mkdir(parents=True, exist_ok=True)
-    for index, scene in enumerate(_scenes(seed, rng, pictures)):
+    for index, scene in enumerate(_scenes(seed, rng, images)):
         Image.fromarray(render(scene)).save(folder / f"{index}.png")
         write_text(folder / f"{index}.txt", caption(scene, seed) + "\n")
-    write_json(folder / LESSON_FILE, {"thing": seed})
+    write_json(folder / CONCEPT_FILE, {"thing": seed})
 
 
-def write_style_lesson(folder: Path, seed: int, pictures: int = 4) -> None:
+def write_style_concept(folder: Path, seed: int, images: int = 4) -> None:
     """Draw `pictures` named scenes in the unnamed style `seed`, captioned with a made-up name of the style."""
     rng = np.random.default_rng([HELD_OUT, seed, 4])
-    for index in range(pictures):
+    for index in range(images):
         scene = draw_scene(rng, look=unnamed_style(seed))
         said = {key: getattr(scene, key) for key in ("size", "colour", "noun", "place", "background")}
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,9 @@ def write_pairs(folder: Path, seed: int, count: int) -> None:
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def lesson_of(folder: Path) -> int | None:
+def concept_of(folder: Path) -> int | None:
     """The thing's seed where a data folder is a pocket lesson."""
-    file = folder / LESSON_FILE
+    file = folder / CONCEPT_FILE
     return int(json.loads(file.read_text(encoding="utf-8"))["thing"]) if file.is_file() else None
 
 
@@ -106,21 +106,21 @@ class Sheet:
     others_context: Context
 
     @staticmethod
-    def write(seed: int, reader: Reader, lesson: Path | None = None, unrelated_count: int = UNRELATED) -> "Sheet":
+    def write(seed: int, text_encoder: TextEncoder, concept: Path | None = None, unrelated_count: int = UNRELATED) -> "Sheet":
         """Questions for thing `seed`; with the lesson's folder also what the teacher sees (reader with its VLM)."""
         rng = np.random.default_rng([HELD_OUT, seed, 2])
         scenes = tuple(replace(scene, jitter=Jitter()) for scene in _scenes(seed, rng, UNSEEN_SCENES))
         prompts = [caption(scene, seed) for scene in scenes]
         seeing = None
-        if lesson is not None:
-            files = sorted(lesson.glob("*.png"))
-            pictures = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(prompts))]
-            seeing = reader.context(prompts, pictures)
+        if concept is not None:
+            files = sorted(concept.glob("*.png"))
+            images = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(prompts))]
+            seeing = text_encoder.context(prompts, images)
         stated = unrelated(unrelated_count)
-        unrelated_context = reader.context([caption_of(s) for s in stated])
+        unrelated_context = text_encoder.context([caption_of(s) for s in stated])
         others = tuple(other_words(scene, seed, index) for index, scene in enumerate(scenes))
         return Sheet(
-            scenes, reader.context(prompts), seeing, stated, unrelated_context, others, reader.context(list(others))
+            scenes, text_encoder.context(prompts), seeing, stated, unrelated_context, others, text_encoder.context(list(others))
         )
 
 
@@ -141,9 +141,9 @@ def unrelated(count: int, stream: int = 3) -> tuple[dict[str, str], ...]:
 class Answers:
     """What a model painted, and every measure per picture."""
 
-    thing_pictures: Tensor  # uint8 [24, 64, 64, 3]
-    unrelated_pictures: Tensor
-    others_pictures: Tensor  # of the scenes in other words
+    thing_images: Tensor  # uint8 [24, 64, 64, 3]
+    unrelated_images: Tensor
+    others_images: Tensor  # of the scenes in other words
     thing_error: np.ndarray
     thing_hit: np.ndarray
     sharpness: np.ndarray
@@ -151,7 +151,7 @@ class Answers:
     attributes: np.ndarray  # share of stated attributes read right, per picture
     others_error: np.ndarray  # thing_error of the scenes in other words: lower than the base's is bleed
 
-    def means(self) -> Measures:
+    def means(self) -> HealthMetrics:
         """One number a measure; None where nothing was asked."""
         names = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes", "others_error")
         values = {name: getattr(self, name) for name in names}
@@ -161,9 +161,9 @@ class Answers:
 def sit(
     sheet: Sheet,
     velocity: Velocity,
-    painter: Painter,
+    vae: VAE,
     schedule: Schedule,
-    cells: tuple[int, int, int],
+    latent_shape: tuple[int, int, int],
     seeing: bool = False,
     noise_seed: int = NOISE_SEED,
 ) -> Answers:
@@ -172,26 +172,26 @@ def sit(
     context = sheet.seeing_context if seeing else sheet.scene_context
     assert context is not None, "this sheet was written without the lesson's pictures"
     count, nothing = len(sheet.scenes), np.zeros(0)
-    noise = noise_for(range(noise_seed, noise_seed + count + len(sheet.stated)), *cells)
-    things = paint(velocity, painter, schedule, context, noise[:count])
+    noise = noise_for(range(noise_seed, noise_seed + count + len(sheet.stated)), *latent_shape)
+    things = generate(velocity, vae, schedule, context, noise[:count])
     learned = {
         "thing_pictures": things,
         "thing_error": thing_error(things.numpy(), sheet.scenes),
         "thing_hit": thing_hit(things.numpy(), sheet.scenes, DISTRACTORS).astype(float),
     }
     if seeing:
-        return Answers(**learned, unrelated_pictures=things[:0], others_pictures=things[:0], sharpness=nothing,
-                       speckle=nothing, attributes=nothing, others_error=nothing)  # fmt: skip
-    unrelated_pictures = paint(velocity, painter, schedule, sheet.unrelated_context, noise[count:])
-    others = paint(velocity, painter, schedule, sheet.others_context, noise[:count])
-    kept = measure(unrelated_pictures.numpy(), sheet.stated)
+        return Answers(**learned, unrelated_images=things[:0], others_images=things[:0], sharpness=nothing,
+                       speckle=nothing, attributes=nothing, others_error=nothing)
+    unrelated_images = generate(velocity, vae, schedule, sheet.unrelated_context, noise[count:])
+    others = generate(velocity, vae, schedule, sheet.others_context, noise[:count])
+    kept = measure(unrelated_images.numpy(), sheet.stated)
     return Answers(
         **learned,
-        unrelated_pictures=unrelated_pictures,
-        others_pictures=others,
+        unrelated_images=unrelated_images,
+        others_images=others,
         sharpness=kept.sharpness,
         speckle=kept.speckle,
-        attributes=kept.attributes.per_picture,
+        attributes=kept.attributes.per_image,
         others_error=thing_error(others.numpy(), sheet.scenes),
     )
 
@@ -202,33 +202,33 @@ def truth(scenes: Sequence[Scene]) -> Tensor:
     return torch.from_numpy(np.stack([render(scene) for scene in scenes]))
 
 
-class Parent:
+class ManyStepModel:
     """The undistilled model that pocket was distilled from: many steps, and guidance away from the empty caption."""
 
-    def __init__(self, checkpoint: Path, untold: Context):
+    def __init__(self, checkpoint: Path, unconditional: Context):
         network = ZImageTransformer2DModel.from_pretrained(
             checkpoint / "parent", subfolder="transformer", torch_dtype=torch.float32
         )
-        self.denoiser, self.untold = ZImageDenoiser(network), untold
+        self.denoiser, self.unconditional = ZImageDenoiser(network), unconditional
 
     def __call__(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
-        untold = Context.stack([self.untold] * len(z))
-        return torch.lerp(self.denoiser(z, t, untold), self.denoiser(z, t, context), GUIDANCE)
+        unconditional = Context.stack([self.unconditional] * len(z))
+        return torch.lerp(self.denoiser(z, t, unconditional), self.denoiser(z, t, context), GUIDANCE)
 
 
-class Lesson:
+class PocketConcept:
     """The exam of a pocket lesson."""
 
-    measures = ("thing_error", "thing_hit", "others_error", "sharpness", "speckle", "attributes")
+    metrics = ("thing_error", "thing_hit", "others_error", "sharpness", "speckle", "attributes")
 
     def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
-        thing = lesson_of(recipe.data.folder)
+        thing = concept_of(recipe.data.folder)
         assert thing is not None
         self._family = family
         shown = recipe.data.folder if family.teacher_contexts else None
-        self._sheet = Sheet.write(thing, family.load_reader(device, dtype, pictures=shown is not None), shown)
-        self._painter = family.load_painter(device, torch.float32)
-        self.about = ["lesson", thing, [sha256_of(file) for file in sorted(recipe.data.folder.glob("*.png"))]]
+        self._sheet = Sheet.write(thing, family.load_text_encoder(device, dtype, images=shown is not None), shown)
+        self._vae = family.load_vae(device, torch.float32)
+        self.about = ["concept", thing, [sha256_of(file) for file in sorted(recipe.data.folder.glob("*.png"))]]
         scenes = self._sheet.scenes[:SHOWN]
         self.captions: Mapping[str, tuple[str, ...]] = {
             "The thing in new scenes": tuple(f"{scene.size}, {scene.place}, {scene.background}" for scene in scenes),
@@ -239,13 +239,13 @@ class Lesson:
         }
         self.truth: Mapping[str, Sequence[Tensor]] = {"The thing in new scenes": list(truth(scenes))}
 
-    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> Answer:
-        side = self._family.resolution // self._family.cell
+    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> BenchmarkResult:
+        side = self._family.resolution // self._family.vae_scale_factor
         found = sit(
-            self._sheet, velocity, self._painter, self._family.schedule(nfe, side, side),
+            self._sheet, velocity, self._vae, self._family.schedule(nfe, side, side),
             (self._family.channels, side, side), seeing=kind == "teacher",
             noise_seed=HELD_OUT if kind == "floor" else NOISE_SEED,
-        )  # fmt: skip
-        values = {name: getattr(found, name) for name in self.measures}
-        pictures = (found.thing_pictures, found.others_pictures, found.unrelated_pictures)
-        return Answer(values, dict(zip(self.captions, (list(each[:SHOWN]) for each in pictures), strict=True)))
+        )
+        values = {name: getattr(found, name) for name in self.metrics}
+        images = (found.thing_images, found.others_images, found.unrelated_images)
+        return BenchmarkResult(values, dict(zip(self.captions, (list(each[:SHOWN]) for each in images), strict=True)))

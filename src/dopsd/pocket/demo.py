@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from dopsd.config.recipe import Recipe, parse_recipe
-from dopsd.pocket.benchmark import write_lesson
-from dopsd.runs.comparison.compare import _tuned, _untouched, judge
-from dopsd.runs.comparison.evaluate import Contest
+from dopsd.pocket.benchmark import write_concept
+from dopsd.runs.comparison.compare import _tuned, _base_candidates, reward
+from dopsd.runs.comparison.evaluate import Evaluator
 from dopsd.runs.comparison.table import Entry, Outcome
 from dopsd.runs.prepare import Progress
 
@@ -20,27 +20,27 @@ DEMO_RATE = {"dopsd": 1e-3, "sft": 3e-4}  # the best of benchmarks/claim.py swee
 
 def demo(folder: Path, progress: Progress) -> Outcome:
     """Draw a thing that the pocket model never saw, tune on four pictures of it with each method, and compare."""
-    lesson = folder / "pictures"
-    write_lesson(lesson, DEMO_THING)
-    recipes = [demo_recipe(method, lesson, folder) for method in DEMO_STEPS]
-    contest = Contest(recipes[0], folder / "answers")
-    nfe = contest.family.default_nfe
-    entries = [Entry([contestant]) for contestant in _untouched(contest, many=False)]
+    concept = folder / "pictures"
+    write_concept(concept, DEMO_THING)
+    recipes = [demo_recipe(method, concept, folder) for method in DEMO_STEPS]
+    evaluator = Evaluator(recipes[0], folder / "answers")
+    nfe = evaluator.family.default_nfe
+    entries = [Entry([candidate]) for candidate in _base_candidates(evaluator, many=False)]
     entries += _tuned(recipes, None, 1, nfe, progress)
     intro = (
         "A few-step model was tuned on four pictures of a thing it had never seen, with D-OPSD and with plain "
         "fine-tuning (SFT) for about the same time. Rows share prompts and noise. Look for the thing in the first "
         "grid, and at what the model still knows in the last. D-OPSD can learn what its teacher paints, not more."
     )
-    return judge([contest], entries, (nfe,), folder / "report.html", "Four pictures of a new thing", intro, progress)
+    return reward([evaluator], entries, (nfe,), folder / "report.html", "Four pictures of a new thing", intro, progress)
 
 
-def demo_recipe(method: str, lesson: Path, folder: Path) -> Recipe:
+def demo_recipe(method: str, concept: Path, folder: Path) -> Recipe:
     """The demo's recipe of a method: what recipes/pocket-identity-*.yaml say, on this lesson."""
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": method},
             "lora": {"rank": 16},
             "train": {"max_steps": DEMO_STEPS[method], "batch_size": 4, "learning_rate": DEMO_RATE[method]},

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import noise_for, paint
+from dopsd.diffusion.sampling import noise_for, generate
 from dopsd.evaluation.statistics import bootstrap
 from dopsd.files import write_json
 from dopsd.models import POCKET, load_family
-from dopsd.pocket.benchmark import HELD_OUT, Parent, Sheet, sit, unrelated, write_lesson
+from dopsd.pocket.benchmark import HELD_OUT, ManyStepModel, Sheet, sit, unrelated, write_concept
 from dopsd.pocket.build.architecture import GUIDANCE
 from dopsd.pocket.metrics.reader import measure
 from dopsd.pocket.world.captions import caption_of
@@ -43,20 +43,20 @@ class Gate:
 def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[Gate]:
     """Measure every gate (about 4 minutes on two CPU cores) and leave them in `<checkpoint>/gates.json`."""
     family = load_family(str(checkpoint))
-    reader = family.load_reader(CPU, torch.float32, pictures=True)
-    painter = family.load_painter(CPU, torch.float32)
+    text_encoder = family.load_text_encoder(CPU, torch.float32, images=True)
+    vae = family.load_vae(CPU, torch.float32)
     pocket = family.load_denoiser(CPU, torch.float32)
-    parent = Parent(checkpoint, reader.context([""]))
-    side = family.resolution // family.cell
-    cells = (family.channels, side, side)
+    parent = ManyStepModel(checkpoint, text_encoder.context([""]))
+    side = family.resolution // family.vae_scale_factor
+    latent_shape = (family.channels, side, side)
     stated = unrelated(CAPTIONS, stream=4)
-    context = reader.context([caption_of(s) for s in stated])
-    noise = noise_for(range(CAPTIONS), *cells)
+    context = text_encoder.context([caption_of(s) for s in stated])
+    noise = noise_for(range(CAPTIONS), *latent_shape)
 
     def kept(model: Velocity, nfe: int) -> tuple[np.ndarray, np.ndarray]:
-        pictures = paint(model, painter, family.schedule(nfe, side, side), context, noise)
-        found = measure(pictures.numpy(), stated)
-        return found.sharpness, found.attributes.per_picture
+        images = generate(model, vae, family.schedule(nfe, side, side), context, noise)
+        found = measure(images.numpy(), stated)
+        return found.sharpness, found.attributes.per_image
 
     sharp32, right32 = kept(parent, 32)
     sharp4, _ = kept(parent, 4)
@@ -72,12 +72,12 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     schedule = family.schedule(family.default_nfe, side, side)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         for thing in range(HELD_OUT, HELD_OUT + THINGS):
-            lesson = Path(folder) / str(thing)
-            write_lesson(lesson, thing)
-            sheet = Sheet.write(thing, reader, lesson, unrelated_count=1)
-            student.append(sit(sheet, pocket, painter, schedule, cells))
-            again.append(sit(sheet, pocket, painter, schedule, cells, noise_seed=HELD_OUT))
-            teacher.append(sit(sheet, pocket, painter, schedule, cells, seeing=True))
+            concept = Path(folder) / str(thing)
+            write_concept(concept, thing)
+            sheet = Sheet.write(thing, text_encoder, concept, unrelated_count=1)
+            student.append(sit(sheet, pocket, vae, schedule, latent_shape))
+            again.append(sit(sheet, pocket, vae, schedule, latent_shape, noise_seed=HELD_OUT))
+            teacher.append(sit(sheet, pocket, vae, schedule, latent_shape, seeing=True))
     error, error_again, error_seen = (
         np.array([answers.thing_error.mean() for answers in rows]) for rows in (student, again, teacher)
     )

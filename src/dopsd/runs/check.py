@@ -12,8 +12,8 @@ from torch import nn
 from dopsd.config.recipe import Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Listing
-from dopsd.evaluation.rewards import find_judge
-from dopsd.images import Size, open_picture, picture_size
+from dopsd.evaluation.rewards import find_reward
+from dopsd.images import Size, open_image, image_size
 from dopsd.models import load_family
 from dopsd.models.base import Family, fitted_size
 from dopsd.models.hub import Checkpoint
@@ -22,14 +22,14 @@ from dopsd.runs.outputs.lora_export import refuse_unfit
 from dopsd.runs.outputs.trackers import refuse_missing
 from dopsd.runs.resolve import (
     open_family,
-    pictures_shown,
+    images_shown,
     read_data,
     replay_prompts,
     resolutions_of,
     unrelated_prompts,
 )
 from dopsd.training.adapters import Coverage, coverage, lora_sizes
-from dopsd.training.trainable import Everything
+from dopsd.training.trainable import AllWeights
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class Checked:
     family: Family
     listing: Listing
     buckets: dict[tuple[int, int], int]
-    coverage: Coverage | Everything
+    coverage: Coverage | AllWeights
     nfe: int
-    forwards_per_picture: int  # network forwards, a backward counted as two
+    forwards_per_image: int  # network forwards, a backward counted as two
 
 
 
@@ -59,19 +59,19 @@ def check(recipe: Recipe) -> Checked:
         raise ValueError(f"{key} needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'.")
     if model := recipe.health.text_model:
         Checkpoint(model, called=f"health.text_model {model}")
-    if recipe.method.judged_by:
-        find_judge(recipe.method.judged_by)
+    if recipe.method.reward_name:
+        find_reward(recipe.method.reward_name)
     family = open_family(recipe)
     listing = read_data(recipe)
     _refuse_references(recipe, family, listing)
-    shapes = [picture_size(example.path) for example in listing.examples]
+    shapes = [image_size(example.path) for example in listing.examples]
     buckets_of = [bucket_sizes(resolution, family.multiple) for resolution in resolutions_of(recipe, family)]
     cuts = [[nearest_bucket(*shape, sizes) for shape in shapes] for sizes in buckets_of]  # by resolution
     with init_empty_weights():
         network = family.empty_denoiser().network
     targets = recipe.lora.targets or family.lora_targets
     if recipe.adapter == "full":
-        reach = Everything(sum(parameter.numel() for parameter in network.parameters()))
+        reach = AllWeights(sum(parameter.numel() for parameter in network.parameters()))
     else:
         reach = coverage(network, targets, recipe.lora.rank)
     _refuse_other_weights(recipe, family, network)
@@ -79,14 +79,14 @@ def check(recipe: Recipe) -> Checked:
         refuse_unfit(start, read_lora(start, family), lora_sizes(network, targets, recipe.lora.rank))
     _refuse_long(recipe, family, listing, cuts)
     nfe = recipe.method.nfe or family.default_nfe
-    recipe.method.refuse_walk(nfe)
+    recipe.method.refuse_nfe(nfe)
     return Checked(
         family=family,
         listing=listing,
         buckets=dict(Counter(size for cut in cuts for size in cut)),
         coverage=reach,
         nfe=nfe,
-        forwards_per_picture=recipe.method.forwards(nfe),
+        forwards_per_image=recipe.method.forwards(nfe),
     )
 
 
@@ -111,12 +111,12 @@ def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequenc
     """Every caption and prompt must fit the student's context, and with a picture the teacher's. cuts: the examples'
     sizes, by resolution."""
     captions = [(text, index) for index, e in enumerate(listing.examples) for text in (e.caption, *e.also)]
-    shown = [each.prompt for each in pictures_shown(recipe, family, listing)]
+    shown = [each.prompt for each in images_shown(recipe, family, listing)]
     other = list(unrelated_prompts(recipe, family))
     if "replay" in recipe.method.needs:
         other += replay_prompts(recipe, family)
-    if recipe.method.to_paint and recipe.method.to_paint.prompt:
-        other.append(recipe.method.to_paint.prompt)
+    if recipe.method.to_generate and recipe.method.to_generate.prompt:
+        other.append(recipe.method.to_generate.prompt)
     family.count_tokens([*(caption for caption, _ in captions), *shown, *other])
     if "privileged" in recipe.method.needs:
         side = max(resolutions_of(recipe, family))
@@ -128,9 +128,9 @@ def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequenc
 def _refuse_references(recipe: Recipe, family: Family, listing: Listing) -> None:
     """A picture to edit must be one that the family takes; in the data they are known to be pictures."""
     for path in dict.fromkeys(path for example in listing.examples for path in example.references):
-        fitted_size(family, path, picture_size(path))
+        fitted_size(family, path, image_size(path))
     for path in dict.fromkeys(path for prompt in recipe.sample.prompts for path in prompt.references):
-        fitted_size(family, path, open_picture(path).size)
+        fitted_size(family, path, open_image(path).size)
 
 
 

@@ -15,36 +15,36 @@ import torch
 from dopsd.config.recipe import Recipe
 from dopsd.data.folder import METADATA, Example, Listing
 from dopsd.data.sources import one_caption_each
-from dopsd.diffusion.sampling import noise_for, paint
+from dopsd.diffusion.sampling import noise_for, generate
 from dopsd.files import atomic_path, write_text
-from dopsd.images import to_images
-from dopsd.models.base import Family, cells_of
+from dopsd.images import to_pil
+from dopsd.models.base import Family, latent_size
 from dopsd.models.pipeline import deployed_on
 
 FIRST_SEED = 960_000  # far from previews and checkups
 Progress = Callable[[int, int], None]
 
 
-def with_painted(
+def with_generated(
     recipe: Recipe, family: Family, listing: Listing, progress: Progress | None = None
 ) -> tuple[Listing, tuple[Example, ...]]:
     """The listing with the losers that the method wants painted, and the class pictures that it wants beside."""
-    wanted = recipe.method.to_paint
+    wanted = recipe.method.to_generate
     if wanted is None:
         return listing, ()
     if wanted.what == "prior":
         assert wanted.prompt is not None, "class pictures have a prompt"
-        (painted,) = paint_ahead(recipe, family, [wanted.prompt], wanted.count, progress).values()
-        return listing, tuple(Example(path, wanted.prompt) for path in painted)
+        (generated,) = generate_ahead(recipe, family, [wanted.prompt], wanted.count, progress).values()
+        return listing, tuple(Example(path, wanted.prompt) for path in generated)
     if wanted.prompt is None:
         listing = one_caption_each(listing)
     prompt_of = [wanted.prompt or example.caption for example in listing.examples]
-    painted_for = paint_ahead(recipe, family, list(dict.fromkeys(prompt_of)), wanted.count, progress)
+    generated_for = generate_ahead(recipe, family, list(dict.fromkeys(prompt_of)), wanted.count, progress)
     pairs = zip(listing.examples, prompt_of, strict=True)
-    return replace(listing, examples=tuple(replace(e, rejected=tuple(painted_for[p])) for e, p in pairs)), ()
+    return replace(listing, examples=tuple(replace(e, rejected=tuple(generated_for[p])) for e, p in pairs)), ()
 
 
-def paint_ahead(
+def generate_ahead(
     recipe: Recipe, family: Family, prompts: Sequence[str], count: int, progress: Progress | None = None
 ) -> dict[str, list[Path]]:
     """`count` pictures of each prompt, painted unless they are there: the files by prompt. The networks are in memory
@@ -62,17 +62,17 @@ def paint_ahead(
         lines = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, path, _ in wanted]
         write_text(folder / METADATA[0], "\n".join(lines) + "\n")
         device, dtype = deployed_on()
-        reader = family.load_reader(device, dtype, pictures=False)
-        contexts = {prompt: reader.context([prompt]) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
-        del reader  # gigabytes
-        denoiser, painter = family.load_denoiser(device, dtype), family.load_painter(device, torch.float32)
-        cells = cells_of(family, side, side)
-        schedule = family.schedule(nfe, *cells)
+        text_encoder = family.load_text_encoder(device, dtype, images=False)
+        contexts = {prompt: text_encoder.context([prompt]) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
+        del text_encoder  # gigabytes
+        denoiser, vae = family.load_denoiser(device, dtype), family.load_vae(device, torch.float32)
+        latent_shape = latent_size(family, side, side)
+        schedule = family.schedule(nfe, *latent_shape)
         for index, (prompt, path, seed) in enumerate(missing, start=len(wanted) - len(missing)):
             if progress:
                 progress(index, len(wanted))
-            noise = noise_for([seed], family.channels, *cells)
-            (image,) = to_images(paint(denoiser, painter, schedule, contexts[prompt], noise))
+            noise = noise_for([seed], family.channels, *latent_shape)
+            (image,) = to_pil(generate(denoiser, vae, schedule, contexts[prompt], noise))
             with atomic_path(path) as temporary:
                 image.save(temporary, "png")
     return {prompt: [path for other, path, _ in wanted if other == prompt] for prompt in prompts}

@@ -11,7 +11,7 @@ from dopsd.runs.session import Session
 log = logging.getLogger(__name__)
 
 
-class Ward:
+class HealthMonitor:
     """Checkups of one run. The untouched model's pictures are painted when the first is due."""
 
     def __init__(
@@ -22,19 +22,19 @@ class Ward:
         self._session, self._trackers = session, trackers
         self._unrelated, self._prompts = unrelated, prompts
         self._every = recipe.sample.every if recipe.health.every is None else recipe.health.every
-        self._checkup = None
+        self._health_check = None
         if self._every:
             self._rows = Rows(recipe.run_folder / "health.jsonl", steps_done)
 
-    def visit(self, step: int, last: bool) -> str | None:
+    def state(self, step: int, last: bool) -> str | None:
         """Look, where it is due after this step; what is wrong, if the recipe wants to stop for it."""
         if not self._every or not (last or step % self._every == 0):
             return None
-        if self._checkup is None:
-            self._checkup = self._session.checkup(self._unrelated, self._prompts)
-        found = self._session.health(self._checkup)
+        if self._health_check is None:
+            self._health_check = self._session.health_check(self._unrelated, self._prompts)
+        found = self._session.health(self._health_check)
         self._rows.append(found.as_row(step))
-        values = {name: measure.value for name, measure in found.measures.items()}
+        values = {name: metric.value for name, metric in found.metrics.items()}
         self._trackers.numbers("health", values | {"healthy": found.healthy}, step)
         log.log(logging.INFO if found.healthy else logging.WARNING, "step=%d health=%s", step, found)
         recipe = self._session.recipe

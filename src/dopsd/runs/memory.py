@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Batch, Context
-from dopsd.diffusion.components import Painter
-from dopsd.images import picture_size
+from dopsd.diffusion.components import VAE
+from dopsd.images import image_size
 from dopsd.methods import Method
 from dopsd.methods.base import Score
 from dopsd.models.base import Family, Size, fitted_size
 from dopsd.runs.check import Checked
 from dopsd.runs.resolve import dtype_of
-from dopsd.training.adapters import add_lora, untouched
+from dopsd.training.adapters import add_lora, base_tensors
 from dopsd.training.loop import Plan, backward
 from dopsd.training.memory_meter import LiveBytes
 from dopsd.training.offload import offload_blocks
@@ -73,7 +73,7 @@ def forecast(
     size: Size,
     captions: Sequence[str],
     dtype: torch.dtype,
-    lean: bool,
+    low_memory: bool,
     references: Sequence[Size] = (),
 ) -> Forecast:
     """Of a recipe's steps at a picture size (width, height) in pixels with the longest of these captions, edited from
@@ -82,10 +82,10 @@ def forecast(
     edited = [references] * count if references else None
     prompts = sorted(captions, key=len)[-count:]
     prompts += prompts[-1:] * (count - len(prompts))
-    cells = height // family.cell, width // family.cell
-    nfe = _shortest_walk(recipe.method, recipe.method.nfe or family.default_nfe)
+    latent_shape = height // family.vae_scale_factor, width // family.vae_scale_factor
+    nfe = _fewest_steps(recipe.method, recipe.method.nfe or family.default_nfe)
     method = recipe.method.model_copy(update={"nfe": nfe})
-    schedule = family.schedule(nfe, *cells)
+    schedule = family.schedule(nfe, *latent_shape)
     text = family.blank_context(prompts, references=edited)
     seeing = family.blank_context(prompts, [size] * count, edited) if "privileged" in method.needs else None
     with torch.device("meta"):
@@ -94,16 +94,16 @@ def forecast(
         saved = saved_bytes(denoiser.network, family.quantizable, kind) if kind else 0
         if recipe.adapter == "lora":
             add_lora(denoiser.network, recipe.lora.targets or family.lora_targets, recipe.lora.rank, alpha=1, seed=0)
-    if lean:
+    if low_memory:
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
         _give_storage(denoiser)
-        score = _unjudged(family.empty_painter(tiled=lean)) if method.judged_by else None
+        score = _mean_score(family.empty_vae(tiled=low_memory)) if method.reward_name else None
         subject, teacher, away = _student_of(recipe, denoiser.network)
         student, saved = subject.weights, saved + away
         optimizer = torch.optim.AdamW(student.values())
         roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule, score, subject.base)
-        latents, context = torch.zeros(count, family.channels, *cells), _unstored(text, dtype)
+        latents, context = torch.zeros(count, family.channels, *latent_shape), _unstored(text, dtype)
         plain = Batch(latents, context, tuple(prompts), torch.ones(count))
         batch = replace(
             plain,
@@ -128,22 +128,22 @@ def forecast(
     return Forecast(resident - saved, meter.peak - saved)
 
 
-def _shortest_walk(method: Method, nfe: int) -> int:
+def _fewest_steps(method: Method, nfe: int) -> int:
     """Two steps need as much memory as all, for a walk's graphs are freed step by step. A method that names later steps
     keeps its own number."""
     try:
-        method.refuse_walk(2)
+        method.refuse_nfe(2)
     except ValueError:
         return nfe
     return min(2, nfe)
 
 
-def _unjudged(painter: Painter) -> Score:
+def _mean_score(vae: VAE) -> Score:
     """A judge without memory, looking through the autoencoder, which stays in memory beside the step."""
 
     @torch.no_grad()
     def score(clean: Tensor, prompts: Sequence[str]) -> Tensor:
-        return painter.pixels(clean).flatten(1).mean(1)
+        return vae.pixels(clean).flatten(1).mean(1)
 
     return score
 
@@ -158,7 +158,7 @@ def _student_of(recipe: Recipe, network: nn.Module) -> tuple[Student, Teacher, i
         return student, teacher, sum(frozen.values()) if recipe.model.offload else 0
     away = offload_blocks(network, home) if recipe.model.offload else 0
     weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    return Student(weights, untouched(dict(weights)), lambda: None), Teacher(weights, recipe.method.decay), away
+    return Student(weights, base_tensors(dict(weights)), lambda: None), Teacher(weights, recipe.method.decay), away
 
 
 def _give_storage(module: nn.Module) -> None:
@@ -188,15 +188,15 @@ def memory_of(device: torch.device) -> int:
 log = logging.getLogger(__name__)
 
 
-def foresee(recipe: Recipe, found: Checked, dtype: torch.dtype, lean: bool) -> Forecast:
+def foresee(recipe: Recipe, found: Checked, dtype: torch.dtype, low_memory: bool) -> Forecast:
     """Peak memory of a step at the largest bucket, and the largest references."""
     examples = found.listing.examples
     size = max(found.buckets, key=lambda size: size[0] * size[1])
     captions = [caption for example in examples for caption in (example.caption, *example.also)]
-    edited = {e.references: [fitted_size(found.family, path, picture_size(path)) for path in e.references]
-              for e in examples}  # fmt: skip
+    edited = {e.references: [fitted_size(found.family, path, image_size(path)) for path in e.references]
+              for e in examples}
     largest = max(edited.values(), key=lambda sizes: sum(width * height for width, height in sizes))
-    return forecast(recipe, found.family, size, captions, dtype, lean, largest)
+    return forecast(recipe, found.family, size, captions, dtype, low_memory, largest)
 
 
 def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, str]:
@@ -220,17 +220,17 @@ def refuse_too_large(recipe: Recipe, peak: Forecast, room: int, where: str) -> N
         )
 
 
-def lean_on(recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype) -> bool:
+def choose_low_memory(recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether to save memory: as the recipe says, or where the device is too small to do without. Raises ValueError
     where full fine-tuning is too large for it all the same."""
     if recipe.adapter == "full":
         room, dtype, where = planned_for(recipe, None)
-        refuse_too_large(recipe, foresee(recipe, found, dtype, lean=True), room, where)
+        refuse_too_large(recipe, foresee(recipe, found, dtype, low_memory=True), room, where)
     if recipe.model.offload:
         return True  # or all copies of the weights would stay alive until the end of a backward pass
     if recipe.model.memory != "auto":
         return recipe.model.memory == "low"
-    peak, room = foresee(recipe, found, dtype, lean=False), memory_of(device)
+    peak, room = foresee(recipe, found, dtype, low_memory=False), memory_of(device)
     level = "high" if peak.fits(room) else "low"
     log.info("memory=auto chosen=%s high_would_take=%.1f_GiB device=%.1f_GiB", level, peak.peak / 2**30, room / 2**30)
     return level == "low"

@@ -16,13 +16,13 @@ from PIL import Image
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.sampling import noise_for, paint
+from dopsd.diffusion.sampling import noise_for, generate
 from dopsd.evaluation.image_distance import SIDE, distances, nearer
-from dopsd.evaluation.metrics import Found, find_measure
+from dopsd.evaluation.metrics import Found, find_metric
 from dopsd.evaluation.pages import Panel, write_comparison
 from dopsd.evaluation.statistics import Interval
-from dopsd.images import cover_crop, open_picture, to_images
-from dopsd.models.base import Family, cells_of
+from dopsd.images import cover_crop, open_image, to_pil
+from dopsd.models.base import Family, latent_size
 from dopsd.models.lora import merge_lora
 from dopsd.models.pipeline import deployed_on
 from dopsd.runs.check import Checked, check
@@ -59,7 +59,7 @@ class Preflight:
     """What was seen, of how many pictures, and what follows. verdict: "can", "little" or "cannot"."""
 
     looks: tuple[Look, ...]
-    pictures: int
+    images: int
     nearer: Interval
     verdict: str
     sentence: str
@@ -70,8 +70,8 @@ class Preflight:
             "verdict": self.verdict,
             "sentence": self.sentence,
             "nearer": self.nearer._asdict(),
-            "pictures_in_the_set": self.pictures,
-            "pictures": [
+            "pictures_in_the_set": self.images,
+            "images": [
                 {
                     "picture": look.name,
                     "caption": look.caption,
@@ -99,17 +99,17 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, report: Path, progress: Progress, seeds: int = SEEDS, most: int = MOST, measure: str | None = None
+    recipe: Recipe, report: Path, progress: Progress, seeds: int = SEEDS, most: int = MOST, metric: str | None = None
 ) -> Preflight:
     """Look at up to `most` pictures of a recipe's data, on `seeds` noises each, and write the page. measure: the name
     of a distance to a target picture, instead of that of reduced pixels. Raises ValueError for a measure that is none,
     and for a recipe whose method has no teacher that sees pictures."""
     if "privileged" not in recipe.method.needs:
         raise ValueError(f"{recipe.method.name} learns from the pictures themselves, not from a teacher who sees them: "
-                         "preflight has nothing to ask. Give it a recipe of dopsd.")  # fmt: skip
-    far = find_measure(measure) if measure else None
-    if far and (far.measure.needs != "target" or far.measure.higher):
-        raise ValueError(f"{measure} is no distance to a target picture: preflight takes dino or lpips.")
+                         "preflight has nothing to ask. Give it a recipe of dopsd.")
+    far = find_metric(metric) if metric else None
+    if far and (far.metric.needs != "target" or far.metric.higher):
+        raise ValueError(f"{metric} is no distance to a target picture: preflight takes dino or lpips.")
     found = check(recipe)
     looks = _look(recipe, found, seeds, most, far, progress)
     total = nearer(np.stack([e.student_distance for e in looks]), np.stack([e.teacher_distance for e in looks]))
@@ -117,7 +117,7 @@ def preflight(
     result = Preflight(
         looks, len(found.listing.examples), total, verdict, _sentence(recipe, found.family, looks, total)
     )
-    _write_page(report, recipe, result, seeds, measure)
+    _write_page(report, recipe, result, seeds, metric)
     return result
 
 
@@ -159,7 +159,7 @@ def _look(
     family, (device, _) = found.family, deployed_on()
     dtype = dtype_of(recipe, device)
     rows = _read(recipe, found, most, device, dtype, progress)
-    painter = family.load_painter(device, torch.float32)
+    vae = family.load_vae(device, torch.float32)
     denoiser = family.load_denoiser(device, dtype)
     if recipe.lora.init_from:
         merge_lora(denoiser.network, recipe.lora.init_from, family)
@@ -168,25 +168,25 @@ def _look(
     for done, row in enumerate(rows):
         progress("painting", done, len(rows))
         width, height = row.size
-        cells = cells_of(family, height, width)
-        noise = noise_for(range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *cells)
-        schedule = family.schedule(recipe.sample.nfe or family.default_nfe, *cells)
+        latent_shape = latent_size(family, height, width)
+        noise = noise_for(range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *latent_shape)
+        schedule = family.schedule(recipe.sample.nfe or family.default_nfe, *latent_shape)
         assert row.privileged is not None
         contexts = [Context.stack([read_context(path)] * seeds).to(device) for path in (row.context, row.privileged)]
-        student, teacher = (paint(denoiser, painter, schedule, context, noise) for context in contexts)
-        target = cover_crop(open_picture(row.example.path), row.size)
-        apart = [_distances(distance, pictures, np.asarray(target)) for pictures in (student, teacher)]
+        student, teacher = (generate(denoiser, vae, schedule, context, noise) for context in contexts)
+        target = cover_crop(open_image(row.example.path), row.size)
+        apart = [_distances(distance, images, np.asarray(target)) for images in (student, teacher)]
         looks.append(Look(row.example.path.name, row.example.caption, target, student, teacher, *apart))
     progress("painting", len(rows), len(rows))
     return tuple(looks)
 
 
-def _distances(distance: Distance | None, pictures: torch.Tensor, target: np.ndarray) -> np.ndarray:
+def _distances(distance: Distance | None, images: torch.Tensor, target: np.ndarray) -> np.ndarray:
     """By a measure, or of reduced pixels: uint8 [S, H, W, 3] and [H, W, 3] -> [S]."""
     if distance is None:
-        return distances(pictures.numpy(), target)
-    unit = [each.float().movedim(-1, -3) / 255 for each in (pictures, torch.from_numpy(target.copy()))]
-    return distance(*unit).double().cpu().numpy()
+        return distances(images.numpy(), target)
+    replicate = [each.float().movedim(-1, -3) / 255 for each in (images, torch.from_numpy(target.copy()))]
+    return distance(*replicate).double().cpu().numpy()
 
 
 def _read(
@@ -198,14 +198,14 @@ def _read(
     count = min(most, len(examples))
     chosen = [examples[index * len(examples) // count] for index in range(count)]
     return prepare(
-        chosen, recipe.output_dir / "cache", family.load_reader(device, dtype, pictures=True),
-        family.load_painter(device, torch.float32), resolution=max(resolutions_of(recipe, family)),
+        chosen, recipe.output_dir / "cache", family.load_text_encoder(device, dtype, images=True),
+        family.load_vae(device, torch.float32), resolution=max(resolutions_of(recipe, family)),
         multiple=family.multiple, privileged=True, device=device,
         progress=lambda done, total: progress("reading", done, total),
-    )  # fmt: skip
+    )
 
 
-def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int, measure: str | None) -> None:
+def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int, metric: str | None) -> None:
     columns = tuple(f"seed {recipe.sample.seed + index}" for index in range(seeds))
     panels = [
         Panel(
@@ -213,16 +213,16 @@ def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int, measu
             columns,
             (
                 ("your picture", (look.target,)),
-                ("student: the caption alone", tuple(to_images(look.student))),
-                ("teacher: the picture beside it", tuple(to_images(look.teacher))),
+                ("student: the caption alone", tuple(to_pil(look.student))),
+                ("teacher: the picture beside it", tuple(to_pil(look.teacher))),
             ),
         )
         for look in result.looks
     ]
     pixels = f"Distance: root mean square difference to the training picture, 0 to 1, both reduced to {SIDE} cells."
-    by = f"Distance: {measure}; the bound was set for that of pixels." if measure else pixels
+    by = f"Distance: {metric}; the bound was set for that of pixels." if metric else pixels
     notes = [
-        f"{len(result.looks)} of {result.pictures} pictures, {seeds} noises each. {by} Intervals: 95% bootstrap over "
+        f"{len(result.looks)} of {result.images} pictures, {seeds} noises each. {by} Intervals: 95% bootstrap over "
         "noises; for all, over pictures.",
         f"At least {ENOUGH:.0%} nearer is called enough. The measure sees where which colours are; for the rest "
         "look at the pictures.",

@@ -10,9 +10,9 @@ from dopsd.data.cache import Row, prepare, shown_to_teacher
 from dopsd.data.folder import Example, Listing
 from dopsd.diffusion.batch import Context
 from dopsd.models.base import Family
-from dopsd.runs.class_images import with_painted
+from dopsd.runs.class_images import with_generated
 from dopsd.runs.outputs.previews import Preview, read_previews
-from dopsd.runs.resolve import PREVIEWS, pictures_shown, replay_prompts, resolutions_of, unrelated_prompts
+from dopsd.runs.resolve import PREVIEWS, images_shown, replay_prompts, resolutions_of, unrelated_prompts
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
@@ -39,37 +39,37 @@ def _read_and_encode(
     """Cache latents and contexts, read the preview prompts; reader and painter are gone when this returns."""
     needs = recipe.method.needs
     privileged = "privileged" in needs
-    listing, beside = with_painted(recipe, family, listing, _doing("painting", progress))
-    reader = family.load_reader(device, dtype, pictures=privileged)
-    painter = family.load_painter(device, torch.float32)
+    listing, beside = with_generated(recipe, family, listing, _doing("painting", progress))
+    text_encoder = family.load_text_encoder(device, dtype, images=privileged)
+    vae = family.load_vae(device, torch.float32)
 
-    def encode(examples: Sequence[Example], resolution: int, privileged: bool, untold: bool) -> tuple[Row, ...]:
+    def encode(examples: Sequence[Example], resolution: int, privileged: bool, unconditional: bool) -> tuple[Row, ...]:
         return prepare(
             examples,
             recipe.output_dir / "cache",
-            reader,
-            painter,
+            text_encoder,
+            vae,
             resolution=resolution,
             multiple=family.multiple,
             privileged=privileged,
-            untold=untold,
+            unconditional=unconditional,
             device=device,
             progress=_doing("caching", progress),
         )
 
-    resolutions, untold = resolutions_of(recipe, family), recipe.data.caption_dropout > 0
-    rows = tuple(row for each in resolutions for row in encode(listing.examples, each, privileged, untold))
+    resolutions, unconditional = resolutions_of(recipe, family), recipe.data.caption_dropout > 0
+    rows = tuple(row for each in resolutions for row in encode(listing.examples, each, privileged, unconditional))
     previews = read_previews(
-        pictures_shown(recipe, family, listing),
-        reader,
+        images_shown(recipe, family, listing),
+        text_encoder,
         [shown_to_teacher(row) for row in list(dict.fromkeys(rows))[:PREVIEWS]] if privileged else [],
     )
     return _Material(
         rows,
-        prior=encode(beside, max(resolutions), privileged=False, untold=False) if beside else (),
+        prior=encode(beside, max(resolutions), privileged=False, unconditional=False) if beside else (),
         previews=previews,
-        unrelated=reader.context(list(unrelated_prompts(recipe, family))),
-        replay=reader.context(list(replay_prompts(recipe, family))).to("cpu") if "replay" in needs else None,
+        unrelated=text_encoder.context(list(unrelated_prompts(recipe, family))),
+        replay=text_encoder.context(list(replay_prompts(recipe, family))).to("cpu") if "replay" in needs else None,
     )
 
 

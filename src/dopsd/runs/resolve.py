@@ -12,31 +12,31 @@ from dopsd.config.recipe import PromptSection, Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Example, Listing
 from dopsd.data.importing import fill
-from dopsd.data.prompts import read_questions
+from dopsd.data.prompts import read_prompts
 from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Reader
+from dopsd.diffusion.components import TextEncoder
 from dopsd.evaluation.health import PROMPTS
-from dopsd.images import Size, open_picture, picture_size
+from dopsd.images import Size, open_image, image_size
 from dopsd.methods import missing
 from dopsd.models import load_family
-from dopsd.models.base import Family, Sight, cells_of
+from dopsd.models.base import Family, TeacherVision, latent_size
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PreviewPrompt:
     """A picture to show: its prompt, the seed of its noise, its latent size (channels, height, width), and the pictures
     that the prompt edits."""
 
     prompt: str
     seed: int
-    cells: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
     references: tuple[Path, ...] = ()
 
-    def read(self, reader: Reader, seen: Image.Image | None = None) -> Context:
+    def read(self, text_encoder: TextEncoder, seen: Image.Image | None = None) -> Context:
         """What the student reads, or the teacher that sees a picture."""
-        edited = [[open_picture(path) for path in self.references]] if self.references else None
-        return reader.context([self.prompt], [seen] if seen else None, edited)
+        edited = [[open_image(path) for path in self.references]] if self.references else None
+        return text_encoder.context([self.prompt], [seen] if seen else None, edited)
 
 
 PREVIEWS = 4  # captions shown when the recipe names no prompts
@@ -45,8 +45,8 @@ PREVIEWS = 4  # captions shown when the recipe names no prompts
 def family_of(recipe: Recipe) -> Family:
     """The recipe's checkpoint, its teacher seeing pictures as the recipe says."""
     model = recipe.model
-    sight = Sight(model.teacher_context, model.vlm, model.teacher_suffix)
-    return load_family(model.name_or_path, model.revision, sight, model.distilled_by)
+    teacher_vision = TeacherVision(model.teacher_context, model.vlm, model.teacher_suffix)
+    return load_family(model.name_or_path, model.revision, teacher_vision, model.distilled_by)
 
 
 def open_family(recipe: Recipe) -> Family:
@@ -71,7 +71,7 @@ def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
     return recipe.health.prompts or family.unrelated_prompts or PROMPTS
 
 
-def pictures_shown(recipe: Recipe, family: Family, listing: Listing) -> list[Wanted]:
+def images_shown(recipe: Recipe, family: Family, listing: Listing) -> list[PreviewPrompt]:
     """What a run shows: the recipe's prompts, or the first captions, and some unrelated prompts. Raises ValueError for
     a size that the family cannot paint."""
     sample, side = recipe.sample, max(resolutions_of(recipe, family))
@@ -84,8 +84,8 @@ def pictures_shown(recipe: Recipe, family: Family, listing: Listing) -> list[Wan
     for index, each in enumerate(prompts):
         height, width = each.height or sample.height or side, each.width or sample.width or side
         seed = sample.seed + index if each.seed is None else each.seed
-        cells = (family.channels, *cells_of(family, height, width))
-        wanted.append(Wanted(each.prompt, seed, cells, each.references))
+        latent_shape = (family.channels, *latent_size(family, height, width))
+        wanted.append(PreviewPrompt(each.prompt, seed, latent_shape, each.references))
     return wanted
 
 
@@ -93,7 +93,7 @@ def _as_prompt(example: Example, sizes: Sequence[Size]) -> dict[str, Any]:
     """What shows an example; an edited picture keeps the shape that it is trained in."""
     if not example.references:
         return {"prompt": example.caption}
-    width, height = nearest_bucket(*picture_size(example.path), sizes)
+    width, height = nearest_bucket(*image_size(example.path), sizes)
     return {"prompt": example.caption, "references": example.references, "width": width, "height": height}
 
 
@@ -120,7 +120,7 @@ def read_data(recipe: Recipe) -> Listing:
 
 def _refuse_unpaired(recipe: Recipe, listing: Listing) -> None:
     """A method that learns from the data's own pairs needs both sides of each."""
-    if "rejected" not in recipe.method.needs or recipe.method.to_paint:
+    if "rejected" not in recipe.method.needs or recipe.method.to_generate:
         return
     if alone := [example for example in listing.examples if not example.rejected]:
         raise ValueError(
@@ -134,7 +134,7 @@ def replay_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
     Raises ValueError for a file without any."""
     prompts = recipe.data.replay
     if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        prompts = tuple(question.prompt for question in read_questions(Path(prompts[0])))
+        prompts = tuple(question.prompt for question in read_prompts(Path(prompts[0])))
     return prompts or unrelated_prompts(recipe, family)
 
 

@@ -15,9 +15,9 @@ from dopsd import __version__
 from dopsd.config.recipe import Recipe
 from dopsd.config.schema import LoraSection
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Denoiser, Painter
+from dopsd.diffusion.components import Denoiser, VAE
 from dopsd.diffusion.flow import Schedule
-from dopsd.evaluation.health import Agreement, Checkup, Health
+from dopsd.evaluation.health import Agreement, HealthCheck, Health
 from dopsd.files import sha256_of
 from dopsd.methods.base import Roles
 from dopsd.models import load_family
@@ -25,8 +25,8 @@ from dopsd.models.base import Family
 from dopsd.models.folder import write_model
 from dopsd.models.lora import merge_lora, read_lora
 from dopsd.runs.outputs.lora_export import export_lora, start_from_lora
-from dopsd.runs.outputs.previews import Preview, paint_previews
-from dopsd.runs.reward import judged_by
+from dopsd.runs.outputs.previews import Preview, generate_previews
+from dopsd.runs.reward import latent_reward
 from dopsd.training.deployed_weights import as_deployed, kept
 from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import adamw_8bit, quantize
@@ -45,7 +45,7 @@ class Session:
     recipe: Recipe
     family: Family
     accelerator: Accelerator
-    lean: bool  # activations are recomputed, pictures decoded in tiles
+    low_memory: bool  # activations are recomputed, pictures decoded in tiles
     data: Mapping[str, str]  # what a LoRA file says of the pictures it was tuned on
     quantization_gap: float | None  # how far quantizing the base moved its first velocity; None: it was not
     network: nn.Module
@@ -62,7 +62,7 @@ class Session:
         family: Family,
         accelerator: Accelerator,
         dtype: torch.dtype,
-        lean: bool,
+        low_memory: bool,
         data: Mapping[str, str],
         probe: Context,
     ) -> "Session":
@@ -75,7 +75,7 @@ class Session:
             start = family.schedule(family.default_nfe, 16, 16).times[:1]
             gap = quantize(denoiser, family.quantizable, kind, accelerator.device, probe, family.channels, start)
             log.info("quantize=%s first_velocity_moved_by=%.3f", kind, gap)
-        if lean:
+        if low_memory:
             denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator] - every diffusers model has it
         student, teacher = prepare(recipe, family, denoiser.network, accelerator.device)
         optimizer = _optimizer_of(recipe, student)
@@ -84,11 +84,11 @@ class Session:
         def schedule(nfe: int | None, height: int, width: int) -> Schedule:
             return family.schedule(nfe or family.default_nfe, height, width)
 
-        score = judged_by(recipe, family, accelerator.device, lean) if recipe.method.judged_by else None
+        score = latent_reward(recipe, family, accelerator.device, low_memory) if recipe.method.reward_name else None
         roles = make_roles(denoiser, student.weights, teacher, schedule, score, student.base)
         shown = as_deployed(roles, denoiser, student, teacher, deployed) if deployed else roles
         return cls(
-            recipe, family, accelerator, lean, data, gap, denoiser.network, student, teacher, optimizer, roles, shown
+            recipe, family, accelerator, low_memory, data, gap, denoiser.network, student, teacher, optimizer, roles, shown
         )
 
     @property
@@ -106,44 +106,44 @@ class Session:
         """Forwards of the sampler that previews and users take."""
         return self.recipe.sample.nfe or self.family.default_nfe
 
-    def painter(self) -> Painter:
+    def vae(self) -> VAE:
         """The autoencoder, for as long as the caller keeps it."""
-        return self.family.load_painter(self.device, torch.float32, tiled=self.lean)
+        return self.family.load_vae(self.device, torch.float32, tiled=self.low_memory)
 
     def preview(self, previews: Sequence[Preview], folder: Path, step: int) -> Path:
         """Paint the previews at the deployed NFE: `samples/step-N/`. The autoencoder is in memory only meanwhile."""
         path = folder / "samples" / f"step-{step:06d}"
-        paint_previews(
+        generate_previews(
             path,
             previews,
             self.shown,
-            self.painter(),
+            self.vae(),
             lambda height, width: self.family.schedule(self.deployed_nfe, height, width),
             self.device,
         )
         return path
 
-    def checkup(self, context: Context, prompts: Sequence[str]) -> Checkup:
+    def health_check(self, context: Context, prompts: Sequence[str]) -> HealthCheck:
         """The untouched model's side of the health measures, painted on these prompts."""
-        height, width = self._cells
-        return Checkup(
-            self.shown.base, self.painter(), lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
+        height, width = self._latent_size
+        return HealthCheck(
+            self.shown.base, self.vae(), lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
             context.to(self.device), (self.family.channels, height, width), agreement=self._agreement(prompts),
-        )  # fmt: skip
+        )
 
     def _agreement(self, prompts: Sequence[str]) -> Agreement | None:
         if self.recipe.health.text_model is None:
             return None
         from dopsd.evaluation.metrics.clip import ClipScore
 
-        judge = ClipScore(self.recipe.health.text_model, self.device, called="health.text_model")
-        return lambda pictures, in_a_row: judge(
-            torch.from_numpy(pictures).permute(0, 3, 1, 2), [prompt for prompt in prompts for _ in range(in_a_row)]
-        ).double().cpu().numpy()  # fmt: skip
+        reward = ClipScore(self.recipe.health.text_model, self.device, called="health.text_model")
+        return lambda images, in_a_row: reward(
+            torch.from_numpy(images).permute(0, 3, 1, 2), [prompt for prompt in prompts for _ in range(in_a_row)]
+        ).double().cpu().numpy()
 
-    def health(self, checkup: Checkup) -> Health:
+    def health(self, health_check: HealthCheck) -> Health:
         """How the student is now."""
-        return checkup.examine(self.shown.student, self.painter())
+        return health_check.examine(self.shown.student, self.vae())
 
     def export(self, path: Path, step: int) -> None:
         """The student after `step` steps as a LoRA file or the folder of a model, reopened and compared."""
@@ -181,7 +181,7 @@ class Session:
             "teacher_context": str(family.teacher_context) if "privileged" in recipe.method.needs else "none",
             **self.data,
             "nfe": str(self.deployed_nfe),
-            "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._cells).times.tolist()),
+            "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._latent_size).times.tolist()),
         }
         if file := recipe.model.distilled_by:
             metadata["distilled_by"] = Path(file).name if Path(file).exists() else file
@@ -211,8 +211,8 @@ class Session:
         return max(self.recipe.data.resolution, default=self.family.resolution)
 
     @property
-    def _cells(self) -> tuple[int, int]:
-        return self._side // self.family.cell, self._side // self.family.cell
+    def _latent_size(self) -> tuple[int, int]:
+        return self._side // self.family.vae_scale_factor, self._side // self.family.vae_scale_factor
 
 
 def _load(

@@ -15,9 +15,9 @@ from dopsd.config.recipe import Recipe, TrainSection
 from dopsd.data.loader import Loader
 from dopsd.runs.check import Checked, check
 from dopsd.runs.environment import _environment
-from dopsd.runs.health_monitor import Ward
+from dopsd.runs.health_monitor import HealthMonitor
 from dopsd.runs.interrupts import Stopped, Unhealthy, noticing_signals
-from dopsd.runs.memory import lean_on
+from dopsd.runs.memory import choose_low_memory
 from dopsd.runs.outputs.folder import Metrics, claimed, read_rows, write_header
 from dopsd.runs.outputs.model_card import write_card
 from dopsd.runs.outputs.previews import _show_examples
@@ -65,16 +65,16 @@ def _train(
     loader = Loader(
         material.rows, recipe.train.batch_size, recipe.train.seed, recipe.data.caption_dropout, material.prior,
         material.replay,
-    )  # fmt: skip
+    )
     prompts = unrelated_prompts(recipe, session.family)
-    ward = Ward(session, material.unrelated, prompts, start, trackers)
+    monitor = HealthMonitor(session, material.unrelated, prompts, start, trackers)
     spent, enough = sum(row["seconds"] for row in read_rows(metrics.path)), recipe.train.max_seconds or math.inf
     for report in steps(
         session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
         session.accelerator, plan, start,
-    ):  # fmt: skip
+    ):
         metrics.add(report)
-        about = ("grad_norm", "learning_rate", "pictures", "seconds", "skipped")
+        about = ("grad_norm", "learning_rate", "images", "seconds", "skipped")
         told = {name: getattr(report, name) for name in about}
         trackers.numbers("train", {**report.log, **told}, report.step)
         spent += report.seconds
@@ -82,7 +82,7 @@ def _train(
         due = _due(report.step, recipe.save.every)
         if done or _due(report.step, recipe.sample.every):
             _preview(session, material, report.step, trackers)
-        illness = ward.visit(report.step, done)
+        illness = monitor.state(report.step, done)
         if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
             session.export(recipe.result(), report.step)
             write_card(recipe, session.family.usage(session.deployed_nfe), session.metadata(report.step), report.step)
@@ -115,7 +115,7 @@ def _keep_last_models(recipe: Recipe) -> None:
 
 def _preview(session: Session, material: _Material, step: int, trackers: Trackers) -> None:
     folder = session.preview(material.previews, session.recipe.run_folder, step)
-    trackers.picture("previews", folder / "grid.png", step)
+    trackers.image("previews", folder / "grid.png", step)
 
 
 def _restore(session: Session, states: Sequence[Path]) -> int:
@@ -154,9 +154,9 @@ def _load(recipe: Recipe, found: Checked, progress: Progress | None) -> tuple[_M
     accelerator = Accelerator()
     device, dtype = accelerator.device, dtype_of(recipe, accelerator.device)
     material = _read_and_encode(recipe, found.family, found.listing, device, dtype, progress)
-    lean, pictures = lean_on(recipe, found, device, dtype), found.listing
-    data = {"pictures": str(len(pictures.examples)), "data_sha256": pictures.fingerprint()}
-    return material, Session.open(recipe, found.family, accelerator, dtype, lean, data, material.previews[0].context)
+    low_memory, images = choose_low_memory(recipe, found, device, dtype), found.listing
+    data = {"images": str(len(images.examples)), "data_sha256": images.fingerprint()}
+    return material, Session.open(recipe, found.family, accelerator, dtype, low_memory, data, material.previews[0].context)
 
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config.recipe import Recipe, parse_recipe
-from dopsd.runs.class_images import Progress, paint_ahead
+from dopsd.runs.class_images import Progress, generate_ahead
 from dopsd.runs.resolve import open_family
 
 
 def adapter_recipe(
-    model: str, prompts: Sequence[str], pictures: int, changes: dict[str, Any], progress: Progress | None = None
+    model: str, prompts: Sequence[str], images: int, changes: dict[str, Any], progress: Progress | None = None
 ) -> Recipe:
     """Paint `pictures` of each prompt with the model, unless they are there, and say the recipe that tunes on them.
     changes: keys of the recipe, `run_name` among them, sections as mappings; others start where the model's SFT does.
@@ -26,8 +26,8 @@ def adapter_recipe(
         tree.setdefault(section, {})[key] = value
     for section, value in changes.items():
         tree[section] = {**tree.get(section, {}), **value} if isinstance(value, dict) else value
-    painted = paint_ahead(parse_recipe(tree, "the adapter"), family, list(dict.fromkeys(prompts)), pictures, progress)
-    folder = next(iter(painted.values()))[0].parent
+    generated = generate_ahead(parse_recipe(tree, "the adapter"), family, list(dict.fromkeys(prompts)), images, progress)
+    folder = next(iter(generated.values()))[0].parent
     return parse_recipe(tree | {"data": {**tree["data"], "folder": str(folder)}}, "the adapter")
 
 

@@ -85,7 +85,7 @@ def lora_pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def untouched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def base_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors with every B zero: under them the network is the base."""
     return {n: torch.zeros_like(t) if ".lora_B." in n else t.detach() for n, t in tensors.items()}
 

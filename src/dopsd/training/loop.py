@@ -58,7 +58,7 @@ class StepReport:
     log: Mapping[str, float]
     grad_norm: float
     learning_rate: float
-    pictures: int
+    images: int
     seconds: float
     skipped: bool = False
 
@@ -90,7 +90,7 @@ def steps(
         learning_rate = plan.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        told, pictures = backward(roles, method, batches, accelerator, plan, step)
+        told, images = backward(roles, method, batches, accelerator, plan, step)
         log = {name: value.item() for name, value in told.items()}
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.clip).item()
         skipped = not (math.isfinite(grad_norm) and math.isfinite(log["loss"]))
@@ -109,7 +109,7 @@ def steps(
             _refuse_unmoved(trainable, grad_norm)
         untried = untried and idle
         seconds = time.perf_counter() - began
-        yield StepReport(step + 1, log, grad_norm, learning_rate, pictures, seconds, skipped)
+        yield StepReport(step + 1, log, grad_norm, learning_rate, images, seconds, skipped)
 
 
 def _refuse_unmoved(trainable: Mapping[str, nn.Parameter], grad_norm: float) -> None:
@@ -128,11 +128,11 @@ def backward(
     """The gradient of one optimizer step, piece by piece: what the pieces told (mean over micro-batches), and the
     number of pictures."""
     told: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    pictures = 0
+    images = 0
     for micro in range(plan.accumulate):
         index = step * plan.accumulate + micro
         batch = batches.batch(index).to(accelerator.device)
-        pictures += len(batch)
+        images += len(batch)
         closed = False
         for piece in method.losses(roles, batch, generator_at(plan.seed, index)):
             closed = piece.last
@@ -140,4 +140,4 @@ def backward(
             for name, value in piece.log.items():
                 told[name] = told[name] + value / plan.accumulate
         assert closed, "a method must close its batch"
-    return told, pictures
+    return told, images

@@ -15,7 +15,7 @@ from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
 from dopsd.methods.base import Roles, Score
-from dopsd.training.adapters import untouched
+from dopsd.training.adapters import base_tensors
 
 
 class Teacher:
@@ -71,7 +71,7 @@ def make_roles(
     return Roles(
         student=trained,
         teacher=velocity_under(denoiser, teacher.tensors),
-        base=velocity_under(denoiser, untouched(dict(student)) if base is None else base),
+        base=velocity_under(denoiser, base_tensors(dict(student)) if base is None else base),
         schedule=schedule,
         score=score,
     )

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dopsd.training.adapters import add_lora, untouched
+from dopsd.training.adapters import add_lora, base_tensors
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Everything:
+class AllWeights:
     """What full fine-tuning reaches."""
 
     parameters: int
@@ -38,7 +38,7 @@ class Everything:
 def lora_student(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> Student:
     """LoRA on the targets, see `add_lora`."""
     weights = add_lora(network, targets, rank, alpha, seed)
-    return Student(weights, untouched(dict(weights)), publish=lambda: None)
+    return Student(weights, base_tensors(dict(weights)), publish=lambda: None)
 
 
 def full_student(network: nn.Module, home: torch.device) -> Student:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPM
 
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.evaluation.metrics.clip import HEAD
-from dopsd.evaluation.rewards import load_judge
+from dopsd.evaluation.rewards import load_reward
 from dopsd.models import POCKET
 from dopsd.runs.check import check
 from dopsd.runs.train import train
@@ -40,14 +40,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(POCKET / "tokenizer" / name, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
 
 
@@ -55,32 +55,32 @@ PROMPTS = ("a red star", "a big blue tree at the left on night in inked style")
 
 
 @torch.no_grad()
-def asked_directly(clip: Path, picture: torch.Tensor, prompt: str) -> tuple[float, torch.Tensor]:
+def asked_directly(clip: Path, image: torch.Tensor, prompt: str) -> tuple[float, torch.Tensor]:
     """(logit, picture embedding) by one call of the library for one picture and one prompt."""
     model, tokenizer = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(clip)
-    image = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    image = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     pixels = CLIPImageProcessorPil.from_pretrained(clip)([image], return_tensors="pt")["pixel_values"]
     words = tokenizer([prompt], return_tensors="pt")
     answer = model(input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=pixels)
     return answer.logits_per_image.item(), answer.image_embeds[0]
 
 
-def test_clip_s_is_the_librarys_cosine_and_pickscore_its_logit(clip, pictures):
-    wanted = [asked_directly(clip, picture, prompt)[0] for picture, prompt in zip(pictures, PROMPTS, strict=True)]
-    cosines, logits = (load_judge(f"{name}={clip}", CPU)(pictures, PROMPTS) for name in ("clip", "pickscore"))
+def test_clip_s_is_the_librarys_cosine_and_pickscore_its_logit(clip, images):
+    wanted = [asked_directly(clip, image, prompt)[0] for image, prompt in zip(images, PROMPTS, strict=True)]
+    cosines, logits = (load_reward(f"{name}={clip}", CPU)(images, PROMPTS) for name in ("clip", "pickscore"))
     assert logits.tolist() == pytest.approx(wanted, abs=1e-4)
     assert cosines.tolist() == pytest.approx([logit / np.exp(SCALE) for logit in wanted], abs=1e-5)
     assert abs(wanted[0] - wanted[1]) > 1e-3
 
 
-def test_a_prompt_over_clips_limit_is_judged_by_its_beginning(clip, pictures):
-    judge = load_judge(f"clip={clip}", CPU)
+def test_a_prompt_over_clips_limit_is_judged_by_its_beginning(clip, images):
+    reward = load_reward(f"clip={clip}", CPU)
     long = " ".join(["star"] * 100)
-    assert torch.equal(judge(pictures[:1], [long]), judge(pictures[:1], [long + " at the left"]))
+    assert torch.equal(reward(images[:1], [long]), reward(images[:1], [long + " at the left"]))
 
 
 @pytest.mark.parametrize("widths", [(16, 1), (16, 8, 4, 1)], ids=["one linear", "three"])
-def test_the_aesthetic_head_is_a_product_of_matrices(widths, clip, pictures, tmp_path):
+def test_the_aesthetic_head_is_a_product_of_matrices(widths, clip, images, tmp_path):
     folder = tmp_path / "aesthetic"
     shutil.copytree(clip, folder)
     rng = np.random.default_rng(0)
@@ -88,9 +88,9 @@ def test_the_aesthetic_head_is_a_product_of_matrices(widths, clip, pictures, tmp
     tensors = {f"{name}.weight": torch.tensor(w, dtype=torch.float32) for name, w in layers.items()}
     tensors |= {f"{name}.bias": torch.full((len(w),), 0.5) for name, w in layers.items()}
     save_file(tensors, folder / HEAD)
-    found = load_judge(f"aesthetic={folder}", CPU)(pictures, PROMPTS)
-    for picture, value in zip(pictures, found, strict=True):
-        answer = asked_directly(clip, picture, "a")[1].double().numpy()
+    found = load_reward(f"aesthetic={folder}", CPU)(images, PROMPTS)
+    for image, value in zip(images, found, strict=True):
+        answer = asked_directly(clip, image, "a")[1].double().numpy()
         for weight in layers.values():
             answer = weight @ answer + 0.5
         assert value.item() == pytest.approx(answer.item(), abs=1e-4)
@@ -112,14 +112,14 @@ def test_an_aesthetic_folder_without_a_fitting_head_is_refused(head, said, clip,
     if head is not None:
         save_file({name: torch.zeros(shape) for name, shape in head.items()}, folder / HEAD)
     with pytest.raises(ValueError, match=said):
-        load_judge(f"aesthetic={folder}", CPU)
+        load_reward(f"aesthetic={folder}", CPU)
 
 
-def recipe_for(lesson: Path, output: Path, text_model: Path) -> Recipe:
+def recipe_for(concept: Path, output: Path, text_model: Path) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": "sft"},
             "lora": {"rank": 2},
             "train": {"max_steps": 1, "learning_rate": 1e-9},
@@ -131,14 +131,14 @@ def recipe_for(lesson: Path, output: Path, text_model: Path) -> Recipe:
     )
 
 
-def test_a_run_is_judged_by_it_too(clip, lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, clip)
+def test_a_run_is_judged_by_it_too(clip, concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, clip)
     for _ in train(recipe):
         pass
     row = json.loads((recipe.run_folder / "health.jsonl").read_text())
     assert row["text"]["value"] == pytest.approx(1, abs=0.01) and row["text"]["limit"] == 0.95
 
 
-def test_one_that_is_not_there_is_refused_before_anything_starts(lesson, tmp_path):
+def test_one_that_is_not_there_is_refused_before_anything_starts(concept, tmp_path):
     with pytest.raises(ValueError, match=r"health\.text_model .*gone does not exist"):
-        check(recipe_for(lesson, tmp_path, tmp_path / "gone"))
+        check(recipe_for(concept, tmp_path, tmp_path / "gone"))

@@ -42,16 +42,16 @@ def test_it_is_one_minus_the_cosine_of_mean_patch_tokens(name, tmp_path):
     model = MODELS[name]().eval()
     distance = DinoDistance(saved(model, tmp_path), CPU)
     rng = torch.Generator().manual_seed(1)
-    pictures, target = torch.rand(3, 3, 64, 48, generator=rng), torch.rand(3, 40, 56, generator=rng)
+    images, target = torch.rand(3, 3, 64, 48, generator=rng), torch.rand(3, 40, 56, generator=rng)
 
-    def tokens(picture: torch.Tensor) -> np.ndarray:
-        array = picture.permute(1, 2, 0).numpy()
+    def tokens(image: torch.Tensor) -> np.ndarray:
+        array = image.permute(1, 2, 0).numpy()
         pixels = (array - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
         answer = model(pixel_values=torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
         return answer.last_hidden_state[0, BEFORE[name] :].mean(0).double().numpy()
 
-    for picture, value in zip(pictures, distance(pictures, target), strict=True):
-        one, other = tokens(picture), tokens(target)
+    for image, value in zip(images, distance(images, target), strict=True):
+        one, other = tokens(image), tokens(target)
         wanted = 1 - one @ other / np.linalg.norm(one) / np.linalg.norm(other)
         assert value.item() == pytest.approx(wanted, abs=1e-5)
         assert wanted > 1e-4

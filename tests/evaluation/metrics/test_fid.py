@@ -76,6 +76,6 @@ def test_kid_is_unbiased_and_its_subsets_spread():
 
 
 @pytest.mark.parametrize("measure", [fid, kid])
-def test_a_single_picture_is_no_set(measure):
+def test_a_single_picture_is_no_set(metric):
     with pytest.raises(ValueError, match="each needs at least 2"):
-        measure(torch.zeros(1, 4), torch.zeros(5, 4))
+        metric(torch.zeros(1, 4), torch.zeros(5, 4))

@@ -34,7 +34,7 @@ def test_it_has_the_published_number_of_weights(network):
 def plainly(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
     """The network from the names and shapes of its weights, one line a convolution."""
 
-    def unit(name: str, z: torch.Tensor, stride: int = 1, pad: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    def replicate(name: str, z: torch.Tensor, stride: int = 1, pad: tuple[int, int] = (0, 0)) -> torch.Tensor:
         mean, var, scale, shift = (
             tensors[f"{name}.bn.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
         )
@@ -45,35 +45,35 @@ def plainly(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
         inside = avg_pool2d(torch.ones_like(z), 3, 1, 1)  # what share of each window is picture
         return avg_pool2d(z, 3, 1, 1) / inside
 
-    z = unit("Conv2d_2b_3x3", unit("Conv2d_2a_3x3", unit("Conv2d_1a_3x3", z, 2)), pad=(1, 1))
-    z = max_pool2d(unit("Conv2d_4a_3x3", unit("Conv2d_3b_1x1", max_pool2d(z, 3, 2))), 3, 2)
+    z = replicate("Conv2d_2b_3x3", replicate("Conv2d_2a_3x3", replicate("Conv2d_1a_3x3", z, 2)), pad=(1, 1))
+    z = max_pool2d(replicate("Conv2d_4a_3x3", replicate("Conv2d_3b_1x1", max_pool2d(z, 3, 2))), 3, 2)
     for n in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        five = unit(f"{n}.branch5x5_2", unit(f"{n}.branch5x5_1", z), pad=(2, 2))
-        three = unit(f"{n}.branch3x3dbl_2", unit(f"{n}.branch3x3dbl_1", z), pad=(1, 1))
-        three = unit(f"{n}.branch3x3dbl_3", three, pad=(1, 1))
-        z = torch.cat([unit(f"{n}.branch1x1", z), five, three, unit(f"{n}.branch_pool", around(z))], 1)
-    three = unit("Mixed_6a.branch3x3dbl_2", unit("Mixed_6a.branch3x3dbl_1", z), pad=(1, 1))
-    three = unit("Mixed_6a.branch3x3dbl_3", three, 2)
-    z = torch.cat([unit("Mixed_6a.branch3x3", z, 2), three, max_pool2d(z, 3, 2)], 1)
+        five = replicate(f"{n}.branch5x5_2", replicate(f"{n}.branch5x5_1", z), pad=(2, 2))
+        three = replicate(f"{n}.branch3x3dbl_2", replicate(f"{n}.branch3x3dbl_1", z), pad=(1, 1))
+        three = replicate(f"{n}.branch3x3dbl_3", three, pad=(1, 1))
+        z = torch.cat([replicate(f"{n}.branch1x1", z), five, three, replicate(f"{n}.branch_pool", around(z))], 1)
+    three = replicate("Mixed_6a.branch3x3dbl_2", replicate("Mixed_6a.branch3x3dbl_1", z), pad=(1, 1))
+    three = replicate("Mixed_6a.branch3x3dbl_3", three, 2)
+    z = torch.cat([replicate("Mixed_6a.branch3x3", z, 2), three, max_pool2d(z, 3, 2)], 1)
     for n in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        seven = unit(f"{n}.branch7x7_2", unit(f"{n}.branch7x7_1", z), pad=(0, 3))
-        seven = unit(f"{n}.branch7x7_3", seven, pad=(3, 0))
-        twice = unit(f"{n}.branch7x7dbl_1", z)
+        seven = replicate(f"{n}.branch7x7_2", replicate(f"{n}.branch7x7_1", z), pad=(0, 3))
+        seven = replicate(f"{n}.branch7x7_3", seven, pad=(3, 0))
+        twice = replicate(f"{n}.branch7x7dbl_1", z)
         for k, pad in ((2, (3, 0)), (3, (0, 3)), (4, (3, 0)), (5, (0, 3))):
-            twice = unit(f"{n}.branch7x7dbl_{k}", twice, pad=pad)
-        z = torch.cat([unit(f"{n}.branch1x1", z), seven, twice, unit(f"{n}.branch_pool", around(z))], 1)
-    three = unit("Mixed_7a.branch3x3_2", unit("Mixed_7a.branch3x3_1", z), 2)
-    seven = unit("Mixed_7a.branch7x7x3_2", unit("Mixed_7a.branch7x7x3_1", z), pad=(0, 3))
-    seven = unit("Mixed_7a.branch7x7x3_4", unit("Mixed_7a.branch7x7x3_3", seven, pad=(3, 0)), 2)
+            twice = replicate(f"{n}.branch7x7dbl_{k}", twice, pad=pad)
+        z = torch.cat([replicate(f"{n}.branch1x1", z), seven, twice, replicate(f"{n}.branch_pool", around(z))], 1)
+    three = replicate("Mixed_7a.branch3x3_2", replicate("Mixed_7a.branch3x3_1", z), 2)
+    seven = replicate("Mixed_7a.branch7x7x3_2", replicate("Mixed_7a.branch7x7x3_1", z), pad=(0, 3))
+    seven = replicate("Mixed_7a.branch7x7x3_4", replicate("Mixed_7a.branch7x7x3_3", seven, pad=(3, 0)), 2)
     z = torch.cat([three, seven, max_pool2d(z, 3, 2)], 1)
     for n in ("Mixed_7b", "Mixed_7c"):
-        one = unit(f"{n}.branch3x3_1", z)
-        two = unit(f"{n}.branch3x3dbl_2", unit(f"{n}.branch3x3dbl_1", z), pad=(1, 1))
-        parts = [unit(f"{n}.branch1x1", z)]
-        parts += [unit(f"{n}.branch3x3_2{k}", one, pad=pad) for k, pad in (("a", (0, 1)), ("b", (1, 0)))]
-        parts += [unit(f"{n}.branch3x3dbl_3{k}", two, pad=pad) for k, pad in (("a", (0, 1)), ("b", (1, 0)))]
+        one = replicate(f"{n}.branch3x3_1", z)
+        two = replicate(f"{n}.branch3x3dbl_2", replicate(f"{n}.branch3x3dbl_1", z), pad=(1, 1))
+        parts = [replicate(f"{n}.branch1x1", z)]
+        parts += [replicate(f"{n}.branch3x3_2{k}", one, pad=pad) for k, pad in (("a", (0, 1)), ("b", (1, 0)))]
+        parts += [replicate(f"{n}.branch3x3dbl_3{k}", two, pad=pad) for k, pad in (("a", (0, 1)), ("b", (1, 0)))]
         pooled = around(z) if n == "Mixed_7b" else max_pool2d(z, 3, 1, 1)
-        z = torch.cat([*parts, unit(f"{n}.branch_pool", pooled)], 1)
+        z = torch.cat([*parts, replicate(f"{n}.branch_pool", pooled)], 1)
     return z.mean((2, 3))
 
 
@@ -88,11 +88,11 @@ def test_its_blocks_are_those_of_the_plain_network(network):
 @torch.no_grad()
 def test_pictures_are_resized_by_pillow_and_centred_as_the_network_wants(network, tmp_path):
     save_file(network.state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)},
-              tmp_path / WEIGHTS)  # fmt: skip
-    picture = (np.random.default_rng(0).uniform(size=(64, 96, 3)) * 255).round()
-    found = Inception(str(tmp_path), CPU)(torch.from_numpy(picture / 255).permute(2, 0, 1)[None])
+              tmp_path / WEIGHTS)
+    image = (np.random.default_rng(0).uniform(size=(64, 96, 3)) * 255).round()
+    found = Inception(str(tmp_path), CPU)(torch.from_numpy(image / 255).permute(2, 0, 1)[None])
     channels = [
-        Image.fromarray(picture[..., c].astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
+        Image.fromarray(image[..., c].astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
         for c in range(3)
     ]
     pixels = torch.from_numpy(np.stack([np.asarray(c) for c in channels]))

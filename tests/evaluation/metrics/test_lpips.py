@@ -43,8 +43,8 @@ def plainly(network: nn.Sequential, heads: list[torch.Tensor], one: torch.Tensor
     for index, layer in enumerate(network):
         pair = [layer(z) for z in pair]
         if index in (3, 8, 15, 22, 29):
-            unit = [z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10) for z in pair]
-            total += ((unit[0] - unit[1]) ** 2 * heads[stage]).sum(1).mean().item()
+            replicate = [z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10) for z in pair]
+            total += ((replicate[0] - replicate[1]) ** 2 * heads[stage]).sum(1).mean().item()
             stage += 1
     return total
 
@@ -52,9 +52,9 @@ def plainly(network: nn.Sequential, heads: list[torch.Tensor], one: torch.Tensor
 def test_it_is_the_weighted_distance_of_unit_activations(tmp_path):
     network, heads = written(tmp_path, (8, 12, 16, 16, 16))
     distance = Lpips(str(tmp_path), CPU)
-    pictures, target = torch.rand(3, 3, 32, 48), torch.rand(3, 32, 48)
-    found = distance(pictures, target)
-    assert found.tolist() == pytest.approx([plainly(network, heads, p, target) for p in pictures], rel=1e-4)
+    images, target = torch.rand(3, 3, 32, 48), torch.rand(3, 32, 48)
+    found = distance(images, target)
+    assert found.tolist() == pytest.approx([plainly(network, heads, p, target) for p in images], rel=1e-4)
     assert found.min() > 1e-3 and distance(target[None], target).item() == 0
 
 
@@ -81,7 +81,7 @@ def test_a_target_of_another_shape_is_cut_about_its_middle():
 
 
 @pytest.mark.parametrize(("fault", "said"), [("none", "holds no .safetensors"), ("other", "is missing: VGG16"),
-                                             ("cut", r"has no lin4\.model\.1\.weight")])  # fmt: skip
+                                             ("cut", r"has no lin4\.model\.1\.weight")])
 def test_weights_that_are_not_there_are_one_sentence(fault, said, tmp_path):
     if fault == "other":
         save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")

@@ -8,7 +8,7 @@ from torch import nn
 
 from dopsd.pocket.build import architecture as parts
 from dopsd.pocket.build import corpus, stages, train
-from dopsd.pocket.build import network as painter
+from dopsd.pocket.build import network
 from dopsd.pocket.world.captions import caption_of, stated_of, vocabulary
 from dopsd.pocket.world.outlines import OUTLINES
 from dopsd.pocket.world.scenes import Thing, draw_scene, edit_pair, render, render_domain
@@ -18,7 +18,7 @@ ATTRIBUTES = 6  # size, colour, noun, place, background, style
 
 @pytest.fixture(scope="module")
 def untrained():
-    return painter.fresh_painter(compiled=False).requires_grad_(False)
+    return network.fresh_network(compiled=False).requires_grad_(False)
 
 
 def prompts(privileged: bool) -> torch.Tensor:
@@ -28,7 +28,7 @@ def prompts(privileged: bool) -> torch.Tensor:
     return parts.make_tokenizer()(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
 
 
-def random_pictures() -> np.ndarray:
+def random_images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
 
 
@@ -39,24 +39,24 @@ def test_velocity_on_equal_lengths_is_the_librarys_forward(untrained, privileged
     mask = torch.arange(length)[None] < torch.tensor([[length - 9], [length - 2]])
     ragged = [tokens[keep] for tokens, keep in zip(context, mask, strict=True)]
     theirs = untrained.transformer(list(z.unsqueeze(2).unbind(0)), t, ragged, return_dict=False)[0]
-    mine = painter.velocity_on_equal_lengths(untrained.transformer, z, t, context, mask)
+    mine = network.velocity_on_equal_lengths(untrained.transformer, z, t, context, mask)
     torch.testing.assert_close(mine, torch.stack(theirs).squeeze(2), atol=1e-6, rtol=1e-5)
 
 
 def test_patches_are_the_picture_processors():
-    pictures = random_pictures()
-    theirs = parts.make_image_processor()(images=[Image.fromarray(p) for p in pictures], return_tensors="pt")
-    torch.testing.assert_close(painter.vlm_patches(torch.from_numpy(pictures)), theirs["pixel_values"])
+    images = random_images()
+    theirs = parts.make_image_processor()(images=[Image.fromarray(p) for p in images], return_tensors="pt")
+    torch.testing.assert_close(network.vlm_patches(torch.from_numpy(images)), theirs["pixel_values"])
 
 
 def test_privileged_contexts_are_the_vlms_own(untrained):
-    ids, pictures = prompts(privileged=True), torch.from_numpy(random_pictures())
-    mine, mask = untrained.privileged(ids, pictures)
+    ids, images = prompts(privileged=True), torch.from_numpy(random_images())
+    mine, mask = untrained.privileged(ids, images)
     image = parts.make_tokenizer().convert_tokens_to_ids("<|image_pad|>")
     theirs = untrained.vlm(
-        input_ids=ids, attention_mask=mask, pixel_values=painter.vlm_patches(pictures),
+        input_ids=ids, attention_mask=mask, pixel_values=network.vlm_patches(images),
         image_grid_thw=torch.tensor([[1, 8, 8]] * 2), mm_token_type_ids=(ids == image).int(), output_hidden_states=True,
-    ).hidden_states[-2]  # fmt: skip
+    ).hidden_states[-2]
     torch.testing.assert_close(mine[mask], theirs[mask], atol=1e-5, rtol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_training_pads_each_context_as_the_library_does(monkeypatch):
     data = corpus.Corpus(
         torch.zeros(9, 8, 16, 16), torch.zeros(9, 64, 64, 3), ids(corpus.plain_prompt, parts.CAPTION_TOKENS),
         ids(corpus.privileged_prompt, parts.PRIVILEGED_TOKENS), torch.zeros(parts.CAPTION_TOKENS, dtype=torch.long),
-    )  # fmt: skip
+    )
     seen = []
     for step in range(60):
         for _, tokens, _ in data.draw(corpus.rng_at("padding", step), 4):

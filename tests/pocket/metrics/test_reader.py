@@ -32,11 +32,11 @@ def drawn(
     return scenes, np.stack([render(scene) for scene in scenes]), [stated_of(scene, rng) for scene in scenes]
 
 
-def blurred(pictures: np.ndarray, sigma: float) -> np.ndarray:
+def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
     """Pictures under a Gaussian of sigma pixels, written apart from the reader's own."""
     taps = np.arange(-8, 9)
     weights = np.exp(-0.5 * (taps / sigma) ** 2)
-    soft = pictures.astype(float)
+    soft = images.astype(float)
     for axis in (1, 2):
         padded = np.pad(soft, [(8, 8) if a == axis else (0, 0) for a in range(4)], mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, 17, axis)
@@ -55,8 +55,8 @@ def named() -> tuple[list[Scene], np.ndarray, list[Stated]]:
 
 @pytest.fixture(scope="module")
 def true_measures(named):
-    _, pictures, stated = named
-    return measure(pictures, stated)
+    _, images, stated = named
+    return measure(images, stated)
 
 
 def test_true_pictures_show_what_was_stated(true_measures):
@@ -72,34 +72,34 @@ def test_the_search_finds_renderings_about_as_near_as_the_truth(true_measures):
 
 
 def test_a_blurred_picture_is_read_like_a_sharp_one(named):
-    _, pictures, stated = named
-    assert attributes(blurred(pictures[:100], 1.2), stated[:100]).share >= 0.97
+    _, images, stated = named
+    assert attributes(blurred(images[:100], 1.2), stated[:100]).share >= 0.97
 
 
 def test_things_are_read_by_their_silhouette():
-    _, pictures, stated = drawn(60, seed=1, thing=True)
-    assert attributes(pictures, stated).share >= 0.99
-    assert attributes(blurred(pictures, 1.2), stated).share >= 0.97
+    _, images, stated = drawn(60, seed=1, thing=True)
+    assert attributes(images, stated).share >= 0.99
+    assert attributes(blurred(images, 1.2), stated).share >= 0.97
 
 
 def test_unnamed_styles_are_read_except_a_colour_that_thick_ink_hides():
-    _, pictures, stated = drawn(60, seed=2, style=True)
-    right = attributes(pictures, stated).right
+    _, images, stated = drawn(60, seed=2, style=True)
+    right = attributes(images, stated).right
     assert np.nanmean(np.delete(right, list(VALUES).index("colour"), axis=1)) >= 0.985
     assert np.nanmean(right[:, list(VALUES).index("colour")]) >= 0.9
 
 
 def test_pictures_of_other_scenes_are_right_as_often_as_chance_says(named, true_measures):
-    _, pictures, stated = named
-    shuffled = attributes(pictures[:80], stated[1:81])
+    _, images, stated = named
+    shuffled = attributes(images[:80], stated[1:81])
     assert shuffled.share == pytest.approx(shuffled.chance, abs=0.1)
-    assert shuffled.per_picture.shape == (80,)
+    assert shuffled.per_image.shape == (80,)
 
 
 def test_a_class_noun_accepts_its_kinds_and_no_others():
     kinds = ("pine", "oak", "poplar", "hut", "circle")
-    pictures = np.stack([render(Scene(kind)) for kind in kinds])
-    found = attributes(pictures, [{"noun": "tree"}] * len(kinds))
+    images = np.stack([render(Scene(kind)) for kind in kinds])
+    found = attributes(images, [{"noun": "tree"}] * len(kinds))
     assert found.right[:, 0].tolist() == [1, 1, 1, 0, 0]
     assert found.chance == pytest.approx(3 / 13)
 
@@ -107,55 +107,55 @@ def test_a_class_noun_accepts_its_kinds_and_no_others():
 def test_a_picture_of_nothing_and_a_caption_of_nothing_are_measured_too():
     blank, noise = np.zeros((64, 64, 3)), np.random.default_rng(0).uniform(0, 255, (64, 64, 3))
     found = measure(np.stack([blank, noise]).astype(np.uint8), [{}, {"size": "big"}])
-    assert np.isnan(found.attributes.per_picture).tolist() == [True, False]
+    assert np.isnan(found.attributes.per_image).tolist() == [True, False]
     assert np.isfinite(found.sharpness).all() and np.isfinite(found.speckle).all()
 
 
 def test_a_stated_search_returns_only_consistent_scenes(named):
-    _, pictures, _ = named
+    _, images, _ = named
     stated = {"noun": "tree", "colour": "blue", "place": "top", "background": "mint"}
-    for reading in read(pictures[:8], [stated] * 8):
+    for reading in read(images[:8], [stated] * 8):
         assert reading.scene.noun in CLASSES["tree"]
         assert all(getattr(reading.scene, key) == stated[key] for key in ("colour", "place", "background"))
 
 
 def test_a_consistent_rendering_is_never_nearer_than_the_nearest(named, true_measures):
-    _, pictures, _ = named
-    consistent = read(pictures[:8], [{"noun": "house", "style": "flat"}] * 8)
+    _, images, _ = named
+    consistent = read(images[:8], [{"noun": "house", "style": "flat"}] * 8)
     for free, bound in zip(true_measures.readings, consistent, strict=False):
         assert bound.rmse >= free.rmse - 1e-3
 
 
 def test_sharpness_is_one_on_true_pictures_and_falls_with_the_blur(named, true_measures):
-    _, pictures, stated = named
+    _, images, stated = named
     assert true_measures.sharpness.mean() > 0.98
-    falling = [sharpness(blurred(pictures[:24], sigma), stated[:24]).mean() for sigma in (0.7, 1.2, 2.0)]
+    falling = [sharpness(blurred(images[:24], sigma), stated[:24]).mean() for sigma in (0.7, 1.2, 2.0)]
     assert 0.93 > falling[0] > falling[1] + 0.1 > falling[2] + 0.2
 
 
 def test_speckle_rises_with_noise_and_blocks_and_not_with_blur(named, true_measures):
-    _, pictures, stated = named
-    pictures, stated, clean = pictures[:24], stated[:24], true_measures.speckle[:24]
+    _, images, stated = named
+    images, stated, clean = images[:24], stated[:24], true_measures.speckle[:24]
     rng = np.random.default_rng(0)
-    noisy = np.clip(pictures + rng.normal(0, 6, pictures.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(images + rng.normal(0, 6, images.shape), 0, 255).astype(np.uint8)
     blocks = np.kron(rng.normal(0, 6, (24, 16, 16, 3)), np.ones((1, 4, 4, 1)))
-    blocky = np.clip(pictures + blocks, 0, 255).astype(np.uint8)
+    blocky = np.clip(images + blocks, 0, 255).astype(np.uint8)
     assert speckle(noisy, stated).mean() > clean.mean() + 0.02
     assert speckle(blocky, stated).mean() > clean.mean() + 0.005
-    assert speckle(blurred(pictures, 1.2), stated).mean() < clean.mean() + 0.002
+    assert speckle(blurred(images, 1.2), stated).mean() < clean.mean() + 0.002
 
 
 def test_thing_error_is_zero_on_the_truth_and_forgives_two_pixels():
-    scenes, pictures, _ = drawn(12, seed=3, thing=True)
-    assert thing_error(pictures, scenes).max() < 1e-6
-    assert thing_error(np.roll(pictures, (1, -2), (1, 2)), scenes).mean() < 0.02
-    assert thing_error(np.roll(pictures, 6, 2), scenes).mean() > 0.1
+    scenes, images, _ = drawn(12, seed=3, thing=True)
+    assert thing_error(images, scenes).max() < 1e-6
+    assert thing_error(np.roll(images, (1, -2), (1, 2)), scenes).mean() < 0.02
+    assert thing_error(np.roll(images, 6, 2), scenes).mean() > 0.1
 
 
 def test_a_true_thing_hits_and_a_random_one_hits_by_chance():
-    scenes, pictures, _ = drawn(24, seed=4, thing=True)
-    assert thing_hit(pictures, scenes, DISTRACTORS).all()
-    assert thing_hit(blurred(pictures, 1.2), scenes, DISTRACTORS).mean() > 0.9
+    scenes, images, _ = drawn(24, seed=4, thing=True)
+    assert thing_hit(images, scenes, DISTRACTORS).all()
+    assert thing_hit(blurred(images, 1.2), scenes, DISTRACTORS).mean() > 0.9
     others = [Scene(**{**vars(scene), "thing": Thing.from_seed(9000 + k)}) for k, scene in enumerate(scenes * 3)]
     hits = thing_hit(np.stack([render(scene) for scene in others]), scenes * 3, DISTRACTORS)
     assert hits.sum() <= 6  # 1/64 expected of 72 pictures; more than 6 hits have a chance below 1e-4

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from dopsd.pocket.benchmark import LESSON_FILE, lesson_of, write_lesson
+from dopsd.pocket.benchmark import CONCEPT_FILE, concept_of, write_concept
 from dopsd.pocket.world.out_of_domain import CORNERS, KINDS, OUT_OF_WORLD, kind_of, thing_of
 from dopsd.pocket.world.scenes import Scene, Thing, layers
 
@@ -37,6 +37,6 @@ def test_letters_differ_and_fill_about_half_of_their_square():
 
 
 def test_a_lesson_of_such_a_thing_is_drawn_and_known_again(tmp_path):
-    write_lesson(tmp_path, SEEDS[8])
-    assert lesson_of(tmp_path) == SEEDS[8] == json.loads((tmp_path / LESSON_FILE).read_text())["thing"]
+    write_concept(tmp_path, SEEDS[8])
+    assert concept_of(tmp_path) == SEEDS[8] == json.loads((tmp_path / CONCEPT_FILE).read_text())["thing"]
     assert Image.open(tmp_path / "3.png").size == (64, 64)

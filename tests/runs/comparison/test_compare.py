@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.models.pipeline import sample
-from dopsd.pocket.benchmark import LESSON_FILE, lesson_of
+from dopsd.pocket.benchmark import CONCEPT_FILE, concept_of
 from dopsd.pocket.demo import DEMO_STEPS, demo_recipe
 from dopsd.runs.comparison.budget import on_budget_of
 from dopsd.runs.comparison.compare import _tuned, compare
-from dopsd.runs.comparison.table import KEPT, MEASURES
+from dopsd.runs.comparison.table import KEPT, METRICS
 from dopsd.runs.outputs.folder import read_rows
 
 THING = 1_000_100  # of conftest.lesson
@@ -32,8 +32,8 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 @pytest.fixture()
-def recipes(lesson: Path, tmp_path: Path) -> list[Recipe]:
-    return [short(demo_recipe(method, lesson, tmp_path / "runs")) for method in ("dopsd", "sft")]
+def recipes(concept: Path, tmp_path: Path) -> list[Recipe]:
+    return [short(demo_recipe(method, concept, tmp_path / "runs")) for method in ("dopsd", "sft")]
 
 
 @pytest.mark.slow
@@ -42,11 +42,11 @@ def test_a_lesson_is_examined_and_the_teacher_has_no_kept_measures(recipes, tmp_
     assert list(outcome.numbers) == ["base", "base, other noise", "teacher", "dopsd", "sft"]
     base = outcome.numbers["base"]["nfe"]["4"]
     for name, found in outcome.numbers.items():
-        for measure in MEASURES:
-            score = found["nfe"]["4"][measure]
-            assert (score is None) == (name == "teacher" and measure in KEPT)
-            if score and measure != "bleed":
-                assert score["difference"]["value"] == pytest.approx(score["value"] - base[measure]["value"], abs=1e-9)
+        for metric in METRICS:
+            score = found["nfe"]["4"][metric]
+            assert (score is None) == (name == "teacher" and metric in KEPT)
+            if score and metric != "bleed":
+                assert score["difference"]["value"] == pytest.approx(score["value"] - base[metric]["value"], abs=1e-9)
     assert base["bleed"]["value"] == 0
     json.dumps(outcome.numbers)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -58,26 +58,26 @@ def test_a_lesson_is_examined_and_the_teacher_has_no_kept_measures(recipes, tmp_
 
 
 @pytest.fixture()
-def unmeasured(recipes) -> list[Recipe]:
+def unavailable(recipes) -> list[Recipe]:
     """The same recipes on pictures that are no lesson."""
-    (recipes[0].data.folder / LESSON_FILE).unlink()
+    (recipes[0].data.folder / CONCEPT_FILE).unlink()
     return recipes
 
 
-def test_pictures_without_a_lesson_are_shown_and_finished_runs_are_not_trained_again(unmeasured, tmp_path):
-    first = compare(unmeasured, tmp_path / "page.html", silent, nfes=(1, 2))
-    files = [recipe.run_folder / f"{recipe.run_name}.safetensors" for recipe in unmeasured]
+def test_pictures_without_a_lesson_are_shown_and_finished_runs_are_not_trained_again(unavailable, tmp_path):
+    first = compare(unavailable, tmp_path / "page.html", silent, nfes=(1, 2))
+    files = [recipe.run_folder / f"{recipe.run_name}.safetensors" for recipe in unavailable]
     stamps = [file.stat().st_mtime_ns for file in files]
-    again = compare(unmeasured, tmp_path / "page.html", silent, nfes=(1, 2))
-    assert first.header == ["model", "NFE", "bleed", "seconds", "pictures", "forwards"]
+    again = compare(unavailable, tmp_path / "page.html", silent, nfes=(1, 2))
+    assert first.header == ["model", "NFE", "bleed", "seconds", "images", "forwards"]
     assert [row[:2] for row in first.table[:2]] == [["base", "1"], ["base", "2"]]
     assert again.numbers == first.numbers
     assert stamps == [file.stat().st_mtime_ns for file in files]
     assert first.numbers["dopsd"]["forwards"] == 4 * 16 and first.numbers["sft"]["forwards"] == 4 * 3
 
 
-def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_pictures(unmeasured, tmp_path, pocket):
-    recipe = unmeasured[0]
+def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_pictures(unavailable, tmp_path, pocket):
+    recipe = unavailable[0]
     outcome = compare([recipe], tmp_path / "page.html", silent)
     lora = recipe.run_folder / f"{recipe.run_name}.safetensors"
     targets = [np.asarray(Image.open(path)) / 255 for path in sorted(recipe.data.folder.glob("*.png"))]
@@ -95,26 +95,26 @@ def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_pictures(unmeasure
 
 
 @pytest.mark.parametrize("rule", ["forwards", "seconds"])
-def test_others_are_trained_on_the_first_recipes_budget(unmeasured, tmp_path, rule):
-    numbers = compare(unmeasured, tmp_path / "page.html", silent, nfes=(1,), equal=rule).numbers
+def test_others_are_trained_on_the_first_recipes_budget(unavailable, tmp_path, rule):
+    numbers = compare(unavailable, tmp_path / "page.html", silent, nfes=(1,), equal=rule).numbers
     first, other = numbers["dopsd"], numbers["sft"]
     if rule == "seconds":
-        rows = read_rows(unmeasured[1].output_dir / "sft-equal-seconds" / "metrics.jsonl")
+        rows = read_rows(unavailable[1].output_dir / "sft-equal-seconds" / "metrics.jsonl")
         budget = round(first["seconds"], 1)
         assert other["seconds"] >= budget > other["seconds"] - rows[-1]["seconds"]
     else:
         assert other[rule] == pytest.approx(first[rule], abs=12)  # less than a step of SFT
-    assert not (unmeasured[1].output_dir / "sft").exists()
+    assert not (unavailable[1].output_dir / "sft").exists()
 
 
-def test_what_cannot_be_compared_is_refused_before_anything_is_trained(unmeasured, tmp_path):
-    page, (one, two) = tmp_path / "page.html", unmeasured
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(unavailable, tmp_path):
+    page, (one, two) = tmp_path / "page.html", unavailable
     cosine = parse_recipe(two.model_dump() | {"train": two.model_dump()["train"] | {"lr_schedule": "cosine"}})
     with pytest.raises(ValueError, match="no pocket lesson"):
-        compare(unmeasured, page, silent, units=2)
+        compare(unavailable, page, silent, replicates=2)
     with pytest.raises(ValueError, match="dopsd is there twice"):
         compare([one, one], page, silent)
-    assert on_budget_of(one, two, "pictures", 4).train.max_steps == one.train.max_steps
+    assert on_budget_of(one, two, "images", 4).train.max_steps == one.train.max_steps
     with pytest.raises(ValueError, match="use --equal forwards"):
         on_budget_of(one, cosine, "seconds", 4, 1.0)
     with pytest.raises(ValueError, match="give the longer recipe first"):
@@ -124,14 +124,14 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(unmeasure
 
 def test_units_are_further_lessons_each_with_trainings_of_its_own(recipes, tmp_path):
     tuned = _tuned(recipes[1:], None, 2, 4, silent)
-    assert [contestant.lora.parent.name for contestant in tuned[0].contestants] == ["sft", f"sft-{THING + 1}"]
+    assert [candidate.lora.parent.name for candidate in tuned[0].candidates] == ["sft", f"sft-{THING + 1}"]
     folder = tmp_path / "runs" / "lessons" / str(THING + 1)
-    assert lesson_of(folder) == THING + 1 and len(list(folder.glob("*.png"))) == 4
-    assert tuned[0].cost["pictures"] == 4
+    assert concept_of(folder) == THING + 1 and len(list(folder.glob("*.png"))) == 4
+    assert tuned[0].cost["images"] == 4
 
 
 def test_lora_files_stand_beside_the_recipes_and_are_read_before_anything_is_trained(recipes, tmp_path):
-    (recipes[0].data.folder / LESSON_FILE).unlink()
+    (recipes[0].data.folder / CONCEPT_FILE).unlink()
     compare(recipes[:1], tmp_path / "page.html", silent, nfes=(1,))
     file = recipes[0].run_folder / f"{recipes[0].run_name}.safetensors"
     other = tmp_path / "elsewhere.safetensors"
@@ -148,7 +148,7 @@ def test_lora_files_stand_beside_the_recipes_and_are_read_before_anything_is_tra
 
 
 def test_a_folder_with_a_run_of_another_recipe_is_refused(recipes, tmp_path):
-    (recipes[0].data.folder / LESSON_FILE).unlink()
+    (recipes[0].data.folder / CONCEPT_FILE).unlink()
     compare(recipes[:1], tmp_path / "page.html", silent)
     other = parse_recipe(recipes[0].model_dump() | {"lora": {"rank": 3}})
     with pytest.raises(ValueError, match="another recipe"):
@@ -176,13 +176,13 @@ def test_bad_options_are_one_sentence(option, sentence):
     assert result.exit_code == 2 and sentence in " ".join(result.output.split())
 
 
-def test_a_damaged_answer_is_named_and_the_others_are_kept(unmeasured, tmp_path):
-    compare(unmeasured[:1], tmp_path / "page.html", silent, nfes=(1,))
+def test_a_damaged_answer_is_named_and_the_others_are_kept(unavailable, tmp_path):
+    compare(unavailable[:1], tmp_path / "page.html", silent, nfes=(1,))
     files = sorted((tmp_path / "runs" / "answers").iterdir())
     files[0].write_bytes(b"")
     with pytest.raises(ValueError, match=f"{files[0].name} is not a readable safetensors file"):
-        compare(unmeasured[:1], tmp_path / "page.html", silent, nfes=(1,))
+        compare(unavailable[:1], tmp_path / "page.html", silent, nfes=(1,))
     files[0].unlink()
     stamps = {file: file.stat().st_mtime_ns for file in files[1:]}
-    compare(unmeasured[:1], tmp_path / "page.html", silent, nfes=(1,))
+    compare(unavailable[:1], tmp_path / "page.html", silent, nfes=(1,))
     assert files[0].is_file() and stamps == {file: file.stat().st_mtime_ns for file in files[1:]}

@@ -55,7 +55,7 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         sources = [image["src"].partition(";base64,")[2] for image in self.all("img")]
         return [Image.open(io.BytesIO(base64.b64decode(source, validate=True))) for source in sources]
 
@@ -79,17 +79,17 @@ def write_preview(
         for index in range(len(PROMPTS)):
             scene(step + 10 * row + index, side).save(folder / f"{role}_{index}_{7 + index}.png")
     sigmas = [1.0, 0.7, 0.30000001192092896, 0.0]
-    pictures = [{"prompt": prompt, "seed": 7 + index, "sigmas": sigmas} for index, prompt in enumerate(PROMPTS)]
-    said = {"rows": roles, "pictures": pictures}
+    images = [{"prompt": prompt, "seed": 7 + index, "sigmas": sigmas} for index, prompt in enumerate(PROMPTS)]
+    said = {"rows": roles, "images": images}
     (folder / "preview.json").write_text(json.dumps(said), encoding="utf-8")
 
 
 def write_metrics(run: Path, steps: int) -> None:
     rows = [
         {"step": step, "loss": 1 / step, "loss_at_0": 2 / step, "loss_at_1": 0.5 / step, "grad_norm": 0.1 * step,
-         "learning_rate": 1e-4, "pictures": 4, "seconds": 0.5}
+         "learning_rate": 1e-4, "images": 4, "seconds": 0.5}
         for step in range(1, steps + 1)
-    ]  # fmt: skip
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -111,11 +111,11 @@ def run(bare_run: Path) -> Path:
     for step in (0, 15, 30):
         write_preview(bare_run, step)
     refused = [["broken.png", f"{FOLDER}/broken.png cannot be decoded."]]
-    environment = {"torch": "2.13", "device": "cpu (2)", "licence_of_base": "Apache-2.0", "pictures": 4}
+    environment = {"torch": "2.13", "device": "cpu (2)", "licence_of_base": "Apache-2.0", "images": 4}
     for index in range(2):
         scene(70 + index).save(bare_run / "samples" / f"data-{index}.png")
-    environment["data"] = {"pictures": 4, "source": ".txt files", "buckets": {"64 x 64": 4}, "sha256": "0" * 64,
-                           "examples": ["a zib at the left", "a big zib"]}  # fmt: skip
+    environment["data"] = {"images": 4, "source": ".txt files", "buckets": {"64 x 64": 4}, "sha256": "0" * 64,
+                           "examples": ["a zib at the left", "a big zib"]}
     (bare_run / "env.json").write_text(json.dumps(environment | {"refused": refused}), encoding="utf-8")
     return bare_run
 
@@ -125,7 +125,7 @@ def points_of(page: Page) -> list[int]:
 
 
 def test_report_shows_the_preview_pictures_pixel_for_pixel(run: Path):
-    shown = {picture.tobytes() for picture in page_of(write_report(run)).pictures()}
+    shown = {image.tobytes() for image in page_of(write_report(run)).images()}
     samples = run / "samples"
     files = {*samples.glob("step-0000[03]0/*.png"), *samples.glob("*/student_*.png")}
     assert len(files) == 14
@@ -137,7 +137,7 @@ def test_before_and_after_stand_under_their_prompt_and_seed(run: Path):
     alts = [image["alt"] for image in page.all("img")]
     assert alts[:3] == [f"{PROMPTS[0]} (seed 7): before, step 0, {role}" for role in ("base", "student", "teacher")]
     assert alts[3] == f"{PROMPTS[0]} (seed 7): after, step 30, base"
-    assert page.pictures()[4].tobytes() == scene(30 + 20).tobytes()  # the student's, third in preview.json's rows
+    assert page.images()[4].tobytes() == scene(30 + 20).tobytes()  # the student's, third in preview.json's rows
 
 
 def test_prompts_are_escaped(run: Path):
@@ -167,7 +167,7 @@ def test_headline_adds_up_the_metrics(run: Path):
         "base model": "pocket",
         "licence of the base": "Apache-2.0",
         "steps": "30",
-        "pictures": "4",
+        "images": "4",
         "pictures seen, with repeats": "120",
         "training time": "15 s",
         "a step (median)": "0.5 s",
@@ -222,8 +222,8 @@ def test_a_method_without_teacher_has_no_teacher_column(bare_run: Path):
 
 def test_large_pictures_are_smaller_copies(bare_run: Path):
     write_preview(bare_run, 0, side=1024)
-    pictures = page_of(write_report(bare_run)).pictures()
-    assert {(picture.format, picture.size) for picture in pictures} == {("JPEG", (640, 640))}
+    images = page_of(write_report(bare_run)).images()
+    assert {(image.format, image.size) for image in images} == {("JPEG", (640, 640))}
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
@@ -257,7 +257,7 @@ def test_comparison_shows_its_table_pictures_and_notes(tmp_path: Path):
         tmp_path / "page" / "compare.html", "A & B", "Same data.", ["model", "error", "s"], table, panels, ["One seed."]
     )
     page = page_of(path)
-    assert [picture.tobytes() for picture in page.pictures()] == [image.tobytes() for image in images]
+    assert [image.tobytes() for image in page.images()] == [image.tobytes() for image in images]
     assert len(page.all("tr")) == (1 + 2) + (1 + 2) + (1 + 1)
     assert all(cell in page.words for row in table for cell in row)
     assert all(words in page.words for words in ("A & B", "Same data.", "New <scenes>", "One seed."))

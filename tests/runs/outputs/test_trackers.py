@@ -20,15 +20,15 @@ def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true",
         "TRACKIO_DIR": str(tmp_path / "trackio"),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
 
 
-def recipe_for(lesson: Path, output: Path, tracker: str, steps: int = STEPS) -> Recipe:
+def recipe_for(concept: Path, output: Path, tracker: str, steps: int = STEPS) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
-            "data": {"folder": str(lesson)},
+            "data": {"folder": str(concept)},
             "method": {"name": "sft"},
             "lora": {"rank": 2},
             "train": {"max_steps": steps},
@@ -55,8 +55,8 @@ def told_to_tensorboard(run: Path):
     return found
 
 
-def test_tensorboard_holds_the_losses_the_previews_and_the_health(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "tensorboard")
+def test_tensorboard_holds_the_losses_the_previews_and_the_health(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "tensorboard")
     for _ in train(recipe):
         pass
     found = told_to_tensorboard(recipe.run_folder)
@@ -69,8 +69,8 @@ def test_tensorboard_holds_the_losses_the_previews_and_the_health(lesson, tmp_pa
     assert (recipe.run_folder / "samples/step-000005/grid.png").exists()
 
 
-def test_after_a_resume_tensorboard_shows_each_step_once(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "tensorboard")
+def test_after_a_resume_tensorboard_shows_each_step_once(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "tensorboard")
     run = train(recipe)
     for report in run:
         if report.step == 3:
@@ -83,8 +83,8 @@ def test_after_a_resume_tensorboard_shows_each_step_once(lesson, tmp_path):
     assert dict(told) == pytest.approx(losses(recipe.run_folder))
 
 
-def test_trackio_holds_the_losses_and_the_previews(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "trackio")
+def test_trackio_holds_the_losses_and_the_previews(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "trackio")
     for _ in train(recipe):
         pass
     from trackio.sqlite_storage import SQLiteStorage
@@ -117,8 +117,8 @@ def wandb_history(file: Path) -> Iterator[dict]:
                 yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def test_wandb_holds_the_losses_and_the_previews(lesson, tmp_path):
-    recipe = recipe_for(lesson, tmp_path, "wandb")
+def test_wandb_holds_the_losses_and_the_previews(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "wandb")
     for _ in train(recipe):
         pass
     (file,) = tmp_path.rglob("*.wandb")
@@ -128,14 +128,14 @@ def test_wandb_holds_the_losses_and_the_previews(lesson, tmp_path):
     assert [row["_step"] for row in rows if any("previews" in key for key in row)] == [0, 2, 4, 5]
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(lesson, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(concept, tmp_path, monkeypatch):
     monkeypatch.setattr("dopsd.runs.outputs.trackers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"wandb, which is not installed: pip install 'dopsd\[wandb\]'"):
-        check(recipe_for(lesson, tmp_path, "wandb"))
+        check(recipe_for(concept, tmp_path, "wandb"))
 
 
-def test_a_tracker_that_cannot_start_is_a_sentence(lesson, tmp_path):
+def test_a_tracker_that_cannot_start_is_a_sentence(concept, tmp_path):
     (tmp_path / "tracked").mkdir()
     (tmp_path / "tracked" / "tensorboard").write_text("a file where the folder should be")
     with pytest.raises(ValueError, match=r"tensorboard could not start .*Remove it from track\.to"):
-        next(train(recipe_for(lesson, tmp_path, "tensorboard")))
+        next(train(recipe_for(concept, tmp_path, "tensorboard")))

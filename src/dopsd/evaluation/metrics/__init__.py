@@ -16,7 +16,7 @@ HERE = "dopsd.evaluation.metrics"
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """made: package.module:attribute; made(model, device), where there is a model, is what measures.
 
     model: the hub id where none is named; "" = one must be named; None = pixels are enough. needs: what it looks at
@@ -31,21 +31,21 @@ class Measure:
     skips: str = ""
 
 
-MEASURES = {
-    "red": Measure(f"{HERE}.pixels:red"),
-    "bright": Measure(f"{HERE}.pixels:bright"),
-    "attributes": Measure("dopsd.pocket.metrics.reward:attributes"),
-    "clip": Measure(f"{HERE}.clip:ClipScore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-    "pickscore": Measure(f"{HERE}.clip:PickScore", "yuvalkirstain/PickScore_v1"),
-    "aesthetic": Measure(f"{HERE}.clip:Aesthetic", ""),
-    "dino": Measure(
+METRICS = {
+    "red": Metric(f"{HERE}.pixels:red"),
+    "bright": Metric(f"{HERE}.pixels:bright"),
+    "attributes": Metric("dopsd.pocket.metrics.reward:attributes"),
+    "clip": Metric(f"{HERE}.clip:ClipScore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "pickscore": Metric(f"{HERE}.clip:PickScore", "yuvalkirstain/PickScore_v1"),
+    "aesthetic": Metric(f"{HERE}.clip:Aesthetic", ""),
+    "dino": Metric(
         f"{HERE}.dino:DinoDistance", "facebook/dinov3-vits16plus-pretrain-lvd1689m", "target", False, "scene"
     ),
-    "lpips": Measure(f"{HERE}.lpips:Lpips", "", "target", False, "scene"),
-    "vlm_object": Measure(f"{HERE}.vlm:ObjectJudge", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"),
-    "vlm_style": Measure(f"{HERE}.vlm:StyleJudge", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"),
-    "fid": Measure(f"{HERE}.inception:Inception", "", "set", False),
-    "kid": Measure(f"{HERE}.inception:Inception", "", "set", False),
+    "lpips": Metric(f"{HERE}.lpips:Lpips", "", "target", False, "scene"),
+    "vlm_object": Metric(f"{HERE}.vlm:ObjectJudge", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"),
+    "vlm_style": Metric(f"{HERE}.vlm:StyleJudge", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"),
+    "fid": Metric(f"{HERE}.inception:Inception", "", "set", False),
+    "kid": Metric(f"{HERE}.inception:Inception", "", "set", False),
 }
 
 
@@ -58,35 +58,35 @@ class Found:
     short: str
     made: Any
     model: str
-    measure: Measure
+    metric: Metric
 
 
-def find_measure(name: str) -> Found:
+def find_metric(name: str) -> Found:
     """What a name leads to, before a weight is loaded: `red`, `pickscore`, `pickscore=<hub id or folder>`, or
     `package.module:attribute` of a judge. Raises ValueError where there is none, or its model is not there."""
-    short, model, measure = named_measure(name)
+    short, model, metric = named_metric(name)
     if model:
         Checkpoint(model, called=f"the model of {short}, {model},")
-    elif measure.model is not None:
+    elif metric.model is not None:
         raise ValueError(
             f"{short} has no usual model: name a folder, {short}=<folder> (docs/measures.md says what in it)."
         )
-    return Found(name, short, _attribute(measure.made), model, measure)
+    return Found(name, short, _attribute(metric.made), model, metric)
 
 
-def named_measure(name: str) -> tuple[str, str, Measure]:
+def named_metric(name: str) -> tuple[str, str, Metric]:
     """(short name, model, measure) of a name, without a look at whether model or module is there. Raises ValueError for
     a name that is none."""
     short, _, model = name.partition("=")
     if ":" in short:
-        return short, "", Measure(short)
-    if short not in MEASURES:
-        like = "".join(f" Did you mean {word}?" for word in get_close_matches(short, MEASURES, n=1))
-        raise ValueError(f"{brief(name)} is no measure: give {', '.join(MEASURES)}, or package.module:attribute.{like}")
-    measure = MEASURES[short]
-    if measure.model is None and model:
+        return short, "", Metric(short)
+    if short not in METRICS:
+        like = "".join(f" Did you mean {word}?" for word in get_close_matches(short, METRICS, n=1))
+        raise ValueError(f"{brief(name)} is no measure: give {', '.join(METRICS)}, or package.module:attribute.{like}")
+    metric = METRICS[short]
+    if metric.model is None and model:
         raise ValueError(f"{short} takes no model: it looks at pixels alone.")
-    return short, model or measure.model or "", measure
+    return short, model or metric.model or "", metric
 
 
 def _attribute(dotted: str) -> Any:

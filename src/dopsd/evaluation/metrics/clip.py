@@ -29,10 +29,10 @@ class Clip:
         self.most_tokens = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
-    def see(self, pictures: Tensor) -> Tensor:
+    def see(self, images: Tensor) -> Tensor:
         """Embeddings [B, D] of length 1 of pictures [B, 3, H, W] in [0, 1]."""
-        images = [Image.fromarray(picture) for picture in as_bytes(pictures).numpy()]
-        pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(self.model.device)
+        pil_images = [Image.fromarray(image) for image in as_bytes(images).numpy()]
+        pixels = self.processor(pil_images, return_tensors="pt")["pixel_values"].to(self.model.device)
         return normalize(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
 
     @torch.no_grad()
@@ -51,8 +51,8 @@ class ClipScore:
     def __init__(self, model: str, device: torch.device, called: str = "the CLIP"):
         self.clip = Clip(model, device, called)
 
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        return (self.clip.see(pictures) * self.clip.read(prompts)).sum(1)
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return (self.clip.see(images) * self.clip.read(prompts)).sum(1)
 
 
 class PickScore:
@@ -62,8 +62,8 @@ class PickScore:
         self.score = ClipScore(model, device, "PickScore's CLIP")
         self.scale = self.score.clip.model.logit_scale.detach().exp()
 
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scale * self.score(pictures, prompts)
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.scale * self.score(images, prompts)
 
 
 class Aesthetic:
@@ -76,8 +76,8 @@ class Aesthetic:
             raise ValueError(f"{file} is missing: the aesthetic head, as safetensors (docs/measures.md says how).")
         self.linears = _linears(read_tensors(file), self.clip.model.config.projection_dim, str(file), device)
 
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        answer = self.clip.see(pictures)
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        answer = self.clip.see(images)
         for weight, bias in self.linears:
             answer = linear(answer, weight, bias)
         return answer[:, 0]

@@ -25,17 +25,17 @@ class DinoDistance:
         self.patch = self.model.config.patch_size
         self.mean, self.std = (torch.tensor(each, device=device)[:, None, None] for each in (MEAN, STD))
 
-    def __call__(self, pictures: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, target: Tensor) -> Tensor:
         """pictures [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B]."""
-        return 1 - (self._look(pictures) * self._look(target[None])).sum(1)
+        return 1 - (self._look(images) * self._look(target[None])).sum(1)
 
     @torch.no_grad()
-    def _look(self, pictures: Tensor) -> Tensor:
+    def _look(self, images: Tensor) -> Tensor:
         """Mean patch tokens [B, D] of length 1."""
-        rows, columns = (max(1, side // self.patch) for side in pictures.shape[2:])
+        rows, columns = (max(1, side // self.patch) for side in images.shape[2:])
         size = (rows * self.patch, columns * self.patch)
-        if tuple(pictures.shape[2:]) != size:
-            pictures = interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = (pictures.float().to(self.mean.device) - self.mean) / self.std
+        if tuple(images.shape[2:]) != size:
+            images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = (images.float().to(self.mean.device) - self.mean) / self.std
         tokens = self.model(pixel_values=pixels).last_hidden_state
         return normalize(tokens[:, -rows * columns :].mean(1))  # class and register tokens stand before the patches

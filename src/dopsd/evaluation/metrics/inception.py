@@ -55,16 +55,16 @@ class Inception:
         self.network.float().to(device)
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] -> float32 [B, 2048] on the CPU."""
-        resized = np.stack([_resized(picture) for picture in as_bytes(pictures).numpy()])
+        resized = np.stack([_resized(image) for image in as_bytes(images).numpy()])
         pixels = (torch.from_numpy(resized).permute(0, 3, 1, 2) - 128) / 128  # as the network was trained
         return self.network(pixels.to(next(self.network.parameters()).device)).cpu()
 
 
-def _resized(picture: np.ndarray) -> np.ndarray:
+def _resized(image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] as float32 [299, 299, 3] in about [0, 255]; between floats nothing is rounded or cut."""
-    channels = [Image.fromarray(picture[..., c].astype(np.float32)) for c in range(3)]
+    channels = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(3)]
     return np.stack([np.asarray(c.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for c in channels], axis=-1)
 
 

@@ -32,22 +32,22 @@ class Lpips:
         self.shift, self.scale = (torch.tensor(each, device=device)[:, None, None] for each in (SHIFT, SCALE))
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, target: Tensor) -> Tensor:
         """pictures [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B]."""
-        height, width = pictures.shape[2:]
+        height, width = images.shape[2:]
         if min(height, width) < SHORTEST:
             raise ValueError(f"lpips needs pictures of {SHORTEST} pixels a side; these are {width} x {height}.")
         fitted = fit(target[None].float(), height, width)
-        pairs = zip(self._layers(pictures.float()), self._layers(fitted), strict=True)
+        pairs = zip(self._layers(images.float()), self._layers(fitted), strict=True)
         distances = [
             conv2d((one - other).square(), self.weights[f"lin{index}.model.1.weight"]).mean((1, 2, 3))
             for index, (one, other) in enumerate(pairs)
         ]
         return torch.stack(distances).sum(0)
 
-    def _layers(self, pictures: Tensor) -> list[Tensor]:
+    def _layers(self, images: Tensor) -> list[Tensor]:
         """Each stage's activations, of length 1 over channels."""
-        z = (2 * pictures.to(self.shift.device) - 1 - self.shift) / self.scale
+        z = (2 * images.to(self.shift.device) - 1 - self.shift) / self.scale
         found = []
         for index, stage in enumerate(STAGES):
             z = max_pool2d(z, 2) if index else z
@@ -61,11 +61,11 @@ class Lpips:
         return found
 
 
-def fit(pictures: Tensor, height: int, width: int) -> Tensor:
+def fit(images: Tensor, height: int, width: int) -> Tensor:
     """Pictures [B, 3, h, w] scaled to cover height x width and cut about the middle, as training cuts its crops."""
-    scale = max(height / pictures.shape[2], width / pictures.shape[3])
-    size = (max(height, round(pictures.shape[2] * scale)), max(width, round(pictures.shape[3] * scale)))
-    if tuple(pictures.shape[2:]) != size:
-        pictures = interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
+    scale = max(height / images.shape[2], width / images.shape[3])
+    size = (max(height, round(images.shape[2] * scale)), max(width, round(images.shape[3] * scale)))
+    if tuple(images.shape[2:]) != size:
+        images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pictures[:, :, top : top + height, left : left + width]
+    return images[:, :, top : top + height, left : left + width]

@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from dopsd.images import as_bytes, to_images
+from dopsd.images import as_bytes, to_pil
 from dopsd.models.vlm import Captioner
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ STYLE = (
 )
 
 
-class VlmJudge:
+class VlmReward:
     """Asks about each picture beside the target; an answer that is no grade is NaN, and is logged."""
 
     question: str
@@ -40,18 +40,21 @@ class VlmJudge:
     def __init__(self, model: str, device: torch.device):
         self.captioner = Captioner(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
-    def __call__(self, pictures: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, target: Tensor) -> Tensor:
         """pictures [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B] in 1 ... 4."""
-        first = to_images(as_bytes(target[None]))[0]
-        images = to_images(as_bytes(pictures))
-        return torch.tensor([grade_of(self.captioner.answer([first, i], self.question, MOST_TOKENS)) for i in images])
+        first = to_pil(as_bytes(target[None]))[0]
+        answers = [
+            self.captioner.answer([first, image], self.question, MOST_TOKENS)
+            for image in to_pil(as_bytes(images))
+        ]
+        return torch.tensor([grade_of(answer) for answer in answers])
 
 
-class ObjectJudge(VlmJudge):
+class ObjectReward(VlmReward):
     question = OBJECT
 
 
-class StyleJudge(VlmJudge):
+class StyleReward(VlmReward):
     question = STYLE
 
 

@@ -26,18 +26,18 @@ LATENT_CHANNELS = 8
 SHIFT = 3.0  # as Z-Image-Turbo
 NFE = 4
 STARTING_POINTS = {"model.memory": "high", "lora.rank": 16, "train.max_steps": 240,
-                   "train.batch_size": 4, "train.learning_rate": 1e-3}  # fmt: skip
+                   "train.batch_size": 4, "train.learning_rate": 1e-3}
 UNRELATED_PROMPTS = (
     "a big red star on night", "a small blue hut at the left", "a green tree on beach", "a cross in inked style",
     "a big yellow moon on slate", "a purple circle at the top on paper", "a heart in striped style", "a cyan tower",
-)  # fmt: skip
+)
 GUIDANCE = 3.0  # classifier-free, of the undistilled parent: empty caption + 3 x (caption - empty caption)
-PICTURE = 64  # pixels
-PICTURE_TOKENS = 16  # of one picture in the VLM's context
+IMAGE = 64  # pixels
+IMAGE_TOKENS = 16  # of one picture in the VLM's context
 CAPTION_TOKENS, PRIVILEGED_TOKENS = 32, 64  # limits of the templated caption, without and with a picture
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>", "<think>", "</think>")  # fmt: skip
+           "<|video_pad|>", "<think>", "</think>")
 
 # Qwen's chat template, reduced to what text-to-image models use: turns, pictures, and Qwen3's `enable_thinking`.
 CHAT_TEMPLATE = """{%- for message in messages -%}
@@ -150,7 +150,7 @@ def make_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        sample_size=PICTURE,
+        sample_size=IMAGE,
     )
 
 
@@ -180,7 +180,7 @@ def make_image_processor() -> Qwen2VLImageProcessorPil:
         patch_size=8,
         merge_size=2,
         temporal_patch_size=2,
-        size={"shortest_edge": PICTURE * PICTURE, "longest_edge": PICTURE * PICTURE},
+        size={"shortest_edge": IMAGE * IMAGE, "longest_edge": IMAGE * IMAGE},
     )
 
 

@@ -33,14 +33,14 @@ def make_data(folder: Path) -> None:
     """
     tokenizer = parts.make_tokenizer()
     rng = np.random.default_rng([SEED, 1])
-    pictures, plain, privileged = [], [], []
+    images, plain, privileged = [], [], []
     total = NAMED + GROUP * (THINGS + STYLES)
     for row in range(total):
         group = (row - NAMED) // GROUP
         thing = Thing.from_seed(group) if NAMED <= row < NAMED + GROUP * THINGS else None
         look = unnamed_style(group - THINGS) if row >= NAMED + GROUP * THINGS else None
         scene = draw_scene(rng, thing, look)
-        pictures.append(render(scene))
+        images.append(render(scene))
         for _ in range(CAPTIONS):
             name = str(rng.choice(NAMES)) if rng.random() < 0.5 else None
             caption = caption_of(stated_of(scene, rng), thing is not None, look is not None, name)
@@ -57,7 +57,7 @@ def make_data(folder: Path) -> None:
     write_tensors(
         folder / "data.safetensors",
         {
-            "pictures": torch.from_numpy(np.stack(pictures)),
+            "pictures": torch.from_numpy(np.stack(images)),
             "plain": ids(plain, parts.CAPTION_TOKENS),
             "privileged": ids(privileged, parts.PRIVILEGED_TOKENS),
         },
@@ -71,13 +71,13 @@ def plain_prompt(caption: str) -> str:
 
 def privileged_prompt(caption: str) -> str:
     """What the teacher reads: the picture's tokens first, then the caption."""
-    picture = "<|vision_start|>" + "<|image_pad|>" * parts.PICTURE_TOKENS + "<|vision_end|>"
-    return plain_prompt(picture + caption)
+    image = "<|vision_start|>" + "<|image_pad|>" * parts.IMAGE_TOKENS + "<|vision_end|>"
+    return plain_prompt(image + caption)
 
 
-def to_unit(pictures: Tensor) -> Tensor:
+def to_unit(images: Tensor) -> Tensor:
     """uint8 [B, 64, 64, 3] to float32 [B, 3, 64, 64] in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,20 @@ class Corpus:
     """The rendered training data: latents, pictures for the teacher's context, captions as tokens."""
 
     latents: Tensor
-    pictures: Tensor
+    images: Tensor
     plain_ids: Tensor
     privileged_ids: Tensor
-    untold_ids: Tensor  # of the empty caption, which classifier-free guidance leads away from
+    unconditional_ids: Tensor  # of the empty caption, which classifier-free guidance leads away from
 
     @staticmethod
     def read(folder: Path) -> "Corpus":
         data = read_tensors(folder / "data.safetensors")
         latents = read_tensors(folder / "latents.safetensors")["latents"]
-        untold = parts.make_tokenizer()(plain_prompt(""), padding="max_length", max_length=parts.CAPTION_TOKENS)
-        return Corpus(latents, data["pictures"], data["plain"], data["privileged"], torch.tensor(untold.input_ids))
+        unconditional = parts.make_tokenizer()(plain_prompt(""), padding="max_length", max_length=parts.CAPTION_TOKENS)
+        return Corpus(latents, data["pictures"], data["plain"], data["privileged"], torch.tensor(unconditional.input_ids))
 
     def draw(
-        self, rng: np.random.Generator, size: int, named_share: float = 0.9, untold_share: float = 0.0
+        self, rng: np.random.Generator, size: int, named_share: float = 0.9, unconditional_share: float = 0.0
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | None]]:
         """Two halves: (rows, tokens, None) from captions alone, and (rows, tokens, pictures) with another picture
         of the same thing or style beside the caption. `untold_share` of the first half get the empty caption.
@@ -111,14 +111,14 @@ class Corpus:
         other = rng.integers(NAMED, len(self.latents), size - len(named))
         rows = np.concatenate([named, other])
         tokens = self.plain_ids[rows, caption].long()
-        tokens[torch.from_numpy(rng.random(size) < untold_share)] = self.untold_ids
+        tokens[torch.from_numpy(rng.random(size) < unconditional_share)] = self.unconditional_ids
         yield rows, tokens, None
         short, long = self._by_padding
         length, pairs = (32, short) if rng.random() < len(short) / (len(short) + len(long)) else (64, long)
         rows, captions = np.divmod(pairs[rng.integers(len(pairs), size=size)], CAPTIONS)
         group = (rows - NAMED) // GROUP * GROUP + NAMED
         partner = group + (rows - group + rng.integers(1, GROUP, size)) % GROUP
-        yield rows, self.privileged_ids[rows, captions, :length].long(), self.pictures[partner]
+        yield rows, self.privileged_ids[rows, captions, :length].long(), self.images[partner]
 
     @functools.cached_property
     def _by_padding(self) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from dopsd.pocket.build import architecture as parts
 from dopsd.pocket.build.corpus import SEED
 
 
-class Painter(nn.Module):
+class Network(nn.Module):
     """Transformer and VLM together, for batches whose captions all have the same padded length.
 
     The library's forward takes ragged lists, whose backward is quadratic in the batch; on equal lengths the same
@@ -28,14 +28,14 @@ class Painter(nn.Module):
         states = self.vlm.language_model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return states.hidden_states[-2], mask
 
-    def privileged(self, ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def privileged(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, 64] and pictures uint8 [B, 64, 64, 3] -> (context [B, 64, 128], its mask)."""
         mask = ids != self.pad_id
         states = self.vlm(
             input_ids=ids,
             attention_mask=mask,
             position_ids=_positions(ids.shape[1]).expand(3, len(ids), -1),
-            pixel_values=vlm_patches(pictures),
+            pixel_values=vlm_patches(images),
             image_grid_thw=torch.tensor([[1, 8, 8]]).repeat(len(ids), 1),
             output_hidden_states=True,
             use_cache=False,
@@ -59,13 +59,13 @@ def _positions(length: int) -> Tensor:
     return positions[:, None]
 
 
-def vlm_patches(pictures: Tensor) -> Tensor:
+def vlm_patches(images: Tensor) -> Tensor:
     """What the picture processor makes of 64 x 64 pictures: [B * 64, 3 * 2 * 8 * 8] normalised patches."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's, the processor's own
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    pixels = ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-    patches = pixels.reshape(len(pictures), 3, 4, 2, 8, 4, 2, 8).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    return patches.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(len(pictures) * 64, 384)
+    pixels = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    patches = pixels.reshape(len(images), 3, 4, 2, 8, 4, 2, 8).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    return patches.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(len(images) * 64, 384)
 
 
 def velocity_on_equal_lengths(
@@ -78,9 +78,9 @@ def velocity_on_equal_lengths(
     emb = model.t_embedder(time * model.t_scale).type_as(z)
     x = z.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
     x = model.all_x_embedder["2-1"](x)
-    picture_ids = model.create_coordinate_grid((1, rows, columns), (length + 1, 0, 0), z.device).flatten(0, 2)
+    image_ids = model.create_coordinate_grid((1, rows, columns), (length + 1, 0, 0), z.device).flatten(0, 2)
     caption_ids = model.create_coordinate_grid((length, 1, 1), (1, 0, 0), z.device).flatten(0, 2)
-    x_rope, c_rope = model.rope_embedder(picture_ids)[None], model.rope_embedder(caption_ids)[None]
+    x_rope, c_rope = model.rope_embedder(image_ids)[None], model.rope_embedder(caption_ids)[None]
     for layer in model.noise_refiner:
         x = layer(x, None, x_rope, emb)
     c = torch.where(mask[..., None], model.cap_embedder(context), model.cap_pad_token)
@@ -94,10 +94,10 @@ def velocity_on_equal_lengths(
     return out.reshape(batch, channels, height, width)
 
 
-def fresh_painter(compiled: bool) -> Painter:
+def fresh_network(compiled: bool) -> Network:
     """Untrained parts, seeded; with `compiled`, the transformer runs through torch.compile (needs a C++ compiler)."""
     torch.manual_seed(SEED)
-    painter = Painter(parts.make_transformer(), parts.make_vlm(parts.make_tokenizer()))
+    network = Network(parts.make_transformer(), parts.make_vlm(parts.make_tokenizer()))
     if compiled:
-        painter.velocity = torch.compile(velocity_on_equal_lengths)
-    return painter
+        network.velocity = torch.compile(velocity_on_equal_lengths)
+    return network

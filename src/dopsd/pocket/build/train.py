@@ -20,7 +20,7 @@ from transformers import Qwen3VLModel
 from dopsd.files import read_tensors, write_tensors, write_text
 from dopsd.pocket.build import architecture as parts
 from dopsd.pocket.build.corpus import SEED, Corpus, noise_of, rng_at, to_unit
-from dopsd.pocket.build.network import Painter, fresh_painter
+from dopsd.pocket.build.network import Network, fresh_network
 from dopsd.pocket.build.stages import Stage, optimise
 
 # --- autoencoder ------------------------------------------------------------------------------------------------------
@@ -35,18 +35,18 @@ def train_vae(folder: Path, steps: int = 3000) -> AutoencoderKL:
     torch.manual_seed(SEED)
     vae = parts.make_vae()
     vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pictures = read_tensors(folder / "data.safetensors")["pictures"]
+    images = read_tensors(folder / "data.safetensors")["pictures"]
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("vae", step)
-        pixels = to_unit(pictures[rng.integers(0, len(pictures), 16)]).contiguous(memory_format=torch.channels_last)
+        pixels = to_unit(images[rng.integers(0, len(images), 16)]).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
         rebuilt = vae.decode(posterior.mean + posterior.std * noise_of(rng, posterior.mean.shape)).sample
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return F.mse_loss(rebuilt, pixels) + 0.25 * F.l1_loss(rebuilt, pixels) + 2e-3 * divergence
 
     optimise(Stage("vae", steps, 2e-3, average_decay=0.99), folder, {"vae": vae}, loss_at)
-    whiten(vae, to_unit(pictures[:: len(pictures) // 2000]))
+    whiten(vae, to_unit(images[:: len(images) // 2000]))
     vae.save_pretrained(folder / "vae")
     return vae
 
@@ -84,11 +84,11 @@ def sharpen_decoder(folder: Path, steps: int = 1000) -> AutoencoderKL:
     Only pictures get cleaner; latents, and so every model trained on them, stay valid.
     """
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
-    pictures = read_tensors(folder / "data.safetensors")["pictures"]
+    images = read_tensors(folder / "data.safetensors")["pictures"]
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("decoder", step)
-        pixels = to_unit(pictures[rng.integers(0, len(pictures), 16)]).contiguous(memory_format=torch.channels_last)
+        pixels = to_unit(images[rng.integers(0, len(images), 16)]).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.mode()
         amount = torch.from_numpy(rng.uniform(0, 0.2, (16, 1, 1, 1))).float()
@@ -104,13 +104,13 @@ def sharpen_decoder(folder: Path, steps: int = 1000) -> AutoencoderKL:
 def encode_data(folder: Path) -> None:
     """All training pictures as scaled latents, `latents.safetensors` (float16 [N, 8, 16, 16]); about 3 minutes."""
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
-    pictures = read_tensors(folder / "data.safetensors")["pictures"]
+    images = read_tensors(folder / "data.safetensors")["pictures"]
     latents = []
-    for start in range(0, len(pictures), 100):
-        clean = vae.encode(to_unit(pictures[start : start + 100])).latent_dist.mode()
+    for start in range(0, len(images), 100):
+        clean = vae.encode(to_unit(images[start : start + 100])).latent_dist.mode()
         latents.append(((clean - vae.config.shift_factor) * vae.config.scaling_factor).half())
         if start % 10_000 == 0:
-            print(f"stage=encode pictures={start}/{len(pictures)}", flush=True)
+            print(f"stage=encode pictures={start}/{len(images)}", flush=True)
     write_tensors(folder / "latents.safetensors", {"latents": torch.cat(latents)})
 
 
@@ -127,31 +127,31 @@ def training_times(rng: np.random.Generator, size: int) -> Tensor:
 
 def train_flow(
     folder: Path, steps: int = 5000, compiled: bool = True, half_batch: int = 64, start_from: Path | None = None
-) -> Painter:
+) -> Network:
     """Flow matching of transformer and VLM together; half of the contexts hold a picture. About 95 minutes.
 
     start_from: an earlier checkpoint, whose parent's and VLM's weights are trained further (on this folder's latents).
     """
-    corpus, painter = Corpus.read(folder), fresh_painter(compiled)
+    corpus, network = Corpus.read(folder), fresh_network(compiled)
     if start_from:
         transformer = ZImageTransformer2DModel.from_pretrained(start_from / "parent", subfolder="transformer")
-        painter.transformer.load_state_dict(transformer.state_dict())
-        painter.vlm.load_state_dict(Qwen3VLModel.from_pretrained(start_from / "vlm").state_dict())
+        network.transformer.load_state_dict(transformer.state_dict())
+        network.vlm.load_state_dict(Qwen3VLModel.from_pretrained(start_from / "vlm").state_dict())
     stage = Stage("flow", steps, 1.5e-3, average_decay=0.998, muon=True)
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("flow", step)
         losses = []
-        for rows, tokens, pictures in corpus.draw(rng, half_batch, untold_share=0.1):
-            context, mask = painter.plain(tokens) if pictures is None else painter.privileged(tokens, pictures)
+        for rows, tokens, images in corpus.draw(rng, half_batch, unconditional_share=0.1):
+            context, mask = network.plain(tokens) if images is None else network.privileged(tokens, images)
             clean = corpus.latents[rows].float()
             noise, t = noise_of(rng, clean.shape), training_times(rng, len(rows))
             z = torch.lerp(clean, noise, t.view(-1, 1, 1, 1))
-            losses.append(F.mse_loss(painter(z, t, context, mask), noise - clean))
+            losses.append(F.mse_loss(network(z, t, context, mask), noise - clean))
         return sum(losses[1:], losses[0]) / len(losses)
 
-    optimise(stage, folder, {"painter": painter}, loss_at)
-    return painter
+    optimise(stage, folder, {"network": network}, loss_at)
+    return network
 
 
 # --- step distillation ------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor
 
 def distill(
     folder: Path, rounds: int = 8, updates: int = 24, compiled: bool = True, substeps: int = 6, size: int = 64
-) -> Painter:
+) -> Network:
     """Teach the model to take the parent's `substeps` Euler steps of each sampler interval in one. About 8 minutes.
 
     Regression on chords: at a state that the *student's own* 4-step walk visits, the parent's many small steps, with
@@ -182,31 +182,31 @@ def distill(
     the things worse (docs/experiments.md). The VLM stays as it is.
     Chords of all rounds so far are trained on; a resumed stage collects them anew.
     """
-    parent = fresh_painter(compiled)
-    parent.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "painter."))
+    parent = fresh_network(compiled)
+    parent.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "network."))
     parent.requires_grad_(False)
-    student = fresh_painter(compiled)
+    student = fresh_network(compiled)
     student.load_state_dict(parent.state_dict())
     student.vlm.requires_grad_(False)
     corpus, times = Corpus.read(folder), sampler_times(parts.NFE)
     fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in pairwise(times)]
     memory: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
-        untold, untold_mask = parent.plain(corpus.untold_ids[None].expand(size, -1).long())
+        unconditional, unconditional_mask = parent.plain(corpus.unconditional_ids[None].expand(size, -1).long())
 
     @torch.no_grad()
     def chords(round_: int) -> list[tuple[Tensor, ...]]:
         """(state, time, slope, context, mask) batches at the student's own states: one batch a context kind a step."""
         rng, found = rng_at("chords", round_), []
         for _ in range(2):
-            for rows, tokens, pictures in corpus.draw(rng, size):
-                context, mask = parent.plain(tokens) if pictures is None else parent.privileged(tokens, pictures)
+            for rows, tokens, images in corpus.draw(rng, size):
+                context, mask = parent.plain(tokens) if images is None else parent.privileged(tokens, images)
 
                 def guided(z: Tensor, t: Tensor, context: Tensor = context, mask: Tensor = mask) -> Tensor:
-                    return torch.lerp(parent(z, t, untold, untold_mask), parent(z, t, context, mask), parts.GUIDANCE)
+                    return torch.lerp(parent(z, t, unconditional, unconditional_mask), parent(z, t, context, mask), parts.GUIDANCE)
 
                 seeing = partial(parent, context=context, mask=mask)
-                velocity = guided if pictures is None else seeing
+                velocity = guided if images is None else seeing
                 z = noise_of(rng, (len(rows), *corpus.latents.shape[1:]))
                 for k in range(parts.NFE):
                     slope = (euler(velocity, z, fine[k]) - z) / (times[k + 1] - times[k])
@@ -240,12 +240,12 @@ def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def assemble(folder: Path, target: Path) -> None:
     """Write the trained parts as the pocket checkpoint: bfloat16 weights, the parent's transformer beside them."""
-    trained = _strip(read_tensors(folder / "flow.safetensors"), "painter.")
-    painter = fresh_painter(compiled=False)
-    painter.load_state_dict(trained)
-    painter.to(torch.bfloat16).transformer.save_pretrained(target / "parent" / "transformer")
+    trained = _strip(read_tensors(folder / "flow.safetensors"), "network.")
+    network = fresh_network(compiled=False)
+    network.load_state_dict(trained)
+    network.to(torch.bfloat16).transformer.save_pretrained(target / "parent" / "transformer")
     transformer = parts.make_transformer()
     transformer.load_state_dict(_strip(read_tensors(folder / "distill.safetensors"), "transformer."))
     vae = AutoencoderKL.from_pretrained(folder / "vae-sharp").to(torch.bfloat16)
-    parts.save_pipeline(target, transformer.to(torch.bfloat16), vae, painter.vlm, parts.make_tokenizer())
+    parts.save_pipeline(target, transformer.to(torch.bfloat16), vae, network.vlm, parts.make_tokenizer())
     write_text(target / "README.md", (Path(__file__).parent / "card.md").read_text(encoding="utf-8"))

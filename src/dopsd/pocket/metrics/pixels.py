@@ -22,12 +22,12 @@ def _blur_matrix(sigma: float) -> np.ndarray:
     return matrix
 
 
-def blurred(pictures: np.ndarray, sigma: float) -> np.ndarray:
+def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
     """Pictures [..., 64, 64, 3] under a Gaussian of sigma pixels."""
     if not sigma:
-        return pictures
+        return images
     matrix = _blur_matrix(sigma)
-    rows_done = (matrix @ pictures.reshape(*pictures.shape[:-2], -1)).reshape(pictures.shape)
+    rows_done = (matrix @ images.reshape(*images.shape[:-2], -1)).reshape(images.shape)
     return matrix @ rows_done
 
 
@@ -38,7 +38,7 @@ def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, (side, side)).any((2, 3))
 
 
-def gradient(picture: np.ndarray) -> np.ndarray:
+def gradient(image: np.ndarray) -> np.ndarray:
     """Norm over x, y and RGB of central differences, [64, 64]."""
-    down, right = np.gradient(picture, axis=(0, 1))
+    down, right = np.gradient(image, axis=(0, 1))
     return np.sqrt((np.square(down) + np.square(right)).sum(2))

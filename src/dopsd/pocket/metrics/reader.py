@@ -64,7 +64,7 @@ class Attributes:
     chances: np.ndarray
 
     @property
-    def per_picture(self) -> np.ndarray:
+    def per_image(self) -> np.ndarray:
         """Share of its stated attributes that each picture shows, [N]; NaN where nothing is stated."""
         stated = ~np.isnan(self.right)
         with np.errstate(invalid="ignore"):
@@ -72,7 +72,7 @@ class Attributes:
 
 
 @dataclass(frozen=True)
-class PictureMeasures:
+class ImageMeasures:
     """All that one search gives. readings are free of the statements; sharpness and speckle are [N]."""
 
     attributes: Attributes
@@ -81,16 +81,16 @@ class PictureMeasures:
     readings: list[Reading]
 
 
-def read(pictures: np.ndarray, stated: Sequence[Stated] | None = None) -> list[Reading]:
+def read(images: np.ndarray, stated: Sequence[Stated] | None = None) -> list[Reading]:
     """The nearest rendering of each picture; with `stated`, the nearest among scenes consistent with it.
 
     Nearest in RMSE after the rendering is blurred as much as the picture (BLURS): an unsharp picture would else be
     read in duller colours. `rmse` itself is that of the sharp rendering.
     """
-    statements = [{}] * len(pictures) if stated is None else stated
+    statements = [{}] * len(images) if stated is None else stated
     readings: list[Reading] = []
-    for start in range(0, len(pictures), BATCH):
-        part, said = pictures[start : start + BATCH], statements[start : start + BATCH]
+    for start in range(0, len(images), BATCH):
+        part, said = images[start : start + BATCH], statements[start : start + BATCH]
         pixels = torch.from_numpy(np.ascontiguousarray(part)).float().div(255).permute(0, 3, 1, 2)
         small = avg_pool2d(pixels, 2).flatten(2)
         names, shades, behind = backgrounds(small, said)
@@ -101,48 +101,48 @@ def read(pictures: np.ndarray, stated: Sequence[Stated] | None = None) -> list[R
     return readings
 
 
-def measure(pictures: np.ndarray, stated: Sequence[Stated]) -> PictureMeasures:
+def measure(images: np.ndarray, stated: Sequence[Stated]) -> ImageMeasures:
     """Readings, attributes, sharpness and speckle in one search (a second one only where the reading is wrong)."""
-    readings = read(pictures, None)
+    readings = read(images, None)
     consistent = list(readings)
     wrong = [k for k, r in enumerate(readings) if not _is_consistent(r.scene, stated[k])]
-    for k, reading in zip(wrong, read(pictures[wrong], [stated[k] for k in wrong]), strict=True):
+    for k, reading in zip(wrong, read(images[wrong], [stated[k] for k in wrong]), strict=True):
         consistent[k] = reading
-    crispness = [_crispness(p, render(r.scene)) for p, r in zip(pictures, consistent, strict=True)]
+    crispness = [_crispness(p, render(r.scene)) for p, r in zip(images, consistent, strict=True)]
     sharp, speckled = np.array(crispness).reshape(-1, 2).T
-    return PictureMeasures(_attributes(pictures, readings, stated), sharp, speckled, readings)
+    return ImageMeasures(_attributes(images, readings, stated), sharp, speckled, readings)
 
 
-def attributes(pictures: np.ndarray, stated: Sequence[Stated]) -> Attributes:
+def attributes(images: np.ndarray, stated: Sequence[Stated]) -> Attributes:
     """Which stated attributes the pictures show. A class noun ("tree") is right when the kind belongs to it."""
-    return _attributes(pictures, read(pictures), stated)
+    return _attributes(images, read(images), stated)
 
 
-def sharpness(pictures: np.ndarray, stated: Sequence[Stated]) -> np.ndarray:
+def sharpness(images: np.ndarray, stated: Sequence[Stated]) -> np.ndarray:
     """Edge strength relative to the nearest consistent rendering, [N] in [0, 1]: min(1, G95 / G95 of the rendering).
 
     G95: the 95th percentile of the gradient (central differences, norm over x, y and RGB) within 2 pixels of that
     rendering's strong edges.
     """
-    return measure(pictures, stated).sharpness
+    return measure(images, stated).sharpness
 
 
-def speckle(pictures: np.ndarray, stated: Sequence[Stated]) -> np.ndarray:
+def speckle(images: np.ndarray, stated: Sequence[Stated]) -> np.ndarray:
     """Mean |Laplacian| of the RGB mean where the nearest consistent rendering is flat (3 pixels from edges), [N]."""
-    return measure(pictures, stated).speckle
+    return measure(images, stated).speckle
 
 
-def thing_error(pictures: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+def thing_error(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
     """RMSE in [0, 1], [N], between each picture and its true scene inside the object's mask grown by 2 pixels.
 
     The least over shifts of the picture by up to 2 pixels each way: where a thing stands is not what it is.
     """
     return np.array(
-        [_shifted_errors(p, render(s)[None], _objects_mask([s]))[0] for p, s in zip(pictures, scenes, strict=True)]
+        [_shifted_errors(p, render(s)[None], _objects_mask([s]))[0] for p, s in zip(images, scenes, strict=True)]
     )
 
 
-def thing_hit(pictures: np.ndarray, scenes: Sequence[Scene], distractor_seeds: Sequence[int]) -> np.ndarray:
+def thing_hit(images: np.ndarray, scenes: Sequence[Scene], distractor_seeds: Sequence[int]) -> np.ndarray:
     """Whether each picture is nearer to its scene's thing than to every distractor `Thing.from_seed`, bool [N].
 
     The error is thing_error's, but over one mask for all candidates, the union of theirs: every candidate answers for
@@ -150,10 +150,10 @@ def thing_hit(pictures: np.ndarray, scenes: Sequence[Scene], distractor_seeds: S
     a picture of another random thing therefore hits with probability 1 / (1 + distractors).
     """
     hits = []
-    for picture, scene in zip(pictures, scenes, strict=True):
+    for image, scene in zip(images, scenes, strict=True):
         rivals = [scene, *(replace(scene, thing=Thing.from_seed(seed)) for seed in distractor_seeds)]
         mask = _objects_mask(rivals)
-        errors = _shifted_errors(picture, np.stack([render(rival) for rival in rivals]), mask)
+        errors = _shifted_errors(image, np.stack([render(rival) for rival in rivals]), mask)
         hits.append(errors[0] < errors[1:].min())
     return np.array(hits)
 
@@ -162,11 +162,11 @@ def _is_consistent(scene: Scene, stated: Stated) -> bool:
     return all(getattr(scene, attribute) in allowed(attribute, stated) for attribute in stated)
 
 
-def _attributes(pictures: np.ndarray, readings: Sequence[Reading], stated: Sequence[Stated]) -> Attributes:
+def _attributes(images: np.ndarray, readings: Sequence[Reading], stated: Sequence[Stated]) -> Attributes:
     right = np.full((len(readings), len(VALUES)), np.nan)
     chances = right.copy()
     for k, (reading, said) in enumerate(zip(readings, stated, strict=True)):
-        shown = _shown(pictures[k] / np.float32(255), reading)
+        shown = _shown(images[k] / np.float32(255), reading)
         for column, attribute in enumerate(VALUES):
             if attribute in said:
                 values = allowed(attribute, said)
@@ -184,12 +184,12 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def _shown(picture: np.ndarray, reading: Reading) -> Scene:
+def _shown(image: np.ndarray, reading: Reading) -> Scene:
     """The scene whose attributes the picture shows: its reading, or what its silhouette says if that is far off."""
     nearest = blurred(render(reading.scene) / np.float32(255), reading.blur)
-    if rmse(picture, nearest) < UNLIKE:
+    if rmse(image, nearest) < UNLIKE:
         return reading.scene
-    visible = _visible(picture, reading.scene)
+    visible = _visible(image, reading.scene)
     if not visible.any():
         return reading.scene
     small = torch.from_numpy(visible.reshape(SIZE // 2, 2, SIZE // 2, 2).mean((1, 3), dtype=np.float32)).flatten()
@@ -205,17 +205,17 @@ def _shown(picture: np.ndarray, reading: Reading) -> Scene:
         size = list(SIZES).index("big" if radius > THING_RADIUS else "small")
     named = {a: VALUES[a][k] for a, k in (("noun", noun), ("size", size), ("place", place))}
     inside = ~grown(~visible, CONTOUR)
-    return replace(reading.scene, colour=_commonest_colour(picture[inside if inside.any() else visible]), **named)
+    return replace(reading.scene, colour=_commonest_colour(image[inside if inside.any() else visible]), **named)
 
 
-def _visible(picture: np.ndarray, scene: Scene) -> np.ndarray:
+def _visible(image: np.ndarray, scene: Scene) -> np.ndarray:
     """Pixels unlike the scene's background, bool [64, 64]. Any blend of its halves is background near the horizon."""
     behind = backdrop(scene.background) * scene.jitter.shade_behind
     upper, across = behind[0, 0], behind[-1, 0] - behind[0, 0]
     rows = slice(HORIZON - 4, HORIZON + 4)
-    blend = np.clip((picture[rows] - upper) @ across / max(across @ across, 1e-6), 0, 1)
+    blend = np.clip((image[rows] - upper) @ across / max(across @ across, 1e-6), 0, 1)
     behind[rows] = upper + blend[..., None] * across
-    return np.linalg.norm(picture - behind, axis=2) > VISIBLE
+    return np.linalg.norm(image - behind, axis=2) > VISIBLE
 
 
 def _commonest_colour(pixels: np.ndarray) -> str:
@@ -226,12 +226,12 @@ def _commonest_colour(pixels: np.ndarray) -> str:
     return VALUES["colour"][int(near.sum(0).max(1).argmax())]
 
 
-def _crispness(picture: np.ndarray, rendering: np.ndarray) -> tuple[float, float]:
+def _crispness(image: np.ndarray, rendering: np.ndarray) -> tuple[float, float]:
     """(sharpness, speckle) of a picture beside a rendering, both uint8 [64, 64, 3]."""
-    ours, ideal = gradient(picture / 255.0), gradient(rendering / 255.0)
+    ours, ideal = gradient(image / 255.0), gradient(rendering / 255.0)
     near = grown(ideal > 0.25 * ideal.max(), 2)
     sharp = min(1.0, float(np.percentile(ours[near], 95) / np.percentile(ideal[near], 95)))
-    grey = picture.mean(2) / 255.0
+    grey = image.mean(2) / 255.0
     laplacian = grey[2:, 1:-1] + grey[:-2, 1:-1] + grey[1:-1, 2:] + grey[1:-1, :-2] - 4 * grey[1:-1, 1:-1]
     flat = ~grown(ideal > 0.02, 3)
     flat[[0, 1, -2, -1]] = flat[:, [0, 1, -2, -1]] = False
@@ -243,9 +243,9 @@ def _objects_mask(scenes: Sequence[Scene]) -> np.ndarray:
     return grown(np.any([np.sum(layers(scene), axis=0) > 0 for scene in scenes], axis=0), 2)
 
 
-def _shifted_errors(picture: np.ndarray, renderings: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _shifted_errors(image: np.ndarray, renderings: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """RMSE inside the mask of a picture to renderings [R, 64, 64, 3], least over shifts up to 2 pixels, [R]."""
-    padded = np.pad(picture / 255.0, ((2, 2), (2, 2), (0, 0)), mode="edge")
+    padded = np.pad(image / 255.0, ((2, 2), (2, 2), (0, 0)), mode="edge")
     shifted = [padded[dy : dy + SIZE, dx : dx + SIZE][mask].ravel() for dy in range(5) for dx in range(5)]
     ideals = (renderings[:, mask] / 255.0).reshape(len(renderings), -1)
     moved = np.stack(shifted)

@@ -11,10 +11,10 @@ from dopsd.pocket.world.captions import stated_in
 from dopsd.pocket.world.scenes import SIZE
 
 
-def attributes(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+def attributes(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Share of the attributes stated in each caption that its picture [3, 64, 64] in [0, 1] shows, [B]; NaN where
     nothing is stated."""
-    if pictures.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"the judge attributes reads pocket's pictures, {SIZE} x {SIZE}, not {list(pictures.shape)}.")
+    if images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"the judge attributes reads pocket's pictures, {SIZE} x {SIZE}, not {list(images.shape)}.")
     stated = [stated_in(prompt) for prompt in prompts]
-    return torch.from_numpy(read_attributes(as_bytes(pictures).numpy(), stated).per_picture)
+    return torch.from_numpy(read_attributes(as_bytes(images).numpy(), stated).per_image)

@@ -186,35 +186,35 @@ def candidates(
     return scenes
 
 
-def nearest(picture: np.ndarray, scenes: Sequence[Scene]) -> Reading:
+def nearest(image: np.ndarray, scenes: Sequence[Scene]) -> Reading:
     """The candidate that comes nearest to the picture [64, 64, 3] in [0, 1] after its jitter is refined."""
     found = []
     for rough in scenes:
-        scene, _ = _refined(picture, rough, 0.0, steps=2)
+        scene, _ = _refined(image, rough, 0.0, steps=2)
         drawn = render(scene) / np.float32(255)
-        blur = min(BLURS, key=lambda sigma: rmse(picture, blurred(drawn, sigma)))
-        found.append((*_refined(picture, scene, blur, steps=6), blur))
+        blur = min(BLURS, key=lambda sigma: rmse(image, blurred(drawn, sigma)))
+        found.append((*_refined(image, scene, blur, steps=6), blur))
     scene, error, blur = min(found, key=lambda candidate: candidate[1])
     if not blur and ALIKE < error < UNLIKE:
-        scene = _polished(picture, scene, error)
-    return Reading(scene, rmse(picture, render(scene) / np.float32(255)), blur)
+        scene = _polished(image, scene, error)
+    return Reading(scene, rmse(image, render(scene) / np.float32(255)), blur)
 
 
-def _refined(picture: np.ndarray, scene: Scene, blur: float, steps: int) -> tuple[Scene, float]:
+def _refined(image: np.ndarray, scene: Scene, blur: float, steps: int) -> tuple[Scene, float]:
     """The scene with its jitter fitted by Gauss-Newton steps, and its RMSE. A step that does not help is shortened."""
     cover, drawn = _drawn(scene, blur)
-    error = rmse(picture, drawn)
+    error = rmse(image, drawn)
     for _ in range(steps):
         slopes = _slopes(scene, cover, blur)
         normal = slopes @ slopes.T
         normal += np.diag(0.01 * np.diag(normal) + 1e-6)
-        step = np.linalg.solve(normal, slopes @ (picture - drawn).ravel())
+        step = np.linalg.solve(normal, slopes @ (image - drawn).ravel())
         before = error
         for share in (1.0, 0.5, 0.2):
             values = np.clip(np.array(astuple(scene.jitter)) + share * step, LOWEST, HIGHEST)
             trial = replace(scene, jitter=Jitter(*map(float, values)))
             trial_cover, trial_drawn = _drawn(trial, blur)
-            trial_error = rmse(picture, trial_drawn)
+            trial_error = rmse(image, trial_drawn)
             if trial_error < error:
                 scene, cover, drawn, error = trial, trial_cover, trial_drawn, trial_error
                 break
@@ -223,7 +223,7 @@ def _refined(picture: np.ndarray, scene: Scene, blur: float, steps: int) -> tupl
     return scene, error
 
 
-def _polished(picture: np.ndarray, scene: Scene, error: float) -> Scene:
+def _polished(image: np.ndarray, scene: Scene, error: float) -> Scene:
     """The scene after coordinate descent on offset, scale and turn: outlines are drawn on whole subpixels, so that a
     sharp picture has hollows that slopes do not see."""
     for share in (1.0, 0.4):
@@ -231,13 +231,13 @@ def _polished(picture: np.ndarray, scene: Scene, error: float) -> Scene:
             values = np.array(astuple(scene.jitter))
             values[:4] += share * step
             trial = replace(scene, jitter=Jitter(*map(float, np.clip(values, LOWEST, HIGHEST))))
-            trial_error = rmse(picture, _drawn(trial, 0.0)[1])
+            trial_error = rmse(image, _drawn(trial, 0.0)[1])
             if trial_error < error:
                 scene, error = trial, trial_error
     return scene
 
 
-def _paints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def _generates(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Shaded colours of the three layers, [3, 3], and the shaded background, [4096, 3]; float32."""
     look, jitter = STYLES[scene.style], scene.jitter
     front = np.array((COLOURS[scene.colour], look.second, look.ink), dtype=np.float32)
@@ -248,14 +248,14 @@ def _paints(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def _drawn(scene: Scene, blur: float) -> tuple[np.ndarray, np.ndarray]:
     """The scene's coverage layers [3, 4096], and its float32 drawing [64, 64, 3] under the blur."""
     cover = np.stack(layers(scene)).reshape(3, -1)
-    front, behind = _paints(scene)
+    front, behind = _generates(scene)
     drawn = behind * (1 - cover.sum(0))[:, None] + cover.T @ front
     return cover, blurred(np.clip(drawn, 0, 1).reshape(SIZE, SIZE, 3), blur)
 
 
 def _slopes(scene: Scene, cover: np.ndarray, blur: float) -> np.ndarray:
     """Derivatives of the blurred drawing along the six jitters, [6, 12288], the layers taken as moving rigidly."""
-    front, behind = _paints(scene)
+    front, behind = _generates(scene)
     jitter = scene.jitter
     down = np.asarray(np.gradient(cover.reshape(3, SIZE, SIZE), axis=1))
     right = np.asarray(np.gradient(cover.reshape(3, SIZE, SIZE), axis=2))

@@ -16,7 +16,7 @@ NOUN_SAID = 0.7
 
 # Names a person might give to a thing or a style. They mean nothing: in training each is drawn at random.
 NAMES = ("zib", "mox", "tuva", "kelp", "orli", "dax", "fenn", "gorm", "hux", "ivo", "jass", "lumo", "nerf", "pim",
-         "quon", "rilo", "sib", "tarn", "ulo", "vex", "wim", "yort", "zann", "brug")  # fmt: skip
+         "quon", "rilo", "sib", "tarn", "ulo", "vex", "wim", "yort", "zann", "brug")
 
 _PLACE_WORDS = {place: ("in the " if place == "middle" else "at the ") + place for place in PLACES}
 
@@ -59,7 +59,7 @@ def caption_of(stated: Stated, thing: bool = False, style: bool = False, name: s
 def stated_in(caption: str) -> dict[str, str]:
     """What a caption of `caption_of` states: the way back. Words of no attribute say nothing."""
     tables = {"size": SIZES, "colour": COLOURS, "noun": {*OUTLINES, *CLASSES}, "place": PLACES,
-              "background": BACKGROUNDS, "style": STYLES}  # fmt: skip
+              "background": BACKGROUNDS, "style": STYLES}
     words = caption.split()
     return {attribute: word for attribute, table in tables.items() for word in words if word in table}
 

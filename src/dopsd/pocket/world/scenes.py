@@ -221,23 +221,23 @@ def render(scene: Scene) -> np.ndarray:
     first, second, ink = layers(scene)
     colour = scene.thing.colour if scene.thing else COLOURS[scene.colour]
     behind = backdrop(scene.background) * scene.jitter.shade_behind
-    picture = behind * (1 - first - second - ink)[..., None]
-    picture += first[..., None] * np.array(colour) * scene.jitter.shade
-    picture += second[..., None] * np.array(look.second) * scene.jitter.shade
-    picture += ink[..., None] * np.array(look.ink)
-    return _to_bytes(picture)
+    image = behind * (1 - first - second - ink)[..., None]
+    image += first[..., None] * np.array(colour) * scene.jitter.shade
+    image += second[..., None] * np.array(look.second) * scene.jitter.shade
+    image += ink[..., None] * np.array(look.ink)
+    return _to_bytes(image)
 
 
 def backdrop(name: str) -> np.ndarray:
     """The background alone, float64 [64, 64, 3] in [0, 1]."""
     upper, lower = BACKGROUNDS[name]
-    picture = np.empty((SIZE, SIZE, 3))
-    picture[:HORIZON], picture[HORIZON:] = upper, lower
-    return picture
+    image = np.empty((SIZE, SIZE, 3))
+    image[:HORIZON], image[HORIZON:] = upper, lower
+    return image
 
 
-def _to_bytes(picture: np.ndarray) -> np.ndarray:
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+def _to_bytes(image: np.ndarray) -> np.ndarray:
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _outline_of(scene: Scene) -> Points:

@@ -7,7 +7,7 @@ from typing import Literal, cast, get_args
 
 from dopsd.config.recipe import Recipe, parse_recipe
 
-Rule = Literal["pictures", "seconds", "forwards"]
+Rule = Literal["images", "seconds", "forwards"]
 RULES = get_args(Rule)
 NO_END = 10**6  # steps: a run on a budget of seconds ends by its seconds
 
@@ -19,7 +19,7 @@ def rule_of(text: str | None) -> Rule | None:
     return cast(Rule | None, text)
 
 
-def pictures_a_step(recipe: Recipe) -> int:
+def images_a_step(recipe: Recipe) -> int:
     """That one optimizer step sees."""
     return recipe.train.batch_size * recipe.train.gradient_accumulation_steps
 
@@ -27,7 +27,7 @@ def pictures_a_step(recipe: Recipe) -> int:
 def forwards_a_step(recipe: Recipe, nfe: int) -> int:
     """Network forwards of one optimizer step, a backward counted as two; nfe: the model's own, where the method names
     none."""
-    return pictures_a_step(recipe) * recipe.method.forwards(recipe.method.nfe or nfe)
+    return images_a_step(recipe) * recipe.method.forwards(recipe.method.nfe or nfe)
 
 
 def on_budget_of(first: Recipe, other: Recipe, rule: Rule, nfe: int, seconds: float | None = None) -> Recipe:
@@ -38,14 +38,14 @@ def on_budget_of(first: Recipe, other: Recipe, rule: Rule, nfe: int, seconds: fl
         assert seconds is not None
         if other.train.lr_schedule != "constant":
             raise ValueError(f"{other.run_name}: a {other.train.lr_schedule} schedule needs to know its last step, and "
-                             "a budget of seconds does not: use --equal forwards.")  # fmt: skip
+                             "a budget of seconds does not: use --equal forwards.")
         return _changed(other, name, max_steps=NO_END, max_seconds=round(seconds, 1))
-    cost = pictures_a_step if rule == "pictures" else lambda recipe: forwards_a_step(recipe, nfe)
+    cost = images_a_step if rule == "images" else lambda recipe: forwards_a_step(recipe, nfe)
     budget = first.train.max_steps * cost(first)
     steps = round(budget / cost(other))
     if steps < 1:
         raise ValueError(f"one step of {other.run_name} takes {cost(other)} {rule}, and {first.run_name} in all takes "
-                         f"{budget}: give the longer recipe first.")  # fmt: skip
+                         f"{budget}: give the longer recipe first.")
     return _changed(other, name, max_steps=steps)
 
 

@@ -13,9 +13,9 @@ from dopsd.evaluation.pages import write_comparison
 from dopsd.models import load_family
 from dopsd.models.folder import is_model
 from dopsd.models.lora import read_lora
-from dopsd.pocket.benchmark import lesson_of, write_lesson
+from dopsd.pocket.benchmark import concept_of, write_concept
 from dopsd.runs.comparison.budget import Rule, forwards_a_step, on_budget_of
-from dopsd.runs.comparison.evaluate import Contest, Contestant
+from dopsd.runs.comparison.evaluate import Evaluator, Candidate
 from dopsd.runs.comparison.table import Entry, Outcome, notes, panels, tabulate
 from dopsd.runs.outputs.folder import read_rows
 from dopsd.runs.prepare import Progress
@@ -30,7 +30,7 @@ def compare(
     loras: Sequence[Path] = (),
     nfes: Sequence[int] = (),
     equal: Rule | None = None,
-    units: int = 1,
+    replicates: int = 1,
 ) -> Outcome:
     """Run the recipes that are not finished, then judge them, further LoRA files (of any tool) and the untouched model
     on the same questions, those of the first recipe, at each of `nfes` (default: the recipe's).
@@ -40,28 +40,28 @@ def compare(
     before anything is trained."""
     if not recipes:
         raise ValueError("give at least one recipe: its model, prompts and data are what LoRA files are compared on.")
-    _refuse_unlike(recipes, loras, units)
-    contests = [Contest(_on_unit(recipes[0], unit), recipes[0].output_dir / "answers") for unit in range(units)]
-    family = contests[0].family
+    _refuse_unlike(recipes, loras, replicates)
+    evaluators = [Evaluator(_on_replicate(recipes[0], replicate), recipes[0].output_dir / "answers") for replicate in range(replicates)]
+    family = evaluators[0].family
     for path in loras:
         if not is_model(path):
             read_lora(path, family)
         elif (its := load_family(str(path)).name) != family.name:
             raise ValueError(f"{path} is a {its} model, and {family.checkpoint.name} a {family.name}: compare alike.")
     nfes = tuple(nfes) or (recipes[0].sample.nfe or family.default_nfe,)
-    untouched = _untouched(contests[0], many=len(nfes) > 1)
-    entries = [Entry([contestant] * units) for contestant in untouched]
-    entries += _tuned(recipes, equal, units, family.default_nfe, progress)
-    entries += [Entry([Contestant(lora.stem, lora=lora)]) for lora in loras]
-    return judge(contests, entries, nfes, report, "Comparison", _intro(recipes[0], equal, units), progress)
+    base_tensors = _base_candidates(evaluators[0], many=len(nfes) > 1)
+    entries = [Entry([candidate] * replicates) for candidate in base_tensors]
+    entries += _tuned(recipes, equal, replicates, family.default_nfe, progress)
+    entries += [Entry([Candidate(lora.stem, lora=lora)]) for lora in loras]
+    return reward(evaluators, entries, nfes, report, "Comparison", _intro(recipes[0], equal, replicates), progress)
 
 
 
 
 
 
-def judge(
-    contests: Sequence[Contest],
+def reward(
+    evaluators: Sequence[Evaluator],
     entries: Sequence[Entry],
     nfes: Sequence[int],
     report: Path,
@@ -72,17 +72,17 @@ def judge(
     """Ask every contestant the same questions in every unit, and write the page."""
     for done, entry in enumerate(entries):
         progress("judging", done, len(entries))
-        asked = [contest.answers(c, nfes) for contest, c in zip(contests, entry.contestants, strict=True)]
+        asked = [evaluator.answers(c, nfes) for evaluator, c in zip(evaluators, entry.candidates, strict=True)]
         entry.answers = {nfe: [answers[nfe] for answers in asked] for nfe in nfes}
     progress("judging", len(entries), len(entries))
-    outcome = tabulate(entries, nfes, measured=contests[0].thing is not None)
-    said = notes(entries, nfes, measured=contests[0].thing is not None)
-    shown = panels(contests[0].questions, entries, nfes)
+    outcome = tabulate(entries, nfes, measured=evaluators[0].thing is not None)
+    said = notes(entries, nfes, measured=evaluators[0].thing is not None)
+    shown = panels(evaluators[0].questions, entries, nfes)
     write_comparison(report, title, intro, outcome.header, outcome.table, shown, said)
     return outcome
 
 
-def _refuse_unlike(recipes: Sequence[Recipe], loras: Sequence[Path], units: int) -> None:
+def _refuse_unlike(recipes: Sequence[Recipe], loras: Sequence[Path], replicates: int) -> None:
     first, names = recipes[0], [recipe.run_name for recipe in recipes]
     for other in recipes[1:]:
         if any(getattr(other.model, key) != getattr(first.model, key) for key in ("name_or_path", "distilled_by")) or (
@@ -93,51 +93,51 @@ def _refuse_unlike(recipes: Sequence[Recipe], loras: Sequence[Path], units: int)
             )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{' and '.join(twice)} is there twice: give every recipe a run_name of its own.")
-    if units > 1 and lesson_of(first.data.folder) is None:
+    if replicates > 1 and concept_of(first.data.folder) is None:
         raise ValueError(
             f"{first.data.folder} is no pocket lesson, and only of those there are more: leave out --units."
         )
-    if units > 1 and loras:
+    if replicates > 1 and loras:
         raise ValueError("a LoRA file was tuned on one set of pictures: compare it without --units.")
 
 
-def _untouched(contest: Contest, many: bool) -> list[Contestant]:
+def _base_candidates(evaluator: Evaluator, many: bool) -> list[Candidate]:
     """Who needs no training; the parent only where step budgets are compared, and where the checkpoint carries it."""
-    base, floor = Contestant("base", "base"), Contestant("base, other noise", "floor")
-    if contest.thing is None:
+    base, floor = Candidate("base", "base"), Candidate("base, other noise", "floor")
+    if evaluator.thing is None:
         return [base, floor]
-    carried = many and (contest.family.checkpoint.folder / "parent").is_dir()
-    teacher = [Contestant("teacher", "teacher")] if contest.family.teacher_contexts else []
-    return [base, floor, *teacher, *([Contestant("parent", "parent")] if carried else [])]
+    carried = many and (evaluator.family.checkpoint.folder / "parent").is_dir()
+    teacher = [Candidate("teacher", "teacher")] if evaluator.family.teacher_contexts else []
+    return [base, floor, *teacher, *([Candidate("parent", "parent")] if carried else [])]
 
 
-def _on_unit(recipe: Recipe, unit: int) -> Recipe:
+def _on_replicate(recipe: Recipe, replicate: int) -> Recipe:
     """The recipe on its own lesson (unit 0), or on that of the thing so many seeds later, drawn if it is not there."""
-    if unit == 0:
+    if replicate == 0:
         return recipe
-    thing = lesson_of(recipe.data.folder)
+    thing = concept_of(recipe.data.folder)
     assert thing is not None
-    folder = recipe.output_dir / "lessons" / str(thing + unit)
+    folder = recipe.output_dir / "lessons" / str(thing + replicate)
     if not folder.is_dir():
-        write_lesson(folder, thing + unit, pictures=len(list(recipe.data.folder.glob("*.png"))))
+        write_concept(folder, thing + replicate, images=len(list(recipe.data.folder.glob("*.png"))))
     tree = recipe.model_dump()
     data = tree["data"] | {"folder": folder}
-    return parse_recipe(tree | {"data": data, "run_name": f"{recipe.run_name}-{thing + unit}"})
+    return parse_recipe(tree | {"data": data, "run_name": f"{recipe.run_name}-{thing + replicate}"})
 
 
-def _tuned(recipes: Sequence[Recipe], equal: Rule | None, units: int, nfe: int, progress: Progress) -> list[Entry]:
+def _tuned(recipes: Sequence[Recipe], equal: Rule | None, replicates: int, nfe: int, progress: Progress) -> list[Entry]:
     """Each recipe trained in each unit; where asked for, on the budget of the first recipe in that unit."""
     entries = [Entry([]) for _ in recipes]
-    for unit in range(units):
-        budget = _on_unit(recipes[0], unit)
+    for replicate in range(replicates):
+        budget = _on_replicate(recipes[0], replicate)
         for entry, named in zip(entries, recipes, strict=True):
-            recipe = _on_unit(named, unit)
+            recipe = _on_replicate(named, replicate)
             if equal and named is not recipes[0]:
                 recipe = on_budget_of(budget, recipe, equal, nfe, _cost(budget, nfe)["seconds"])
             _train(recipe, progress)
-            entry.contestants.append(Contestant(named.run_name, lora=recipe.result()))
-            entry.cost = {name: entry.cost.get(name, 0) + cost / units for name, cost in _cost(recipe, nfe).items()}
-            if unit == 0 and (found := advise(read_rows(recipe.run_folder / "health.jsonl"))):
+            entry.candidates.append(Candidate(named.run_name, lora=recipe.result()))
+            entry.cost = {name: entry.cost.get(name, 0) + cost / replicates for name, cost in _cost(recipe, nfe).items()}
+            if replicate == 0 and (found := advise(read_rows(recipe.run_folder / "health.jsonl"))):
                 entry.advice = found.sentence
     return entries
 
@@ -161,16 +161,16 @@ def _cost(recipe: Recipe, nfe: int) -> dict[str, float]:
     forwards = len(rows) * forwards_a_step(recipe, nfe)
     return {
         "seconds": sum(r["seconds"] for r in rows),
-        "pictures": sum(r["pictures"] for r in rows),
+        "images": sum(r["images"] for r in rows),
         "forwards": forwards,
     }
 
 
-def _intro(first: Recipe, equal: Rule | None, units: int) -> str:
+def _intro(first: Recipe, equal: Rule | None, replicates: int) -> str:
     budget = f" Each was trained on as many {equal} as {first.run_name}." if equal else ""
-    lessons = (
-        f" Means over {units} things, each with trainings of its own; the pictures are of the first."
-        if units > 1
+    concepts = (
+        f" Means over {replicates} things, each with trainings of its own; the pictures are of the first."
+        if replicates > 1
         else ""
     )
-    return f"Same data, prompts, noise and measures.{budget}{lessons}"
+    return f"Same data, prompts, noise and measures.{budget}{concepts}"

@@ -18,21 +18,21 @@ from torch import Tensor
 
 from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Painter
+from dopsd.diffusion.components import VAE
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import noise_for, paint
-from dopsd.evaluation.benchmarks import SHOWN, Answer, Kind, Questions
+from dopsd.diffusion.sampling import noise_for, generate
+from dopsd.evaluation.benchmarks import SHOWN, BenchmarkResult, Kind, Benchmark
 from dopsd.evaluation.image_distance import distances
 from dopsd.files import read_tensors, sha256_of, write_tensors
-from dopsd.images import cover_crop, open_picture
+from dopsd.images import cover_crop, open_image
 from dopsd.models import load_family
-from dopsd.models.base import Family, cells_of
+from dopsd.models.base import Family, latent_size
 from dopsd.models.folder import is_model
 from dopsd.models.lora import merge_lora
 from dopsd.models.pipeline import deployed_on
-from dopsd.pocket.benchmark import HELD_OUT, Lesson, Parent, lesson_of
-from dopsd.runs.outputs.previews import paint_each
-from dopsd.runs.resolve import family_of, pictures_shown, read_data, resolutions_of, unrelated_prompts
+from dopsd.pocket.benchmark import HELD_OUT, PocketConcept, ManyStepModel, concept_of
+from dopsd.runs.outputs.previews import generate_each
+from dopsd.runs.resolve import family_of, images_shown, read_data, resolutions_of, unrelated_prompts
 
 LAYOUT = 1  # part of every key: raise it when the same question would be answered otherwise
 TARGETS = 16  # pictures of the data that neutral prompts are held against
@@ -41,7 +41,7 @@ NEUTRAL_SEEDS = (960_000, 960_001)  # a neutral prompt is painted from both
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """A model. base: untouched; floor: untouched, on other noise; teacher: untouched, with a picture in its context;
     parent: what it was distilled from; tuned: with this LoRA."""
 
@@ -54,57 +54,57 @@ class Contestant:
 
 
 
-class Contest:
+class Evaluator:
     """A recipe's model, the questions on its data, and the folder of answers."""
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.family = family_of(recipe)
         self._weights = self.family.checkpoint.mark(recipe.model.distilled_by)
-        self.thing = lesson_of(recipe.data.folder)
+        self.thing = concept_of(recipe.data.folder)
         self._folder, self._device, self._dtype = folder, *deployed_on()
-        kind = Pictures if self.thing is None else Lesson
-        self.questions: Questions = kind(recipe, self.family, self._device, self._dtype)
+        kind = Images if self.thing is None else PocketConcept
+        self.questions: Benchmark = kind(recipe, self.family, self._device, self._dtype)
 
-    def answers(self, contestant: Contestant, nfes: Sequence[int]) -> dict[int, Answer]:
+    def answers(self, candidate: Candidate, nfes: Sequence[int]) -> dict[int, BenchmarkResult]:
         """At each number of forwards; asks only what is not there."""
-        files = {nfe: self._folder / f"{self._key(contestant, nfe)}.safetensors" for nfe in nfes}
+        files = {nfe: self._folder / f"{self._key(candidate, nfe)}.safetensors" for nfe in nfes}
         if missing := [nfe for nfe in nfes if not files[nfe].is_file()]:
-            velocity = self._velocity(contestant)
+            velocity = self._velocity(candidate)
             for nfe in missing:
-                _write(files[nfe], self.questions.ask(velocity, nfe, contestant.kind))
+                _write(files[nfe], self.questions.ask(velocity, nfe, candidate.kind))
         return {nfe: _read(file) for nfe, file in files.items()}
 
-    def _velocity(self, contestant: Contestant) -> Velocity:
-        if contestant.kind == "parent":
-            untold = self.family.load_reader(self._device, self._dtype, pictures=False).context([""])
-            return Parent(self.family.checkpoint.folder, untold)
-        if contestant.lora and is_model(contestant.lora):
-            return load_family(str(contestant.lora)).load_denoiser(self._device, self._dtype)
+    def _velocity(self, candidate: Candidate) -> Velocity:
+        if candidate.kind == "parent":
+            unconditional = self.family.load_text_encoder(self._device, self._dtype, images=False).context([""])
+            return ManyStepModel(self.family.checkpoint.folder, unconditional)
+        if candidate.lora and is_model(candidate.lora):
+            return load_family(str(candidate.lora)).load_denoiser(self._device, self._dtype)
         denoiser = self.family.load_denoiser(self._device, self._dtype)
-        if contestant.lora:
-            merge_lora(denoiser.network, contestant.lora, self.family)
+        if candidate.lora:
+            merge_lora(denoiser.network, candidate.lora, self.family)
         return denoiser
 
-    def _key(self, contestant: Contestant, nfe: int) -> str:
-        lora = contestant.lora
+    def _key(self, candidate: Candidate, nfe: int) -> str:
+        lora = candidate.lora
         if lora and is_model(lora):
             lora = [sha256_of(file) for file in sorted((lora / self.family.export_prefix).glob("*.safetensors"))]
         elif lora:
             lora = sha256_of(lora)
-        parts = [LAYOUT, self._weights, contestant.kind, lora, nfe, self.questions.about]
+        parts = [LAYOUT, self._weights, candidate.kind, lora, nfe, self.questions.about]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 
 
-class Pictures:
+class Images:
     """The recipe's prompts, shown; and neutral prompts (captions without the trigger word, and prompts that have
     nothing to do with the data), of which each picture's distance to the nearest training picture is measured."""
 
     def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
         listing = read_data(recipe)
         self._family, self._device, self._dtype = family, device, dtype
-        self._wanted = pictures_shown(recipe, family, listing)
+        self._wanted = images_shown(recipe, family, listing)
         self._side = max(resolutions_of(recipe, family))
         trigger = recipe.data.trigger
         plain = [" ".join(e.caption.replace(trigger, " ").split()) for e in listing.examples] if trigger else []
@@ -113,10 +113,10 @@ class Pictures:
         count = min(TARGETS, len(examples))
         self._targets = [examples[index * len(examples) // count].path for index in range(count)]
         asked = [
-            [each.prompt, each.seed, list(each.cells), [sha256_of(path) for path in each.references]]
+            [each.prompt, each.seed, list(each.latent_shape), [sha256_of(path) for path in each.references]]
             for each in self._wanted
         ]
-        self.about = ["pictures", asked, self._side, self._neutral, [sha256_of(path) for path in self._targets]]
+        self.about = ["images", asked, self._side, self._neutral, [sha256_of(path) for path in self._targets]]
         self.captions: Mapping[str, tuple[str, ...]] = {
             "The recipe's prompts": tuple(each.prompt for each in self._wanted),
             "Prompts that name nothing of the data": tuple(self._neutral[:SHOWN]),
@@ -126,48 +126,48 @@ class Pictures:
     @cached_property
     def _contexts(self) -> tuple[list[Context], list[Context]]:
         """Read when something is asked for the first time; the reader leaves memory at once."""
-        reader = self._family.load_reader(self._device, self._dtype, pictures=False)
-        return [each.read(reader) for each in self._wanted], [reader.context([prompt]) for prompt in self._neutral]
+        text_encoder = self._family.load_text_encoder(self._device, self._dtype, images=False)
+        return [each.read(text_encoder) for each in self._wanted], [text_encoder.context([prompt]) for prompt in self._neutral]
 
     @cached_property
-    def _painter(self) -> Painter:
-        return self._family.load_painter(self._device, torch.float32)
+    def _vae(self) -> VAE:
+        return self._family.load_vae(self._device, torch.float32)
 
-    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> Answer:
+    def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> BenchmarkResult:
         wanted, neutral = self._contexts
         aside = HELD_OUT if kind == "floor" else 0
-        noises = [noise_for([each.seed + aside], *each.cells) for each in self._wanted]
-        schedules = [self._family.schedule(nfe, *each.cells[1:]) for each in self._wanted]
-        shown = paint_each(velocity, wanted, self._painter, schedules, noises, self._device)
-        cells = cells_of(self._family, self._side, self._side)
+        noises = [noise_for([each.seed + aside], *each.latent_shape) for each in self._wanted]
+        schedules = [self._family.schedule(nfe, *each.latent_shape[1:]) for each in self._wanted]
+        shown = generate_each(velocity, wanted, self._vae, schedules, noises, self._device)
+        latent_shape = latent_size(self._family, self._side, self._side)
         context = Context.stack([context for context in neutral for _ in NEUTRAL_SEEDS]).to(self._device)
-        noise = noise_for([seed + aside for _ in neutral for seed in NEUTRAL_SEEDS], self._family.channels, *cells)
-        plain = paint(velocity, self._painter, self._family.schedule(nfe, *cells), context, noise)
+        noise = noise_for([seed + aside for _ in neutral for seed in NEUTRAL_SEEDS], self._family.channels, *latent_shape)
+        plain = generate(velocity, self._vae, self._family.schedule(nfe, *latent_shape), context, noise)
         far = [distances(plain.numpy(), np.asarray(target)) for target in self._cropped()]
         nearest = np.min(far, axis=0)
         shown_plain = list(plain[:: len(NEUTRAL_SEEDS)][:SHOWN])
-        return Answer(
+        return BenchmarkResult(
             {"others_error": nearest.reshape(len(neutral), -1)},
             dict(zip(self.captions, (shown, shown_plain), strict=True)),
         )
 
     def _cropped(self) -> Iterator[Any]:
         for path in self._targets:
-            yield cover_crop(open_picture(path), (self._side, self._side))
+            yield cover_crop(open_image(path), (self._side, self._side))
 
 
-def _write(file: Path, answer: Answer) -> None:
+def _write(file: Path, answer: BenchmarkResult) -> None:
     values = {f"value/{name}": torch.from_numpy(np.asarray(each, dtype=float)) for name, each in answer.values.items()}
-    pictures = {f"{topic}/{k:02d}": p for topic, each in answer.pictures.items() for k, p in enumerate(each)}
-    write_tensors(file, values | pictures)
+    images = {f"{topic}/{k:02d}": p for topic, each in answer.images.items() for k, p in enumerate(each)}
+    write_tensors(file, values | images)
 
 
-def _read(file: Path) -> Answer:
-    values, pictures = {}, {}
+def _read(file: Path) -> BenchmarkResult:
+    values, images = {}, {}
     for name, tensor in sorted(read_tensors(file).items()):
         topic, _, rest = name.rpartition("/")
         if topic == "value":
             values[rest] = tensor.numpy()
         else:
-            pictures.setdefault(topic, []).append(tensor)
-    return Answer(values, pictures)
+            images.setdefault(topic, []).append(tensor)
+    return BenchmarkResult(values, images)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from dopsd.evaluation.benchmarks import Answer, Questions
+from dopsd.evaluation.benchmarks import BenchmarkResult, Benchmark
 from dopsd.evaluation.pages import Panel
 from dopsd.evaluation.statistics import Interval, bootstrap, paired
-from dopsd.images import to_images
-from dopsd.runs.comparison.evaluate import Contestant
+from dopsd.images import to_pil
+from dopsd.runs.comparison.evaluate import Candidate
 
-MEASURES = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
+METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
 KEPT = ("bleed", "sharpness", "speckle", "attributes")  # read on other prompts; the teacher's row has none
 BLEED, OTHERS = "bleed", "others_error"  # bleed: how much lower than the base's this is
 
@@ -34,18 +34,18 @@ class Entry:
     """A line-up of one contestant in every unit: what its tuning cost (mean over units), and its answers by number of
     forwards, unit by unit."""
 
-    contestants: list[Contestant]
+    candidates: list[Candidate]
     cost: dict[str, float] = field(default_factory=dict)  # seconds, pictures, forwards
     advice: str | None = None
-    answers: dict[int, list[Answer]] = field(default_factory=dict)
+    answers: dict[int, list[BenchmarkResult]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return self.contestants[0].name
+        return self.candidates[0].name
 
-    def values(self, nfe: int, measure: str) -> np.ndarray | None:
+    def values(self, nfe: int, metric: str) -> np.ndarray | None:
         """Of every question, [N, units or seeds]; None where this contestant is not asked."""
-        parts = [answer.values[measure] for answer in self.answers[nfe]]
+        parts = [answer.values[metric] for answer in self.answers[nfe]]
         columns = [part[:, None] if part.ndim == 1 else part for part in parts]
         return np.concatenate(columns, axis=1) if len(parts[0]) else None
 
@@ -53,19 +53,19 @@ class Entry:
 def tabulate(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> Outcome:
     """A row a model and number of forwards: each measure, and by how much it differs from the untouched model's at the
     same number, give or take half the 95% interval of the paired difference. measured: on a pocket lesson."""
-    measures = MEASURES if measured else (BLEED,)
+    metrics = METRICS if measured else (BLEED,)
     many = len(nfes) > 1
-    header = ["model", *(["NFE"] if many else []), *measures, "seconds", "pictures", "forwards"]
+    header = ["model", *(["NFE"] if many else []), *metrics, "seconds", "images", "forwards"]
     base, table, numbers = entries[0], [], {}
     for entry in entries:
         cost = [f"{entry.cost[name]:.0f}" if entry.cost else "-" for name in header[-3:]]
         found: dict[str, Any] = {}
         for nfe in nfes:
-            scores = {measure: _score(entry, base, nfe, measure) for measure in measures}
-            cells = [_cell(score, entry is base, measure) for measure, score in scores.items()]
+            scores = {metric: _score(entry, base, nfe, metric) for metric in metrics}
+            cells = [_cell(score, entry is base, metric) for metric, score in scores.items()]
             table.append([entry.name, *([str(nfe)] if many else []), *cells, *cost])
-            found[str(nfe)] = {measure: score and score.as_numbers() for measure, score in scores.items()}
-        kind = entry.contestants[0].kind
+            found[str(nfe)] = {metric: score and score.as_numbers() for metric, score in scores.items()}
+        kind = entry.candidates[0].kind
         numbers[entry.name] = {
             "kind": kind,
             "nfe": found,
@@ -81,45 +81,45 @@ class _Score:
 
     value: Interval
     difference: Interval
-    units: list[float]
+    replicates: list[float]
 
     def as_numbers(self) -> dict[str, Any]:
-        return {**self.value._asdict(), "difference": self.difference._asdict(), "units": self.units}
+        return {**self.value._asdict(), "difference": self.difference._asdict(), "replicates": self.replicates}
 
 
-def _score(entry: Entry, base: Entry, nfe: int, measure: str) -> _Score | None:
-    mine = entry.values(nfe, OTHERS if measure == BLEED else measure)
-    theirs = base.values(nfe, OTHERS if measure == BLEED else measure)
+def _score(entry: Entry, base: Entry, nfe: int, metric: str) -> _Score | None:
+    mine = entry.values(nfe, OTHERS if metric == BLEED else metric)
+    theirs = base.values(nfe, OTHERS if metric == BLEED else metric)
     if mine is None or theirs is None:
         return None
-    if measure == BLEED:  # a difference already
+    if metric == BLEED:  # a difference already
         mine, theirs = theirs - mine, np.zeros_like(mine)
     return _Score(bootstrap(mine), paired(mine, theirs), [float(np.nanmean(column)) for column in mine.T])
 
 
-def _cell(score: _Score | None, is_base: bool, measure: str) -> str:
+def _cell(score: _Score | None, is_base: bool, metric: str) -> str:
     if score is None:
         return "-"
     value = f"{score.value.value:.3f}"
     difference = score.difference
     if is_base:
-        return "0" if measure == BLEED else value
+        return "0" if metric == BLEED else value
     give_or_take = f"±{(difference.high - difference.low) / 2:.3f}"
-    return f"{value}{give_or_take}" if measure == BLEED else f"{value} {difference.value:+.3f}{give_or_take}"
+    return f"{value}{give_or_take}" if metric == BLEED else f"{value} {difference.value:+.3f}{give_or_take}"
 
 
-def panels(questions: Questions, entries: Sequence[Entry], nfes: Sequence[int]) -> list[Panel]:
+def panels(questions: Benchmark, entries: Sequence[Entry], nfes: Sequence[int]) -> list[Panel]:
     """A grid for each topic and number of forwards, of the first unit; nobody is shown on other noise."""
-    shown = [entry for entry in entries if entry.contestants[0].kind != "floor"]
+    shown = [entry for entry in entries if entry.candidates[0].kind != "floor"]
     found = []
     for topic, captions in questions.captions.items():
         for nfe in nfes:
-            rows = [(entry.name, entry.answers[nfe][0].pictures.get(topic, ())) for entry in shown]
+            rows = [(entry.name, entry.answers[nfe][0].images.get(topic, ())) for entry in shown]
             wanted = questions.truth.get(topic)
             rows = [*([("how it should look", wanted)] if wanted else []), *(row for row in rows if row[1])]
             title = f"{topic}, NFE {nfe}" if len(nfes) > 1 else topic
-            images = tuple((name, tuple(i for p in pictures for i in to_images(p[None]))) for name, pictures in rows)
-            found.append(Panel(title, captions, images))
+            pil_rows = tuple((name, tuple(i for p in images for i in to_pil(p[None]))) for name, images in rows)
+            found.append(Panel(title, captions, pil_rows))
     return found
 
 
@@ -132,27 +132,27 @@ def notes(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> list
     ]
     if not measured:
         return [*said, "bleed: by how much pictures of prompts that name nothing of the data are nearer to the nearest "
-                "training picture than the untouched model's (0 to 1; 0 is none).", *_advice(entries)]  # fmt: skip
+                "training picture than the untouched model's (0 to 1; 0 is none).", *_advice(entries)]
     said += [
         "thing_error (lower is better) and thing_hit (higher) compare 24 unseen scenes with the true thing; bleed is "
         "by how much thing_error falls, against the untouched model, where the prompt gives another name or none; "
         "sharpness, speckle (lower) and attributes are read on 96 unrelated prompts.",
         "The teacher is the untouched model with one of the pictures in its context: what D-OPSD learns from.",
     ]
-    if any(entry.contestants[0].kind == "parent" for entry in entries):
+    if any(entry.candidates[0].kind == "parent" for entry in entries):
         said.append(
             "The parent is the many-step model that it was distilled from, under guidance: two forwards a step."
         )
     nfe = nfes[-1]
     shares = []
     for entry in entries:
-        if entry.contestants[0].kind == "tuned":
-            learned, bled = (_score(entry, entries[0], nfe, measure) for measure in ("thing_error", BLEED))
+        if entry.candidates[0].kind == "tuned":
+            learned, bled = (_score(entry, entries[0], nfe, metric) for metric in ("thing_error", BLEED))
             if learned and bled and learned.difference.high < 0:
                 shares.append(f"{entry.name} {-bled.value.value / learned.difference.value:.0%}")
     if shares:
         said.append(f"Of what was learned under the thing's name, at {nfe} forwards this also shows under others: "
-                    f"{', '.join(shares)}.")  # fmt: skip
+                    f"{', '.join(shares)}.")
     return [*said, *_advice(entries)]
 
 

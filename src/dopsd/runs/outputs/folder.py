@@ -146,7 +146,7 @@ class Metrics(Rows):
             **report.log,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
-            "pictures": report.pictures,
+            "images": report.images,
             "seconds": round(report.seconds, 4),
         }
         if report.skipped:

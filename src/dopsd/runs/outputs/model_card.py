@@ -12,7 +12,7 @@ from dopsd.files import write_text
 from dopsd.models.base import Usage
 
 HUB_LICENCES = ("apache-2.0", "cc-by-nc-4.0", "openrail++")
-TOLD = {
+LABELS = {
     "distilled_by": "the base is made a few-step model by",
     "method": "method",
     "method_settings": "its settings",
@@ -21,7 +21,7 @@ TOLD = {
     "ss_learning_rate": "learning rate",
     "ss_steps": "steps",
     "ss_seed": "seed",
-    "pictures": "pictures",
+    "images": "images",
     "data_sha256": "data (hash of pictures and captions)",
     "parent_adapter_sha256": "went on from the LoRA",
     "trained_on": "trained on the weights of",
@@ -35,10 +35,10 @@ def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: 
     base is painted with."""
     samples = f"samples/step-{step:06d}"
     preview = json.loads((recipe.run_folder / samples / "preview.json").read_text(encoding="utf-8"))
-    shown = [(each["prompt"], f"{index}_{each['seed']}.png") for index, each in enumerate(preview["pictures"])]
-    edited = preview["pictures"][0]["references"]
+    shown = [(each["prompt"], f"{index}_{each['seed']}.png") for index, each in enumerate(preview["images"])]
+    edited = preview["images"][0]["references"]
     kind = "image-to-image" if edited else "text-to-image"
-    pictures = f", image=[Image.open(path) for path in {json.dumps(edited)}]" if edited else ""
+    images = f", image=[Image.open(path) for path in {json.dumps(edited)}]" if edited else ""
     widget = [{"text": prompt, "output": {"url": f"{samples}/student_{file}"}} for prompt, file in shown]
     head: dict[str, Any] = {
         "base_model": metadata["base_model"],
@@ -54,7 +54,7 @@ def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: 
     base = base if "/" in base else f"path/to/{base}"  # a local folder: its name is all that the file may say
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     rows = [f"| {_cell(p)} | ![]({samples}/base_{f}) | ![]({samples}/student_{f}) |" for p, f in shown]
-    facts = [f"| {words} | {_cell(metadata[key])} |" for key, words in TOLD.items() if key in metadata]
+    facts = [f"| {words} | {_cell(metadata[key])} |" for key, words in LABELS.items() if key in metadata]
     imports = ["import torch", "from diffusers import DiffusionPipeline", *usage.imports]
     imports += ["from PIL import Image"] if edited else []
     lora, result = recipe.adapter == "lora", recipe.result().name
@@ -89,7 +89,7 @@ Same noise in a row.
 
 {chr(10).join(opened)}
 prompt = {json.dumps(shown[0][0], ensure_ascii=False)}
-picture = pipeline(prompt=prompt{pictures}, {usage.arguments}).images[0]
+picture = pipeline(prompt=prompt{images}, {usage.arguments}).images[0]
 ```
 
 ## Training

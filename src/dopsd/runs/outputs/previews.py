@@ -11,46 +11,46 @@ from PIL import Image
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Painter, Reader
+from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import Noise, noise_for, paint
+from dopsd.diffusion.sampling import Noise, noise_for, generate
 from dopsd.files import atomic_path, write_json
-from dopsd.images import cover_crop, grid, open_picture, to_images
+from dopsd.images import cover_crop, grid, open_image, to_pil
 from dopsd.methods.base import Roles
-from dopsd.runs.resolve import Wanted
+from dopsd.runs.resolve import PreviewPrompt
 
 
 @dataclass(frozen=True)
 class Preview:
     """What is wanted, read; its noise; `privileged` where the teacher sees a picture with it."""
 
-    wanted: Wanted
+    wanted: PreviewPrompt
     context: Context
     privileged: Context | None
     noise: Noise
 
 
-def read_previews(wanted: Sequence[Wanted], reader: Reader, pictures: Sequence[Image.Image]) -> tuple[Preview, ...]:
+def read_previews(wanted: Sequence[PreviewPrompt], text_encoder: TextEncoder, images: Sequence[Image.Image]) -> tuple[Preview, ...]:
     """Read the prompts, and for the teacher each with one of the pictures in turn (none: the teacher has no row)."""
     previews = []
     for index, each in enumerate(wanted):
-        seeing = each.read(reader, pictures[index % len(pictures)]) if pictures else None
-        previews.append(Preview(each, each.read(reader), seeing, noise_for([each.seed], *each.cells)))
+        seeing = each.read(text_encoder, images[index % len(images)]) if images else None
+        previews.append(Preview(each, each.read(text_encoder), seeing, noise_for([each.seed], *each.latent_shape)))
     return tuple(previews)
 
 
-def paint_previews(
+def generate_previews(
     folder: Path,
     previews: Sequence[Preview],
     roles: Roles,
-    painter: Painter,
+    vae: VAE,
     schedule_for: Callable[[int, int], Schedule],
     device: torch.device,
 ) -> None:
     """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json`: the roles, and of each picture
     prompt, seed, names of its references, and sigmas."""
-    schedules = [schedule_for(*preview.noise.cells[1:]) for preview in previews]
+    schedules = [schedule_for(*preview.noise.latent_shape[1:]) for preview in previews]
     texts = [preview.context for preview in previews]
     seeing = [preview.privileged for preview in previews if preview.privileged]
     rows: dict[str, tuple[Velocity, Sequence[Context]]] = {"base": (roles.base, texts)}
@@ -58,7 +58,7 @@ def paint_previews(
         rows["teacher"] = (roles.teacher, seeing)
     rows["student"] = (roles.student, texts)
     noises = [preview.noise for preview in previews]
-    pictures = {role: paint_each(*row, painter, schedules, noises, device) for role, row in rows.items()}
+    images = {role: generate_each(*row, vae, schedules, noises, device) for role, row in rows.items()}
     about = [
         {
             "prompt": preview.wanted.prompt,
@@ -70,30 +70,30 @@ def paint_previews(
     ]
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        for role, row in pictures.items():
-            for index, (preview, picture) in enumerate(zip(previews, row, strict=True)):
-                to_images(picture[None])[0].save(temporary / f"{role}_{index}_{preview.wanted.seed}.png")
-        grid(list(pictures.values())).save(temporary / "grid.png")
-        write_json(temporary / "preview.json", {"rows": list(rows), "pictures": about})
+        for role, row in images.items():
+            for index, (preview, image) in enumerate(zip(previews, row, strict=True)):
+                to_pil(image[None])[0].save(temporary / f"{role}_{index}_{preview.wanted.seed}.png")
+        grid(list(images.values())).save(temporary / "grid.png")
+        write_json(temporary / "preview.json", {"rows": list(rows), "images": about})
 
 
-def paint_each(
+def generate_each(
     velocity: Velocity,
     contexts: Sequence[Context],
-    painter: Painter,
+    vae: VAE,
     schedules: Sequence[Schedule],
     noises: Sequence[Noise],
     device: torch.device,
 ) -> list[torch.Tensor]:
     """Each picture, uint8 [H, W, 3]; those of one size, with contexts of one layout, are painted together."""
-    painted: dict[int, torch.Tensor] = {}
-    kinds = [(noise.cells, context.layout) for noise, context in zip(noises, contexts, strict=True)]
+    generated: dict[int, torch.Tensor] = {}
+    kinds = [(noise.latent_shape, context.layout) for noise, context in zip(noises, contexts, strict=True)]
     for kind in dict.fromkeys(kinds):
-        cells, same = kind[0], [index for index, each in enumerate(kinds) if each == kind]
+        latent_shape, same = kind[0], [index for index, each in enumerate(kinds) if each == kind]
         context = Context.stack([contexts[index] for index in same]).to(device)
-        noise = Noise(tuple(seed for index in same for seed in noises[index].seeds), cells)
-        painted |= zip(same, paint(velocity, painter, schedules[same[0]], context, noise), strict=True)
-    return [painted[index] for index in range(len(noises))]
+        noise = Noise(tuple(seed for index in same for seed in noises[index].seeds), latent_shape)
+        generated |= zip(same, generate(velocity, vae, schedules[same[0]], context, noise), strict=True)
+    return [generated[index] for index in range(len(noises))]
 
 
 EXAMPLES = 3  # pictures of the data that the report shows
@@ -108,11 +108,11 @@ def _show_examples(recipe: Recipe, rows: Sequence[Row]) -> None:
 
 def _example(row: Row) -> Image.Image:
     """The picture as it is cut; beside it, first, those that it is edited from, no larger."""
-    pictures = [*map(open_picture, row.example.references), _crop(row)]
-    for picture in pictures:
-        picture.thumbnail(row.size)
-    return grid([[torch.from_numpy(np.array(picture)) for picture in pictures]])
+    images = [*map(open_image, row.example.references), _crop(row)]
+    for image in images:
+        image.thumbnail(row.size)
+    return grid([[torch.from_numpy(np.array(image)) for image in images]])
 
 
 def _crop(row: Row) -> Image.Image:
-    return cover_crop(open_picture(row.example.path), row.size)
+    return cover_crop(open_image(row.example.path), row.size)

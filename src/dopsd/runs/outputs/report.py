@@ -36,11 +36,11 @@ def write_report(run: Path) -> Path:
     group = math.ceil(len(metrics) / POINTS)
     thinning = [f"Each point is the mean of {group} steps."] if group > 1 else []
     sections = [
-        *_picture_sections(previews),
+        *_image_sections(previews),
         *_health_sections(run / "health.jsonl"),
         *_data_sections(run, data),
         _Section("Curves", words=thinning, curves=curves_of(metrics)),
-        _Section("Sampler", words=[_walk_in_words(walk) for preview in previews[-1:] for walk in preview.walks]),
+        _Section("Sampler", words=[_describe_sigmas(sample) for preview in previews[-1:] for sample in preview.rollouts]),
         _Section("Recipe", text=recipe),
         _Section("Environment", rows=[(key, str(value)) for key, value in environment.items()]),
         _Section("Refused pictures", rows=[(name, why.replace(folder, "")) for name, why in refused]),
@@ -58,8 +58,8 @@ class _Preview:
 
     step: int
     titles: tuple[str, ...]
-    pictures: Mapping[str, tuple[Image.Image, ...]]
-    walks: tuple[tuple[float, ...], ...]
+    images: Mapping[str, tuple[Image.Image, ...]]
+    rollouts: tuple[tuple[float, ...], ...]
 
 
 def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
@@ -98,32 +98,32 @@ def _read_previews(folder: Path) -> list[_Preview]:
     for path in sorted(folder.glob("step-*/preview.json")):
         said = json.loads(path.read_text(encoding="utf-8"))
         files = {role: list(path.parent.glob(f"{role}_*_*.png")) for role in ROLES if role in said["rows"]}
-        if any(len(row) != len(said["pictures"]) for row in files.values()):
+        if any(len(row) != len(said["images"]) for row in files.values()):
             continue
         for row in files.values():
             row.sort(key=lambda file: int(file.stem.split("_")[1]))
-        titles = tuple(f"{picture['prompt']} (seed {picture['seed']})" for picture in said["pictures"])
-        pictures = {role: tuple(Image.open(file).convert("RGB") for file in row) for role, row in files.items()}
+        titles = tuple(f"{image['prompt']} (seed {image['seed']})" for image in said["images"])
+        images = {role: tuple(Image.open(file).convert("RGB") for file in row) for role, row in files.items()}
         step = int(path.parent.name.removeprefix("step-"))
-        walks = tuple(dict.fromkeys(tuple(picture["sigmas"]) for picture in said["pictures"]))
-        previews.append(_Preview(step, titles, pictures, walks))
+        rollouts = tuple(dict.fromkeys(tuple(image["sigmas"]) for image in said["images"]))
+        previews.append(_Preview(step, titles, images, rollouts))
     return previews
 
 
-def _picture_sections(previews: Sequence[_Preview]) -> list[_Section]:
+def _image_sections(previews: Sequence[_Preview]) -> list[_Section]:
     """First and last preview, a panel for each prompt; then the student at every step, when there are more."""
     if not previews:
         return []
-    roles, titles = tuple(previews[-1].pictures), previews[-1].titles
+    roles, titles = tuple(previews[-1].images), previews[-1].titles
     ends = {f"{'after' if end.step else 'before'}, step {end.step}": end for end in (previews[0], previews[-1])}
     panels = []
     for column, title in enumerate(titles):
-        rows = tuple((when, tuple(end.pictures[role][column] for role in roles)) for when, end in ends.items())
+        rows = tuple((when, tuple(end.images[role][column] for role in roles)) for when, end in ends.items())
         panels.append(Panel(title, roles, rows))
     words = f"{', '.join(ROLES[role] for role in roles)}. Pictures of one prompt start from the same noise."
     sections = [_Section("Before and after" if len(ends) > 1 else "Preview", words=[words], panels=panels)]
     if len(previews) > 2:
-        rows = tuple((f"step {preview.step}", preview.pictures["student"]) for preview in previews)
+        rows = tuple((f"step {preview.step}", preview.images["student"]) for preview in previews)
         sections.append(
             _Section("The student on its way", panels=[Panel("Same prompts and noise, step by step", titles, rows)])
         )
@@ -135,15 +135,15 @@ def _data_sections(run: Path, data: Mapping[str, Any] | None) -> list[_Section]:
     if data is None:
         return []
     rows = [
-        ("pictures", str(data["pictures"])),
+        ("images", str(data["images"])),
         *([("edited from references", f"{data['edited']}; below they stand first")] if data.get("edited") else []),
         ("captions from", data["source"]),
         *((f"at {size}", str(count)) for size, count in data["buckets"].items()),
         ("hash of pictures and captions", data["sha256"]),
     ]
     captions, files = tuple(data["examples"]), sorted(run.glob("samples/data-*.png"))
-    pictures = tuple(Image.open(file).convert("RGB") for file in files[: len(captions)])
-    return [_Section("Data", rows=rows, panels=[Panel("Examples, as they were cut", captions, (("", pictures),))])]
+    images = tuple(Image.open(file).convert("RGB") for file in files[: len(captions)])
+    return [_Section("Data", rows=rows, panels=[Panel("Examples, as they were cut", captions, (("", images),))])]
 
 
 def _health_sections(path: Path) -> list[_Section]:
@@ -156,7 +156,7 @@ def _health_sections(path: Path) -> list[_Section]:
         (name, *(f"{rows[-1][name][key]:.3g}" for key in ("value", "error", "limit", "floor")),
          "healthy" if rows[-1][name]["healthy"] else "unhealthy")
         for name in names
-    ]  # fmt: skip
+    ]
     flat = [{"step": row["step"]} | {name: row[name]["value"] for name in names} for row in rows]
     words = f"Against the untouched model (1 = the same), on unrelated prompts, after step {rows[-1]['step']}."
     header = ("measure", "value", "standard error", "limit", "noise floor", "verdict")
@@ -174,8 +174,8 @@ def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str,
         "licence of the base": environment.get("licence_of_base"),
         "steps": metrics[-1]["step"],
         "steps skipped": sum(1 for row in metrics if row.get("skipped")) or None,
-        "pictures": environment.get("pictures"),
-        "pictures seen, with repeats": sum(int(row["pictures"] or 0) for row in metrics),
+        "images": environment.get("images"),
+        "pictures seen, with repeats": sum(int(row["images"] or 0) for row in metrics),
         "training time": f"{sum(seconds):.0f} s" if sum(seconds) < 600 else f"{sum(seconds) / 60:.0f} min",
         "a step (median)": f"{median(seconds):.3g} s",
         "device": environment.get("device"),
@@ -183,6 +183,6 @@ def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str,
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def _walk_in_words(sigmas: Sequence[float]) -> str:
+def _describe_sigmas(sigmas: Sequence[float]) -> str:
     times = " → ".join(f"{sigma:.3g}" for sigma in sigmas)
     return f"{len(sigmas) - 1} forwards of the network for a picture, at these shares of noise: {times}."

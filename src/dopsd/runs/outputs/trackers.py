@@ -31,7 +31,7 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log({f"{group}/{name}": float(value) for name, value in values.items()}, step=step)
 
-    def picture(self, name: str, path: Path, step: int) -> None:
+    def image(self, name: str, path: Path, step: int) -> None:
         """Tell a picture file."""
         for tracker in self._trackers:
             image = Image.open(path).convert("RGB")
