@@ -4,9 +4,10 @@
     python benchmarks/claim.py run        # 10 things x 1 seed and 2 things x 3 seeds, at the swept rates
     python benchmarks/claim.py write      # docs/results.md from the numbers
 
-Numbers go to docs/results.json as they come; a unit that is there is not measured again. D-OPSD trains STEPS steps of
-BATCH pictures. SFT is looked at after equally many pictures, after equal wall time, and at its first evaluation whose
-thing_error is D-OPSD's or less (cap: 4 times D-OPSD's wall time, else "never").
+Numbers go to docs/results.json as they come; a unit that is there is not measured again. D-OPSD
+trains STEPS steps of BATCH images. SFT is looked at after equally many images, after equal wall
+time, and at its first evaluation whose thing_error is D-OPSD's or less (cap: 4 times D-OPSD's wall
+time, else "never").
 """
 
 import json
@@ -72,7 +73,11 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
 
 
 def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float) -> dict[str, Any]:
-    looks: dict[str, Any] = {"sft_equal_pictures": None, "sft_equal_wall": None, "sft_first_match": None}
+    looks: dict[str, Any] = {
+        "sft_equal_pictures": None,
+        "sft_equal_wall": None,
+        "sft_first_match": None,
+    }
     best = float("inf")
     for step, seconds, velocity in bench.train(SFT(), rate, seed, max_steps=100_000):
         at = {"seconds": seconds, "steps": step}
@@ -96,8 +101,12 @@ def sweep_unit(replicate: Unit) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(replicate.thing, Path(folder))
         method: Method = DOPSD() if replicate.method == "dopsd" else SFT()
-        replicates = DOPSD().forwards(bench.family.default_nfe) / method.forwards(bench.family.default_nfe)
-        *_, (_, seconds, velocity) = bench.train(method, replicate.rate, replicate.seed, round(STEPS * replicates))
+        replicates = DOPSD().forwards(bench.family.default_nfe) / method.forwards(
+            bench.family.default_nfe
+        )
+        *_, (_, seconds, velocity) = bench.train(
+            method, replicate.rate, replicate.seed, round(STEPS * replicates)
+        )
         return bench.exam(velocity) | {
             "method": replicate.method,
             "thing": replicate.thing,
@@ -108,7 +117,8 @@ def sweep_unit(replicate: Unit) -> dict[str, Any]:
 
 @app.command()
 def sweep(workers: int = 2) -> None:
-    """Try the three rates of each method on three other things; the rate with the lowest mean thing_error is kept."""
+    """Try the three rates of each method on three other things; the rate with the lowest mean
+    thing_error is kept."""
     results = _results()
     have = {(row["method"], row["thing"], row["rate"]) for row in results["sweep"]}
     replicates = [
@@ -122,8 +132,11 @@ def sweep(workers: int = 2) -> None:
         for row in pool.map(sweep_unit, replicates):
             results["sweep"].append(row)
             write_json(RESULTS, results)
-            print(f"{row['method']} rate={row['rate']:g} thing={row['thing']} thing_error={row['thing_error']:.4f} "
-                  f"sharpness={row['sharpness']:.3f} attributes={row['attributes']:.3f}", flush=True)
+            print(
+                f"{row['method']} rate={row['rate']:g} thing={row['thing']} thing_error={row['thing_error']:.4f} "
+                f"sharpness={row['sharpness']:.3f} attributes={row['attributes']:.3f}",
+                flush=True,
+            )
     print("chosen:", chosen_rates(results))
 
 
@@ -131,7 +144,9 @@ def chosen_rates(results: dict[str, Any]) -> dict[str, float]:
     """The rate of each method with the lowest mean thing_error over the sweep's things."""
 
     def mean(method: str, rate: float) -> float:
-        rows = [r["thing_error"] for r in results["sweep"] if (r["method"], r["rate"]) == (method, rate)]
+        rows = [
+            r["thing_error"] for r in results["sweep"] if (r["method"], r["rate"]) == (method, rate)
+        ]
         return float(np.mean(rows)) if rows else float("inf")
 
     return {method: min(RATES, key=lambda rate: mean(method, rate)) for method in ("dopsd", "sft")}
@@ -143,7 +158,9 @@ def run(workers: int = 2, most: int = 100) -> None:
     results = _results()
     rates = chosen_rates(results)
     have = {(row["thing"], row["seed"]) for row in results["claim"]}
-    wanted = [(thing, 0) for thing in THINGS] + [(thing, seed) for thing in REPEATED for seed in SEEDS[1:]]
+    wanted = [(thing, 0) for thing in THINGS] + [
+        (thing, seed) for thing in REPEATED for seed in SEEDS[1:]
+    ]
     replicates = [replicate for replicate in wanted if replicate not in have][:most]
     with ProcessPoolExecutor(workers) as pool:
         jobs = [pool.submit(measure_pair, thing, seed, rates) for thing, seed in replicates]
@@ -152,10 +169,12 @@ def run(workers: int = 2, most: int = 100) -> None:
             results["claim"].append(row)
             write_json(RESULTS, results)
             match = row["sft_first_match"]
-            print(f"thing={row['thing']} seed={row['seed']} base={row['base']['thing_error']:.4f} "
-                  f"teacher={row['teacher']['thing_error']:.4f} dopsd={row['dopsd']['thing_error']:.4f} "
-                  f"sft_match={'never' if match is None else round(match['seconds'] / row['dopsd']['seconds'], 2)}",
-                  flush=True)
+            print(
+                f"thing={row['thing']} seed={row['seed']} base={row['base']['thing_error']:.4f} "
+                f"teacher={row['teacher']['thing_error']:.4f} dopsd={row['dopsd']['thing_error']:.4f} "
+                f"sft_match={'never' if match is None else round(match['seconds'] / row['dopsd']['seconds'], 2)}",
+                flush=True,
+            )
 
 
 def _results() -> dict[str, Any]:
@@ -172,23 +191,40 @@ def write() -> None:
 
 
 def page() -> str:
-    """docs/results.md: the gates, the claim, the paper's comparisons, and what benchmarks/preflight.py found."""
+    """docs/results.md: the gates, the claim, the paper's comparisons, and what
+    benchmarks/preflight.py found."""
     from paper_tables import sections
     from preflight import section  # which imports this file
 
     results = _results()
     first = [row for row in results["claim"] if row["seed"] == SEEDS[0]]
-    lines = ["# Results on pocket", "", "Written by `python benchmarks/claim.py write`.", "", *_gate_lines()]
-    lines += _claim_lines(results, first) if first else ["## The claim", "", "Not measured on these weights yet."]
+    lines = [
+        "# Results on pocket",
+        "",
+        "Written by `python benchmarks/claim.py write`.",
+        "",
+        *_gate_lines(),
+    ]
+    lines += (
+        _claim_lines(results, first)
+        if first
+        else ["## The claim", "", "Not measured on these weights yet."]
+    )
     return "\n".join([*lines, "", *sections(), *section()]).rstrip() + "\n"
 
 
 def _gate_lines() -> list[str]:
     found = json.loads((POCKET / "gates.json").read_text(encoding="utf-8"))
-    lines = ["## The pocket model's gates", "", "By `python -m dopsd.pocket gates`; 256 captions, 12 held-out things "
-             "of 24 scenes, one training of the model. The parent is painted with classifier-free guidance "
-             f"{found['parent_guidance']:g}, as it was distilled. Intervals: 95% bootstrap.", "",
-             "| gate | measured | wanted | |", "|---|---|---|---|"]
+    lines = [
+        "## The pocket model's gates",
+        "",
+        "By `python -m dopsd.pocket gates`; 256 captions, 12 held-out things "
+        "of 24 scenes, one training of the model. The parent is painted with classifier-free guidance "
+        f"{found['parent_guidance']:g}, as it was distilled. Intervals: 95% bootstrap.",
+        "",
+        "| gate | measured | wanted | |",
+        "|---|---|---|---|",
+    ]
     for gate in found["gates"]:
         verdict = "passed" if gate["passed"] else "**missed**"
         measured = f"{gate['value']:.3f} [{gate['low']:.3f}, {gate['high']:.3f}]"
@@ -218,25 +254,39 @@ def _claim_lines(results: dict[str, Any], first: list[dict[str, Any]]) -> list[s
 
 
 def _sweep_lines(results: dict[str, Any]) -> list[str]:
-    lines = ["## Learning rates", "", f"The same three values on {len(SWEEP_THINGS)} other things; lowest mean "
-             "thing_error is kept.", "", "| method | rate | thing_error | sharpness | attributes |",
-             "|---|---|---|---|---|"]
+    lines = [
+        "## Learning rates",
+        "",
+        f"The same three values on {len(SWEEP_THINGS)} other things; lowest mean "
+        "thing_error is kept.",
+        "",
+        "| method | rate | thing_error | sharpness | attributes |",
+        "|---|---|---|---|---|",
+    ]
     chosen = chosen_rates(results)
     for method in ("dopsd", "sft"):
         for rate in RATES:
             rows = [r for r in results["sweep"] if (r["method"], r["rate"]) == (method, rate)]
             if rows:
-                cells = [f"{np.mean([r[m] for r in rows]):.3f}" for m in ("thing_error", "sharpness", "attributes")]
+                cells = [
+                    f"{np.mean([r[m] for r in rows]):.3f}"
+                    for m in ("thing_error", "sharpness", "attributes")
+                ]
                 mark = " (kept)" if rate == chosen[method] else ""
                 lines.append(f"| {method} | {rate:g}{mark} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def _table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["## What was learned and what was kept", "",
-             "thing_error (lower is better) and thing_hit: 24 unseen scenes a thing. sharpness, speckle (lower is "
-             "better) and attributes: 96 unrelated prompts. All at NFE 4 on the same noise.", "",
-             f"| model | {' | '.join(METRICS)} | seconds |", "|---|" + "---|" * (len(METRICS) + 1)]
+    lines = [
+        "## What was learned and what was kept",
+        "",
+        "thing_error (lower is better) and thing_hit: 24 unseen scenes a thing. sharpness, speckle (lower is "
+        "better) and attributes: 96 unrelated prompts. All at NFE 4 on the same noise.",
+        "",
+        f"| model | {' | '.join(METRICS)} | seconds |",
+        "|---|" + "---|" * (len(METRICS) + 1),
+    ]
     names = {
         "base": "base",
         "base_other_noise": "base, other noise (the noise floor)",
@@ -252,7 +302,10 @@ def _table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(f"| {name} (0 of {len(rows)} things) |" + " - |" * (len(METRICS) + 1))
             continue
         hidden = ("sharpness", "speckle", "attributes") if key == "teacher" else ()
-        cells = ["-" if m in hidden else _interval([a[m] for a in have], 4 if m == "speckle" else 3) for m in METRICS]
+        cells = [
+            "-" if m in hidden else _interval([a[m] for a in have], 4 if m == "speckle" else 3)
+            for m in METRICS
+        ]
         cells.append(_interval([a["seconds"] for a in have], 0) if "seconds" in have[0] else "-")
         count = "" if len(have) == len(rows) else f" ({len(have)} of {len(rows)} things)"
         lines.append(f"| {name}{count} | {' | '.join(cells)} |")
@@ -268,11 +321,18 @@ def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         return [row[key][metric] / row["base"][metric] for row in rows if row[key]]
 
     def points(key: str) -> list[float]:
-        return [100 * (row[key]["attributes"] - row["base"]["attributes"]) for row in rows if row[key]]
+        return [
+            100 * (row[key]["attributes"] - row["base"]["attributes"]) for row in rows if row[key]
+        ]
 
-    lines = ["## The claim", "", "Closed gap = (E_base - E) / (E_base - E_teacher) in thing_error.", "",
-             "| | expected | D-OPSD | SFT, equal wall time | SFT at its first match |",
-             "|---|---|---|---|---|"]
+    lines = [
+        "## The claim",
+        "",
+        "Closed gap = (E_base - E) / (E_base - E_teacher) in thing_error.",
+        "",
+        "| | expected | D-OPSD | SFT, equal wall time | SFT at its first match |",
+        "|---|---|---|---|---|",
+    ]
     keys = ("dopsd", "sft_equal_wall", "sft_first_match")
     have = {key: [row for row in rows if row[key]] for key in keys}
     for label, expected, values in (
@@ -284,17 +344,29 @@ def _verdict_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         cells = [_interval(values(k)) if have[k] else "never" for k in keys]
         lines.append(f"| {label} | {expected} | {' | '.join(cells)} |")
     never = sum(row["sft_first_match"] is None for row in rows)
-    return [*lines, "", f"SFT never reached D-OPSD's thing_error within {CAP} times its wall time on {never} of "
-            f"{len(rows)} things.", ""]
+    return [
+        *lines,
+        "",
+        f"SFT never reached D-OPSD's thing_error within {CAP} times its wall time on {never} of "
+        f"{len(rows)} things.",
+        "",
+    ]
 
 
 def _seed_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["## Spread over seeds", "", "| thing | measure | D-OPSD, each seed | SFT at equal wall time, each seed |",
-             "|---|---|---|---|"]
+    lines = [
+        "## Spread over seeds",
+        "",
+        "| thing | measure | D-OPSD, each seed | SFT at equal wall time, each seed |",
+        "|---|---|---|---|",
+    ]
     for thing in REPEATED:
         same = [row for row in rows if row["thing"] == thing]
         for metric in ("thing_error", "sharpness", "attributes"):
-            cells = [", ".join(f"{row[key][metric]:.3f}" for row in same) for key in ("dopsd", "sft_equal_wall")]
+            cells = [
+                ", ".join(f"{row[key][metric]:.3f}" for row in same)
+                for key in ("dopsd", "sft_equal_wall")
+            ]
             lines.append(f"| {thing} | {metric} | {' | '.join(cells)} |")
     return lines
 

@@ -1,7 +1,9 @@
-"""How often 95% intervals hold the truth, by simulated experiments: `python benchmarks/coverage.py` (about 3 minutes).
+"""How often 95% intervals hold the truth, by simulated experiments: `python benchmarks/coverage.py`
+(about 3 minutes).
 
-Prompts and seeds are normal. "prompts": dopsd.evaluation.statistics.bootstrap, which resamples prompts with all their seeds and
-widens the percentiles. "plain": the same without widening. "both": plain, resampling seeds within drawn prompts too.
+Prompts and seeds are normal. "prompts": dopsd.evaluation.statistics.bootstrap, which resamples
+prompts with all their seeds and widens the percentiles. "plain": the same without widening. "both":
+plain, resampling seeds within drawn prompts too.
 """
 
 import numpy as np
@@ -20,13 +22,18 @@ def coverage(prompts: int, between: float, within: float) -> list[float]:
         drawn = rng.integers(prompts, size=(DRAWS // 4, prompts))
         plain = table.mean(1)[drawn].mean(1)
         both = table[drawn[..., None], rng.integers(SEEDS, size=(*drawn.shape, SEEDS))].mean((1, 2))
-        ends = [bootstrap(table)[1:], *(np.percentile(means, (2.5, 97.5)) for means in (plain, both))]
+        ends = [
+            bootstrap(table)[1:],
+            *(np.percentile(means, (2.5, 97.5)) for means in (plain, both)),
+        ]
         hits += [low <= 0 <= high for low, high in ends]
     return (hits / EXPERIMENTS).tolist()
 
 
 if __name__ == "__main__":
-    print("| prompts | spread of prompts : of seeds | prompts | plain | both |\n|---|---|---|---|---|")
+    print(
+        "| prompts | spread of prompts : of seeds | prompts | plain | both |\n|---|---|---|---|---|"
+    )
     for prompts in (4, 8, 20, 40):
         for between, within in ((1, 0.3), (1, 1), (0, 1)):
             cells = " | ".join(f"{share:.3f}" for share in coverage(prompts, between, within))

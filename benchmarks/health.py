@@ -1,10 +1,12 @@
-"""Does the health check tell a blurred model from a harmless one? False alarms, and agreement with the frozen measures.
+"""Does the health check tell a blurred model from a harmless one? False alarms, and agreement with
+the frozen measures.
 
     python benchmarks/health.py        # writes docs/health_measured.md; about 15 minutes on one CPU core
 
-Harmless: LoRA files that were pushed off the untouched model at random and pulled back to it by D-OPSD with the same
-context for teacher and student (20 seeds, each examined on noise of its own). Tuned: SFT at a high rate and D-OPSD on
-three things, looked at while they train, by the health check and by the exam's sharpness.
+Harmless: LoRA files that were pushed off the base model at random and pulled back to it by D-OPSD
+with the same context for teacher and student (20 seeds, each examined on noise of its own). Tuned:
+SFT at a high rate and D-OPSD on three things, looked at while they train, by the health check and
+by the exam's sharpness.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import torch
 from bench import CPU, RANK, Bench
 
 from dopsd.diffusion.batch import Batch
-from dopsd.evaluation.health import FIRST_SEED, HealthCheck, Health
+from dopsd.evaluation.health import FIRST_SEED, Health, HealthCheck
 from dopsd.files import write_text
 from dopsd.methods import DOPSD, SFT, Method
 from dopsd.pocket.benchmark import HELD_OUT
@@ -29,22 +31,30 @@ RERUNS, PULLS, PUSH = 20, 20, 0.02
 THINGS = tuple(range(HELD_OUT + 600, HELD_OUT + 603))
 LOOKS = {"sft": (25, 100, 400), "dopsd": (40, 120)}
 METHODS: dict[str, tuple[Method, float]] = {"sft": (SFT(), 1e-3), "dopsd": (DOPSD(), 1e-3)}
-BLURRED = 0.9  # of the untouched model's sharpness, by the exam: what the check promises to notice
+BLURRED = 0.9  # of the base model's sharpness, by the exam: what the check promises to notice
 IMAGES = 4  # a pull
 
 
 def health_check(bench: Bench, rerun: int) -> HealthCheck:
     """On noise that belongs to this rerun."""
     family = bench.family
-    context = family.load_text_encoder(CPU, torch.float32, images=False).context(list(family.unrelated_prompts))
+    context = family.load_text_encoder(CPU, torch.float32, images=False).context(
+        list(family.unrelated_prompts)
+    )
     return HealthCheck(
-        family.load_denoiser(CPU, torch.float32), bench.vae, lambda nfe: family.schedule(nfe, *bench.latent_shape[1:]),
-        family.default_nfe, context, bench.latent_shape, first_seed=FIRST_SEED + 1000 * rerun,
+        family.load_denoiser(CPU, torch.float32),
+        bench.vae,
+        lambda nfe: family.schedule(nfe, *bench.latent_shape[1:]),
+        family.default_nfe,
+        context,
+        bench.latent_shape,
+        first_seed=FIRST_SEED + 1000 * rerun,
     )
 
 
 def harmless(bench: Bench, seed: int) -> tuple[Health, float]:
-    """The health of a LoRA that was pushed and pulled back, and how large its deltas still are beside the push."""
+    """The health of a LoRA that was pushed and pulled back, and how large its deltas still are
+    beside the push."""
     family = bench.family
     denoiser = family.load_denoiser(CPU, torch.float32)
     student = add_lora(denoiser.network, family.lora_targets, RANK, RANK, seed)
@@ -55,28 +65,39 @@ def harmless(bench: Bench, seed: int) -> tuple[Health, float]:
         for parameter in pushed.values():
             parameter.copy_(PUSH * torch.randn(parameter.shape, generator=noise))
     start = _size(list(pushed.values()))
-    roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: family.schedule(family.default_nfe, h, w))
+    roles = make_roles(
+        denoiser, student, teacher, lambda nfe, h, w: family.schedule(family.default_nfe, h, w)
+    )
     text_encoder = family.load_text_encoder(CPU, torch.float32, images=False)
     prompts = tuple(family.unrelated_prompts[:IMAGES])
     context = text_encoder.context(list(prompts))
-    batch = Batch(torch.zeros(IMAGES, *bench.latent_shape), context, prompts, torch.ones(IMAGES), context)
+    batch = Batch(
+        torch.zeros(IMAGES, *bench.latent_shape), context, prompts, torch.ones(IMAGES), context
+    )
     optimizer = torch.optim.AdamW(student.values(), lr=1e-3, weight_decay=0.0)
     for step in range(PULLS):
         for piece in DOPSD(teacher_decay=1.0).losses(roles, batch, generator_at(seed, step)):
             piece.surrogate.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return health_check(bench, seed).examine(roles.student, bench.vae), _size(list(pushed.values())) / start
+    return health_check(bench, seed).examine(roles.student, bench.vae), _size(
+        list(pushed.values())
+    ) / start
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> float:
     return float(torch.sqrt(sum((t.detach() ** 2).sum() for t in tensors)))  # type: ignore[arg-type]
 
 
-def tuned(bench: Bench, name: str, thing: int, rerun: int) -> list[tuple[str, int, int, float, Health]]:
-    """(method, thing, step, the exam's sharpness over the untouched model's, health) at each look."""
+def tuned(
+    bench: Bench, name: str, thing: int, rerun: int
+) -> list[tuple[str, int, int, float, Health]]:
+    """(method, thing, step, the exam's sharpness over the base model's, health) at each look."""
     method, rate = METHODS[name]
-    check, base = health_check(bench, rerun), bench.exam(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]
+    check, base = (
+        health_check(bench, rerun),
+        bench.exam(bench.family.load_denoiser(CPU, torch.float32))["sharpness"],
+    )
     rows = []
     for step, _, velocity in bench.train(method, rate, seed=0, max_steps=max(LOOKS[name])):
         if step in LOOKS[name]:
@@ -105,36 +126,54 @@ def _harmless_lines(found: Sequence[tuple[Health, float]]) -> list[str]:
     left = np.mean([size for _, size in found])
     names = list(found[0][0].metrics)
     lines = [
-        "# The health check, measured on pocket", "", "Written by `python benchmarks/health.py`.", "",
-        "## False alarms", "",
+        "# The health check, measured on pocket",
+        "",
+        "Written by `python benchmarks/health.py`.",
+        "",
+        "## False alarms",
+        "",
         f"{len(alarms)} of {len(found)} harmless LoRA files raised an alarm. Each was pushed off the untouched model",
         f"at random, pulled back by {PULLS} steps of D-OPSD with equal contexts (B ends at {left:.2f} of the push),",
         "and examined on noise of its own.",
-        "The untouched model itself cannot raise one: it is compared with itself on the same noise.", "",
-        "| measure | mean | least | most | limit |", "|---|---|---|---|---|",
+        "The untouched model itself cannot raise one: it is compared with itself on the same noise.",
+        "",
+        "| measure | mean | least | most | limit |",
+        "|---|---|---|---|---|",
     ]
     for name in names:
         values = [health.metrics[name].value for health, _ in found]
         limit = found[0][0].metrics[name].limit
-        lines.append(f"| {name} | {np.mean(values):.3f} | {min(values):.3f} | {max(values):.3f} | {limit:.2f} |")
+        lines.append(
+            f"| {name} | {np.mean(values):.3f} | {min(values):.3f} | {max(values):.3f} | {limit:.2f} |"
+        )
     return [*lines, *[f"\nAlarm: {alarm}." for alarm in alarms], ""]
 
 
 def _tuned_lines(rows: Sequence[tuple[str, int, int, float, Health]]) -> list[str]:
-    lines = ["## Agreement with the exam's sharpness", "",
-             f"Blurred: below {BLURRED} of the untouched model's sharpness on the exam's 96 unrelated prompts.", "",
-             "| method | thing | step | sharpness (exam) | sharpness (health) | blurred | health |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "## Agreement with the exam's sharpness",
+        "",
+        f"Blurred: below {BLURRED} of the untouched model's sharpness on the exam's 96 unrelated prompts.",
+        "",
+        "| method | thing | step | sharpness (exam) | sharpness (health) | blurred | health |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, thing, step, sharpness, health in rows:
         blurred = "yes" if sharpness < BLURRED else "no"
         value = health.metrics["sharpness"].value
-        lines.append(f"| {name} | {thing} | {step} | {sharpness:.3f} | {value:.3f} | {blurred} | {health} |")
+        lines.append(
+            f"| {name} | {thing} | {step} | {sharpness:.3f} | {value:.3f} | {blurred} | {health} |"
+        )
     flagged = [not row[4].healthy for row in rows]
     truth = [row[3] < BLURRED for row in rows]
     caught = sum(f for f, t in zip(flagged, truth, strict=True) if t)
     false = sum(f for f, t in zip(flagged, truth, strict=True) if not t)
-    return [*lines, "", f"Of {sum(truth)} blurred looks {caught} were flagged; of the other {len(rows) - sum(truth)}, "
-            f"{false} were."]
+    return [
+        *lines,
+        "",
+        f"Of {sum(truth)} blurred looks {caught} were flagged; of the other {len(rows) - sum(truth)}, "
+        f"{false} were.",
+    ]
 
 
 if __name__ == "__main__":

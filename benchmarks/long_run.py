@@ -1,9 +1,11 @@
-"""Far too long: when does a few-step model collapse, does the health check's advice come in time, what bleeds?
+"""Far too long: when does a few-step model collapse, does the health check's advice come in time,
+what bleeds?
 
     python benchmarks/long_run.py         # recipes/pocket-identity-*.yaml on one thing, LONGER times; an hour on a core
 
-Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the recipe's own length,
-and of the end. Numbers go to docs/long_run.json; a run or an exam that is finished is not done again.
+Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the
+recipe's own length, and of the end. Numbers go to docs/long_run.json; a run or an exam that is
+finished is not done again.
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ from dopsd.config.recipe import load_recipe
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
 from dopsd.pocket.benchmark import write_concept
-from dopsd.runs.comparison.evaluate import Evaluator, Candidate
+from dopsd.runs.comparison.evaluate import Candidate, Evaluator
 from dopsd.runs.comparison.table import Entry, tabulate
 from dopsd.runs.outputs.folder import read_rows
 from dopsd.runs.train import train
@@ -28,7 +30,9 @@ LOOK = {"sft": 100, "dopsd": 50}
 RESULTS = Path("docs/long_run.json")
 
 
-def main(folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = Path("runs/long")) -> None:
+def main(
+    folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = Path("runs/long"),
+) -> None:
     """Train, look, and write the numbers."""
     torch.set_num_threads(1)
     concept = folder / f"thing-{THING}"
@@ -39,8 +43,15 @@ def main(folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = 
         name, file = f"{method}-{THING}", Path(f"recipes/pocket-identity-{method}.yaml")
         usual = load_recipe(file).train.max_steps
         last = LONGER[method] * usual
-        changes = [f"data.folder={concept}", f"output_dir={folder}", f"run_name={name}", f"save.every={every}",
-                   f"health.every={every}", "sample.every=0", f"train.max_steps={last}"]
+        changes = [
+            f"data.folder={concept}",
+            f"output_dir={folder}",
+            f"run_name={name}",
+            f"save.every={every}",
+            f"health.every={every}",
+            "sample.every=0",
+            f"train.max_steps={last}",
+        ]
         recipe = load_recipe(file, changes)
         run = recipe.run_folder
         if not _lora(run, last).exists():
@@ -53,7 +64,11 @@ def main(folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = 
         steps = sorted({usual, last, advice.step or last})
         tuned = [Candidate(str(step), lora=_lora(run, step)) for step in steps]
         entries = []
-        for candidate in (Candidate("base", "base"), Candidate("base, other noise", "floor"), *tuned):
+        for candidate in (
+            Candidate("base", "base"),
+            Candidate("base, other noise", "floor"),
+            *tuned,
+        ):
             entries.append(Entry([candidate]))
             entries[-1].answers = {nfe: [evaluator.answers(candidate, (nfe,))[nfe]]}
             print(method, candidate.name, flush=True)

@@ -1,8 +1,10 @@
-"""docs/model_and_cost.md, from the numbers of the other scripts: does D-OPSD depend on the model, what does it cost?
+"""docs/model_and_cost.md, from the numbers of the other scripts: does D-OPSD depend on the model,
+what does it cost?
 
     python benchmarks/model_and_cost.py   # needs no training; says of each table by which command it was measured
 
-A number that is not in a JSON file of docs/ is not on the page; tests/test_pages.py holds the two equal.
+A number that is not in a JSON file of docs/ is not on the page; tests/test_pages.py holds the two
+equal.
 """
 
 import json
@@ -55,8 +57,13 @@ TOO_LONG = """## How long is too long?
 The recipe, far beyond its length, on thing {thing}; one training each, with checkups on the way
 ([health](health.md)). By `python benchmarks/long_run.py`.
 """
-NAMES = {"sft": "SFT", "dopsd": "D-OPSD", "pso rollout": "PSO", "pso forward": "PSO, `form: forward`",
-         "pso_online": "PSO online, all but the last step noisy"}
+NAMES = {
+    "sft": "SFT",
+    "dopsd": "D-OPSD",
+    "pso rollout": "PSO",
+    "pso forward": "PSO, `form: forward`",
+    "pso_online": "PSO online, all but the last step noisy",
+}
 AT_ONCE = ", one backward for all steps"
 
 
@@ -68,7 +75,14 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    lines = [HEAD, *_dependence(), *_training_cost(), *_what_is_kept(), *_sampling_cost(), *_too_long()]
+    lines = [
+        HEAD,
+        *_dependence(),
+        *_training_cost(),
+        *_what_is_kept(),
+        *_sampling_cost(),
+        *_too_long(),
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -78,32 +92,41 @@ def _dependence() -> list[str]:
     won = np.array([row["base"]["thing_error"] - row["dopsd"]["thing_error"] for row in rows])
     held = spearman(lead, won)
     things = _read("preflight.json")
-    found = spearman(np.array([t["nearer"]["value"] for t in things]), np.array([learned(t) for t in things]))
+    found = spearman(
+        np.array([t["nearer"]["value"] for t in things]), np.array([learned(t) for t in things])
+    )
     right = sum(map(is_right, things))
     return [
         DEPENDENCE,
-        "| | |", "|---|---|",
+        "| | |",
+        "|---|---|",
         f"| thing_error that the teacher takes away, {len(rows)} things | {interval(lead.tolist())} |",
         f"| thing_error that D-OPSD takes away | {interval(won.tolist())} |",
         f"| share of the teacher's that D-OPSD reaches | {interval((won / lead).tolist())} |",
         f"| rank correlation of the two over things | {_ranked(held)} |",
         f"| rank correlation of preflight's score and what is learned, {len(things)} things | {_ranked(found)} |",
-        f"| preflight's sentence was right | {right} of {len(things)} |", "",
-        "By `benchmarks/claim.py run` and `benchmarks/preflight.py run`; all things in [results](results.md).", "",
+        f"| preflight's sentence was right | {right} of {len(things)} |",
+        "",
+        "By `benchmarks/claim.py run` and `benchmarks/preflight.py run`; all things in [results](results.md).",
+        "",
     ]
 
 
 def _training_cost() -> list[str]:
     rows = _read("step_cost.json")
     sft = next(row for row in rows if row["method"] == "sft")
-    lines = [TRAINING,
-             "| method | steps of the walk | forwards a picture | seconds | over SFT | peak memory, MB |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        TRAINING,
+        "| method | steps of the walk | forwards a picture | seconds | over SFT | peak memory, MB |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         name = NAMES[row["method"]] + (AT_ONCE if row["variant"] == "one_backward" else "")
         ratio = row["seconds"] / sft["seconds"]
-        lines.append(f"| {name} | {row['nfe'] or '-'} | {row['forwards']} | {row['seconds']:.2f} | {ratio:.1f} | "
-                     f"{row['peak_bytes'] / 1e6:.1f} |")
+        lines.append(
+            f"| {name} | {row['nfe'] or '-'} | {row['forwards']} | {row['seconds']:.2f} | {ratio:.1f} | "
+            f"{row['peak_bytes'] / 1e6:.1f} |"
+        )
     return [*lines, ""]
 
 
@@ -115,25 +138,34 @@ def _what_is_kept() -> list[str]:
         return interval([row[key][metric] / row["base"][metric] for row in group])
 
     return [
-        "For the same thing_error SFT needs less time, and pays with sharpness, not with attributes:", "",
-        "| | D-OPSD | SFT, where it first has D-OPSD's thing_error |", "|---|---|---|",
+        "For the same thing_error SFT needs less time, and pays with sharpness, not with attributes:",
+        "",
+        "| | D-OPSD | SFT, where it first has D-OPSD's thing_error |",
+        "|---|---|---|",
         f"| seconds | {interval([r['dopsd']['seconds'] for r in rows], 0)} | "
         f"{interval([r['sft_first_match']['seconds'] for r in match], 0)} |",
         f"| sharpness over the untouched model's | {over('dopsd', 'sharpness', rows)} | "
         f"{over('sft_first_match', 'sharpness', match)} |",
         f"| attributes over the untouched model's | {over('dopsd', 'attributes', rows)} | "
-        f"{over('sft_first_match', 'attributes', match)} |", "",
-        f"{len(match)} of {len(rows)} things reached it. By `benchmarks/claim.py run`.", "",
+        f"{over('sft_first_match', 'attributes', match)} |",
+        "",
+        f"{len(match)} of {len(rows)} things reached it. By `benchmarks/claim.py run`.",
+        "",
     ]
 
 
 def _sampling_cost() -> list[str]:
     models = _read("step_budgets.json")
-    lines = [SAMPLING,
-             f"| model | NFE | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
+    lines = [
+        SAMPLING,
+        f"| model | NFE | {' | '.join(METRICS)} |",
+        "|---|---|" + "---|" * len(METRICS),
+    ]
     for name, model in models.items():
         for nfe, scores in model["nfe"].items():
-            lines.append(f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in METRICS)} |")
+            lines.append(
+                f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in METRICS)} |"
+            )
     return [*lines, WORDS]
 
 
@@ -143,11 +175,17 @@ def _too_long() -> list[str]:
     for method in ("dopsd", "sft"):
         run = found[method]
         said = f"**{method}**, {run['steps']} steps where the recipe says {run['recipe_steps']}. {run['advice']}"
-        lines += [said, "",
-                  f"| after step | {' | '.join(METRICS)} |", "|---|" + "---|" * len(METRICS)]
+        lines += [
+            said,
+            "",
+            f"| after step | {' | '.join(METRICS)} |",
+            "|---|" + "---|" * len(METRICS),
+        ]
         for label, scores in run["after"].items():
             mark = " (advised)" if label == str(run["advised"]) else ""
-            lines.append(f"| {label}{mark} | {' | '.join(_score(scores[m], m, label == 'base') for m in METRICS)} |")
+            lines.append(
+                f"| {label}{mark} | {' | '.join(_score(scores[m], m, label == 'base') for m in METRICS)} |"
+            )
         lines.append("")
     return lines
 

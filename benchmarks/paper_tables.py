@@ -1,16 +1,16 @@
 """The paper's comparisons on pocket: what came out, and what of the paper's order agrees.
 
-    python -m dopsd.pocket pictures runs/pocket-thing
+    python -m dopsd.pocket images runs/pocket-thing
     python -m dopsd.pocket parent runs/pocket-parent
-    dopsd adapter train recipes/table1/adapter-prompts.txt --pictures 8 --steps 200
+    dopsd adapter train recipes/table1/adapter-prompts.txt --images 8 --steps 200
     dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json docs/ablations.json
     dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json docs/table1.json
-    python -m dopsd.pocket pictures runs/pocket-domain --count 32
+    python -m dopsd.pocket images runs/pocket-domain --count 32
     dopsd compare recipes/table2/*.yaml --equal forwards --units 3 --json docs/table2.json
     python benchmarks/claim.py write          # docs/results.md, with sections on these
 
-The statements below are the paper's, as known to us at second hand, written down before the numbers were seen; two were
-forgotten, and say so.
+The statements below are the paper's, as known to us at second hand, written down before the numbers
+were seen; two were forgotten, and say so.
 """
 
 import json
@@ -35,18 +35,41 @@ class Statement:
 
 
 ABLATIONS = (
-    Statement("on-policy states learn faster than off-policy ones", "thing_error", "1-on-policy", "2-off-policy"),
-    Statement("teacher samples teach more slowly", "thing_error", "1-on-policy", "3-sft-on-teacher-samples"),
-    Statement("teacher samples keep quality, the pictures lose it", "sharpness", "3-sft-on-teacher-samples",
-              "4-sft-own-steps"),
-    Statement("the pictures lose quality, on-policy keeps it", "sharpness", "1-on-policy", "4-sft-own-steps"),
+    Statement(
+        "on-policy states learn faster than off-policy ones",
+        "thing_error",
+        "1-on-policy",
+        "2-off-policy",
+    ),
+    Statement(
+        "teacher samples teach more slowly",
+        "thing_error",
+        "1-on-policy",
+        "3-sft-on-teacher-samples",
+    ),
+    Statement(
+        "teacher samples keep quality, the pictures lose it",
+        "sharpness",
+        "3-sft-on-teacher-samples",
+        "4-sft-own-steps",
+    ),
+    Statement(
+        "the pictures lose quality, on-policy keeps it",
+        "sharpness",
+        "1-on-policy",
+        "4-sft-own-steps",
+    ),
     Statement("a live copy as teacher collapses", "sharpness", "1-on-policy", "5-live-copy"),
     Statement("a frozen base teaches more slowly", "thing_error", "1-on-policy", "6-frozen-base"),
-    Statement("an average of 0.9 keeps less than 0.9999", "sharpness", "1-on-policy", "7-average-0.9"),
+    Statement(
+        "an average of 0.9 keeps less than 0.9999", "sharpness", "1-on-policy", "7-average-0.9"
+    ),
 )
 TABLE1 = (
     Statement("PSO fits the pictures more closely than D-OPSD", "thing_error", "4-pso", "1-dopsd"),
-    Statement("DreamBooth fits them more closely than plain SFT", "thing_error", "3-dreambooth", "2-sft"),
+    Statement(
+        "DreamBooth fits them more closely than plain SFT", "thing_error", "3-dreambooth", "2-sft"
+    ),
     Statement("D-OPSD keeps more quality than SFT", "sharpness", "1-dopsd", "2-sft"),
     Statement("D-OPSD keeps more quality than DreamBooth", "sharpness", "1-dopsd", "3-dreambooth"),
     Statement("D-OPSD keeps more quality than PSO", "sharpness", "1-dopsd", "4-pso"),
@@ -63,8 +86,18 @@ TABLE1 = (
         "6-sft-with-adapter",
         "2-sft",
     ),
-    Statement("D-OPSD comes nearer than a LoRA tuned apart", "thing_error", "1-dopsd", "6-sft-with-adapter"),
-    Statement("D-OPSD keeps more quality than a LoRA tuned apart", "sharpness", "1-dopsd", "6-sft-with-adapter"),
+    Statement(
+        "D-OPSD comes nearer than a LoRA tuned apart",
+        "thing_error",
+        "1-dopsd",
+        "6-sft-with-adapter",
+    ),
+    Statement(
+        "D-OPSD keeps more quality than a LoRA tuned apart",
+        "sharpness",
+        "1-dopsd",
+        "6-sft-with-adapter",
+    ),
 )
 ADDED_LATER = (
     Statement("D-OPSD comes nearer than SFT", "thing_error", "1-dopsd", "2-sft"),
@@ -96,7 +129,9 @@ def sections() -> list[str]:
     return lines
 
 
-def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[Statement]) -> list[str]:
+def _section(
+    title: str, name: str, found: dict[str, Any], statements: Sequence[Statement]
+) -> list[str]:
     ((nfe, _),) = found["base"]["nfe"].items()
     lines = [
         f"## {title}",
@@ -110,21 +145,30 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
     ]
     for model, row in found.items():
         cells = [_cell(row["nfe"][nfe][metric]) for metric in METRICS]
-        lines.append(f"| {model} | {' | '.join(cells)} | {'-' if not row['images'] else round(row['images'])} |")
+        lines.append(
+            f"| {model} | {' | '.join(cells)} | {'-' if not row['images'] else round(row['images'])} |"
+        )
     recipes = sorted(file.stem for file in (DOCS.parent / "recipes" / name).glob("*.yaml"))
     if later := [recipe for recipe in recipes if recipe not in found]:
         lines += ["", f"Not run yet: {', '.join(later)}."]
     lines += [
-        "", "Of the three things: on how many it is as the paper says / within the noise floor / the other way. Floor:",
-        "the largest difference that other noise makes to the untouched model on one of them.", "",
-        "| the paper says | measure | here | floor | things |", "|---|---|---|---|---|",
+        "",
+        "Of the three things: on how many it is as the paper says / within the noise floor / the other way. Floor:",
+        "the largest difference that other noise makes to the untouched model on one of them.",
+        "",
+        "| the paper says | measure | here | floor | things |",
+        "|---|---|---|---|---|",
     ]
     for each in statements:
         models = (each.better, each.worse, "base", "base, other noise")
         better, worse, base, again = (found[model]["nfe"][nfe][each.metric] for model in models)
-        floor = max(abs(a - b) for a, b in zip(base["replicates"], again["replicates"], strict=True))
+        floor = max(
+            abs(a - b) for a, b in zip(base["replicates"], again["replicates"], strict=True)
+        )
         sign = -1 if each.metric in BETTER_IF_LESS else 1
-        leads = [sign * (a - b) for a, b in zip(better["replicates"], worse["replicates"], strict=True)]
+        leads = [
+            sign * (a - b) for a, b in zip(better["replicates"], worse["replicates"], strict=True)
+        ]
         counts = [sum(lead > floor for lead in leads), sum(abs(lead) <= floor for lead in leads)]
         here = f"{each.better} {better['value']:.3f}, {each.worse} {worse['value']:.3f}"
         told = " / ".join(map(str, [*counts, len(leads) - sum(counts)]))
@@ -135,4 +179,6 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
 
 
 def _cell(score: dict[str, Any] | None) -> str:
-    return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    return (
+        "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    )

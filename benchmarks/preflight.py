@@ -1,12 +1,14 @@
-"""Does `dopsd preflight` predict what D-OPSD then learns? Over things of the pocket world and things out of it.
+"""Does `dopsd preflight` predict what D-OPSD then learns? Over things of the pocket world and
+things out of it.
 
     python benchmarks/preflight.py run        # 20 trainings of STEPS steps, about 40 minutes on two CPU cores
     python benchmarks/claim.py write          # docs/results.md, with a section on this
 
-Fixed before any of these things was looked at (score, ENOUGH and this rule were made on others, seeds 1000800-1000816):
-learned = 1 - thing_error after / thing_error before, means over the exam's 24 unseen scenes. The sentence is right when
-it says "can" and learned >= ENOUGH, or says "little" or "cannot" and learned < ENOUGH. The score is how much nearer the
-teacher comes (`Preflight.nearer.value`), with SEEDS noises a picture.
+Fixed before any of these things was looked at (score, ENOUGH and this rule were made on others,
+seeds 1000800-1000816): learned = 1 - thing_error after / thing_error before, means over the exam's
+24 unseen scenes. The sentence is right when it says "can" and learned >= ENOUGH, or says "little"
+or "cannot" and learned < ENOUGH. The score is how much nearer the teacher comes
+(`Preflight.nearer.value`), with SEEDS noises an image.
 """
 
 import json
@@ -58,8 +60,11 @@ def run(workers: int = 2) -> None:
         for row in pool.map(metric, [thing for thing in THINGS if thing not in have]):
             rows.append(row)
             write_json(RESULTS, rows)
-            print(f"{row['thing']} {row['kind']}: nearer {row['nearer']['value']:.3f} {row['verdict']} "
-                  f"learned {learned(row):.3f} right={is_right(row)}", flush=True)
+            print(
+                f"{row['thing']} {row['kind']}: nearer {row['nearer']['value']:.3f} {row['verdict']} "
+                f"learned {learned(row):.3f} right={is_right(row)}",
+                flush=True,
+            )
 
 
 def metric(thing: int) -> dict[str, Any]:
@@ -96,26 +101,45 @@ def is_right(row: dict[str, Any]) -> bool:
 def section() -> list[str]:
     """For docs/results.md."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-    about = ABOUT.format(count=len(rows), steps=STEPS, batch=BATCH, rank=RANK, rate=RATE, seeds=SEEDS, enough=ENOUGH)
-    lines = [*about.splitlines(), "",
-             "| things | rank correlation of nearer and learned | sentence right | says \"can\" | learned enough |",
-             "|---|---|---|---|---|"]
+    about = ABOUT.format(
+        count=len(rows), steps=STEPS, batch=BATCH, rank=RANK, rate=RATE, seeds=SEEDS, enough=ENOUGH
+    )
+    lines = [
+        *about.splitlines(),
+        "",
+        '| things | rank correlation of nearer and learned | sentence right | says "can" | learned enough |',
+        "|---|---|---|---|---|",
+    ]
     inside = [row for row in rows if row["kind"] == "of the world"]
     beyond = [row for row in rows if row["kind"] != "of the world"]
     for name, group in (("all", rows), ("of the pocket world", inside), ("out of it", beyond)):
-        found = spearman(np.array([r["nearer"]["value"] for r in group]), np.array([learned(r) for r in group]))
-        counts = (sum(map(is_right, group)), sum(r["verdict"] == "can" for r in group), _enough(group))
-        lines.append(f"| {name} ({len(group)}) | {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] | "
-                     f"{counts[0]} of {len(group)} | {counts[1]} | {counts[2]} |")
+        found = spearman(
+            np.array([r["nearer"]["value"] for r in group]), np.array([learned(r) for r in group])
+        )
+        counts = (
+            sum(map(is_right, group)),
+            sum(r["verdict"] == "can" for r in group),
+            _enough(group),
+        )
+        lines.append(
+            f"| {name} ({len(group)}) | {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] | "
+            f"{counts[0]} of {len(group)} | {counts[1]} | {counts[2]} |"
+        )
     always = max(_enough(rows), len(rows) - _enough(rows))
-    lines += ["", f"Saying the same of every thing would have been right for {always} of {len(rows)}.", "",
-              "| thing | out of the world in | nearer | verdict | thing_error before, after | learned | right |",
-              "|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        f"Saying the same of every thing would have been right for {always} of {len(rows)}.",
+        "",
+        "| thing | out of the world in | nearer | verdict | thing_error before, after | learned | right |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         by = row["nearer"]
-        lines.append(f"| {row['thing']} | {row['kind']} | {by['value']:.3f} [{by['low']:.3f}, {by['high']:.3f}] | "
-                     f"{row['verdict']} | {row['base']:.3f}, {row['dopsd']:.3f} | {learned(row):.3f} | "
-                     f"{'yes' if is_right(row) else 'no'} |")
+        lines.append(
+            f"| {row['thing']} | {row['kind']} | {by['value']:.3f} [{by['low']:.3f}, {by['high']:.3f}] | "
+            f"{row['verdict']} | {row['base']:.3f}, {row['dopsd']:.3f} | {learned(row):.3f} | "
+            f"{'yes' if is_right(row) else 'no'} |"
+        )
     return [*lines, ""]
 
 

@@ -1,9 +1,11 @@
-"""What one training batch costs: seconds and peak bytes, per method and number of steps K, in one run.
+"""What one training batch costs: seconds and peak bytes, per method and number of steps K, in one
+run.
 
     python benchmarks/step_cost.py --json step_cost.json
 
-Variant `per_visit` is what dopsd does, one backward at each visited state; `one_backward` keeps all K graphs and runs
-backward once, as the reference code of D-OPSD does. Peak bytes are live tensor storage created during the batch.
+Variant `per_visit` is what dopsd does, one backward at each visited state; `one_backward` keeps all
+K graphs and runs backward once, as the reference code of D-OPSD does. Peak bytes are live tensor
+storage created during the batch.
 """
 
 import json
@@ -43,7 +45,10 @@ def main(
         cases += [(DOPSD(nfe=k), variant) for k in (2, 4, 8)]
         cases += [(PSO(nfe=k), variant) for k in (2, 4, 8)]
         cases += [(PSO(nfe=k, form="forward"), variant) for k in (2, 4, 8)]
-        cases += [(PSOOnline(nfe=k, reward="red", stochastic_steps=tuple(range(k - 1))), variant) for k in (2, 4, 8)]
+        cases += [
+            (PSOOnline(nfe=k, reward="red", stochastic_steps=tuple(range(k - 1))), variant)
+            for k in (2, 4, 8)
+        ]
     for method, variant in cases:
         run = all_at_once if variant == "one_backward" else piece_by_piece
         run(method.losses(roles, batch, generator_at(0, 0)))  # warm-up
@@ -68,15 +73,20 @@ def main(
 
 
 def workbench(model: str, batch_size: int) -> tuple[Roles, Batch]:
-    """Roles over the model with rank-16 LoRA, and one batch whose teacher sees a picture."""
+    """Roles over the model with rank-16 LoRA, and one batch whose teacher sees an image."""
     cpu = torch.device("cpu")
     family = load_family(model)
     text_encoder = family.load_text_encoder(cpu, torch.float32, images=True)
     denoiser = family.load_denoiser(cpu, torch.float32)
     student = add_lora(denoiser.network, family.lora_targets, rank=16, alpha=16, seed=0)
     roles = make_roles(
-        denoiser, student, Teacher(student, 0.9999), lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
-        score=lambda clean, prompts: clean.mean((1, 2, 3)),  # any: what a judge costs is its own affair
+        denoiser,
+        student,
+        Teacher(student, 0.9999),
+        lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
+        score=lambda clean, prompts: clean.mean(
+            (1, 2, 3)
+        ),  # any: what a reward costs is its own affair
     )
     prompts = ("a zib toy at the left on night",) * batch_size
     image = Image.new("RGB", (family.resolution, family.resolution), "red")
@@ -84,7 +94,14 @@ def workbench(model: str, batch_size: int) -> tuple[Roles, Batch]:
     latents = noise_for(range(batch_size), family.channels, side, side).start
     privileged = text_encoder.context(prompts, [image] * batch_size)
     weight = torch.ones(batch_size)
-    return roles, Batch(latents, text_encoder.context(prompts), prompts, weight, privileged, rejected=latents.flip(0))
+    return roles, Batch(
+        latents,
+        text_encoder.context(prompts),
+        prompts,
+        weight,
+        privileged,
+        rejected=latents.flip(0),
+    )
 
 
 def piece_by_piece(losses: Iterator[Loss]) -> None:

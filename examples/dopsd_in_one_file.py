@@ -1,12 +1,14 @@
-"""D-OPSD (arXiv:2605.05204) in one file: plain torch and peft, on the pocket model, in a few minutes on a CPU.
+"""D-OPSD (arXiv:2605.05204) in one file: plain torch and peft, on the pocket model, in a few
+minutes on a CPU.
 
-The model is its own teacher. The student walks its own few steps from noise, reading only the prompt; at each state it
-visits, the teacher (an average of the student's past weights) is asked for its velocity while it also sees the target
-picture; the student's velocity is pulled to the teacher's. No target is ever noised, so the student stays where its
-few steps take it, and keeps them.
+The model is its own teacher. The student walks its own few steps from noise, reading only the
+prompt; at each state it visits, the teacher (an average of the student's past weights) is asked for
+its velocity while it also sees the target image; the student's velocity is pulled to the teacher's.
+No target is ever noised, so the student stays where its few steps take it, and keeps them.
 
-From dopsd come the model (its reader of prompts, its painter of pixels, its velocity) and the pictures; the
-algorithm is all here. `src/dopsd/methods/dopsd.py` and `src/dopsd/training` are the same with the corners rounded.
+From dopsd come the model (its text encoder of prompts, its VAE of pixels, its velocity) and the
+images; the algorithm is all here. `src/dopsd/methods/dopsd.py` and `src/dopsd/training` are the
+same with the corners rounded.
 
     python examples/dopsd_in_one_file.py        # writes runs/one_file/before_and_after.png and zib.safetensors
 """
@@ -35,26 +37,35 @@ OUT = Path("runs/one_file")
 
 torch.manual_seed(0)
 
-# --- Four captioned pictures of a thing that no word describes, so only a picture can teach it. -----------------------
+# --- Four captioned images of a thing that no word describes, so only an image can teach it.
+# -----------------------
 
 drawing = np.random.default_rng(0)
-thing = Thing.from_seed(1_000_003)  # things from 1,000,000 on were never in the pocket model's training
+thing = Thing.from_seed(
+    1_000_003
+)  # things from 1,000,000 on were never in the pocket model's training
 scenes = [draw_scene(drawing, thing=thing) for _ in range(4)]
 images = [Image.fromarray(render(scene)) for scene in scenes]
 captions = [
-    caption_of({"size": s.size, "place": s.place, "background": s.background}, thing=True, name="zib") for s in scenes
+    caption_of(
+        {"size": s.size, "place": s.place, "background": s.background}, thing=True, name="zib"
+    )
+    for s in scenes
 ]
 unseen = ["a zib big toy in the middle on mint", "a zib small toy at the left on night"]
 unrelated = ["a big red boat in the middle on paper", "a small green star at the top on slate"]
 OUT.mkdir(parents=True, exist_ok=True)
 
-# --- The model. z [B, C, h, w] is a state of the walk, t [B] its time, 1 = noise; the velocity is noise - clean. ------
+# --- The model. z [B, C, h, w] is a state of the walk, t [B] its time, 1 = noise; the velocity is
+# noise - clean. ------
 
 device = torch.device("cpu")
 family = load_family(MODEL)
 text_encoder = family.load_text_encoder(device, torch.float32, images=True)
 student_context = text_encoder.context(captions)  # what the student reads: the prompt
-teacher_context = text_encoder.context(captions, images)  # what the teacher reads: the prompt and the target picture
+teacher_context = text_encoder.context(
+    captions, images
+)  # what the teacher reads: the prompt and the target image
 prompts = [*captions[:2], *unseen, *unrelated]
 sample_context = text_encoder.context(prompts)
 del text_encoder  # nothing is encoded while training
@@ -62,7 +73,9 @@ del text_encoder  # nothing is encoded while training
 vae = family.load_vae(device, torch.float32)
 denoiser = family.load_denoiser(device, torch.float32)  # denoiser(z, t, context) -> velocity
 side = family.resolution // family.vae_scale_factor
-times = family.schedule(NFE, side, side).times  # [NFE + 1], from 1 to 0, as the pipeline's scheduler has them
+times = family.schedule(
+    NFE, side, side
+).times  # [NFE + 1], from 1 to 0, as the pipeline's scheduler has them
 sample_noise = torch.randn(len(prompts), family.channels, side, side)
 
 
@@ -78,16 +91,20 @@ def generate() -> torch.Tensor:
 
 before = generate()
 
-# --- The student is a LoRA; the teacher is a copy of its few tensors, kept in float32. --------------------------------
+# --- The student is a LoRA; the teacher is a copy of its few tensors, kept in float32.
+# --------------------------------
 
 network = denoiser.network.requires_grad_(False)
-lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=family.lora_targets)  # B is zero: starts unchanged
+lora = LoraConfig(
+    r=RANK, lora_alpha=RANK, target_modules=family.lora_targets
+)  # B is zero: starts unchanged
 inject_adapter_in_model(lora, network, adapter_name="student")
 student = {name: p for name, p in network.named_parameters() if p.requires_grad}
 teacher = {name: p.detach().clone() for name, p in student.items()}
 optimizer = torch.optim.AdamW(student.values(), lr=LEARNING_RATE, weight_decay=0.0)
 
-# --- The algorithm. ---------------------------------------------------------------------------------------------------
+# --- The algorithm.
+# ---------------------------------------------------------------------------------------------------
 
 for update in range(1, UPDATES + 1):
     z = torch.randn(len(images), family.channels, side, side)
@@ -95,13 +112,18 @@ for update in range(1, UPDATES + 1):
     for now, after in pairwise(times):  # the student's own walk
         t = now.expand(len(z))
         u_student = denoiser(z, t, student_context)
-        with torch.no_grad():  # the same network under the teacher's tensors: no adapter is switched
+        with (
+            torch.no_grad()
+        ):  # the same network under the teacher's tensors: no adapter is switched
             under_teacher = {f"network.{name}": tensor for name, tensor in teacher.items()}
             u_teacher = functional_call(denoiser, under_teacher, (z, t, teacher_context))
         loss = (u_student - u_teacher).square().mean() / NFE  # eq. 7
-        loss.backward()  # at once: gradients add up, and one forward's activations are alive, not NFE
+        # At once: gradients add up, and one forward's activations are alive, not NFE
+        loss.backward()
         total += loss.item()
-        z = z + (after - now) * u_student.detach()  # on policy: along the student, whatever the teacher says
+        z = (
+            z + (after - now) * u_student.detach()
+        )  # on policy: along the student, whatever the teacher says
     torch.nn.utils.clip_grad_norm_(student.values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -111,12 +133,16 @@ for update in range(1, UPDATES + 1):
     if update == 1 or update % 20 == 0:
         print(f"update {update}/{UPDATES}  loss {total:.4f}", flush=True)
 
-# --- What it learned, and a file for ZImagePipeline.load_lora_weights (alpha = rank: there is no scale to bake in). ---
+# --- What it learned, and a file for ZImagePipeline.load_lora_weights (alpha = rank: there is no
+# scale to bake in). ---
 
 rows = [np.concatenate(list(batch.numpy()), axis=1) for batch in (before, generate())]
-Image.fromarray(np.concatenate(rows)).resize((256 * len(prompts), 512), Image.Resampling.NEAREST).save(
-    OUT / "before_and_after.png"
-)
-tensors = {f"transformer.{name.replace('.student', '')}": p.detach().contiguous() for name, p in student.items()}
+Image.fromarray(np.concatenate(rows)).resize(
+    (256 * len(prompts), 512), Image.Resampling.NEAREST
+).save(OUT / "before_and_after.png")
+tensors = {
+    f"transformer.{name.replace('.student', '')}": p.detach().contiguous()
+    for name, p in student.items()
+}
 save_file(tensors, OUT / "zib.safetensors", metadata={"format": "pt"})
 print(f"{OUT / 'before_and_after.png'}: {'; '.join(prompts)}")

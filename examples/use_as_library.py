@@ -1,6 +1,6 @@
-"""dopsd as a library: a recipe, a generator of steps, and pictures from the LoRA file.
+"""dopsd as a library: a recipe, a generator of steps, and images from the LoRA file.
 
-python -m dopsd.pocket pictures runs/pocket-thing
+python -m dopsd.pocket images runs/pocket-thing
 python examples/use_as_library.py
 """
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from dopsd import load_recipe, sample, train
 
 recipe = load_recipe(
-    Path("recipes/pocket-identity-dopsd.yaml"), changes=["run_name=library", "train.max_steps=60", "sample.every=0"]
+    Path("recipes/pocket-identity-dopsd.yaml"),
+    changes=["run_name=library", "train.max_steps=60", "sample.every=0"],
 )
 
-# A run is a generator: log, stop or do something else between two optimizer steps. It has saved when it ends.
+# A run is a generator: log, stop or do something else between two optimizer steps. It has saved
+# when it ends.
 for report in train(recipe):
     print(f"step {report.step}  loss {report.log['loss']:.4f}  {report.seconds:.2f} s")
 

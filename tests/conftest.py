@@ -1,4 +1,5 @@
-"""Shared ground for the tests: the pocket checkpoint, small random checkpoints, and plain denoisers."""
+"""Shared ground for the tests: the pocket checkpoint, small random checkpoints, and plain
+denoisers."""
 
 import os
 
@@ -44,7 +45,9 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("vlm")
     torch.manual_seed(0)
-    Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(POCKET / "vlm")).save_pretrained(folder)
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(POCKET / "vlm")).save_pretrained(
+        folder
+    )
     for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copy(POCKET / "vlm" / name, folder)
     shutil.copy(POCKET / "tokenizer" / "tokenizer_config.json", folder)
@@ -53,7 +56,7 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture()
 def concept(tmp_path: Path) -> Path:
-    """Four captioned pictures of a thing."""
+    """Four captioned images of a thing."""
     folder = tmp_path / "lesson"
     write_concept(folder, THING)
     return folder

@@ -47,7 +47,9 @@ def test_an_unreadable_file_is_named(tmp_path):
         read_tensors(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)]
+)
 def test_an_optimizer_goes_on_bitwise_after_a_round_trip(kind, tmp_path):
     def stepped(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))

@@ -76,7 +76,9 @@ class Import:
 
 
 def _read(path: Path) -> File:
-    module = ".".join(["dopsd", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+    module = ".".join(["dopsd", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    )
     text = path.read_text(encoding="utf-8")
     return File(path.relative_to(SOURCE).as_posix(), module, text, ast.parse(text))
 
@@ -115,8 +117,16 @@ def inner_imports() -> Iterator[tuple[File, Import, File]]:
 
 def import_table() -> dict[str, set[str]]:
     """The table under "Who may import whom": package -> packages that it may import."""
-    text = ARCHITECTURE.read_text(encoding="utf-8").partition("## Who may import whom")[2].partition("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    text = (
+        ARCHITECTURE.read_text(encoding="utf-8")
+        .partition("## Who may import whom")[2]
+        .partition("\n## ")[0]
+    )
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if "|" in line
+    ]
     columns, _, *rows = lines
     table: dict[str, set[str]] = {}
     for row in rows:
@@ -144,7 +154,12 @@ def test_the_import_table_is_printed_and_names_every_package(capsys: pytest.Capt
         for name, allowed in TABLE.items():
             print(f"  {name:<11} may import {', '.join(sorted(allowed)) or 'nothing'}")
     packages = {file.package for file in FILES} - {"__main__"}
-    refuse([f"{name} has no row in docs/architecture.md" for name in sorted(packages - TABLE.keys() - NOT_YET_MOVED)])
+    refuse(
+        [
+            f"{name} has no row in docs/architecture.md"
+            for name in sorted(packages - TABLE.keys() - NOT_YET_MOVED)
+        ]
+    )
 
 
 def test_every_import_is_allowed_by_the_table():
@@ -153,7 +168,9 @@ def test_every_import_is_allowed_by_the_table():
         if {file.package, target.package} & NOT_YET_MOVED or file.package == "__main__":
             continue
         if target.package != file.package and target.package not in TABLE[file.package]:
-            faults.append(f"{file.at(imported.line)}: {file.package} must not import {imported.name}")
+            faults.append(
+                f"{file.at(imported.line)}: {file.package} must not import {imported.name}"
+            )
     refuse(faults)
 
 
@@ -161,26 +178,38 @@ def test_the_table_keeps_methods_training_data_and_pocket_apart():
     """What the table is for: these hold whatever else changes in it."""
     models_and_files = {"models", "data", "files", "runs", "config"}
     assert not TABLE["methods"] & models_and_files, "methods know no model, file or device"
-    assert not TABLE["training"] & {"models", "config", "runs"}, "training knows no model family and no recipe"
+    assert not TABLE["training"] & {"models", "config", "runs"}, (
+        "training knows no model family and no recipe"
+    )
     assert "models" not in TABLE["data"], "data knows no model"
     sixth_layer = {"pocket", "studio", "cli"}
     below = {name for name in TABLE if name not in sixth_layer}
-    refuse([f"{name} is below layer 6 and knows pocket" for name in below if "pocket" in TABLE[name]])
+    refuse(
+        [f"{name} is below layer 6 and knows pocket" for name in below if "pocket" in TABLE[name]]
+    )
 
 
 def test_methods_name_no_device():
     faults = []
     for file in FILES:
         for node in ast.walk(file.tree):
-            if file.package == "methods" and isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps", "xpu"):
-                faults.append(f"{file.at(node.lineno)}: methods work on whatever device their tensors are on")
+            if (
+                file.package == "methods"
+                and isinstance(node, ast.Attribute)
+                and node.attr in ("cuda", "mps", "xpu")
+            ):
+                faults.append(
+                    f"{file.at(node.lineno)}: methods work on whatever device their tensors are on"
+                )
     refuse(faults)
 
 
 def test_no_imports_form_a_cycle():
     graph: dict[str, set[str]] = {file.module: set() for file in FILES}
     for file, _, target in inner_imports():
-        if not ({file.package, target.package} & NOT_YET_MOVED or target.path.endswith("__init__.py")):
+        if not (
+            {file.package, target.package} & NOT_YET_MOVED or target.path.endswith("__init__.py")
+        ):
             graph[file.module].add(target.module)
     try:
         TopologicalSorter(graph).prepare()
@@ -192,9 +221,13 @@ def test_modules_are_imported_from_their_homes_and_not_from_the_public_face():
     faults = []
     for file in FILES:
         for imported in imports_of(file):
-            of_the_face = imported.name.rpartition(".")[0] == "dopsd" and imported.name not in MODULES
+            of_the_face = (
+                imported.name.rpartition(".")[0] == "dopsd" and imported.name not in MODULES
+            )
             if of_the_face and file.package not in NOT_YET_MOVED:
-                faults.append(f"{file.at(imported.line)}: {imported.name} has a home below dopsd; import it from there")
+                faults.append(
+                    f"{file.at(imported.line)}: {imported.name} has a home below dopsd; import it from there"
+                )
     refuse(faults)
 
 
@@ -204,8 +237,14 @@ def test_heavy_libraries_stay_in_their_packages(library: str):
     for file in FILES:
         at_home = any(fnmatch(file.path, pattern) for pattern in HOMES[library])
         for imported in imports_of(file):
-            if imported.name.split(".")[0] == library and not at_home and file.package not in NOT_YET_MOVED:
-                faults.append(f"{file.at(imported.line)}: {library} belongs in {', '.join(HOMES[library])}")
+            if (
+                imported.name.split(".")[0] == library
+                and not at_home
+                and file.package not in NOT_YET_MOVED
+            ):
+                faults.append(
+                    f"{file.at(imported.line)}: {library} belongs in {', '.join(HOMES[library])}"
+                )
     refuse(faults)
 
 
@@ -215,7 +254,13 @@ def test_every_file_opens_with_what_it_is_for():
 
 def test_files_are_short():
     lengths = [(file, len(file.text.splitlines())) for file in FILES]
-    refuse([f"{f.at(n)}: {n} lines, the limit is {MAX_FILE_LINES}" for f, n in lengths if n > MAX_FILE_LINES])
+    refuse(
+        [
+            f"{f.at(n)}: {n} lines, the limit is {MAX_FILE_LINES}"
+            for f, n in lengths
+            if n > MAX_FILE_LINES
+        ]
+    )
 
 
 def test_functions_are_short():
@@ -225,30 +270,49 @@ def test_functions_are_short():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:
-                    faults.append(f"{file.at(node.lineno)}: {node.name} has {lines} lines, not {MAX_FUNCTION_LINES}")
+                    faults.append(
+                        f"{file.at(node.lineno)}: {node.name} has {lines} lines, not {MAX_FUNCTION_LINES}"
+                    )
     refuse(faults)
 
 
 def test_every_function_has_a_file_named_for_its_topic():
     homeless = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
-    refuse([f"{file.at(1)}: name it for what it does" for file in FILES if Path(file.path).name in homeless])
+    refuse(
+        [
+            f"{file.at(1)}: name it for what it does"
+            for file in FILES
+            if Path(file.path).name in homeless
+        ]
+    )
 
 
 @pytest.mark.parametrize(
     "code",
-    ["import dopsd.cli.app", "from dopsd.cli.app import app; app(['--help'], standalone_mode=False)"],
+    [
+        "import dopsd.cli.app",
+        "from dopsd.cli.app import app; app(['--help'], standalone_mode=False)",
+    ],
     ids=["import", "help"],
 )
 def test_the_command_line_starts_without_torch(code: str):
-    script = f"import sys\n{code}\nprint('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    script = (
+        f"import sys\n{code}\nprint('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].split() == ["LOADED"], "`dopsd --help` must not wait for these libraries"
+    assert done.stdout.splitlines()[-1].split() == ["LOADED"], (
+        "`dopsd --help` must not wait for these libraries"
+    )
 
 
 def test_the_public_words_are_what_is_imported():
     """In a process of its own: a submodule of a word's name, once imported, would hide the word."""
     words = ", ".join(dopsd.__all__)
     script = f"from dopsd import {words}\nfor word in ({words}): assert callable(word), word"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, f"`from dopsd import {words}` gives something else:\n{done.stderr}"

@@ -1,5 +1,5 @@
-"""Every method on every family: two steps are finite, move the student and nothing else, and adapt what `check` says;
-every empty cell says why."""
+"""Every method on every family: two steps are finite, move the student and nothing else, and adapt
+what `check` says; every empty cell says why."""
 
 import math
 import re
@@ -27,8 +27,12 @@ CPU = torch.device("cpu")
 RANK = 2
 CELLS = 8
 PROMPTS = ("a red star", "a cat on the left")
-LABELS = {"dreambooth": {"class_prompt": "a toy"}, "pso_online": {"reward": "red"}}  # what has no default
-# Linears of blocks that no token passes: they turn the time into scales and shifts, and adapters leave them.
+LABELS = {
+    "dreambooth": {"class_prompt": "a toy"},
+    "pso_online": {"reward": "red"},
+}  # what has no default
+# Linears of blocks that no token passes: they turn the time into scales and shifts, and adapters
+# leave them.
 OF_THE_TIME = r"adaLN_modulation|time_emb_proj"
 
 
@@ -41,7 +45,9 @@ def opened(sdxl, dmd2_lora, tmp_path_factory) -> Callable[[str], Family]:
         "sdxl": lambda: (sdxl("turbo"), None),
         "sdxl distilled by a LoRA": lambda: (sdxl("base"), str(dmd2_lora)),
     }
-    assert {name.split()[0] for name in folders} == set(FAMILIES), "a family without a tiny checkpoint"
+    assert {name.split()[0] for name in folders} == set(FAMILIES), (
+        "a family without a tiny checkpoint"
+    )
 
     @cache
     def of(name: str) -> Family:
@@ -53,7 +59,7 @@ def opened(sdxl, dmd2_lora, tmp_path_factory) -> Callable[[str], Family]:
 
 @pytest.fixture(scope="module")
 def batch_of(opened) -> Callable[[str, bool], Batch]:
-    """Two pictures with all that any method may ask for."""
+    """Two images with all that any method may ask for."""
 
     @cache
     def of(name: str, seeing: bool) -> Batch:
@@ -62,7 +68,9 @@ def batch_of(opened) -> Callable[[str, bool], Batch]:
         text_encoder = family.load_text_encoder(CPU, torch.float32, images=seeing)
         side = CELLS * family.vae_scale_factor
         images = [Image.new("RGB", (side, side), color) for color in ("red", "blue")]
-        latents, worse = (torch.randn(2, family.channels, CELLS, CELLS, generator=rng) for _ in range(2))
+        latents, worse = (
+            torch.randn(2, family.channels, CELLS, CELLS, generator=rng) for _ in range(2)
+        )
         plain = Batch(latents, text_encoder.context(PROMPTS), PROMPTS, torch.ones(2))
         seen = text_encoder.context(PROMPTS, images) if seeing else None
         return replace(plain, privileged=seen, rejected=worse, prior=plain, replay=plain.context)
@@ -86,7 +94,10 @@ DMD2 = [("sdxl distilled by a LoRA", method) for method in METHODS]
 
 @pytest.mark.parametrize(("name", "method"), [*CELLS_OF_THE_MATRIX, *DMD2])
 def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, batch_of):
-    family, settings = opened(name), METHODS[method].model_validate({"nfe": 2} | LABELS.get(method, {}))
+    family, settings = (
+        opened(name),
+        METHODS[method].model_validate({"nfe": 2} | LABELS.get(method, {})),
+    )
     if why := missing(settings, family.teacher_contexts):
         assert "privileged" in settings.needs and not family.teacher_contexts and len(why) > 20
         return
@@ -96,14 +107,27 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     teacher = Teacher(student, settings.decay)
     roles = make_roles(
-        denoiser, student, teacher, lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
+        denoiser,
+        student,
+        teacher,
+        lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
         score=lambda clean, prompts: clean.flatten(1).mean(1),
     )
     optimizer = torch.optim.AdamW(student.values(), weight_decay=0.0)
     plan = Plan(max_steps=2, learning_rate=1e-3)
-    for report in steps(roles, settings, Same(batch), student, optimizer, teacher, Accelerator(cpu=True), plan):
-        assert math.isfinite(report.log["loss"]) and math.isfinite(report.grad_norm) and not report.skipped
-    moved = {name for name, tensor in denoiser.state_dict().items() if not torch.equal(tensor, before[name])}
+    for report in steps(
+        roles, settings, Same(batch), student, optimizer, teacher, Accelerator(cpu=True), plan
+    ):
+        assert (
+            math.isfinite(report.log["loss"])
+            and math.isfinite(report.grad_norm)
+            and not report.skipped
+        )
+    moved = {
+        name
+        for name, tensor in denoiser.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
     assert moved <= {f"network.{name}" for name in student}
     assert {name for name in moved if ".lora_B." in name} == {
         f"network.{name}" for name in student if ".lora_B." in name
@@ -116,11 +140,17 @@ def test_adapters_reach_what_check_says_and_every_block_linear_that_tokens_pass(
     with init_empty_weights():
         network = family.empty_denoiser().network
     said = coverage(network, family.lora_targets, RANK)
-    linears = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and re.search(r"\.\d+\.", n)]
+    linears = [
+        n
+        for n, m in network.named_modules()
+        if isinstance(m, torch.nn.Linear) and re.search(r"\.\d+\.", n)
+    ]
     for_tokens = [n for n in linears if not re.search(OF_THE_TIME, n)]
     reached = [n for n in for_tokens if re.fullmatch(family.lora_targets, n)]
     assert len(reached) >= 0.95 * len(for_tokens)
-    student = add_lora(family.load_denoiser(CPU, torch.float32).network, family.lora_targets, RANK, RANK, seed=0)
+    student = add_lora(
+        family.load_denoiser(CPU, torch.float32).network, family.lora_targets, RANK, RANK, seed=0
+    )
     assert len(student) == 2 * said.adapted == 2 * len(reached)
     assert sum(parameter.numel() for parameter in student.values()) == said.parameters
 
@@ -131,7 +161,10 @@ def test_what_is_forecast_without_weights_has_the_shapes_of_what_is_loaded(name,
         return {key: tensor.shape for key, tensor in module.state_dict().items()}
 
     family, side = opened(name), CELLS * opened(name).vae_scale_factor
-    vae, latents = family.load_vae(CPU, torch.float32), torch.zeros(1, family.channels, CELLS, CELLS)
+    vae, latents = (
+        family.load_vae(CPU, torch.float32),
+        torch.zeros(1, family.channels, CELLS, CELLS),
+    )
     assert vae.pixels(latents).shape == (1, 3, side, side)
     loaded = shapes(vae.autoencoder), shapes(family.load_denoiser(CPU, torch.float32))
     with FakeTensorMode():
@@ -141,7 +174,11 @@ def test_what_is_forecast_without_weights_has_the_shapes_of_what_is_loaded(name,
 
 
 def test_every_cell_is_open_or_says_why():
-    cells = {(f, m): missing(METHODS[m], family_class(f).teacher_contexts) for f in FAMILIES for m in METHODS}
+    cells = {
+        (f, m): missing(METHODS[m], family_class(f).teacher_contexts)
+        for f in FAMILIES
+        for m in METHODS
+    }
     closed = {cell: why for cell, why in cells.items() if why}
     assert closed.keys() == {("sdxl", "dopsd")}
     assert "read no picture" in closed["sdxl", "dopsd"]

@@ -21,33 +21,67 @@ INDEX = {
     "transformer": ["diffusers", "Flux2Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKLFlux2"],
 }
-SCHEDULER = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "shift": 3.0, "base_shift": 0.5,
-             "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 28, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 524, "max_position_embeddings": 2048,
-        "tie_word_embeddings": True}
-VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 8,
-          "out_hidden_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+SCHEDULER = {
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "shift": 3.0,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 524,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 8,
+    "out_hidden_size": 16,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0],
+}
 LATENTS = 4  # channels of the autoencoder
 
 
 def write_klein(folder: Path, distilled: bool = True, layers: int = 28) -> Path:
-    """layers: of the text encoder. Weights are drawn from a fixed seed, larger than the libraries' own, so that prompts
-    matter."""
+    """layers: of the text encoder. Weights are drawn from a fixed seed, larger than the libraries'
+    own, so that prompts matter."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     write_json(folder / "model_index.json", INDEX | {"is_distilled": distilled})
     shutil.copytree(POCKET / "tokenizer", folder / "tokenizer")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     network = Flux2Transformer2DModel(
-        in_channels=4 * LATENTS, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=3 * TEXT["hidden_size"], timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        in_channels=4 * LATENTS,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * TEXT["hidden_size"],
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
     enlarged(network, 3.0).save_pretrained(folder / "transformer")
     vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=LATENTS, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=LATENTS,
+        sample_size=64,
     )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
@@ -60,13 +94,27 @@ def write_klein(folder: Path, distilled: bool = True, layers: int = 28) -> Path:
 
 def write_vlm(folder: Path, text: dict[str, Any]) -> Path:
     """A Qwen3-VL of the text encoder's shape."""
-    rope = {"rope_type": "default", "rope_theta": 50000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 50000.0,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
     config = Qwen3VLConfig(
-        text_config=text | {"rope_parameters": rope}, vision_config=VISION, image_token_id=5, video_token_id=6,
-        vision_start_token_id=3, vision_end_token_id=4,
+        text_config=text | {"rope_parameters": rope},
+        vision_config=VISION,
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
     )
     enlarged(Qwen3VLModel(config), 3.0).save_pretrained(folder)
-    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in (
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         shutil.copy(POCKET / "vlm" / name, folder / name)
     return folder
 

@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, safetensors, and optimizer states as safetensors.
 
-Every file that dopsd writes goes through here. A writer that is killed leaves the old file or none, never half of one.
+Every file that dopsd writes goes through here. A writer that is killed leaves the old file or none,
+never half of one.
 """
 
 import errno
@@ -22,19 +23,24 @@ from torch import Tensor
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes `path`: a full disk or a forbidden folder becomes a ValueError that says so."""
+    """A block that writes `path`: a full disk or a forbidden folder becomes a ValueError that says
+    so."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"{path} cannot be written ({reason}). Everything finished before is whole.") from error
+        raise ValueError(
+            f"{path} cannot be written ({reason}). Everything finished before is whole."
+        ) from error
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` (file or folder) that takes its name when the block ends without error.
+    """A temporary path beside `path` (file or folder) that takes its name when the block ends
+    without error.
 
-    Raises ValueError, with the system's reason, where it cannot be written; then folders made on the way go too."""
+    Raises ValueError, with the system's reason, where it cannot be written; then folders made on
+    the way go too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     made = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -77,19 +83,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as one safetensors file, atomically. Views are made contiguous and independent."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as one safetensors file, atomically. Views are made contiguous and
+    independent."""
     with atomic_path(path) as temporary:
         whole = torch.contiguous_format
-        copies = {name: t.detach().to("cpu", copy=True, memory_format=whole) for name, t in tensors.items()}
+        copies = {
+            name: t.detach().to("cpu", copy=True, memory_format=whole)
+            for name, t in tensors.items()
+        }
         try:
             save_file(copies, temporary, metadata=dict(metadata or {}))
-        except SafetensorError as error:  # how safetensors says "no space left", "permission denied", ...
+        except (
+            SafetensorError
+        ) as error:  # how safetensors says "no space left", "permission denied", ...
             raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. A file that cannot be read is a ValueError that names it."""
+    """All tensors of a safetensors file, on the CPU. A file that cannot be read is a ValueError
+    that names it."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -121,8 +136,8 @@ def sha256_of(path: Path) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: `<parameter index>.<name>`, with more dots where it is nested. Numbers
-    become 0-d float64 tensors."""
+    """The optimizer's state as named tensors: `<parameter index>.<name>`, with more dots where it
+    is nested. Numbers become 0-d float64 tensors."""
     named: dict[str, Tensor] = {}
 
     def put(name: str, value: Any) -> None:
@@ -130,7 +145,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             for key, inner in value.items():
                 put(f"{name}.{key}", inner)
         else:
-            named[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            named[name] = (
+                value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            )
 
     for index, state in optimizer.state_dict()["state"].items():
         put(str(index), state)
@@ -138,7 +155,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` named. Learning rates are not touched: they are a function of the step."""
+    """Put back what `optimizer_tensors` named. Learning rates are not touched: they are a function
+    of the step."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, *path, name = key.split(".")
@@ -149,4 +167,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             inner = inner.setdefault(part, {})
         is_number = value.ndim == 0 and value.dtype == torch.float64
         inner[name] = int(value) if is_number and value == value.round() else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

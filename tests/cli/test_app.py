@@ -1,4 +1,5 @@
-"""The command line as a user meets it: exit codes, one sentence for bad input, nothing changed on disk."""
+"""The command line as a user meets it: exit codes, one sentence for bad input, nothing changed on
+disk."""
 
 import json
 import shutil
@@ -24,7 +25,7 @@ RECIPE = {
 
 @pytest.fixture()
 def desk(concept: Path, tmp_path: Path, monkeypatch) -> Path:
-    """A working folder with four good pictures and a good recipe."""
+    """A working folder with four good images and a good recipe."""
     monkeypatch.chdir(tmp_path)
     concept.rename(tmp_path / "images")
     write_recipe({})
@@ -32,7 +33,10 @@ def desk(concept: Path, tmp_path: Path, monkeypatch) -> Path:
 
 
 def write_recipe(changes: dict) -> None:
-    tree = {**RECIPE, **{k: {**RECIPE.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}}
+    tree = {
+        **RECIPE,
+        **{k: {**RECIPE.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()},
+    }
     Path("recipe.yaml").write_text(yaml.safe_dump(tree))
 
 
@@ -64,7 +68,9 @@ def model_without_transformer():
 
 
 def model_of_another_family():
-    copied_model(lambda: Path("model/model_index.json").write_text('{"_class_name": "FluxPipeline"}'))
+    copied_model(
+        lambda: Path("model/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    )
 
 
 def base_model():
@@ -100,8 +106,14 @@ BAD = {
     "recipe is no yaml": (lambda: Path("recipe.yaml").write_text("a: [1"), "not valid YAML"),
     "recipe is a list": (lambda: Path("recipe.yaml").write_text("- a"), "must hold sections"),
     "unknown key": (lambda: write_recipe({"lora": {"rnak": 8}}), "did you mean lora.rank?"),
-    "word of another tool": (lambda: write_recipe({"lora": {"network_dim": 8}}), "network_dim is lora.rank here"),
-    "unknown method": (lambda: write_recipe({"method": {"name": "magic"}}), "method.name must be one of dopsd, sft"),
+    "word of another tool": (
+        lambda: write_recipe({"lora": {"network_dim": 8}}),
+        "network_dim is lora.rank here",
+    ),
+    "unknown method": (
+        lambda: write_recipe({"method": {"name": "magic"}}),
+        "method.name must be one of dopsd, sft",
+    ),
     "rank 0": (lambda: write_recipe({"lora": {"rank": 0}}), "lora.rank is 0"),
     "nfe 0": (lambda: write_recipe({"method": {"nfe": 0}}), "method.nfe is 0"),
     "sample nfe 0": (lambda: write_recipe({"sample": {"nfe": 0}}), "sample.nfe is 0"),
@@ -109,14 +121,23 @@ BAD = {
     "no pictures": (no_images, "no pictures in"),
     "no captions": (no_captions, "instance_prompt"),
     "truncated picture": (truncated_image, "0.png"),
-    "model missing": (lambda: write_recipe({"model": {"name_or_path": "./nothing"}}), "does not exist"),
+    "model missing": (
+        lambda: write_recipe({"model": {"name_or_path": "./nothing"}}),
+        "does not exist",
+    ),
     "model lacks a part": (model_without_transformer, "lacks the folder transformer"),
     "model of another family": (model_of_another_family, "FluxPipeline"),
     "base model": (base_model, "many-step base model"),
-    "vlm that does not match": (vlm_of_another_size, "does not match the checkpoint's text encoder"),
+    "vlm that does not match": (
+        vlm_of_another_size,
+        "does not match the checkpoint's text encoder",
+    ),
     "caption over the limit": (long_caption, "the limit is"),
     "folder with another run": (folder_with_another_run, "already holds a run"),
-    "targets that match nothing": (lambda: write_recipe({"lora": {"targets": "nope"}}), "match no linear layer"),
+    "targets that match nothing": (
+        lambda: write_recipe({"lora": {"targets": "nope"}}),
+        "match no linear layer",
+    ),
     "bad size": (lambda: write_recipe({"sample": {"width": 65}}), "multiples of 8"),
 }
 
@@ -130,15 +151,19 @@ def test_bad_input_is_one_sentence_and_exit_2(case, desk):
     assert result.exit_code == 2, result.output
     printed = " ".join(result.output.split())
     assert sentence in printed and "Traceback" not in printed
-    assert before == {p: p.read_bytes() for p in desk.rglob("*") if p.is_file() and "cache" not in p.parts}
+    assert before == {
+        p: p.read_bytes() for p in desk.rglob("*") if p.is_file() and "cache" not in p.parts
+    }
 
 
 def test_dopsd_without_a_teacher_context_is_refused_and_listed(desk, monkeypatch):
     from dopsd.models.zimage import ZImage
 
-    monkeypatch.setattr(ZImage, "teacher_contexts", ())  # a family whose encoders read no picture
+    monkeypatch.setattr(ZImage, "teacher_contexts", ())  # a family whose encoders read no image
     result = CliRunner().invoke(app, ["train", "recipe.yaml"])
-    assert result.exit_code == 2 and "its encoders read no picture" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "its encoders read no picture" in " ".join(
+        result.output.split()
+    )
     assert "no: its encoders" in " ".join(CliRunner().invoke(app, ["list"]).output.split())
 
 
@@ -206,8 +231,14 @@ def test_compare_refuses_recipes_on_different_data(desk):
 
 
 def test_the_real_command_exits_2_without_a_traceback(desk):
-    done = subprocess.run([sys.executable, "-m", "dopsd.cli", "train", "nothing.yaml"], capture_output=True, text=True)
-    assert done.returncode == 2 and "nothing.yaml does not exist" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "dopsd.cli", "train", "nothing.yaml"], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and "nothing.yaml does not exist" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def run_cli(*arguments: str):
@@ -222,7 +253,9 @@ def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, 
     made = run_cli("init", method, "--data", "images", "--out", "new.yaml")
     assert made.exit_code == 0, made.output
     text = Path("new.yaml").read_text()
-    sections = {name: field.annotation for name, field in Recipe.model_fields.items()} | {"method": METHODS[method]}
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()} | {
+        "method": METHODS[method]
+    }
     for section in sections.values():
         for key in getattr(section, "model_fields", ()):
             assert f"{key}:" in text, key
@@ -230,10 +263,14 @@ def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, 
         return  # their forecasts take seconds
     checked = run_cli("check", "new.yaml")
     if method == "dpo":
-        assert checked.exit_code == 2 and "learns from pairs, and 4 of 4" in " ".join(checked.output.split())
+        assert checked.exit_code == 2 and "learns from pairs, and 4 of 4" in " ".join(
+            checked.output.split()
+        )
     else:
         assert checked.exit_code == 0 and "pictures   4" in checked.output
-    assert load_recipe(Path("new.yaml")).train.learning_rate == 1e-3  # the pocket checkpoint's own starting point
+    assert (
+        load_recipe(Path("new.yaml")).train.learning_rate == 1e-3
+    )  # the pocket checkpoint's own starting point
 
 
 def test_every_commented_default_of_a_starter_recipe_is_the_default(desk):
@@ -242,16 +279,24 @@ def test_every_commented_default_of_a_starter_recipe_is_the_default(desk):
 
     run_cli("init", "dopsd", "--data", "images", "--out", "new.yaml")
     text = Path("new.yaml").read_text()
-    bare = "\n".join(line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in text.splitlines())
+    bare = "\n".join(
+        line.replace("  # ", "  ", 1) if line.startswith("  # ") else line
+        for line in text.splitlines()
+    )
     assert bare != text
-    assert read_recipe(bare, "bare", {"run_name": "a"}) == read_recipe(text, "starter", {"run_name": "a"})
+    assert read_recipe(bare, "bare", {"run_name": "a"}) == read_recipe(
+        text, "starter", {"run_name": "a"}
+    )
 
 
 def test_init_overwrites_nothing_and_names_the_methods(desk):
     before = Path("recipe.yaml").read_bytes()
     refused = run_cli("init", "dopsd", "--out", "recipe.yaml")
     assert refused.exit_code == 2 and Path("recipe.yaml").read_bytes() == before
-    assert run_cli("init", "magic", "--out", "new.yaml").exit_code == 2 and not Path("new.yaml").exists()
+    assert (
+        run_cli("init", "magic", "--out", "new.yaml").exit_code == 2
+        and not Path("new.yaml").exists()
+    )
 
 
 def test_the_schema_in_the_repository_is_the_one_that_is_printed():

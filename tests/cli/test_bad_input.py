@@ -1,7 +1,9 @@
-"""A corpus of bad recipes, checkpoints, runs, LoRA files and arguments: exit code 2, one sentence, nothing changed.
+"""A corpus of bad recipes, checkpoints, runs, LoRA files and arguments: exit code 2, one sentence,
+nothing changed.
 
-What a folder of pictures or a data set can hold is in data/test_bad_pictures.py. A sentence that begins with "late! "
-belongs to a case that is refused only after something has been written (a log line, a cache), but loses nothing.
+What a folder of images or a data set can hold is in data/test_bad_pictures.py. A sentence that
+begins with "late! " belongs to a case that is refused only after something has been written (a log
+line, a cache), but loses nothing.
 """
 
 import contextlib
@@ -26,14 +28,23 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 from dopsd.models import POCKET
 
-Build = Callable[[], object]  # makes the bad input in the working folder, where pictures/ and recipe.yaml are good
+Build = Callable[
+    [], object
+]  # makes the bad input in the working folder, where images/ and recipe.yaml are good
 Command = tuple[str, ...]
-KIT: list[Path] = []  # the folder of the fixture `kit`: pictures, recipe.yaml and the run that it makes
+KIT: list[
+    Path
+] = []  # the folder of the fixture `kit`: images, recipe.yaml and the run that it makes
 LONGEST = 2000  # characters that still make a sentence
 DEEP = "[" * 20_000
 RECIPE = {
-    "model": {"name_or_path": "pocket", "memory": "high"}, "data": {"folder": "images"}, "method": {"name": "sft"},
-    "lora": {"rank": 2}, "train": {"max_steps": 2}, "sample": {"every": 0, "prompts": "a star"}, "save": {"every": 1},
+    "model": {"name_or_path": "pocket", "memory": "high"},
+    "data": {"folder": "images"},
+    "method": {"name": "sft"},
+    "lora": {"rank": 2},
+    "train": {"max_steps": 2},
+    "sample": {"every": 0, "prompts": "a star"},
+    "save": {"every": 1},
     "health": {"every": 0},
 }
 
@@ -86,28 +97,54 @@ def tensors(named: dict[str, Tensor], said: str = "{}") -> Build:
     return lambda: save_file(copies, FILE, {"lora_adapter_metadata": said})
 
 
-def lora(a: Tensor | None, b: Tensor | None, to: str = "layers.0.attention.to_q", said: str = "{}", **more: Tensor):
+def lora(
+    a: Tensor | None,
+    b: Tensor | None,
+    to: str = "layers.0.attention.to_q",
+    said: str = "{}",
+    **more: Tensor,
+):
     """A LoRA file of one module; `more` by the ends of their names."""
     named = {"lora_A.weight": a, "lora_B.weight": b, **more}
-    return tensors({f"transformer.{to}.{end}": t for end, t in named.items() if t is not None}, said)
+    return tensors(
+        {f"transformer.{to}.{end}": t for end, t in named.items() if t is not None}, said
+    )
 
 
 def start(change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor) -> Build:
     """The finished run's LoRA, changed."""
-    return lambda: tensors({n: change(n, t) for n, t in load_file(KIT[0] / RUN / "recipe.safetensors").items()})()
+    return lambda: tensors(
+        {n: change(n, t) for n, t in load_file(KIT[0] / RUN / "recipe.safetensors").items()}
+    )()
 
 
 nothing, vlm = together(), partial(model, source="vlm", to="vlm")
 FILE, RUN, STATE, LAST = "lora.safetensors", "runs/recipe", "state.json", "student.safetensors"
-CHECK, TRAIN, COMPARE = ("check", "recipe.yaml"), ("train", "recipe.yaml"), ("compare", "recipe.yaml")
-NO_YAML, NO_SECTIONS = "recipe.yaml is not valid YAML", "recipe.yaml must hold sections (model, data, method, ...), not"
+CHECK, TRAIN, COMPARE = (
+    ("check", "recipe.yaml"),
+    ("train", "recipe.yaml"),
+    ("compare", "recipe.yaml"),
+)
+NO_YAML, NO_SECTIONS = (
+    "recipe.yaml is not valid YAML",
+    "recipe.yaml must hold sections (model, data, method, ...), not",
+)
 TEXTS: dict[str, tuple[str | bytes, str]] = {
-    "a list never closed": ("a: [1", NO_YAML), "NUL": ("a: \0", NO_YAML), "a date": ("a: 2020-13-45", NO_YAML),
-    "an object": ("a: !!python/object/apply:os.getcwd []", NO_YAML), "two documents": ("a: 1\n---\na: 2", NO_YAML),
-    "20000 lists": (DEEP, f"{NO_YAML}"), "comments only": ("# to do\n", NO_SECTIONS),
-    "empty": ("", NO_SECTIONS), "a list": ("- model", NO_SECTIONS), "Latin-1": (b"a: \xea", "recipe.yaml is not UTF-8"),
+    "a list never closed": ("a: [1", NO_YAML),
+    "NUL": ("a: \0", NO_YAML),
+    "a date": ("a: 2020-13-45", NO_YAML),
+    "an object": ("a: !!python/object/apply:os.getcwd []", NO_YAML),
+    "two documents": ("a: 1\n---\na: 2", NO_YAML),
+    "20000 lists": (DEEP, f"{NO_YAML}"),
+    "comments only": ("# to do\n", NO_SECTIONS),
+    "empty": ("", NO_SECTIONS),
+    "a list": ("- model", NO_SECTIONS),
+    "Latin-1": (b"a: \xea", "recipe.yaml is not UTF-8"),
     "no sections": ("run_name: a", "model is missing. data is missing. method is missing."),
-    "a section in itself": ("model: &a {name_or_path: *a}", "model.name_or_path is {'name_or_path': {"),
+    "a section in itself": (
+        "model: &a {name_or_path: *a}",
+        "model.name_or_path is {'name_or_path': {",
+    ),
     "aliases": (f"a: &a [{'1,' * 99}1]\nb: &b [{'*a,' * 99}*a]\nlora: [{'*b,' * 9}*b]", "lora is"),
     "a section twice": (yaml.safe_dump(RECIPE) + "lora: {rank: 8}\n", "lora"),
 }
@@ -123,151 +160,330 @@ WRONG = """lora.rank=0 lora.rank=-1 lora.rank=1.5 lora.rank=many lora.rank= lora
     method.times=sometimes model.dtype=fp8 model.memory=medium model.allow_base=perhaps track.project=''
     run_name=a/b run_name='' run_name=.. output_dir= health.prompts=star health.prompts=[star]"""
 SETTINGS = {  # a --set of an otherwise good recipe: part of the sentence
-    **{s: f"{s.partition('=')[0]} is {yaml.safe_load(s.partition('=')[2])!r}: " for s in WRONG.split()},
-    "lora.rank": "--set lora.rank: write it as key=value", "=3": "--set =3: write it as key=value",
-    "lora.rank.x=1": "--set lora.rank.x=1: rank is a value", "lora.rank=[1": "'[1' is not a YAML value",
-    f"lora.rank={DEEP}": "--set lora.rank=", "run_name=2020-13-45": "--set run_name=",
-    "lora.rnak=8": "lora.rnak is no key of a recipe (did you mean lora.rank", "method.name=magic": "one of dopsd, sft",
+    **{
+        s: f"{s.partition('=')[0]} is {yaml.safe_load(s.partition('=')[2])!r}: "
+        for s in WRONG.split()
+    },
+    "lora.rank": "--set lora.rank: write it as key=value",
+    "=3": "--set =3: write it as key=value",
+    "lora.rank.x=1": "--set lora.rank.x=1: rank is a value",
+    "lora.rank=[1": "'[1' is not a YAML value",
+    f"lora.rank={DEEP}": "--set lora.rank=",
+    "run_name=2020-13-45": "--set run_name=",
+    "lora.rnak=8": "lora.rnak is no key of a recipe (did you mean lora.rank",
+    "method.name=magic": "one of dopsd, sft",
     "method.teacher_decay=1": "teacher_decay is no key of a recipe; it is one of dopsd",
     "method={nfe: 4}": "one of dopsd, sft",
     "method={name: dopsd, teacher_decay: 2}": "method.teacher_decay is 2: input should be less than",
-    "track.to=mlflow": "is 'mlflow': input should be 'tensorboard'", "data.folder=nowhere": "nowhere is not a folder",
-    "sample.prompts=[[a]]": "sample.prompts.0 is ['a']", "data.more=[{folder: gone}]": "gone is not a folder",
-    "data.caption_extension=a/b": "caption_extension", "data.trigger=' '": "data.trigger is ' '",
-    "data.resolution=0": "data.resolution.0 is 0", "data.resolution=[64, -8]": "data.resolution.1 is -8",
-    "data.resolution=big": "resolution.0 is 'big'", "data.resolution=3": "this model needs at least 8 pixels",
-    "lora.targets=nope": "the LoRA targets 'nope' match no linear layer", "lora.targets=(": "targets",
-    "lora.targets=''": "lora.targets", "lora.init_from=pictures": "pictures is no .safetensors file",
+    "track.to=mlflow": "is 'mlflow': input should be 'tensorboard'",
+    "data.folder=nowhere": "nowhere is not a folder",
+    "sample.prompts=[[a]]": "sample.prompts.0 is ['a']",
+    "data.more=[{folder: gone}]": "gone is not a folder",
+    "data.caption_extension=a/b": "caption_extension",
+    "data.trigger=' '": "data.trigger is ' '",
+    "data.resolution=0": "data.resolution.0 is 0",
+    "data.resolution=[64, -8]": "data.resolution.1 is -8",
+    "data.resolution=big": "resolution.0 is 'big'",
+    "data.resolution=3": "this model needs at least 8 pixels",
+    "lora.targets=nope": "the LoRA targets 'nope' match no linear layer",
+    "lora.targets=(": "targets",
+    "lora.targets=''": "lora.targets",
+    "lora.init_from=pictures": "pictures is no .safetensors file",
     "lora.init_from=gone.safetensors": "gone.safetensors is not a readable safetensors file",
-    "model.name_or_path=./gone": "./gone does not exist: give a folder", "model.name_or_path=a b/c": "a b/c",
-    "model.name_or_path=pictures": "pictures has no model_index", "model.name_or_path=''": "name_or_path",
+    "model.name_or_path=./gone": "./gone does not exist: give a folder",
+    "model.name_or_path=a b/c": "a b/c",
+    "model.name_or_path=pictures": "pictures has no model_index",
+    "model.name_or_path=''": "name_or_path",
     "model.name_or_path=owner/name": "owner/name is no local folder, is not whole in the hub's cache, and the hub",
-    f"model.name_or_path={'x' * 300}": "does not exist", "lora.network_dim=8": "network_dim is lora.rank here",
-    "train.lr=1": "lr is train.learning_rate here", "train.max_train_steps=5": "is train.max_steps here",
+    f"model.name_or_path={'x' * 300}": "does not exist",
+    "lora.network_dim=8": "network_dim is lora.rank here",
+    "train.lr=1": "lr is train.learning_rate here",
+    "train.max_train_steps=5": "is train.max_steps here",
 }
 INDEX, VAE, NET = "model/model_index.json", "model/vae/config.json", "model/transformer/config.json"
-SCHEDULER, ABOUT, TEXT = "model/scheduler/scheduler_config.json", "model/dopsd.json", "model/text_encoder"
+SCHEDULER, ABOUT, TEXT = (
+    "model/scheduler/scheduler_config.json",
+    "model/dopsd.json",
+    "model/text_encoder",
+)
 MODELS: dict[str, tuple[Build, str]] = {
-    "index missing": (remove(INDEX), "no model_index.json"), "index cut off": (write(INDEX, "{"), "is not valid JSON"),
-    "index deep": (write(INDEX, DEEP), "index"), "list": (write(INDEX, "[]"), "index"),
+    "index missing": (remove(INDEX), "no model_index.json"),
+    "index cut off": (write(INDEX, "{"), "is not valid JSON"),
+    "index deep": (write(INDEX, DEEP), "index"),
+    "list": (write(INDEX, "[]"), "index"),
     "another pipeline": (edit(INDEX, _class_name="FluxPipeline"), "is a FluxPipeline"),
-    "part null": (edit(INDEX, vae=None), "lacks vae in its"), "part missing": (remove(TEXT), "the folder text_encoder"),
-    "base": (edit(SCHEDULER, shift=6.0), "many-step base model"), "no shift": (remove(SCHEDULER), "scheduler"),
-    "vae config cut off": (write(VAE, "{"), "vae"), "vae config a list": (write(VAE, "[]"), "vae"),
-    "vae config empty": (write(VAE, "{}"), "vae"), "net": (remove(NET), "transformer"),
+    "part null": (edit(INDEX, vae=None), "lacks vae in its"),
+    "part missing": (remove(TEXT), "the folder text_encoder"),
+    "base": (edit(SCHEDULER, shift=6.0), "many-step base model"),
+    "no shift": (remove(SCHEDULER), "scheduler"),
+    "vae config cut off": (write(VAE, "{"), "vae"),
+    "vae config a list": (write(VAE, "[]"), "vae"),
+    "vae config empty": (write(VAE, "{}"), "vae"),
+    "net": (remove(NET), "transformer"),
     "transformer config with a word": (edit(NET, dim="wide"), "transformer"),
-    "about a list": (write(ABOUT, "[]"), "json"), "about": (write(ABOUT, "{"), "dopsd.json"),
+    "about a list": (write(ABOUT, "[]"), "json"),
+    "about": (write(ABOUT, "{"), "dopsd.json"),
 }
 RESUME, NOT_WHOLE = (*TRAIN, "--resume", "latest"), "is no whole checkpoint of dopsd"
 STATES = ('{"step":', b"\xff", "{}", "[]", DEEP, '{"sha256": []}')
 RUNS: dict[str, tuple[Build, Command, str]] = {
     "a run already": (finished(), TRAIN, "runs/recipe already holds a run"),
     "nothing to resume": (nothing, RESUME, "there is no checkpoint to resume from in runs/recipe"),
-    "resume from nowhere": (finished(), (*TRAIN, "--resume", "gone"), "no checkpoint to resume from in gone"),
-    "resume with another rank": (finished(), (*RESUME, "--set", "lora.rank=4"), "begun with lora.rank = 2, now it is"),
-    "config.yaml gone": (finished(remove(f"{RUN}/config.yaml")), RESUME, "runs/recipe/config.yaml does not exist"),
-    "byte": (spoilt(lambda path: write(path / LAST, (path / LAST).read_bytes()[:-1] + b"\x7f")),
-             RESUME, "late! is damaged"),
-    "teacher gone": (spoilt(lambda path: remove(path / "teacher.safetensors")), RESUME, f"late! {NOT_WHOLE}"),
-    **{f"state.json {text[:14]!r}": (spoilt(lambda path, t=text: write(path / STATE, t)), RESUME, f"late! {NOT_WHOLE}")
-       for text in STATES},
-    **{f"step {step}": (spoilt(lambda path, s=step: edit(path / STATE, step=s)), RESUME, f"late! {NOT_WHOLE} ({STATE}")
-       for step in (None, "one", -1)},
-    "checkpoint of another rank": (finished(swap(f"{RUN}/config.yaml", "rank: 2", "rank: 4")),
-                                   (*RESUME, "--set", "lora.rank=4"), "late! was lora.rank changed?"),
-    "checkpoint of other modules": (finished(swap(f"{RUN}/config.yaml", "targets: null", "targets: .*to_q")),
-                                    (*RESUME, "--set", "lora.targets=.*to_q"), "late! was lora.targets changed?"),
-    "metrics without steps": (finished(write(f"{RUN}/metrics.jsonl", "{}\n")), RESUME, "metrics.jsonl"),
+    "resume from nowhere": (
+        finished(),
+        (*TRAIN, "--resume", "gone"),
+        "no checkpoint to resume from in gone",
+    ),
+    "resume with another rank": (
+        finished(),
+        (*RESUME, "--set", "lora.rank=4"),
+        "begun with lora.rank = 2, now it is",
+    ),
+    "config.yaml gone": (
+        finished(remove(f"{RUN}/config.yaml")),
+        RESUME,
+        "runs/recipe/config.yaml does not exist",
+    ),
+    "byte": (
+        spoilt(lambda path: write(path / LAST, (path / LAST).read_bytes()[:-1] + b"\x7f")),
+        RESUME,
+        "late! is damaged",
+    ),
+    "teacher gone": (
+        spoilt(lambda path: remove(path / "teacher.safetensors")),
+        RESUME,
+        f"late! {NOT_WHOLE}",
+    ),
+    **{
+        f"state.json {text[:14]!r}": (
+            spoilt(lambda path, t=text: write(path / STATE, t)),
+            RESUME,
+            f"late! {NOT_WHOLE}",
+        )
+        for text in STATES
+    },
+    **{
+        f"step {step}": (
+            spoilt(lambda path, s=step: edit(path / STATE, step=s)),
+            RESUME,
+            f"late! {NOT_WHOLE} ({STATE}",
+        )
+        for step in (None, "one", -1)
+    },
+    "checkpoint of another rank": (
+        finished(swap(f"{RUN}/config.yaml", "rank: 2", "rank: 4")),
+        (*RESUME, "--set", "lora.rank=4"),
+        "late! was lora.rank changed?",
+    ),
+    "checkpoint of other modules": (
+        finished(swap(f"{RUN}/config.yaml", "targets: null", "targets: .*to_q")),
+        (*RESUME, "--set", "lora.targets=.*to_q"),
+        "late! was lora.targets changed?",
+    ),
+    "metrics without steps": (
+        finished(write(f"{RUN}/metrics.jsonl", "{}\n")),
+        RESUME,
+        "metrics.jsonl",
+    ),
     "compare, no config": (finished(remove(f"{RUN}/config.yaml")), COMPARE, "config.yaml"),
     "compare, no metrics": (finished(remove(f"{RUN}/metrics.jsonl")), COMPARE, "metrics.jsonl"),
 }
 A, B, ONE, FP8 = torch.ones(4, 128), torch.ones(128, 4), torch.ones(()), torch.float8_e4m3fn
-UNREADABLE, NO_LORA, NONE = f"{FILE} is not a readable safetensors", f"{FILE} is no LoRA", "none is a lora_A"
-LORAS: dict[str, tuple[Build, str, str | None]] = {  # what `sample --lora` and `inspect` say; None: not asked
-    "missing": (nothing, UNREADABLE, UNREADABLE), "text": (write(FILE, "a pointer"), UNREADABLE, UNREADABLE),
-    "empty": (write(FILE, ""), UNREADABLE, UNREADABLE), "no tensors": (tensors({}), NO_LORA, NONE),
+UNREADABLE, NO_LORA, NONE = (
+    f"{FILE} is not a readable safetensors",
+    f"{FILE} is no LoRA",
+    "none is a lora_A",
+)
+LORAS: dict[
+    str, tuple[Build, str, str | None]
+] = {  # what `sample --lora` and `inspect` say; None: not asked
+    "missing": (nothing, UNREADABLE, UNREADABLE),
+    "text": (write(FILE, "a pointer"), UNREADABLE, UNREADABLE),
+    "empty": (write(FILE, ""), UNREADABLE, UNREADABLE),
+    "no tensors": (tensors({}), NO_LORA, NONE),
     "truncated": (together(lora(A, B), lambda: os.truncate(FILE, 3000)), UNREADABLE, UNREADABLE),
     "pickled": (lambda: torch.save({"lora_A.weight": A}, FILE), UNREADABLE, UNREADABLE),
-    "a folder": (lambda: Path(FILE).mkdir(), UNREADABLE, UNREADABLE), "B alone": (lora(None, B), NO_LORA, NONE),
-    "foreign": (tensors({"layers.0.weight": A}), NO_LORA, NONE), "A alone": (lora(A, None), NO_LORA, "has no partner"),
-    "DoRA": (lora(A, B, dora_scale=A), "DoRA", "DoRA"), "LoKr": (lora(None, None, lokr_w1=A), "LoKr", NONE),
-    "LoHa": (lora(None, None, hada_w1_a=A), "LoHa", NONE), "one too many": (lora(A, B, diff=A), NO_LORA, None),
+    "a folder": (lambda: Path(FILE).mkdir(), UNREADABLE, UNREADABLE),
+    "B alone": (lora(None, B), NO_LORA, NONE),
+    "foreign": (tensors({"layers.0.weight": A}), NO_LORA, NONE),
+    "A alone": (lora(A, None), NO_LORA, "has no partner"),
+    "DoRA": (lora(A, B, dora_scale=A), "DoRA", "DoRA"),
+    "LoKr": (lora(None, None, lokr_w1=A), "LoKr", NONE),
+    "LoHa": (lora(None, None, hada_w1_a=A), "LoHa", NONE),
+    "one too many": (lora(A, B, diff=A), NO_LORA, None),
     "alphas": (lora(A, B, alpha=A[0]), "is no LoRA that zimage can read", None),
     "thin": (lora(A[:, :9], B), "as 128 x 9;", None),
     "row": (lora(A[0], B[:, 0]), "do not make a LoRA", "has 1 dimensions"),
     "short": (lora(A, B[:9]), "as 9 x 128;", None),
     "numbers": (lora(ONE, ONE), "do not make a LoRA", "has 0 dimensions"),
     "ranks": (lora(A, B[:, :3]), "do not make a LoRA", None),
-    "absent": (lora(A, B, "layers.99.attention.to_q"), "layers.99.attention.to_q, which this model does not", None),
-    "nan": (lora(A * torch.nan, B), "not finite", None), "fp8": (lora(A, B.to(FP8)), "dopsd reads float32", None),
+    "absent": (
+        lora(A, B, "layers.99.attention.to_q"),
+        "layers.99.attention.to_q, which this model does not",
+        None,
+    ),
+    "nan": (lora(A * torch.nan, B), "not finite", None),
+    "fp8": (lora(A, B.to(FP8)), "dopsd reads float32", None),
     "said": (lora(A, B, said="{"), "its lora_adapter_metadata", None),
     "a list": (lora(A, B, said="[]"), "its lora_adapter_metadata", None),
 }
-FROM, LOADED = (*TRAIN, "--set", f"lora.init_from={FILE}"), (*TRAIN, "--set", "model.name_or_path=./model")
+FROM, LOADED = (
+    (*TRAIN, "--set", f"lora.init_from={FILE}"),
+    (*TRAIN, "--set", "model.name_or_path=./model"),
+)
 SEEING = ("--set", "method={name: dopsd, nfe: 1}", "--set", "model.vlm=./vlm")
 VLM, LIMIT, STARS = "the teacher's VLM ./vlm", "tokens; the limit is 512. Shorten it", "star " * 600
-WEIGHTS, WORDS = "model/transformer/diffusion_pytorch_model.safetensors", "model/tokenizer/tokenizer.json"
+WEIGHTS, WORDS = (
+    "model/transformer/diffusion_pytorch_model.safetensors",
+    "model/tokenizer/tokenizer.json",
+)
 TRAINED: dict[str, tuple[Build, Command, str]] = {
-    "start from another rank": (start(), (*FROM, "--set", "lora.rank=4"), "has rank 2, this recipe 4"),
-    "start from other modules": (lora(A[:2], B[:, :2]), FROM, "adapts other modules than lora.targets"),
-    "start from narrow A": (start(lambda name, t: t[:, :9] if "lora_A" in name else t), FROM, "by A and B of"),
-    "start from short B": (start(lambda name, t: t[:1] if "lora_B" in name else t), FROM, f"{FILE} adapts"),
+    "start from another rank": (
+        start(),
+        (*FROM, "--set", "lora.rank=4"),
+        "has rank 2, this recipe 4",
+    ),
+    "start from other modules": (
+        lora(A[:2], B[:, :2]),
+        FROM,
+        "adapts other modules than lora.targets",
+    ),
+    "start from narrow A": (
+        start(lambda name, t: t[:, :9] if "lora_A" in name else t),
+        FROM,
+        "by A and B of",
+    ),
+    "start from short B": (
+        start(lambda name, t: t[:1] if "lora_B" in name else t),
+        FROM,
+        f"{FILE} adapts",
+    ),
     "VLM missing": (nothing, (*TRAIN, *SEEING), VLM),
     "VLM missing in check": (nothing, (*CHECK, *SEEING), VLM),
     "VLM truncated": (vlm(write("vlm/model.safetensors", "")), (*TRAIN, *SEEING), f"late! {VLM}"),
-    "VLM without processor": (vlm(remove("vlm/preprocessor_config.json")), (*TRAIN, *SEEING), f"{VLM}"),
+    "VLM without processor": (
+        vlm(remove("vlm/preprocessor_config.json")),
+        (*TRAIN, *SEEING),
+        f"{VLM}",
+    ),
     "VLM of another size": (
-        together(vlm(), model(edit(f"{TEXT}/config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2))),
-        (*LOADED, *SEEING), "does not match the checkpoint's text encoder: num_hidden_layers 3, not 2. Set model.vlm"),
-    "VLM of another kind": (vlm(edit("vlm/config.json", model_type="qwen2_vl")), (*CHECK, *SEEING),
-                            f"{VLM} is a qwen2_vl, not a Qwen3-VL"),
+        together(
+            vlm(),
+            model(
+                edit(f"{TEXT}/config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+            ),
+        ),
+        (*LOADED, *SEEING),
+        "does not match the checkpoint's text encoder: num_hidden_layers 3, not 2. Set model.vlm",
+    ),
+    "VLM of another kind": (
+        vlm(edit("vlm/config.json", model_type="qwen2_vl")),
+        (*CHECK, *SEEING),
+        f"{VLM} is a qwen2_vl, not a Qwen3-VL",
+    ),
     "transformer weights missing": (model(remove(WEIGHTS)), LOADED, "late! transformer"),
-    "text encoder truncated": (model(write(f"{TEXT}/model.safetensors", "")), LOADED, "late! text_encoder"),
+    "text encoder truncated": (
+        model(write(f"{TEXT}/model.safetensors", "")),
+        LOADED,
+        "late! text_encoder",
+    ),
     "vocabulary missing": (model(remove(WORDS)), LOADED, "./model"),
     "caption over the limit": (write("pictures/0.txt", STARS), TRAIN, LIMIT),
-    "preview of an odd size": (nothing, (*TRAIN, "--set", "sample.width=65"), "65 x 64 pixels: both sides"),
-    "output in a file": (nothing, (*TRAIN, "--set", "output_dir=recipe.yaml"), "recipe.yaml/recipe cannot be written"),
+    "preview of an odd size": (
+        nothing,
+        (*TRAIN, "--set", "sample.width=65"),
+        "65 x 64 pixels: both sides",
+    ),
+    "output in a file": (
+        nothing,
+        (*TRAIN, "--set", "output_dir=recipe.yaml"),
+        "recipe.yaml/recipe cannot be written",
+    ),
     "run_name too long": (nothing, (*TRAIN, "--set", "run_name=" + "a" * 300), "run_name is 'aaa"),
 }
 GENERATE = ("sample", "a star", "--nfe", "1")
 ARGUMENTS: dict[Command, str] = {
-    ("check", "images"): "pictures does not exist: give a recipe file", ("sample",): "'prompts'",
-    ("train", "gone.yaml"): "gone.yaml does not exist: give a recipe file", ("sample", "a", "--nfe", "0"): "'--nfe'",
-    ("sample", STARS): LIMIT, (*GENERATE, "--model", "./gone"): "./gone does not exist",
+    ("check", "images"): "pictures does not exist: give a recipe file",
+    ("sample",): "'prompts'",
+    ("train", "gone.yaml"): "gone.yaml does not exist: give a recipe file",
+    ("sample", "a", "--nfe", "0"): "'--nfe'",
+    ("sample", STARS): LIMIT,
+    (*GENERATE, "--model", "./gone"): "./gone does not exist",
     (*GENERATE, "--width", "65"): "65 x 64 pixels: both sides must be multiples of 8",
-    (*GENERATE, "--width", "-8"): "'--width'", (*GENERATE, "--width", "0"): "width",
-    (*GENERATE, "--seed", "9" * 20): "seed", (*GENERATE, "--strength", "nan"): "strength",
-    (*GENERATE, "--out", "recipe.yaml"): "recipe.yaml", (*GENERATE, "--lora", "a.bin"): "a.bin is no .safe",
+    (*GENERATE, "--width", "-8"): "'--width'",
+    (*GENERATE, "--width", "0"): "width",
+    (*GENERATE, "--seed", "9" * 20): "seed",
+    (*GENERATE, "--strength", "nan"): "strength",
+    (*GENERATE, "--out", "recipe.yaml"): "recipe.yaml",
+    (*GENERATE, "--lora", "a.bin"): "a.bin is no .safe",
     ("list", "--json", "images"): "images",
-    ("init", "magic"): "choose one of dopsd, sft", ("init", "sft", "--out", "recipe.yaml"): "is not overwritten",
+    ("init", "magic"): "choose one of dopsd, sft",
+    ("init", "sft", "--out", "recipe.yaml"): "is not overwritten",
     ("init", "sft", "--out", "recipe.yaml/new.yaml"): "recipe.yaml/new.yaml",
 }
 CASES: dict[str, tuple[Build, Command, str]] = {  # name: (what to build, command, sentence)
-    **{f"recipe: {name}": (write("recipe.yaml", text), CHECK, said) for name, (text, said) in TEXTS.items()},
+    **{
+        f"recipe: {name}": (write("recipe.yaml", text), CHECK, said)
+        for name, (text, said) in TEXTS.items()
+    },
     **{f"--set {s[:40]}": (nothing, (*CHECK, "--set", s), said) for s, said in SETTINGS.items()},
-    **{f"model: {name}": (model(build), ("check", *LOADED[1:]), said) for name, (build, said) in MODELS.items()},
-    **RUNS, **TRAINED, **{" ".join(command)[:50]: (nothing, command, said) for command, said in ARGUMENTS.items()},
-    **{f"sample: {name}": (build, (*GENERATE, "--lora", FILE), said) for name, (build, said, _) in LORAS.items()},
-    **{f"inspect: {n}": (build, ("inspect", FILE), said) for n, (build, _, said) in LORAS.items() if said},
+    **{
+        f"model: {name}": (model(build), ("check", *LOADED[1:]), said)
+        for name, (build, said) in MODELS.items()
+    },
+    **RUNS,
+    **TRAINED,
+    **{" ".join(command)[:50]: (nothing, command, said) for command, said in ARGUMENTS.items()},
+    **{
+        f"sample: {name}": (build, (*GENERATE, "--lora", FILE), said)
+        for name, (build, said, _) in LORAS.items()
+    },
+    **{
+        f"inspect: {n}": (build, ("inspect", FILE), said)
+        for n, (build, _, said) in LORAS.items()
+        if said
+    },
 }
-REAL = ("recipe: empty", "inspect: text", "inspect: truncated", "inspect: missing", "inspect: foreign", "init magic",
-        "inspect: a folder", "init sft --out recipe.yaml", "sample a --nfe 0", "sample")
+REAL = (
+    "recipe: empty",
+    "inspect: text",
+    "inspect: truncated",
+    "inspect: missing",
+    "inspect: foreign",
+    "init magic",
+    "inspect: a folder",
+    "init sft --out recipe.yaml",
+    "sample a --nfe 0",
+    "sample",
+)
 LATE = [name for name, (_, _, said) in CASES.items() if said.startswith("late! ")]
 
 
 def snapshot(folder: Path) -> dict[str, object]:
     """Every path under the folder with its bytes, or the target of a link; None for a folder."""
     return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else
-        path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in sorted(folder.rglob("*"))
     }
 
 
 def refused(name: str, code: int, printed: str) -> bool:
-    """Whether a case ended with exit code 2 and one sentence (Typer words what is wrong with an option itself)."""
+    """Whether a case ended with exit code 2 and one sentence (Typer words what is wrong with an
+    option itself)."""
     before, ours, sentence = " ".join(printed.split()).rpartition("dopsd: ")
-    whole = (ours and sentence.endswith((".", "?")) and len(sentence) < LONGEST) or "Usage:" in sentence
-    return bool(code == 2 and whole and CASES[name][2].rpartition("! ")[2] in sentence and "Traceback" not in before)
+    whole = (
+        ours and sentence.endswith((".", "?")) and len(sentence) < LONGEST
+    ) or "Usage:" in sentence
+    return bool(
+        code == 2
+        and whole
+        and CASES[name][2].rpartition("! ")[2] in sentence
+        and "Traceback" not in before
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -294,7 +510,9 @@ def lay_out(name: str, folder: Path) -> dict[str, object]:
 def run_in(folder: Path, name: str, monkeypatch) -> None:
     """Run a case in this process and see that it is refused."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # a library may log to the closed stream of an earlier case
+    monkeypatch.setattr(
+        logging, "raiseExceptions", False
+    )  # a library may log to the closed stream of an earlier case
     if "VLM" not in name:  # the forecast takes seconds, and nothing else is refused by it
         monkeypatch.setattr("dopsd.cli.app.foretell", lambda *_: None)
     done = CliRunner().invoke(app, CASES[name][1])
@@ -331,5 +549,7 @@ def test_the_real_command_refuses_alike(name, tmp_path):
 
 
 def test_the_corpus_has_220_distinct_cases(tmp_path):
-    built = [(case[1], lay_out(name, tmp_path / str(i))) for i, (name, case) in enumerate(CASES.items())]
+    built = [
+        (case[1], lay_out(name, tmp_path / str(i))) for i, (name, case) in enumerate(CASES.items())
+    ]
     assert len({repr(command_and_folder) for command_and_folder in built}) == len(CASES) >= 220

@@ -1,4 +1,5 @@
-"""`dopsd evaluate` on the pocket model and on folders: what is painted, measured, kept, and said of bad input."""
+"""`dopsd evaluate` on the pocket model and on folders: what is generated, measured, kept, and said
+of bad input."""
 
 import json
 import resource
@@ -41,7 +42,7 @@ def numbers_of(folder: Path, *words: object) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LoRA for pocket that changes what is painted."""
+    """A random LoRA for pocket that changes what is generated."""
     family = load_family("pocket")
     rng = torch.Generator().manual_seed(0)
     tensors = {}
@@ -57,11 +58,13 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generated(lora, tmp_path_factory) -> tuple[Path, list[dict]]:
-    """A folder painted once for the tests that only read it, and its numbers."""
+    """A folder generated once for the tests that only read it, and its numbers."""
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    return folder, numbers_of(folder, "--prompts", prompts, "--lora", lora, "--seeds", 2, "--nfe", "1,2", *RED)
+    return folder, numbers_of(
+        folder, "--prompts", prompts, "--lora", lora, "--seeds", 2, "--nfe", "1,2", *RED
+    )
 
 
 def redness(path: Path) -> float:
@@ -69,9 +72,15 @@ def redness(path: Path) -> float:
     return red - (green + blue) / 2
 
 
-def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on_other(generated, lora):
+def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on_other(
+    generated, lora
+):
     folder, _ = generated
-    for name, file, first in (("base", None, FIRST_NOISE), ("tuned", lora, FIRST_NOISE), ("again", None, OTHER_NOISE)):
+    for name, file, first in (
+        ("base", None, FIRST_NOISE),
+        ("tuned", lora, FIRST_NOISE),
+        ("again", None, OTHER_NOISE),
+    ):
         wanted = sample("pocket", PROMPTS[1:], file, nfe=2, seed=first + MOST_SEEDS + 1)[0]
         found = Image.open(folder / name / "nfe-2" / "0001_01.png")
         assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1, name
@@ -81,19 +90,34 @@ def test_what_was_painted_can_be_read_again_as_a_folder_with_its_prompts(generat
     for name in ("base", "again", "tuned"):
         again = read_image_set(generated[0] / name / "nfe-2", name, captioned=True)
         assert [(p.path.name, p.prompt) for p in again.images] == [
-            (f"{row:04}_{seed:02}.png", prompt) for row, prompt in enumerate(PROMPTS) for seed in range(2)
+            (f"{row:04}_{seed:02}.png", prompt)
+            for row, prompt in enumerate(PROMPTS)
+            for seed in range(2)
         ]
 
 
 def test_values_differences_and_floors_are_of_the_painted_pictures(generated):
     folder, numbers = generated
-    assert [(row["gallery"], row["nfe"]) for row in numbers] == [("base", 1), ("base", 2), ("tuned", 1), ("tuned", 2)]
+    assert [(row["gallery"], row["nfe"]) for row in numbers] == [
+        ("base", 1),
+        ("base", 2),
+        ("tuned", 1),
+        ("tuned", 2),
+    ]
     tables = {
-        name: np.array([[redness(folder / name / "nfe-2" / f"{r:04}_{s:02}.png") for s in range(2)] for r in range(2)])
+        name: np.array(
+            [
+                [redness(folder / name / "nfe-2" / f"{r:04}_{s:02}.png") for s in range(2)]
+                for r in range(2)
+            ]
+        )
         for name in ("base", "again", "tuned")
     }
     base, tuned = numbers[1], numbers[3]
-    assert base["value"] == pytest.approx(bootstrap(tables["base"]), abs=1e-6) and base["difference"] is None
+    assert (
+        base["value"] == pytest.approx(bootstrap(tables["base"]), abs=1e-6)
+        and base["difference"] is None
+    )
     assert tuned["value"][0] == pytest.approx(tables["tuned"].mean(), abs=1e-6)
     assert tuned["difference"] == pytest.approx(paired(tables["tuned"], tables["base"]), abs=1e-6)
     assert (
@@ -108,22 +132,31 @@ def test_a_second_call_goes_on_and_more_seeds_keep_the_first(generated, lora, tm
     prompts = folder.parent / "prompts.txt"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     (gone := folder / "base" / "nfe-1" / "0000_01.png").unlink()
-    again = numbers_of(folder, "--prompts", prompts, "--lora", lora, "--seeds", 2, "--nfe", "1,2", *RED)
+    again = numbers_of(
+        folder, "--prompts", prompts, "--lora", lora, "--seeds", 2, "--nfe", "1,2", *RED
+    )
     assert again == numbers
     assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} == {gone}
-    rows = [json.loads(line) for line in next((folder / "scores").glob("red-*")).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in next((folder / "scores").glob("red-*")).read_text().splitlines()
+    ]
     assert len(rows) == len({row["key"] for row in rows}) == 24
 
 
 def test_another_plan_in_the_same_folder_is_refused(generated, lora):
     folder, _ = generated
     result = run(folder, "--prompts", folder.parent / "prompts.txt", "--seeds", 2, *RED)
-    assert result.exit_code == 2 and "was begun with lora" in result.output and "choose another folder" in result.output
+    assert (
+        result.exit_code == 2
+        and "was begun with lora" in result.output
+        and "choose another folder" in result.output
+    )
 
 
 @pytest.fixture()
 def images(tmp_path: Path) -> Path:
-    """Six pictures of three prompts, ever redder, as somebody may bring them."""
+    """Six images of three prompts, ever redder, as somebody may bring them."""
     folder = tmp_path / "images"
     folder.mkdir()
     rows = []
@@ -143,19 +176,31 @@ def test_a_folder_of_pictures_is_measured_by_prompt_and_beside_another(images, t
     mine, theirs = numbers_of(images, *RED, "--base", base)
     table = np.array([[(40 * k - 60) / 255 for k in (2 * p, 2 * p + 1)] for p in range(3)])
     assert mine["value"] == pytest.approx(bootstrap(table), abs=1e-6)
-    assert mine["difference"] == pytest.approx([0, 0, 0], abs=1e-6) and "no difference beyond noise" in mine["note"]
+    assert (
+        mine["difference"] == pytest.approx([0, 0, 0], abs=1e-6)
+        and "no difference beyond noise" in mine["note"]
+    )
     assert theirs["gallery"] == "base" and theirs["floor"] is None
     (base / "5.png").rename(base / "6.png")
-    (base / "metadata.jsonl").write_text((base / "metadata.jsonl").read_text().replace("5.png", "6.png"))
+    (base / "metadata.jsonl").write_text(
+        (base / "metadata.jsonl").read_text().replace("5.png", "6.png")
+    )
     result = run(images, *RED, "--base", base)
     assert result.exit_code == 2 and "the two folders differ in 5.png and others" in result.output
 
 
 def test_targets_of_the_same_names_and_fid_on_them(images, tmp_path):
     torch.manual_seed(0)
-    DINOv3ViTModel(DINOv3ViTConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32
-    )).save_pretrained(tmp_path / "dino")
+    DINOv3ViTModel(
+        DINOv3ViTConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            patch_size=8,
+            image_size=32,
+        )
+    ).save_pretrained(tmp_path / "dino")
     (tmp_path / "inception").mkdir()
     for k in (3, 4, 5):
         (images / f"{k}.png").unlink()
@@ -175,31 +220,47 @@ def test_targets_of_the_same_names_and_fid_on_them(images, tmp_path):
         "--measure",
         f"fid={tmp_path / 'inception'}",
     )
-    dino, distance, spread = numbers_of(images, *words, "--measure", f"kid={tmp_path / 'inception'}")
-    assert dino["value"][0] > 0 and dino["better"] == "lower"  # 2.png has no target and is not asked
+    dino, distance, spread = numbers_of(
+        images, *words, "--measure", f"kid={tmp_path / 'inception'}"
+    )
+    assert (
+        dino["value"][0] > 0 and dino["better"] == "lower"
+    )  # 2.png has no target and is not asked
     assert dino["note"] == "not comparable with numbers by dinov3-vits16plus-pretrain-lvd1689m"
     look = Inception(str(tmp_path / "inception"), torch.device("cpu"))
 
     def seen(folder: Path, names: list[str]) -> torch.Tensor:
-        arrays = [np.asarray(Image.open(folder / name).convert("RGB"), np.float32) / 255 for name in names]
+        arrays = [
+            np.asarray(Image.open(folder / name).convert("RGB"), np.float32) / 255 for name in names
+        ]
         return torch.cat([look(torch.from_numpy(a).permute(2, 0, 1)[None]) for a in arrays])
 
-    wanted = fid(seen(images, [f"{k}.png" for k in range(3)]), seen(targets, [f"{k}.jpg" for k in range(2)]))
+    wanted = fid(
+        seen(images, [f"{k}.png" for k in range(3)]), seen(targets, [f"{k}.jpg" for k in range(2)])
+    )
     assert distance["value"] == [pytest.approx(wanted, rel=1e-6), None, None]
-    assert "3 pictures against 2; of few pictures" in distance["note"] and "over subsets" in spread["note"]
+    assert (
+        "3 pictures against 2; of few pictures" in distance["note"]
+        and "over subsets" in spread["note"]
+    )
 
 
 def test_missing_models_are_named_gaps_beside_what_could_be_measured(images):
     metrics = ["clip", "dino=/gone", "lpips", "fid", "no_such.module:judge", "vlm_style", "red"]
     numbers = numbers_of(images, *(word for name in metrics for word in ("--measure", name)))
     assert [row["measure"] for row in numbers] == [name.partition("=")[0] for name in metrics]
-    assert all(row["value"] is None and row["note"].startswith("not measured: ") for row in numbers[:-1])
+    assert all(
+        row["value"] is None and row["note"].startswith("not measured: ") for row in numbers[:-1]
+    )
     assert numbers[-1]["value"] is not None
 
 
 def test_a_measure_that_needs_targets_says_so_where_there_are_none(images, vlm):
     (row,) = numbers_of(images, "--measure", f"vlm_object={vlm}")
-    assert row["note"] == "not measured: no prompt has a target picture that it would be compared with."
+    assert (
+        row["note"]
+        == "not measured: no prompt has a target picture that it would be compared with."
+    )
 
 
 def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(images, vlm):
@@ -224,7 +285,10 @@ def test_an_unreadable_picture_in_the_middle_is_named_and_what_was_scored_is_kep
 @contextmanager
 def no_room_beyond(size: int) -> Iterator[None]:
     """A limit on the size of files, in bytes: a write beyond it fails as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
@@ -233,12 +297,16 @@ def no_room_beyond(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_on(images, monkeypatch):
+def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_on(
+    images, monkeypatch
+):
     monkeypatch.setattr("dopsd.evaluation.scores.AT_ONCE", 1)
     with no_room_beyond(300):
         result = run(images, *RED)
     assert (
-        result.exit_code == 2 and "cannot be written" in result.output and "finished before is whole" in result.output
+        result.exit_code == 2
+        and "cannot be written" in result.output
+        and "finished before is whole" in result.output
     )
     (store,) = (images / "scores").glob("red-*")
     assert 0 < len(store.read_bytes()) <= 300
@@ -251,10 +319,16 @@ def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_o
 def test_a_full_disk_while_painting_leaves_no_half_picture(tmp_path):
     (tmp_path / "p.txt").write_text("a red star on night")
     with no_room_beyond(900):
-        result = run(tmp_path / "run", "--prompts", tmp_path / "p.txt", "--nfe", "1", "--seeds", "2", *RED)
+        result = run(
+            tmp_path / "run", "--prompts", tmp_path / "p.txt", "--nfe", "1", "--seeds", "2", *RED
+        )
     assert result.exit_code == 2 and "cannot be written" in result.output
-    assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run").rglob("*.png"))
-    assert numbers_of(tmp_path / "run", "--prompts", tmp_path / "p.txt", "--nfe", "1", "--seeds", "2", *RED)[0]["value"]
+    assert not list((tmp_path / "run").rglob("*.part")) and not list(
+        (tmp_path / "run").rglob("*.png")
+    )
+    assert numbers_of(
+        tmp_path / "run", "--prompts", tmp_path / "p.txt", "--nfe", "1", "--seeds", "2", *RED
+    )[0]["value"]
 
 
 GENERATE = ("{folder}/run", "--prompts", "{p}")
@@ -271,7 +345,10 @@ GENERATE = ("{folder}/run", "--prompts", "{p}")
         (["{folder}", "--targets", "{folder}/empty"], "--targets wants a folder of pictures"),
         (["{folder}", "--nfe", "4"], "are for painting: give --prompts as well"),
         (["{folder}", "--layout", "geneval"], "and --prompts, the benchmark's own"),
-        (["{folder}", "--base", "{folder}", "--prompts", "{p}"], "--base is for pictures that are there"),
+        (
+            ["{folder}", "--base", "{folder}", "--prompts", "{p}"],
+            "--base is for pictures that are there",
+        ),
         (["{folder}/run", "--prompts", "{folder}/gone.txt"], "does not exist: give a .txt"),
         ([*GENERATE, "--nfe", "4,x"], "--nfe 4,x: give numbers of forwards"),
         ([*GENERATE, "--nfe", "0"], "--nfe 0: give numbers"),

@@ -1,4 +1,5 @@
-"""Recipes under mutation: whatever a file holds, the answer is a recipe or a sentence, never a traceback."""
+"""Recipes under mutation: whatever a file holds, the answer is a recipe or a sentence, never a
+traceback."""
 
 import copy
 from pathlib import Path
@@ -13,14 +14,18 @@ from dopsd.config.recipe import ALIASES, Recipe, known_keys, load_recipe, parse_
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
 @st.composite
 def mutated(draw) -> dict:
-    """A recipe of the repository with one to four keys or sections changed, dropped, renamed or added."""
+    """A recipe of the repository with one to four keys or sections changed, dropped, renamed or
+    added."""
     tree = copy.deepcopy(yaml.safe_load(draw(st.sampled_from(RECIPES)).read_text(encoding="utf-8")))
     for _ in range(draw(st.integers(1, 4))):
         section = draw(st.sampled_from([*tree, None])) if tree else None
@@ -28,7 +33,8 @@ def mutated(draw) -> dict:
         place = inside if isinstance(inside, dict) else tree
         key = draw(st.sampled_from(sorted(map(str, place))) if place else st.text(max_size=6))
         key = draw(
-            st.sampled_from([key, *(name.rpartition(".")[2] for name in known_keys()), *ALIASES]) | st.text(max_size=6)
+            st.sampled_from([key, *(name.rpartition(".")[2] for name in known_keys()), *ALIASES])
+            | st.text(max_size=6)
         )
         if draw(st.booleans()):
             place[key] = draw(ANYTHING)
@@ -47,11 +53,15 @@ def test_a_mutated_recipe_is_a_recipe_or_a_sentence(tree):
         assert said.startswith("mutated.yaml") and said.endswith(".")
         assert "pydantic" not in said and "Traceback" not in said
     else:
-        assert isinstance(recipe, Recipe) and parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+        assert (
+            isinstance(recipe, Recipe) and parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+        )
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_file_of_any_bytes_is_refused_with_its_name(tmp_path, content):
     (tmp_path / "any.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=r"any\.yaml"):
@@ -62,7 +72,9 @@ def test_a_file_of_any_bytes_is_refused_with_its_name(tmp_path, content):
 @settings(max_examples=300, deadline=None)
 def test_any_change_on_the_command_line_is_taken_or_refused(key, value):
     try:
-        read_recipe(RECIPES[0].read_text(encoding="utf-8"), "r.yaml", {"run_name": "r"}, [f"{key}={value}"])
+        read_recipe(
+            RECIPES[0].read_text(encoding="utf-8"), "r.yaml", {"run_name": "r"}, [f"{key}={value}"]
+        )
     except ValueError as error:
         assert str(error).startswith(("r.yaml", "--set"))
 

@@ -1,4 +1,4 @@
-"""Sizes, the bucket a picture gets, and crops without an edge."""
+"""Sizes, the bucket an image gets, and crops without an edge."""
 
 import math
 from itertools import pairwise
@@ -22,7 +22,9 @@ def test_buckets_have_about_the_same_area_and_fitting_sides(resolution, multiple
         assert width % multiple == 0 and height % multiple == 0
         assert 0.5 <= width / height <= 2
         # rounding the short side moves the area by at most half a multiple
-        assert abs(width * height / resolution**2 - 1) <= max(0.01, 1.1 * multiple / min(width, height))
+        assert abs(width * height / resolution**2 - 1) <= max(
+            0.01, 1.1 * multiple / min(width, height)
+        )
 
 
 def test_a_large_resolution_reaches_wide_and_tall_pictures_with_few_buckets():
@@ -62,7 +64,14 @@ def test_crop_boxes_of_ten_thousand_sizes_are_inside_centred_and_as_large_as_can
 def test_crops_of_white_pictures_have_no_dark_edge():
     rng = np.random.default_rng(1)
     buckets = bucket_sizes(64, 16)
-    sizes = [(1, 1), (1, 700), (700, 1), (64, 64), (65, 63), *rng.integers(1, 300, (300, 2)).tolist()]
+    sizes = [
+        (1, 1),
+        (1, 700),
+        (700, 1),
+        (64, 64),
+        (65, 63),
+        *rng.integers(1, 300, (300, 2)).tolist(),
+    ]
     for width, height in sizes:
         for size in (nearest_bucket(width, height, buckets), buckets[rng.integers(len(buckets))]):
             crop = cover_crop(Image.new("RGB", (width, height), "white"), size)

@@ -22,14 +22,18 @@ from dopsd.images import cover_crop, open_image, to_pixels
 
 
 class LetterReader:
-    """One token per letter of the prompt, then one for the picture; padded in the batch like an honest encoder."""
+    """One token per letter of the prompt, then one for the image; padded in the batch like an
+    honest encoder."""
 
     def __init__(self, fingerprint: str = "letters-1"):
         self.fingerprint = fingerprint
         self.calls: list[tuple[list[str], list[Image.Image] | None]] = []
 
     def context(
-        self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None, references: None = None
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        references: None = None,
     ) -> Context:
         self.calls.append((list(prompts), None if images is None else list(images)))
         images = [None] * len(prompts) if images is None else images
@@ -66,7 +70,9 @@ class Workshop:
         self.folder = folder
         self.text_encoder, self.vae = LetterReader(), MeanVAE()
         sizes = [(80, 80), (130, 65), (64, 64), (65, 130), (100, 101), (90, 90)]
-        self.examples = [self.example(f"{i}.png", f"caption {'x' * i}", size, i) for i, size in enumerate(sizes)]
+        self.examples = [
+            self.example(f"{i}.png", f"caption {'x' * i}", size, i) for i, size in enumerate(sizes)
+        ]
 
     def example(self, name: str, caption: str, size: tuple[int, int], seed: int) -> Example:
         noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
@@ -76,17 +82,33 @@ class Workshop:
     def prepare(self, **changes) -> tuple[Row, ...]:
         self.text_encoder = LetterReader(changes.pop("reader", "letters-1"))
         self.vae = MeanVAE(changes.pop("painter", "means-1"))
-        settings = {"resolution": 64, "multiple": 16, "privileged": True, "device": "cpu", "batch_size": 2} | changes
-        return prepare(self.examples, self.folder / "cache", self.text_encoder, self.vae, **settings)
+        settings = {
+            "resolution": 64,
+            "multiple": 16,
+            "privileged": True,
+            "device": "cpu",
+            "batch_size": 2,
+        } | changes
+        return prepare(
+            self.examples, self.folder / "cache", self.text_encoder, self.vae, **settings
+        )
 
     def work(self) -> tuple[int, int, int]:
-        """How many pictures were painted, captions read, and pairs read, by the last prepare."""
-        captions = sum(len(prompts) for prompts, images in self.text_encoder.calls if images is None)
-        pairs = sum(len(prompts) for prompts, images in self.text_encoder.calls if images is not None)
+        """How many images were generated, captions read, and pairs read, by the last prepare."""
+        captions = sum(
+            len(prompts) for prompts, images in self.text_encoder.calls if images is None
+        )
+        pairs = sum(
+            len(prompts) for prompts, images in self.text_encoder.calls if images is not None
+        )
         return sum(shape[0] for shape in self.vae.calls), captions, pairs
 
     def leftovers(self) -> list[Path]:
-        return [path for path in (self.folder / "cache").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+        return [
+            path
+            for path in (self.folder / "cache").rglob("*")
+            if path.is_file() and path.suffix != ".safetensors"
+        ]
 
 
 @pytest.fixture
@@ -102,8 +124,13 @@ def test_rows_hold_what_the_encoders_say_of_each_example_alone_without_padding(s
         crop = cover_crop(open_image(row.example.path), row.size)
         assert torch.equal(read_latents(row.latents), MeanVAE().latents(to_pixels(crop)[None])[0])
         for path, images in ((row.context, None), (row.privileged, [crop])):
-            expected, found = LetterReader().context([row.example.caption], images), read_context(path)
-            assert torch.equal(found.tokens, expected.tokens) and found.tokens.dtype == torch.bfloat16
+            expected, found = (
+                LetterReader().context([row.example.caption], images),
+                read_context(path),
+            )
+            assert (
+                torch.equal(found.tokens, expected.tokens) and found.tokens.dtype == torch.bfloat16
+            )
             assert found.lengths == expected.lengths
             assert torch.equal(found.extras["pooled"], expected.extras["pooled"])
     tensors = read_tensors(rows[0].latents)
@@ -112,7 +139,12 @@ def test_rows_hold_what_the_encoders_say_of_each_example_alone_without_padding(s
 
 def test_the_privileged_picture_is_the_crop_that_is_trained_on(shop):
     rows = shop.prepare()
-    seen = {p: i for prompts, images in shop.text_encoder.calls if images for p, i in zip(prompts, images, strict=True)}
+    seen = {
+        p: i
+        for prompts, images in shop.text_encoder.calls
+        if images
+        for p, i in zip(prompts, images, strict=True)
+    }
     for row in rows:
         expected = cover_crop(open_image(row.example.path), row.size)
         assert np.array_equal(np.asarray(seen[row.example.caption]), np.asarray(expected))
@@ -120,7 +152,12 @@ def test_the_privileged_picture_is_the_crop_that_is_trained_on(shop):
 
 def test_encoders_are_asked_in_small_batches_of_one_size_without_gradient(shop):
     shop.prepare(batch_size=3)
-    assert sorted(shop.vae.calls) == [(1, 3, 48, 96), (1, 3, 64, 64), (1, 3, 96, 48), (3, 3, 64, 64)]
+    assert sorted(shop.vae.calls) == [
+        (1, 3, 48, 96),
+        (1, 3, 64, 64),
+        (1, 3, 96, 48),
+        (3, 3, 64, 64),
+    ]
     assert all(len(prompts) <= 3 for prompts, _ in shop.text_encoder.calls)
 
 
@@ -160,19 +197,29 @@ def test_a_changed_picture_under_the_same_name_is_painted_again(shop):
     before = shop.prepare()
     shop.example("2.png", "", (64, 64), seed=99)
     after = shop.prepare()
-    assert shop.work() == (1, 0, 1) and after[2].latents != before[2].latents and after[2].context == before[2].context
+    assert (
+        shop.work() == (1, 0, 1)
+        and after[2].latents != before[2].latents
+        and after[2].context == before[2].context
+    )
 
 
 def test_a_renamed_picture_is_known_again(shop):
     shop.prepare()
-    shop.examples[0] = replace(shop.examples[0], path=shop.examples[0].path.rename(shop.folder / "renamed.png"))
+    shop.examples[0] = replace(
+        shop.examples[0], path=shop.examples[0].path.rename(shop.folder / "renamed.png")
+    )
     shop.prepare()
     assert shop.work() == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("change", "work"),
-    [({"painter": "means-2"}, (6, 0, 0)), ({"reader": "letters-2"}, (0, 6, 6)), ({"resolution": 96}, (6, 0, 6))],
+    [
+        ({"painter": "means-2"}, (6, 0, 0)),
+        ({"reader": "letters-2"}, (0, 6, 6)),
+        ({"resolution": 96}, (6, 0, 6)),
+    ],
 )
 def test_another_encoder_or_size_is_another_key(shop, change, work):
     shop.prepare()
@@ -186,12 +233,19 @@ def test_another_encoder_or_size_is_another_key(shop, change, work):
 def test_a_broken_file_is_rebuilt_and_said(shop, caplog, damage):
     rows = shop.prepare()
     whole = rows[1].latents.read_bytes()
-    broken = {"cut": whole[:-7], "empty": b"", "text": b"hello", "of another kind": rows[1].context.read_bytes()}
+    broken = {
+        "cut": whole[:-7],
+        "empty": b"",
+        "text": b"hello",
+        "of another kind": rows[1].context.read_bytes(),
+    }
     rows[1].latents.write_bytes(broken[damage])
     with caplog.at_level(logging.WARNING):
         assert shop.prepare() == rows
     assert shop.work() == (1, 0, 0) and rows[1].latents.read_bytes() == whole
-    assert [record.name for record in caplog.records] == ["dopsd.data.cache"] and rows[1].latents.name in caplog.text
+    assert [record.name for record in caplog.records] == ["dopsd.data.cache"] and rows[
+        1
+    ].latents.name in caplog.text
 
 
 def test_an_interrupted_write_leaves_no_half_file(shop, monkeypatch):
@@ -234,7 +288,9 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_file(shop, monkeypa
 
 
 def test_latents_that_are_not_finite_are_refused_with_the_pictures_name(shop, monkeypatch):
-    monkeypatch.setattr(MeanVAE, "latents", lambda self, pixels: torch.full((len(pixels), 1, 2, 2), float("nan")))
+    monkeypatch.setattr(
+        MeanVAE, "latents", lambda self, pixels: torch.full((len(pixels), 1, 2, 2), float("nan"))
+    )
     with pytest.raises(ValueError, match=r"latents of .*0\.png are not finite"):
         shop.prepare()
     assert not list((shop.folder / "cache").rglob("*.safetensors"))

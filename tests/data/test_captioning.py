@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
 from dopsd.models.hub import Checkpoint
-from dopsd.models.qwen3 import load_processor, image_tokens, with_image
+from dopsd.models.qwen3 import image_tokens, load_processor, with_image
 
 TOKENS = 6
 
@@ -35,19 +35,26 @@ def greedy(vlm: Path, image: Image.Image) -> str:
     start = ids.shape[1]
     for _ in range(TOKENS):
         kinds = (ids == model.config.image_token_id).int()
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **patches).logits
+        logits = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **patches
+        ).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     return " ".join(tokenizer.decode(ids[0, start:], skip_special_tokens=True).split())
 
 
 def test_only_pictures_without_a_caption_get_one_and_it_is_the_models_greedy_answer(vlm, folder):
-    result = CliRunner().invoke(app, ["caption", str(folder), "--model", str(vlm), "--most-tokens", str(TOKENS)])
+    result = CliRunner().invoke(
+        app, ["caption", str(folder), "--model", str(vlm), "--most-tokens", str(TOKENS)]
+    )
     assert result.exit_code == 0, result.output
     assert "2 captions written, 1 kept" in result.output
     assert (folder / "b.txt").read_text() == "a blue one"
     for name in ("a.png", "c.webp"):
         wanted = greedy(vlm, Image.open(folder / name).convert("RGB"))
-        assert wanted and (folder / name).with_suffix(".txt").read_text(encoding="utf-8") == wanted + "\n"
+        assert (
+            wanted
+            and (folder / name).with_suffix(".txt").read_text(encoding="utf-8") == wanted + "\n"
+        )
 
 
 def test_overwrite_writes_all(folder):
@@ -64,8 +71,14 @@ def test_an_empty_answer_is_an_error_and_what_was_written_stays(folder):
     assert (folder / "a.txt").read_text() == "a red one\n" and not (folder / "c.txt").exists()
 
 
-@pytest.mark.parametrize(("fault", "said"), [("metadata", "captions in metadata"), ("empty", "no pictures"),
-                                             ("missing", "is not a folder")])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("metadata", "captions in metadata"),
+        ("empty", "no pictures"),
+        ("missing", "is not a folder"),
+    ],
+)
 def test_a_folder_that_cannot_be_captioned_is_refused(fault, said, folder):
     place = folder
     if fault == "metadata":

@@ -1,4 +1,4 @@
-"""Editing rows: pictures that a caption turns into another, from metadata.jsonl to batches."""
+"""Editing rows: images that a caption turns into another, from metadata.jsonl to batches."""
 
 import json
 from collections import Counter
@@ -44,7 +44,9 @@ def folder(tmp_path) -> Path:
 
 def test_a_row_names_its_references_and_its_target(folder):
     examples = read_folder(folder).examples
-    named = [[path.relative_to(folder).as_posix() for path in (e.path, *e.references)] for e in examples]
+    named = [
+        [path.relative_to(folder).as_posix() for path in (e.path, *e.references)] for e in examples
+    ]
     assert named == [
         ["a.png", "before/square.png"],
         ["b.png", "before/square.png"],
@@ -53,20 +55,29 @@ def test_a_row_names_its_references_and_its_target(folder):
         ["e.png"],
     ]
     told = read_sources([Source(folder, repeats=2)], trigger="zib").examples
-    assert len(told) == 10 and told[6].references == examples[3].references and told[6].caption.startswith("zib, ")
+    assert (
+        len(told) == 10
+        and told[6].references == examples[3].references
+        and told[6].caption.startswith("zib, ")
+    )
 
 
 def test_a_reference_beside_the_targets_needs_no_row_of_its_own(tmp_path):
     for name in ("before.png", "after.png"):
         image(tmp_path / name, "red")
-    (tmp_path / "metadata.jsonl").write_text('{"target": "after.png", "references": ["before.png"], "text": "x"}\n')
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"target": "after.png", "references": ["before.png"], "text": "x"}\n'
+    )
     assert len(read_folder(tmp_path).examples) == 1
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"target": "a.png", "references": ["gone.png"], "text": "x"}, "names gone.png, and there is no such file"),
+        (
+            {"target": "a.png", "references": ["gone.png"], "text": "x"},
+            "names gone.png, and there is no such file",
+        ),
         ({"references": ["before/square.png"], "text": "x"}, "has references and no target"),
         ({"target": "a.png", "references": ["/etc/passwd"], "text": "x"}, "outside the folder"),
         ({"target": "a.png", "references": [3], "text": "x"}, "which is not a file name"),
@@ -91,7 +102,8 @@ def test_the_fingerprint_of_a_folder_knows_which_reference_a_row_has(folder):
 
 
 class ColourReader:
-    """A token for each letter; a reference is an extra in the shape of its pixels, so other sizes do not stack."""
+    """A token for each letter; a reference is an extra in the shape of its pixels, so other sizes
+    do not stack."""
 
     fingerprint = "colours"
 
@@ -108,7 +120,10 @@ class ColourReader:
         self.asked.append((len(prompts), len(rows[0])))
         if images is not None:
             rows = [[*row, image] for row, image in zip(rows, images, strict=True)]
-        columns = [[torch.zeros(image.height, image.width) for image in column] for column in zip(*rows, strict=True)]
+        columns = [
+            [torch.zeros(image.height, image.width) for image in column]
+            for column in zip(*rows, strict=True)
+        ]
         extras = {f"picture_{i}": torch.stack(column) for i, column in enumerate(columns)}
         texts = [Context(torch.full((1, len(p), 1), float(len(p))), (len(p),)) for p in prompts]
         return Context(Context.stack(texts).tokens, tuple(map(len, prompts)), extras)
@@ -127,25 +142,41 @@ class PlainVAE:
 def cached(folder: Path, text_encoder: ColourReader, privileged: bool = True) -> tuple[Row, ...]:
     examples = read_folder(folder).examples
     return prepare(
-        examples, folder.parent / "cache", text_encoder, PlainVAE(), resolution=64, multiple=16, privileged=privileged,
-        unconditional=True, device="cpu",
+        examples,
+        folder.parent / "cache",
+        text_encoder,
+        PlainVAE(),
+        resolution=64,
+        multiple=16,
+        privileged=privileged,
+        unconditional=True,
+        device="cpu",
     )
 
 
 def test_contexts_are_of_their_references_and_read_again_only_for_another_picture(folder):
     rows = cached(folder, ColourReader())
-    assert len({row.context for row in rows}) == 5 and len({row.unconditional.context for row in rows}) == 4  # a and b share
+    assert (
+        len({row.context for row in rows}) == 5
+        and len({row.unconditional.context for row in rows}) == 4
+    )  # a and b share
     again = ColourReader()
     cached(folder, again)
     assert again.asked == []
     image(folder / "before" / "wide.png", "yellow", (96, 48))
     cached(folder, again)
-    assert sum(prompts for prompts, _ in again.asked) == 2 * (2 + 3)  # plain and privileged: of c 2 captions, of d 3
+    assert sum(prompts for prompts, _ in again.asked) == 2 * (
+        2 + 3
+    )  # plain and privileged: of c 2 captions, of d 3
 
 
 @pytest.mark.parametrize("privileged", [True, False])
-def test_a_batch_holds_rows_of_one_target_size_and_of_references_of_one_number_and_size(folder, privileged):
-    loader = Loader(cached(folder, ColourReader(), privileged), batch_size=4, seed=0, caption_dropout=0.3)
+def test_a_batch_holds_rows_of_one_target_size_and_of_references_of_one_number_and_size(
+    folder, privileged
+):
+    loader = Loader(
+        cached(folder, ColourReader(), privileged), batch_size=4, seed=0, caption_dropout=0.3
+    )
     assert loader.batches_per_epoch == 4
     for epoch in range(3):
         batches = [loader.batch(4 * epoch + i) for i in range(4)]
@@ -153,7 +184,10 @@ def test_a_batch_holds_rows_of_one_target_size_and_of_references_of_one_number_a
         for batch in batches:
             seen = [name for name, _ in batch.context.layout]
             if privileged:
-                assert [name for name, _ in batch.privileged.layout] == [*seen, f"picture_{len(seen)}"]
+                assert [name for name, _ in batch.privileged.layout] == [
+                    *seen,
+                    f"picture_{len(seen)}",
+                ]
 
 
 def test_contexts_of_other_references_do_not_stack():

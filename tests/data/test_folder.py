@@ -1,4 +1,4 @@
-"""Folders of pictures as users have them: every source of captions, every way to be broken."""
+"""Folders of images as users have them: every source of captions, every way to be broken."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from dopsd.data.folder import Example, read_folder
-from dopsd.images import open_image, image_size
+from dopsd.images import image_size, open_image
 
 
-def image(path: Path, colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (12, 8)) -> Path:
+def image(
+    path: Path, colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (12, 8)
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
@@ -23,7 +25,8 @@ def json_lines(folder: Path, *rows: object) -> None:
 
 
 def refusals(folder: Path, **settings) -> str:
-    """The sentences of what was skipped, after checking that without skip_bad they are an error that says so."""
+    """The sentences of what was skipped, after checking that without skip_bad they are an error
+    that says so."""
     with pytest.raises(ValueError, match="skip_bad: true"):
         read_folder(folder, **settings)
     return "\n".join(why for _, why in read_folder(folder, skip_bad=True, **settings).refused)
@@ -31,7 +34,9 @@ def refusals(folder: Path, **settings) -> str:
 
 def test_text_files_beside_pictures_are_captions_without_blanks_around(tmp_path):
     for name in ("b.png", "a.jpg", "c.v2.webp", "d.JPEG", "e.bmp"):
-        image(tmp_path / name).with_suffix(".txt").write_text(f" caption of {name}\n", encoding="utf-8-sig")
+        image(tmp_path / name).with_suffix(".txt").write_text(
+            f" caption of {name}\n", encoding="utf-8-sig"
+        )
     (tmp_path / "notes.md").write_text("not a picture")
     (tmp_path / "._a.jpg").write_bytes(b"what macOS leaves behind")
     listing = read_folder(tmp_path)
@@ -49,7 +54,10 @@ def test_txt_goes_before_caption_and_a_given_extension_before_both(tmp_path):
     assert read_folder(tmp_path).source == ".txt files and .caption files"
     for given in ("tags", ".tags"):
         listing = read_folder(tmp_path, caption_extension=given)
-        assert ([e.caption for e in listing.examples], listing.source) == ([".tags", ".tags"], ".tags files")
+        assert ([e.caption for e in listing.examples], listing.source) == (
+            [".tags", ".tags"],
+            ".tags files",
+        )
 
 
 def test_the_instance_prompt_captions_every_picture_that_has_no_text(tmp_path):
@@ -67,9 +75,17 @@ def test_the_instance_prompt_captions_every_picture_that_has_no_text(tmp_path):
 def test_a_metadata_file_goes_before_text_files_and_the_instance_prompt(tmp_path):
     image(tmp_path / "a.png").with_suffix(".txt").write_text("from a.txt")
     image(tmp_path / "deep" / "b.png")
-    json_lines(tmp_path, {"file_name": "deep/b.png", "text": "b"}, "", {"file_name": "./a.png", "text": "a"})
+    json_lines(
+        tmp_path,
+        {"file_name": "deep/b.png", "text": "b"},
+        "",
+        {"file_name": "./a.png", "text": "a"},
+    )
     listing = read_folder(tmp_path, "a sks cat")
-    assert listing.examples == (Example(tmp_path / "a.png", "a"), Example(tmp_path / "deep" / "b.png", "b"))
+    assert listing.examples == (
+        Example(tmp_path / "a.png", "a"),
+        Example(tmp_path / "deep" / "b.png", "b"),
+    )
     assert listing.source == "metadata.jsonl"
 
 
@@ -89,7 +105,10 @@ def test_csv_metadata_is_read_and_a_caption_cut_by_a_comma_is_refused(tmp_path):
     assert read_folder(tmp_path, skip_bad=True).source == "metadata.csv"
     assert [e.caption for e in read_folder(tmp_path, skip_bad=True).examples] == ["a cat, sitting"]
     said = refusals(tmp_path)
-    assert "line 3 has more fields than the header" in said and "caption of metadata.csv line 4 is None" in said
+    assert (
+        "line 3 has more fields than the header" in said
+        and "caption of metadata.csv line 4 is None" in said
+    )
 
 
 def test_csv_that_is_not_utf8_or_not_csv_is_one_clear_error(tmp_path):
@@ -147,7 +166,10 @@ def test_every_bad_metadata_line_is_named_with_its_number(tmp_path):
     lines = said.splitlines()
     assert len(lines) == len(expected)
     for number, words in expected.items():
-        assert any(f"metadata.jsonl line {number} " in line and words in line for line in lines), (number, said)
+        assert any(f"metadata.jsonl line {number} " in line and words in line for line in lines), (
+            number,
+            said,
+        )
     assert len(read_folder(tmp_path, skip_bad=True).examples) == 1
 
 
@@ -176,7 +198,13 @@ def test_a_truncated_picture_is_found_by_decoding_it(tmp_path):
     image(tmp_path / "good.png")
     listing = read_folder(tmp_path, "a cat", skip_bad=True)
     assert [e.path.name for e in listing.examples] == ["good.png"]
-    assert {path.name for path, _ in listing.refused} == {"cut.png", "cut.jpg", "cut.webp", "empty.png", "text.jpg"}
+    assert {path.name for path, _ in listing.refused} == {
+        "cut.png",
+        "cut.jpg",
+        "cut.webp",
+        "empty.png",
+        "text.jpg",
+    }
     assert all(path.name in why for path, why in listing.refused)
     assert "cannot be decoded" in refusals(tmp_path, instance_prompt="a cat")
 
@@ -231,7 +259,11 @@ def test_an_error_lists_the_first_few_and_the_count(tmp_path):
         (tmp_path / f"{i}.png").touch()
     with pytest.raises(ValueError, match="9 of 9 items") as raised:
         read_folder(tmp_path, "a cat")
-    assert "0.png" in str(raised.value) and "8.png" not in str(raised.value) and "and 4 more" in str(raised.value)
+    assert (
+        "0.png" in str(raised.value)
+        and "8.png" not in str(raised.value)
+        and "and 4 more" in str(raised.value)
+    )
     with pytest.raises(ValueError, match="Nothing is left"):
         read_folder(tmp_path, "a cat", skip_bad=True)
 
@@ -245,7 +277,11 @@ def test_exif_orientation_is_applied_to_the_picture_and_to_its_size(tmp_path, su
     exif[0x0112] = orientation
     image.save(tmp_path / f"a{suffix}", exif=exif)
     seen = open_image(tmp_path / f"a{suffix}")
-    assert image_size(tmp_path / f"a{suffix}") == seen.size == ((16, 32) if orientation >= 5 else (32, 16))
+    assert (
+        image_size(tmp_path / f"a{suffix}")
+        == seen.size
+        == ((16, 32) if orientation >= 5 else (32, 16))
+    )
     if orientation == 6:  # a quarter turn clockwise: left goes up
         assert np.asarray(seen)[:12].min() > 200 and np.asarray(seen)[20:].max() < 50
 
@@ -285,20 +321,26 @@ def test_cmyk_has_the_right_colours(tmp_path):
 
 def test_sixteen_bit_grey_is_scaled_rather_than_clipped(tmp_path):
     Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
-    assert [open_image(tmp_path / "a.png").getpixel((x, 0)) for x in range(4)] == [(v,) * 3 for v in (0, 1, 128, 255)]
+    assert [open_image(tmp_path / "a.png").getpixel((x, 0)) for x in range(4)] == [
+        (v,) * 3 for v in (0, 1, 128, 255)
+    ]
 
 
 def test_other_kinds_of_picture_become_rgb(tmp_path):
     Image.new("1", (8, 8), 1).save(tmp_path / "bits.png")
     Image.new("L", (8, 8), 77).save(tmp_path / "grey.bmp")
-    second = Image.new("RGB", (8, 8), "blue")  # a phone's JPEG with a second picture inside (MPO)
-    Image.new("RGB", (8, 8), "white").save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[second])
+    second = Image.new("RGB", (8, 8), "blue")  # a phone's JPEG with a second image inside (MPO)
+    Image.new("RGB", (8, 8), "white").save(
+        tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[second]
+    )
     for name, value in {"bits.png": 255, "grey.bmp": 77, "phone.jpg": 255}.items():
         assert open_image(tmp_path / name).getpixel((0, 0)) == (value,) * 3
 
 
 def test_a_renamed_postscript_file_is_not_run(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    )
     with pytest.raises(ValueError, match="holds no JPEG"):
         open_image(tmp_path / "a.png")
 
@@ -320,11 +362,20 @@ def test_pairs_bring_one_or_several_rejected_pictures(tmp_path):
     [
         ({"chosen": "a.png", "text": "x"}, "is half a pair: it names no picture in rejected"),
         ({"file_name": "a.png", "rejected": "", "text": "x"}, "is half a pair"),
-        ({"chosen": "a.png", "rejected": "gone.png", "text": "x"}, "names gone.png, and there is no such file"),
+        (
+            {"chosen": "a.png", "rejected": "gone.png", "text": "x"},
+            "names gone.png, and there is no such file",
+        ),
         ({"chosen": "a.png", "rejected": 7, "text": "x"}, "names its picture with 7"),
-        ({"rejected": "a.png", "text": "x"}, "has none of file_name, image, image_path, target, chosen"),
+        (
+            {"rejected": "a.png", "text": "x"},
+            "has none of file_name, image, image_path, target, chosen",
+        ),
         ({"chosen": "a.png", "rejected": "../a.png", "text": "x"}, "outside the folder"),
-        ({"chosen": "a.png", "rejected": ["a.png"], "text": "x"}, "names a.png as chosen and as rejected"),
+        (
+            {"chosen": "a.png", "rejected": ["a.png"], "text": "x"},
+            "names a.png as chosen and as rejected",
+        ),
     ],
 )
 def test_a_pair_missing_a_side_is_named(row, said, tmp_path):

@@ -1,4 +1,5 @@
-"""Foreign data sets become folders that read_folder takes: bytes unchanged, every caption kept, nothing half done."""
+"""Foreign data sets become folders that read_folder takes: bytes unchanged, every caption kept,
+nothing half done."""
 
 import io
 import json
@@ -19,14 +20,26 @@ def image(colour: str, form: str = "PNG") -> bytes:
 
 @pytest.fixture()
 def reference(tmp_path: Path) -> Path:
-    """Two rows as the reference code ships them: a JPEG that is called .png, captions of several lengths."""
+    """Two rows as the reference code ships them: a JPEG that is called .png, captions of several
+    lengths."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(image("red", "JPEG"))
     (tmp_path / "images" / "b.png").write_bytes(image("blue"))
     rows = [
-        {"class_name": "corgi", "local_path_list": ["pictures/a.png"], "h*w": "832*1264", "short_en": "[V] outdoors",
-         "medium_en": "[V] sitting outdoors", "short_zh": "x"},
-        {"class_name": "corgi", "image_path": "pictures/b.png", "short_en": "[V] asleep", "medium_en": ""},
+        {
+            "class_name": "corgi",
+            "local_path_list": ["pictures/a.png"],
+            "h*w": "832*1264",
+            "short_en": "[V] outdoors",
+            "medium_en": "[V] sitting outdoors",
+            "short_zh": "x",
+        },
+        {
+            "class_name": "corgi",
+            "image_path": "pictures/b.png",
+            "short_en": "[V] asleep",
+            "medium_en": "",
+        },
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     return tmp_path / "data.jsonl"
@@ -35,15 +48,25 @@ def reference(tmp_path: Path) -> Path:
 def test_the_reference_codes_rows_become_a_folder_with_all_english_captions(reference, tmp_path):
     assert import_data(str(reference), tmp_path / "out") == 2
     first, second = read_folder(tmp_path / "out").examples
-    assert (first.path.name, first.caption, first.also) == ("000000.jpg", "[V] outdoors", ("[V] sitting outdoors",))
+    assert (first.path.name, first.caption, first.also) == (
+        "000000.jpg",
+        "[V] outdoors",
+        ("[V] sitting outdoors",),
+    )
     assert (second.caption, second.also) == ("[V] asleep", ())
-    assert first.path.read_bytes() == image("red", "JPEG") and second.path.read_bytes() == image("blue")
+    assert first.path.read_bytes() == image("red", "JPEG") and second.path.read_bytes() == image(
+        "blue"
+    )
 
 
 def test_a_row_of_several_pictures_becomes_an_editing_row_with_the_last_as_its_target(tmp_path):
     for name, colour in (("one", "red"), ("two", "green"), ("three", "blue")):
         (tmp_path / f"{name}.png").write_bytes(image(colour))
-    row = {"local_path_list": ["one.png", "two.png", "three.png"], "h*w": [], "short_en": "join them"}
+    row = {
+        "local_path_list": ["one.png", "two.png", "three.png"],
+        "h*w": [],
+        "short_en": "join them",
+    }
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
     import_data(str(tmp_path / "data.jsonl"), tmp_path / "out")
     (example,) = read_folder(tmp_path / "out").examples
@@ -62,10 +85,15 @@ def test_a_data_set_of_the_datasets_library_becomes_a_folder(tmp_path):
     rows = {"picture": [image("red"), image("blue", "WEBP")], "words": ["a red one", "a blue one"]}
     features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
     (tmp_path / "table").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / "train.parquet")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(
+        tmp_path / "table" / "train.parquet"
+    )
     assert import_data(str(tmp_path / "table"), tmp_path / "out", "picture", ["words"]) == 2
     examples = read_folder(tmp_path / "out").examples
-    assert [(e.path.name, e.caption) for e in examples] == [("000000.png", "a red one"), ("000001.webp", "a blue one")]
+    assert [(e.path.name, e.caption) for e in examples] == [
+        ("000000.png", "a red one"),
+        ("000001.webp", "a blue one"),
+    ]
     assert [e.path.read_bytes() for e in examples] == rows["picture"]
     with pytest.raises(ValueError, match="has no column image; it has picture, words"):
         import_data(str(tmp_path / "table"), tmp_path / "again")
@@ -87,7 +115,10 @@ BAD = {
     "not JSON": ("{", "line 1 is not JSON"),
     "a list": ("[1]", "names no picture"),
     "no picture": ('{"short_en": "a"}', "names no picture"),
-    "reference gone": ('{"local_path_list": ["b.png", "a.png"], "short_en": "a"}', "names b.png, which is neither in"),
+    "reference gone": (
+        '{"local_path_list": ["b.png", "a.png"], "short_en": "a"}',
+        "names b.png, which is neither in",
+    ),
     "gone": ('{"path": "gone.png", "short_en": "a"}', "neither in"),
     "no caption": ('{"path": "a.png", "class_name": "x"}', "has no caption"),
     "no rows": ("", "has no rows"),
@@ -125,10 +156,16 @@ def test_pairs_of_a_data_set_become_pairs_of_the_folder(tmp_path):
         {"win": datasets.Image(), "lose": datasets.Image(), "prompt": datasets.Value("string")}
     )
     (tmp_path / "table").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / "train.parquet")
-    import_data(str(tmp_path / "table"), tmp_path / "out", "win", ["prompt"], rejected_column="lose")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(
+        tmp_path / "table" / "train.parquet"
+    )
+    import_data(
+        str(tmp_path / "table"), tmp_path / "out", "win", ["prompt"], rejected_column="lose"
+    )
     (example,) = read_folder(tmp_path / "out").examples
     assert example.path.read_bytes() == rows["win"][0]
     assert [path.read_bytes() for path in example.rejected] == rows["lose"]
     with pytest.raises(ValueError, match="has no column loser"):
-        import_data(str(tmp_path / "table"), tmp_path / "again", "win", ["prompt"], rejected_column="loser")
+        import_data(
+            str(tmp_path / "table"), tmp_path / "again", "win", ["prompt"], rejected_column="loser"
+        )

@@ -23,11 +23,20 @@ def rows(tmp_path_factory) -> list[Row]:
 
 
 def cached_row(folder: Path, i: int, size: tuple[int, int]) -> Row:
-    latents, context, privileged = (folder / f"{i}.{kind}" for kind in ("latents", "context", "privileged"))
+    latents, context, privileged = (
+        folder / f"{i}.{kind}" for kind in ("latents", "context", "privileged")
+    )
     write_tensors(latents, {"latents": torch.full((4, size[1] // 8, size[0] // 8), float(i))})
     for path, length in ((context, i + 1), (privileged, i + 3)):
         mask = torch.ones(length, dtype=torch.bool)
-        write_tensors(path, {"tokens": torch.full((length, 2), float(i)), "mask": mask, "extra.pooled": torch.ones(5)})
+        write_tensors(
+            path,
+            {
+                "tokens": torch.full((length, 2), float(i)),
+                "mask": mask,
+                "extra.pooled": torch.ones(5),
+            },
+        )
     return Row(Example(folder / f"{i}.png", str(i)), size, latents, context, privileged)
 
 
@@ -84,7 +93,15 @@ def test_epochs_and_seeds_differ_in_order(rows):
 
 def test_sizes_come_in_shuffled_order(rows):
     loader = Loader(rows, 4, seed=0)
-    assert len({tuple(SIZES[int(prompts[0])] for prompts in order(loader, number)) for number in range(8)}) > 1
+    assert (
+        len(
+            {
+                tuple(SIZES[int(prompts[0])] for prompts in order(loader, number))
+                for number in range(8)
+            }
+        )
+        > 1
+    )
 
 
 def test_files_are_read_once_at_the_start(rows, tmp_path):
@@ -108,7 +125,7 @@ def test_nothing_to_train_on_and_empty_batches_are_refused(rows):
 
 
 def captioned(row: Row, folder: Path, caption: str) -> Row:
-    """The same picture with another caption of its own."""
+    """The same image with another caption of its own."""
     other = cached_row(folder, 100 + sum(caption.encode()), row.size)
     return replace(other, example=replace(row.example, caption=caption), latents=row.latents)
 
@@ -117,8 +134,11 @@ def captioned(row: Row, folder: Path, caption: str) -> Row:
 def told_three_ways(rows, tmp_path) -> list[Row]:
     """The rows, each with two further captions (`0b`, `0c`, ...) and the empty one."""
     return [
-        replace(row, also=tuple(captioned(row, tmp_path, f"{i}{letter}") for letter in "bc"),
-                unconditional=captioned(row, tmp_path, ""))
+        replace(
+            row,
+            also=tuple(captioned(row, tmp_path, f"{i}{letter}") for letter in "bc"),
+            unconditional=captioned(row, tmp_path, ""),
+        )
         for i, row in enumerate(rows)
     ]
 
@@ -135,22 +155,39 @@ def test_an_epoch_draws_one_caption_a_row_and_epochs_differ(told_three_ways):
 
 def test_captions_are_dropped_in_the_asked_share_and_take_their_context_along(told_three_ways):
     loader = Loader(told_three_ways, 4, seed=0, caption_dropout=0.25)
-    seen = [(batch, i) for number in range(60) for batch in epoch(loader, number) for i in range(len(batch))]
+    seen = [
+        (batch, i)
+        for number in range(60)
+        for batch in epoch(loader, number)
+        for i in range(len(batch))
+    ]
     dropped = [(batch, i) for batch, i in seen if batch.prompts[i] == ""]
     assert 0.2 < len(dropped) / len(seen) < 0.3
-    assert all(batch.context.tokens[i, 0, 0] == 100 and batch.privileged.tokens[i, 0, 0] == 100 for batch, i in dropped)
+    assert all(
+        batch.context.tokens[i, 0, 0] == 100 and batch.privileged.tokens[i, 0, 0] == 100
+        for batch, i in dropped
+    )
 
 
 def test_weights_of_a_folder_reach_the_batch(rows):
-    weighted = [replace(row, example=replace(row.example, weight=1 + i / 4)) for i, row in enumerate(rows)]
+    weighted = [
+        replace(row, example=replace(row.example, weight=1 + i / 4)) for i, row in enumerate(rows)
+    ]
     for batch in epoch(Loader(weighted, 3, seed=0), 0):
         assert batch.weight.tolist() == [1 + int(prompt) / 4 for prompt in batch.prompts]
 
 
 def paired(rows: list[Row]) -> list[Row]:
-    """Each row with the latents of the other rows of its size as rejected ones, or of itself where it is alone."""
-    others = [tuple(other.latents for other in rows if other.size == row.size and other is not row) for row in rows]
-    return [replace(row, rejected=found or (row.latents,)) for row, found in zip(rows, others, strict=True)]
+    """Each row with the latents of the other rows of its size as rejected ones, or of itself where
+    it is alone."""
+    others = [
+        tuple(other.latents for other in rows if other.size == row.size and other is not row)
+        for row in rows
+    ]
+    return [
+        replace(row, rejected=found or (row.latents,))
+        for row, found in zip(rows, others, strict=True)
+    ]
 
 
 def test_rejected_pictures_come_with_the_batch_and_all_get_their_turn(rows):
@@ -159,7 +196,9 @@ def test_rejected_pictures_come_with_the_batch_and_all_get_their_turn(rows):
     for index in range(200):
         batch = loader.batch(index)
         assert batch.rejected is not None and batch.rejected.shape == batch.latents.shape
-        for prompt, rejected in zip(batch.prompts, batch.rejected[:, 0, 0, 0].tolist(), strict=True):
+        for prompt, rejected in zip(
+            batch.prompts, batch.rejected[:, 0, 0, 0].tolist(), strict=True
+        ):
             seen.setdefault(prompt, set()).add(rejected)
     assert seen["0"] == {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}
     again = Loader(paired(rows), 3, seed=0)

@@ -25,12 +25,23 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
 def test_rows_name_targets_beside_the_file_and_keep_what_they_hold(tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "0.png")
-    found = read_prompts(rows(
-        tmp_path / "p.jsonl",
-        {"prompt": "zib on a hill", "target": "data/0.png", "kind": "rewrite", "scored_as": "dog on a hill"},
-        {"text": "a bus", "tag": "single_object"},
-    ))
-    assert (found[0].target, found[0].kind, found[0].scored_as) == (tmp_path / "data/0.png", "rewrite", "dog on a hill")
+    found = read_prompts(
+        rows(
+            tmp_path / "p.jsonl",
+            {
+                "prompt": "zib on a hill",
+                "target": "data/0.png",
+                "kind": "rewrite",
+                "scored_as": "dog on a hill",
+            },
+            {"text": "a bus", "tag": "single_object"},
+        )
+    )
+    assert (found[0].target, found[0].kind, found[0].scored_as) == (
+        tmp_path / "data/0.png",
+        "rewrite",
+        "dog on a hill",
+    )
     assert found[1].row == {"text": "a bus", "tag": "single_object"} and found[1].target is None
 
 
@@ -38,7 +49,9 @@ def test_a_folder_of_texts_is_a_prompt_each_by_its_name(tmp_path):
     for name in ("COCOval2014_2", "midjourney10"):
         (tmp_path / f"{name}.txt").write_text(f"a picture of {name}")
     assert [(q.name, q.prompt) for q in read_prompts(tmp_path)] == [
-        ("COCOval2014_2", "a picture of COCOval2014_2"), ("midjourney10", "a picture of midjourney10")]
+        ("COCOval2014_2", "a picture of COCOval2014_2"),
+        ("midjourney10", "a picture of midjourney10"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +65,11 @@ def test_a_folder_of_texts_is_a_prompt_each_by_its_name(tmp_path):
         ("p.jsonl", b'{"prompt": ""}\n', r"the prompt of p\.jsonl line 1 is empty"),
         ("p.jsonl", b'{"prompt": 3}\n', "is 3, which is not text"),
         ("p.jsonl", b'{"prompt": "\\ud800"}\n', "is not valid Unicode"),
-        ("p.jsonl", b'{"prompt": "a", "kind": "other"}\n', r"the kind of p\.jsonl line 1 is 'other'"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "kind": "other"}\n',
+            r"the kind of p\.jsonl line 1 is 'other'",
+        ),
         (
             "p.jsonl",
             b'{"prompt": "a", "target": "gone.png"}\n',

@@ -1,4 +1,4 @@
-"""When to have stopped, from checkups in their order."""
+"""When to have stopped, from health checks in their order."""
 
 import pytest
 
@@ -17,13 +17,19 @@ def health_checks(healthy: str) -> list[dict]:
     [
         ("++++", None, "No reason to stop before step 200: the last checkup was healthy."),
         ("+-++", None, "(1 of 4 checkups were not healthy, and it recovered)"),
-        ("++--", 100, "Stop at step 100: after it no checkup was healthy (step 150: sharpness 0.80, limit 0.90)"),
+        (
+            "++--",
+            100,
+            "Stop at step 100: after it no checkup was healthy (step 150: sharpness 0.80, limit 0.90)",
+        ),
         ("+-+--+", None, "No reason"),
         ("+-+--", 150, "Stop at step 150"),
         ("--", None, "Unhealthy from the first checkup on, at step 50"),
     ],
 )
-def test_the_last_healthy_checkup_is_the_place_to_stop_unless_the_run_ends_healthy(healthy, step, said):
+def test_the_last_healthy_checkup_is_the_place_to_stop_unless_the_run_ends_healthy(
+    healthy, step, said
+):
     found = advise(health_checks(healthy))
     assert found is not None and found.step == step and said in found.sentence
 

@@ -1,4 +1,5 @@
-"""Health: silent where nothing changed, loud for blur, artefacts and sameness, and a part of every run."""
+"""Health: silent where nothing changed, loud for blur, artefacts and sameness, and a part of every
+run."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,8 @@ CELLS = (8, 16, 16)
 
 @pytest.fixture(scope="module")
 def generated():
-    """What a healthy model might paint: the pocket world's own pictures, two of each prompt, on two draws of noise."""
+    """What a healthy model might generate: the pocket world's own images, two of each prompt, on
+    two draws of noise."""
     from dopsd.pocket.world.scenes import draw_scene, render
 
     rng = np.random.default_rng(0)
@@ -30,12 +32,13 @@ def generated():
 
 
 def examined(generated, spoil, twice=None) -> health.Health:
-    """A checkup whose pictures are given: the base's, and the student's as `spoil` makes them of the base's."""
+    """A health check whose images are given: the base's, and the student's as `spoil` makes them of
+    the base's."""
     mine, other = generated
     health_check = HealthCheck.__new__(HealthCheck)
     rng = np.random.default_rng(1)
 
-    def nearly(images):  # the picture at twice the forwards: a little different
+    def nearly(images):  # the image at twice the forwards: a little different
         return np.clip(images + rng.normal(0, 0.02, images.shape), 0, 1)
 
     health_check._base, health_check._again = (mine, nearly(mine)), (other, nearly(other))
@@ -51,11 +54,17 @@ def ill(found: health.Health) -> set[str]:
 
 def test_what_did_not_change_is_healthy(generated):
     found = examined(generated, lambda p: p)
-    assert found.healthy and found.metrics["sharpness"].value == 1 and found.metrics["drift"].value == 0
+    assert (
+        found.healthy
+        and found.metrics["sharpness"].value == 1
+        and found.metrics["drift"].value == 0
+    )
 
 
 def test_blur_is_found_by_sharpness(generated):
-    assert "sharpness" in ill(examined(generated, lambda p: blurred(p.astype(np.float32), 1.0).astype(float)))
+    assert "sharpness" in ill(
+        examined(generated, lambda p: blurred(p.astype(np.float32), 1.0).astype(float))
+    )
 
 
 def test_artefacts_are_found_by_roughness_and_do_not_pass_for_sharpness(generated):
@@ -84,7 +93,7 @@ def test_a_model_that_needs_more_steps_is_found_by_the_gap(generated):
 
 @pytest.fixture(scope="module")
 def health_check(pocket, pocket_text_encoder) -> tuple:
-    """A checkup of the pocket model, with its denoiser and painter."""
+    """A health check of the pocket model, with its denoiser and VAE."""
     cpu = torch.device("cpu")
     denoiser, vae = pocket.load_denoiser(cpu, torch.float32), pocket.load_vae(cpu, torch.float32)
 
@@ -102,7 +111,11 @@ def test_the_untouched_model_is_healthy_and_a_random_change_of_its_weights_is_no
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in denoiser.parameters():
-            parameter += parameter.std().nan_to_num() * 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter += (
+                parameter.std().nan_to_num()
+                * 0.3
+                * torch.randn(parameter.shape, generator=generator)
+            )
     found = examination.examine(denoiser, vae)
     denoiser.load_state_dict(shaken)
     assert not found.healthy
@@ -119,22 +132,32 @@ def recipe_for(concept: Path, output: Path, **changes: dict):
         "output_dir": str(output),
         "run_name": "watched",
     }
-    return parse_recipe({key: tree.get(key, {}) | changes.get(key, {}) if key in changes else value
-                         for key, value in (tree | {k: {} for k in changes if k not in tree}).items()})
+    return parse_recipe(
+        {
+            key: tree.get(key, {}) | changes.get(key, {}) if key in changes else value
+            for key, value in (tree | {k: {} for k in changes if k not in tree}).items()
+        }
+    )
 
 
 def test_a_run_is_looked_at_and_its_last_healthy_lora_is_kept(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path)
     for _ in train(recipe):
         pass
-    rows = [json.loads(line) for line in (recipe.run_folder / "health.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (recipe.run_folder / "health.jsonl").read_text().splitlines()
+    ]
     assert [(row["step"], row["healthy"]) for row in rows] == [(2, True), (4, True)]
     assert (recipe.run_folder / "watched-healthy.safetensors").exists()
     assert "Few-step health" in (recipe.run_folder / "report.html").read_text()
 
 
-def test_a_run_that_wants_to_stops_when_health_is_lost_with_exit_code_3(concept, tmp_path, monkeypatch):
-    recipe = recipe_for(concept, tmp_path, train={"max_steps": 40, "learning_rate": 0.3}, stop={"unhealthy": True})
+def test_a_run_that_wants_to_stops_when_health_is_lost_with_exit_code_3(
+    concept, tmp_path, monkeypatch
+):
+    recipe = recipe_for(
+        concept, tmp_path, train={"max_steps": 40, "learning_rate": 0.3}, stop={"unhealthy": True}
+    )
     recipe.save_as(tmp_path / "recipe.yaml")
     ended = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert ended.exit_code == 3, ended.output

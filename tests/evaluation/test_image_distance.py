@@ -1,4 +1,4 @@
-"""The distance that preflight judges by, and its interval, against plain arithmetic."""
+"""The distance that preflight rewards by, and its interval, against plain arithmetic."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,18 @@ from dopsd.evaluation.image_distance import distances, nearer
 @pytest.mark.parametrize("side", [48, 64])
 def test_small_pictures_are_compared_pixel_by_pixel(side):
     images = np.random.default_rng(0).integers(256, size=(4, side, side, 3)).astype(np.uint8)
-    wanted = [np.linalg.norm((p.astype(float) - images[0]).ravel()) / np.sqrt(p.size) / 255 for p in images]
+    wanted = [
+        np.linalg.norm((p.astype(float) - images[0]).ravel()) / np.sqrt(p.size) / 255
+        for p in images
+    ]
     np.testing.assert_allclose(distances(images, images[0]), wanted, atol=1e-12)
 
 
 def test_large_pictures_are_compared_cell_by_cell_so_grain_does_not_count():
     rng = np.random.default_rng(1)
-    target = np.repeat(np.repeat(rng.integers(30, 226, size=(32, 64, 3)), 8, 0), 8, 1).astype(np.uint8)
+    target = np.repeat(np.repeat(rng.integers(30, 226, size=(32, 64, 3)), 8, 0), 8, 1).astype(
+        np.uint8
+    )
     checks = np.where(np.indices(target.shape[:2]).sum(0) % 2, 30, -30)[..., None]
     assert distances((target + checks).astype(np.uint8)[None], target)[0] < 1e-9
     shifted = target.copy()
@@ -34,7 +39,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     rng, held = np.random.default_rng(2), 0
     for _ in range(200):
         shared = rng.gamma(20, 0.01, size=(1, 40))
-        student, teacher = (share * shared + rng.normal(0, 0.01, size=(1, 40)) for share in (1.0, 0.8))
+        student, teacher = (
+            share * shared + rng.normal(0, 0.01, size=(1, 40)) for share in (1.0, 0.8)
+        )
         found = nearer(student, teacher)
         held += found.low <= 0.2 <= found.high
     assert 0.90 <= held / 200 <= 0.99

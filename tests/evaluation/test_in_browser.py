@@ -1,4 +1,5 @@
-"""The report of a real run in a headless browser: offline, at a desk's and a phone's width, and printed."""
+"""The report of a real run in a headless browser: offline, at a desk's and a phone's width, and
+printed."""
 
 import json
 import re
@@ -14,7 +15,12 @@ from dopsd.pocket.benchmark import write_concept
 from dopsd.runs.train import train
 
 BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    "",
 )
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome on this machine")
 
@@ -49,18 +55,31 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def browse(tmp_path: Path, page: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", *options, page.as_uri()]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+        *options,
+        page.as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
 @pytest.mark.parametrize("width", [1300, 500])
 def test_every_picture_is_visible_nothing_overflows_and_nothing_is_fetched(page, tmp_path, width):
     looked = tmp_path / "looked.html"
-    looked.write_text(page.read_text(encoding="utf-8").replace("</body>", LOOK + "</body>"), encoding="utf-8")
+    looked.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", LOOK + "</body>"), encoding="utf-8"
+    )
     done = browse(tmp_path, looked, f"--window-size={width},900", "--dump-dom")
     found = json.loads(unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
-    assert len(found["seen"]) >= 6 * 6 + 3  # six prompts before and after, in three roles; three pictures of the data
+    assert (
+        len(found["seen"]) >= 6 * 6 + 3
+    )  # six prompts before and after, in three roles; three images of the data
     assert all(natural == 64 and shown > 40 for natural, shown in found["seen"])
     assert found["wide"] <= 0 and found["fetched"] == []
     assert "CONSOLE" not in done.stderr

@@ -11,8 +11,18 @@ from dopsd.data.prompts import EvaluationPrompt
 from dopsd.evaluation.image_sets import GeneratedImage, ImageSet
 from dopsd.evaluation.layouts import LAYOUTS
 
-ROWS = ({"prompt": "a photo of a bench", "tag": "single_object", "include": [{"class": "bench", "count": 1}]},
-        {"prompt": "a photo of a cow", "tag": "single_object", "include": [{"class": "cow", "count": 1}]})
+ROWS = (
+    {
+        "prompt": "a photo of a bench",
+        "tag": "single_object",
+        "include": [{"class": "bench", "count": 1}],
+    },
+    {
+        "prompt": "a photo of a cow",
+        "tag": "single_object",
+        "include": [{"class": "cow", "count": 1}],
+    },
+)
 
 
 @pytest.fixture()
@@ -34,17 +44,25 @@ def test_geneval_finds_each_prompts_row_and_samples(image_set, tmp_path):
         assert json.loads((folder / "metadata.jsonl").read_text()) == ROWS[number]
         samples = sorted((folder / "samples").iterdir())
         assert [path.name for path in samples] == ["0000.png", "0001.png", "0002.png", "0003.png"]
-        assert [Image.open(path).getpixel((0, 0)) for path in samples] == [(60 * number, 60 * k, 7) for k in range(4)]
+        assert [Image.open(path).getpixel((0, 0)) for path in samples] == [
+            (60 * number, 60 * k, 7) for k in range(4)
+        ]
 
 
 def test_dpg_bench_cuts_its_four_pictures_out_of_one(image_set, tmp_path):
     questions = [
-        EvaluationPrompt(row["prompt"], name=name) for row, name in zip(ROWS, ("partiprompts1", "whoops2"), strict=True)
+        EvaluationPrompt(row["prompt"], name=name)
+        for row, name in zip(ROWS, ("partiprompts1", "whoops2"), strict=True)
     ]
     LAYOUTS["dpg"](image_set, questions, tmp_path / "out")
     for row, name in enumerate(("partiprompts1", "whoops2")):
         sheet = Image.open(tmp_path / "out" / f"{name}.png")
-        boxes = [(0, 0, 16, 16), (16, 0, 32, 16), (0, 16, 16, 32), (16, 16, 32, 32)]  # compute_dpg_bench.py's
+        boxes = [
+            (0, 0, 16, 16),
+            (16, 0, 32, 16),
+            (0, 16, 16, 32),
+            (16, 16, 32, 32),
+        ]  # compute_dpg_bench.py's
         for seed, box in enumerate(boxes):
             assert (np.asarray(sheet.crop(box)) == (60 * row, 60 * seed, 7)).all()
 

@@ -37,9 +37,13 @@ def test_each_picture_gives_a_rewrite_and_four_scenes_that_evaluate_reads(images
     assert [q.kind for q in found[:5]] == ["rewrite", *["scene"] * 4]
     assert found[5].target is not None and found[5].target.resolve() == images[1][0].resolve()
     assert (
-        found[1].prompt == "zib runs along a beach at noon" and found[1].scored_as == "dog runs along a beach at noon"
+        found[1].prompt == "zib runs along a beach at noon"
+        and found[1].scored_as == "dog runs along a beach at noon"
     )
-    assert all("zib on a sofa" in question and "Never say what kind of thing zib is" in question for question in asked)
+    assert all(
+        "zib on a sofa" in question and "Never say what kind of thing zib is" in question
+        for question in asked
+    )
 
 
 def test_what_was_written_stays_and_is_not_asked_again(images, tmp_path):
@@ -70,7 +74,9 @@ def test_style_prompts_may_say_what_they_like():
     assert len(prompts_in(GOOD.replace("zib runs", "dogs of zib run"), "zib", None, "a.png")) == 5
 
 
-def test_a_model_that_does_not_keep_to_the_form_ends_the_command_with_a_sentence(images, vlm, tmp_path, monkeypatch):
+def test_a_model_that_does_not_keep_to_the_form_ends_the_command_with_a_sentence(
+    images, vlm, tmp_path, monkeypatch
+):
     monkeypatch.setattr("dopsd.evaluation.prompt_writer.MOST_TOKENS", 8)
     (tmp_path / "data" / "a.txt").write_text("zib")
     (tmp_path / "data" / "b.txt").write_text("zib")

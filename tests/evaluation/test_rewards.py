@@ -1,4 +1,4 @@
-"""Judges: pictures of known order, names that lead nowhere, answers that are none."""
+"""Judges: images of known order, names that lead nowhere, answers that are none."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,10 @@ def one_colour(*colour: float) -> torch.Tensor:
 
 def test_the_redder_picture_is_preferred_by_red_and_the_brighter_by_bright():
     images = torch.stack(
-        [one_colour(*c) for c in ((0, 1, 1), (0.2, 0.9, 0.9), (1, 1, 1), (0.9, 0.5, 0.3), (1, 0, 0))]
+        [
+            one_colour(*c)
+            for c in ((0, 1, 1), (0.2, 0.9, 0.9), (1, 1, 1), (0.9, 0.5, 0.3), (1, 0, 0))
+        ]
     )
     red = load_reward("red", CPU)(images, ["a"] * 5)
     assert red.tolist() == sorted(red.tolist()) and red.dtype == torch.float32
@@ -32,12 +35,20 @@ def test_the_redder_picture_is_preferred_by_red_and_the_brighter_by_bright():
 
 def test_attributes_prefers_the_picture_that_shows_what_the_caption_says():
     scene = Scene(
-        noun="star", colour="red", size="big", place="left", background="night", style="flat", jitter=Jitter()
+        noun="star",
+        colour="red",
+        size="big",
+        place="left",
+        background="night",
+        style="flat",
+        jitter=Jitter(),
     )
     others = [
         scene,
         scene.__class__(**(scene.__dict__ | {"colour": "blue"})),
-        scene.__class__(**(scene.__dict__ | {"colour": "blue", "place": "right", "background": "paper"})),
+        scene.__class__(
+            **(scene.__dict__ | {"colour": "blue", "place": "right", "background": "paper"})
+        ),
     ]
     images = torch.from_numpy(np.stack([render(each) for each in others])).permute(0, 3, 1, 2) / 255
     reward = load_reward("attributes", CPU)
@@ -76,7 +87,11 @@ def second(pictures, prompts):
     images = torch.rand(3, 3, 4, 4)
     assert torch.equal(load_reward("my_judges:second", CPU)(images, ["a"] * 3), images[:, 0, 0, 0])
     answer = load_reward("my_judges:Long", CPU)(images, ["a", "", "abc"])
-    assert answer.dtype == torch.float32 and answer[[0, 2]].tolist() == [2, 6] and torch.isnan(answer[1])
+    assert (
+        answer.dtype == torch.float32
+        and answer[[0, 2]].tolist() == [2, 6]
+        and torch.isnan(answer[1])
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +106,12 @@ def second(pictures, prompts):
     ],
 )
 def test_an_answer_of_another_shape_or_kind_is_refused(answer, said, tmp_path, monkeypatch):
-    as_module(tmp_path, "bad_judge", f"import torch\ndef judge(pictures, prompts):\n    return {answer}\n", monkeypatch)
+    as_module(
+        tmp_path,
+        "bad_judge",
+        f"import torch\ndef judge(pictures, prompts):\n    return {answer}\n",
+        monkeypatch,
+    )
     reward = load_reward("bad_judge:judge", CPU)
     with pytest.raises(ValueError, match=said):
         reward(torch.rand(3, 3, 4, 4), ["a"] * 3)
@@ -119,7 +139,9 @@ def test_a_name_that_leads_nowhere_is_one_sentence(name, said):
 
 
 def test_a_measure_that_needs_a_target_is_no_judge(tmp_path):
-    with pytest.raises(ValueError, match="dino compares with target pictures: it is a measure, and no judge"):
+    with pytest.raises(
+        ValueError, match="dino compares with target pictures: it is a measure, and no judge"
+    ):
         find_reward(f"dino={tmp_path}")
 
 

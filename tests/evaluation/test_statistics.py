@@ -1,4 +1,5 @@
-"""Intervals cover what they say, by simulation of whole experiments; rank correlation by hand and by its definition."""
+"""Intervals cover what they say, by simulation of whole experiments; rank correlation by hand and
+by its definition."""
 
 import math
 
@@ -8,9 +9,11 @@ import pytest
 from dopsd.evaluation.statistics import bootstrap, paired, resampled, spearman
 
 
-def coverage(prompts: int, seeds: int, between: float, within: float, experiments: int = 1500) -> float:
-    """Share of simulated experiments whose interval holds the true mean 0. between, within: standard deviations of
-    prompts and of the seeds of a prompt."""
+def coverage(
+    prompts: int, seeds: int, between: float, within: float, experiments: int = 1500
+) -> float:
+    """Share of simulated experiments whose interval holds the true mean 0. between, within:
+    standard deviations of prompts and of the seeds of a prompt."""
     rng = np.random.default_rng([prompts, seeds])
     hits = 0
     for _ in range(experiments):
@@ -24,7 +27,9 @@ def coverage(prompts: int, seeds: int, between: float, within: float, experiment
     ("prompts", "between", "within"),
     [(10, 1, 0.3), (20, 1, 1), (20, 0, 1), (40, 0.3, 1)],
 )
-def test_an_interval_over_prompts_and_seeds_covers_the_truth_95_times_in_100(prompts, between, within):
+def test_an_interval_over_prompts_and_seeds_covers_the_truth_95_times_in_100(
+    prompts, between, within
+):
     assert 0.93 <= coverage(prompts, 4, between, within) <= 0.97
 
 
@@ -69,7 +74,9 @@ def test_rank_correlation_is_one_minus_six_sums_where_nothing_is_tied():
 
 
 def test_tied_ranks_are_averaged_and_constants_have_no_rank():
-    assert spearman(np.array([1, 2, 2, 3]), np.array([1, 2, 3, 4])).value == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert spearman(np.array([1, 2, 2, 3]), np.array([1, 2, 3, 4])).value == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5)
+    )
     assert math.isnan(spearman(np.ones(5), np.arange(5)).value)
     assert spearman(np.array([1, 2, 3, math.nan]), np.array([1, 2, 3, 0])).value == pytest.approx(1)
 
@@ -80,7 +87,9 @@ def test_the_interval_of_a_rank_correlation_covers_the_truth():
     hits = []
     for _ in range(150):
         one = rng.normal(size=30)
-        _, low, high = spearman(one, 0.7 * one + math.sqrt(1 - 0.49) * rng.normal(size=30), draws=200)
+        _, low, high = spearman(
+            one, 0.7 * one + math.sqrt(1 - 0.49) * rng.normal(size=30), draws=200
+        )
         hits.append(low <= truth <= high)
     assert 0.90 <= np.mean(hits) <= 0.98
 

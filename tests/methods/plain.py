@@ -14,7 +14,8 @@ SHAPE = (2, 4, 4)
 
 
 class Plain(nn.Module):
-    """A small smooth denoiser: two linear layers over the flattened latent, the time, and the mean context."""
+    """A small smooth denoiser: two linear layers over the flattened latent, the time, and the mean
+    context."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -29,11 +30,15 @@ class Plain(nn.Module):
 
 
 def latents(seed: int, rows: int = 3) -> Tensor:
-    return torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        rows, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def context(seed: int, rows: int = 3) -> Context:
-    tokens = torch.randn(rows, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    tokens = torch.randn(
+        rows, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return Context(tokens, (5,) * rows)
 
 
@@ -71,6 +76,11 @@ def run(method: Method, parts: Roles, data: Batch, student: nn.Module, seed: int
     return Outcome(told, [p.grad.clone() for p in student.parameters()], count)
 
 
-def same(left: list[Tensor], right: list[Tensor], factor: float = 1.0, tolerance: float = 1e-12) -> bool:
+def same(
+    left: list[Tensor], right: list[Tensor], factor: float = 1.0, tolerance: float = 1e-12
+) -> bool:
     """Whether gradients are equal, the right ones times `factor`."""
-    return all(torch.allclose(a, factor * b, atol=tolerance, rtol=1e-8) for a, b in zip(left, right, strict=True))
+    return all(
+        torch.allclose(a, factor * b, atol=tolerance, rtol=1e-8)
+        for a, b in zip(left, right, strict=True)
+    )

@@ -16,7 +16,9 @@ def seeing(same_contexts: bool = False) -> Batch:
     return batch(privileged=context(2) if same_contexts else context(3))
 
 
-def one_graph_loss(student: nn.Module, teacher: nn.Module, data: Batch, noise: Tensor, weight_of) -> Tensor:
+def one_graph_loss(
+    student: nn.Module, teacher: nn.Module, data: Batch, noise: Tensor, weight_of
+) -> Tensor:
     """The paper's algorithm written flat, one summed loss, all K graphs alive."""
     z, total = noise, torch.zeros((), dtype=torch.float64)
     for now, after in pairwise(TIMES):
@@ -33,7 +35,9 @@ def check_space(space, weight_of):
     student, teacher, data = Plain(0), Plain(1), seeing()
     mine = run(DOPSD(space=space), roles(student, teacher), data, student)
     student.zero_grad()
-    noise = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    noise = torch.randn(
+        data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
     expected = one_graph_loss(student, teacher, data, noise, weight_of)
     expected.backward()
     assert abs(mine.told["loss"] - expected.item()) < 1e-12
@@ -70,11 +74,14 @@ def test_the_last_piece_and_only_the_last_closes_the_batch(states, loss_steps, r
     data = batch(privileged=context(3), replay=context(4))
     pieces = list(method.losses(roles(Plain()), data, torch.Generator().manual_seed(7)))
     carried = 4 if loss_steps == "all" else 2
-    assert [piece.last for piece in pieces] == [False] * (carried - 1 + 4 * bool(retention)) + [True]
+    assert [piece.last for piece in pieces] == [False] * (carried - 1 + 4 * bool(retention)) + [
+        True
+    ]
 
 
 class Counted:
-    """A velocity that counts its forwards, two more where a graph is asked for: what `forwards` promises."""
+    """A velocity that counts its forwards, two more where a graph is asked for: what `forwards`
+    promises."""
 
     def __init__(self, module):
         self.module, self.replicates = module, 0
@@ -101,7 +108,9 @@ def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
     student, teacher, data = Plain(0), Plain(1), seeing()
     mine = run(DOPSD(loss_steps=(1, 3)), roles(student, teacher), data, student)
     student.zero_grad()
-    z = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    z = torch.randn(
+        data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
     total = 0.0
     for k, (now, after) in enumerate(pairwise(TIMES)):
         u = student(z, now.expand(3), data.context)
@@ -115,30 +124,41 @@ def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
 
 def test_random_steps_are_drawn_from_the_seed_and_all_come():
     student = Plain()
-    one, again = (run(DOPSD(loss_steps=1), roles(student, Plain(1)), seeing(), student) for _ in range(2))
+    one, again = (
+        run(DOPSD(loss_steps=1), roles(student, Plain(1)), seeing(), student) for _ in range(2)
+    )
     assert same(one.gradients, again.gradients, tolerance=0)
-    drawn = {DOPSD(loss_steps=1)._carried(4, torch.Generator().manual_seed(seed)) for seed in range(40)}
+    drawn = {
+        DOPSD(loss_steps=1)._carried(4, torch.Generator().manual_seed(seed)) for seed in range(40)
+    }
     assert drawn == {(0,), (1,), (2,), (3,)}
 
 
 def test_guidance_goes_from_the_text_only_answer_through_the_seeing_one():
-    """Zero picture-given difference: guidance changes nothing. Otherwise the target moves by guidance - 1 of it."""
+    """Zero image-given difference: guidance changes nothing. Otherwise the target moves by guidance
+    - 1 of it."""
     student, teacher, data = Plain(0), Plain(1), seeing()
     z, t = latents(5), TIMES[1].expand(3)
     seen, blind = (teacher(z, t, each).detach() for each in (data.privileged, data.context))
     target = DOPSD(teacher_guidance=2.5)._target(roles(student, teacher), z, t, data)
     torch.testing.assert_close(target, blind + 2.5 * (seen - blind))
-    blinded = run(DOPSD(teacher_guidance=2.5), roles(student, teacher), seeing(same_contexts=True), student)
+    blinded = run(
+        DOPSD(teacher_guidance=2.5), roles(student, teacher), seeing(same_contexts=True), student
+    )
     plain = run(DOPSD(), roles(student, teacher), seeing(same_contexts=True), student)
     assert same(blinded.gradients, plain.gradients)
 
 
 def test_retention_is_exactly_0_at_the_start_and_pulls_back_later():
     student, data = Plain(0), batch(privileged=context(2), replay=context(4))
-    found = run(DOPSD(retention=3.0), roles(student), data, student)  # contexts agree: nothing but retention could pull
+    found = run(
+        DOPSD(retention=3.0), roles(student), data, student
+    )  # contexts agree: nothing but retention could pull
     assert found.told["retention"] == 0 and not any(gradient.any() for gradient in found.gradients)
     moved = run(DOPSD(retention=3.0), roles(student, teacher=student, base=Plain(1)), data, student)
-    assert moved.told["retention"] > 0 and moved.told["loss"] == pytest.approx(3 * moved.told["retention"])
+    assert moved.told["retention"] > 0 and moved.told["loss"] == pytest.approx(
+        3 * moved.told["retention"]
+    )
     assert any(gradient.any() for gradient in moved.gradients)
 
 
@@ -162,7 +182,9 @@ def test_off_policy_states_are_the_noised_pictures():
     student, teacher, data = Plain(0), Plain(1), seeing()
     reached = []
     watched = lambda z, t, c: (reached.append(z), student(z, t, c))[1]  # noqa: E731
-    list(DOPSD(states="data").losses(roles(watched, teacher), data, torch.Generator().manual_seed(7)))
+    list(
+        DOPSD(states="data").losses(roles(watched, teacher), data, torch.Generator().manual_seed(7))
+    )
     rng = torch.Generator().manual_seed(7)
     torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     for z, t in zip(reached, TIMES, strict=False):

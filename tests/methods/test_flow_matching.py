@@ -1,4 +1,5 @@
-"""What SFT, DreamBooth and their weights must keep to. Numbers: the invariants in docs/methods/preference.md."""
+"""What SFT, DreamBooth and their weights must keep to. Numbers: the invariants in
+docs/methods/preference.md."""
 
 from itertools import pairwise
 
@@ -21,7 +22,9 @@ def test_invariant_21_the_shift_map_keeps_its_ends_and_1_is_the_identity():
     for s in (1.0, 3.0, 9.9):
         assert torch.equal(s * ends / (1 + (s - 1) * ends), ends)
     draws = [
-        SFT(times=times, shift=1).draw_times(roles(Plain()), latents(1, 3), torch.Generator().manual_seed(3))
+        SFT(times=times, shift=1).draw_times(
+            roles(Plain()), latents(1, 3), torch.Generator().manual_seed(3)
+        )
         for times in ("shift", "uniform")
     ]
     assert torch.equal(*draws)
@@ -62,17 +65,25 @@ def test_invariant_22_without_weight_dreambooth_is_sft():
     student, data = Plain(0), batch(prior=class_batch())
     dreambooth = run(DreamBooth(class_prompt="p", prior_weight=0), roles(student), data, student)
     sft = run(SFT(), roles(student), data, student)
-    assert same(dreambooth.gradients, sft.gradients, tolerance=0) and dreambooth.told["loss"] == sft.told["loss"]
+    assert (
+        same(dreambooth.gradients, sft.gradients, tolerance=0)
+        and dreambooth.told["loss"] == sft.told["loss"]
+    )
 
 
 def test_invariant_22_with_the_subject_as_its_own_class_dreambooth_is_twice_sft_in_the_mean():
-    """Same pictures and prompts, weight 1, the sampler's own times: over many draws the gradient is doubled."""
+    """Same images and prompts, weight 1, the sampler's own times: over many draws the gradient is
+    doubled."""
     student, data = Plain(0), batch()
     doubled, single = [], []
     for seed in range(400):
         dreambooth = DreamBooth(class_prompt="p", times="own_steps")
-        doubled.append(run(dreambooth, roles(student), batch(prior=data), student, seed).gradients[-1])
-        single.append(run(SFT(times="own_steps"), roles(student), data, student, seed).gradients[-1])
+        doubled.append(
+            run(dreambooth, roles(student), batch(prior=data), student, seed).gradients[-1]
+        )
+        single.append(
+            run(SFT(times="own_steps"), roles(student), data, student, seed).gradients[-1]
+        )
     mean, twice = torch.stack(doubled).mean(0), 2 * torch.stack(single).mean(0)
     assert (mean - twice).norm() < 0.05 * twice.norm()
 
@@ -83,9 +94,10 @@ def test_invariant_22_the_class_pictures_never_meet_the_subjects_prompt():
     watched = lambda z, t, c: (seen.append((z, c)), student(z, t, c))[1]  # noqa: E731
     data = batch(prior=class_batch())
     pieces = list(DreamBooth(class_prompt="p").losses(roles(watched), data, torch.Generator()))
-    assert [c is expected for (_, c), expected in zip(seen, (data.context, data.prior.context), strict=True)] == [
-        True
-    ] * 2
+    assert [
+        c is expected
+        for (_, c), expected in zip(seen, (data.context, data.prior.context), strict=True)
+    ] == [True] * 2
     assert [piece.last for piece in pieces] == [False, True]
 
 
@@ -101,4 +113,6 @@ def test_sft_on_the_teachers_samples_learns_what_the_teacher_paints():
     noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     t = torch.rand(3, generator=rng)
     error = student(noisy(z, noise, t), t, data.context) - noise + z
-    assert found.told["loss"] == pytest.approx((data.weight * error.square().mean((1, 2, 3))).mean().item(), rel=1e-6)
+    assert found.told["loss"] == pytest.approx(
+        (data.weight * error.square().mean((1, 2, 3))).mean().item(), rel=1e-6
+    )

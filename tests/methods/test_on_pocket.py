@@ -1,6 +1,7 @@
-"""Every method moves its own objective on the pocket model within a few steps, by more than seeds differ.
+"""Every method moves its own objective on the pocket model within a few steps, by more than seeds
+differ.
 
-The objective is read on the lesson's pictures and on noise that training did not draw.
+The objective is read on the concept dataset's images and on noise that training did not draw.
 """
 
 import numpy as np
@@ -27,7 +28,8 @@ UNSEEN = 10_000  # first index of the noise that only the judging draws
 
 @pytest.fixture(scope="module")
 def concept_batch(pocket: Family, pocket_text_encoder, tmp_path_factory) -> Batch:
-    """Two pictures of a thing, two of another as the rejected ones, two pictures of a class, two other prompts."""
+    """Two images of a thing, two of another as the rejected ones, two images of a class, two other
+    prompts."""
     folder = tmp_path_factory.mktemp("lessons")
     vae = pocket.load_vae(CPU, torch.float32)
 
@@ -41,10 +43,18 @@ def concept_batch(pocket: Family, pocket_text_encoder, tmp_path_factory) -> Batc
     images, texts, latents = concept(1_000_200)
     _, _, rejected = concept(1_000_201)
     context = pocket_text_encoder.context(texts)
-    prior = Batch(rejected, pocket_text_encoder.context(["a toy", "a toy"]), ("a toy",) * 2, torch.ones(2))
+    prior = Batch(
+        rejected, pocket_text_encoder.context(["a toy", "a toy"]), ("a toy",) * 2, torch.ones(2)
+    )
     return Batch(
-        latents, context, tuple(texts), torch.ones(2), privileged=pocket_text_encoder.context(texts, images),
-        rejected=rejected, prior=prior, replay=pocket_text_encoder.context(["a green tree on beach", "a cyan tower"]),
+        latents,
+        context,
+        tuple(texts),
+        torch.ones(2),
+        privileged=pocket_text_encoder.context(texts, images),
+        rejected=rejected,
+        prior=prior,
+        replay=pocket_text_encoder.context(["a green tree on beach", "a cyan tower"]),
     )
 
 
@@ -60,7 +70,11 @@ def student_of(pocket: Family, method: Method, seed: int):
         return reward((vae.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
 
     parts = make_roles(
-        denoiser, student, teacher, lambda nfe, h, w: pocket.schedule(nfe or pocket.default_nfe, h, w), score
+        denoiser,
+        student,
+        teacher,
+        lambda nfe, h, w: pocket.schedule(nfe or pocket.default_nfe, h, w),
+        score,
     )
     return student, teacher, parts
 
@@ -74,7 +88,9 @@ def told(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 2) 
     return total / draws
 
 
-def trained(pocket: Family, method: Method, batch: Batch, steps: int, rate: float, seed: int, name: str):
+def trained(
+    pocket: Family, method: Method, batch: Batch, steps: int, rate: float, seed: int, name: str
+):
     """(before, after, roles) of one number of the method's log."""
     student, teacher, parts = student_of(pocket, method, seed)
     before = told(method, parts, batch, name)
@@ -100,7 +116,9 @@ CASES = [  # (method, steps, learning rate, number read, sign it moves in, least
 
 
 @pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
-def test_a_method_moves_its_own_objective(method, steps, rate, name, sign, least, pocket, concept_batch):
+def test_a_method_moves_its_own_objective(
+    method, steps, rate, name, sign, least, pocket, concept_batch
+):
     before, after, _ = trained(pocket, method, concept_batch, steps, rate, 0, name)
     assert sign * (after - before) > least, (before, after)
 
@@ -113,27 +131,38 @@ def test_retention_is_exactly_0_before_the_first_step(pocket, concept_batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
-def test_the_margins_hold_for_three_seeds(method, steps, rate, name, sign, least, pocket, concept_batch):
+def test_the_margins_hold_for_three_seeds(
+    method, steps, rate, name, sign, least, pocket, concept_batch
+):
     for seed in range(3):
         before, after, _ = trained(pocket, method, concept_batch, steps, rate, seed, name)
         assert sign * (after - before) > least, (seed, before, after)
 
 
 @pytest.mark.parametrize(
-    ("seed", "steps"), [(0, 20), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in range(3))]
+    ("seed", "steps"),
+    [(0, 20), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in range(3))],
 )
-def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, steps, pocket, pocket_text_encoder):
-    """Judge `red`, on prompts that name all colours; health as a run's checkup measures it, on other prompts."""
+def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(
+    seed, steps, pocket, pocket_text_encoder
+):
+    """Judge `red`, on prompts that name all colours; health as a run's health check measures it, on
+    other prompts."""
     prompts = [caption_of(stated) for stated in unrelated(8, stream=9)]
     side = pocket.resolution // pocket.vae_scale_factor
     batch = Batch(
-        torch.zeros(8, pocket.channels, side, side), pocket_text_encoder.context(prompts), tuple(prompts), torch.ones(8)
+        torch.zeros(8, pocket.channels, side, side),
+        pocket_text_encoder.context(prompts),
+        tuple(prompts),
+        torch.ones(8),
     )
     method = PSOOnline(reward="red", beta=100)
     *_, parts = trained(pocket, method, batch, steps, 2e-3, seed, "score")
     scores = {}
     for name, velocity in (("tuned", parts.student), ("base", parts.base)):
-        noises = [torch.randn(batch.latents.shape, generator=generator_at(2, index)) for index in range(4)]
+        noises = [
+            torch.randn(batch.latents.shape, generator=generator_at(2, index)) for index in range(4)
+        ]
         schedule = parts.schedule(None, side, side)
         ends = [sample(velocity, noise, schedule, batch.context) for noise in noises]
         scores[name] = torch.cat([parts.score(end, prompts) for end in ends]).numpy()
@@ -142,7 +171,12 @@ def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(seed, ste
     context = pocket_text_encoder.context(list(pocket.unrelated_prompts))
     vae = pocket.load_vae(CPU, torch.float32)
     health_check = HealthCheck(
-        parts.base, vae, lambda nfe: pocket.schedule(nfe, side, side), 4, context, (pocket.channels, side, side)
+        parts.base,
+        vae,
+        lambda nfe: pocket.schedule(nfe, side, side),
+        4,
+        context,
+        (pocket.channels, side, side),
     )
     found = health_check.examine(parts.student, vae)
     assert found.healthy, str(found)

@@ -1,4 +1,5 @@
-"""PSO and Diffusion-DPO against plain one-graph code and the invariants that any pairwise method must keep.
+"""PSO and Diffusion-DPO against plain one-graph code and the invariants that any pairwise method
+must keep.
 
 Numbers in test names are those of the invariants listed in docs/methods/preference.md.
 """
@@ -54,7 +55,8 @@ def outcome(method, student, base, data=None, seed=7):
     return run(method, roles(student, base=base, score=redness), data or offline(), student, seed)
 
 
-# --- one graph, written flat, from the equations ------------------------------------------------------------------
+# --- one graph, written flat, from the equations
+# ------------------------------------------------------------------
 
 
 def errors_of(student, base, z, t, text, wanted):
@@ -63,8 +65,11 @@ def errors_of(student, base, z, t, text, wanted):
     return mine - theirs
 
 
-def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, normalise: bool, last: bool) -> Tensor:
-    """PSO as one graph. The walk and its densities are spelled out with (clean, noise) instead of `flow.transition`."""
+def flat_pso(
+    student, base, data: Batch, beta: float, eta: float, form: str, normalise: bool, last: bool
+) -> Tensor:
+    """PSO as one graph. The walk and its densities are spelled out with (clean, noise) instead of
+    `flow.transition`."""
     rng = torch.Generator().manual_seed(7)
     r = math.sin(eta * math.pi / 2)
     draw = lambda: torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)  # noqa: E731
@@ -86,7 +91,10 @@ def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, nor
             z_next = mean_at(u) + std * fresh
             sample_in_chunks.append((z, z_next, mean_at, std))
             z = z_next
-    slopes = [TIMES[k] * (1 - TIMES[k + 1]) - (1 - TIMES[k]) * TIMES[k + 1] * math.sqrt(1 - r * r) for k in range(3)]
+    slopes = [
+        TIMES[k] * (1 - TIMES[k + 1]) - (1 - TIMES[k]) * TIMES[k + 1] * math.sqrt(1 - r * r)
+        for k in range(3)
+    ]
     w = [(c**2 / (2 * (TIMES[k + 1] * r) ** 2)).item() for k, c in enumerate(slopes)]
     w = [x * 3 / sum(w) for x in w] if normalise else w
     w = [*w, w[-1]]
@@ -94,17 +102,23 @@ def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, nor
     for k in range(4 if last else 3):
         t, noise = TIMES[k].expand(3), draw()
         state = (1 - TIMES[k]) * data.latents + TIMES[k] * noise
-        margin = margin - beta * w[k] * errors_of(student, base, state, t, data.context, noise - data.latents)
+        margin = margin - beta * w[k] * errors_of(
+            student, base, state, t, data.context, noise - data.latents
+        )
         if form == "rollout" and k < 3:
             z, z_next, mean_at, std = sample_in_chunks[k]
             # the log-density ratio itself, with the weight's own scale put back
             u, v = student(z, t, data.context), base(z, t, data.context).detach()
-            ratio = (-((z_next - mean_at(u)) ** 2) + (z_next - mean_at(v)) ** 2).mean((1, 2, 3)) / (2 * std**2)
+            ratio = (-((z_next - mean_at(u)) ** 2) + (z_next - mean_at(v)) ** 2).mean((1, 2, 3)) / (
+                2 * std**2
+            )
             own = (slopes[k] ** 2 / (2 * (TIMES[k + 1] * r) ** 2)).item()
             margin = margin - beta * (w[k] / own) * ratio
         else:
             state = (1 - TIMES[k]) * generated + TIMES[k] * noise
-            margin = margin + beta * w[k] * errors_of(student, base, state, t, data.context, noise - generated)
+            margin = margin + beta * w[k] * errors_of(
+                student, base, state, t, data.context, noise - generated
+            )
     return -(data.weight * logsigmoid(margin)).mean()
 
 
@@ -113,7 +127,12 @@ def flat_pso(student, base, data: Batch, beta: float, eta: float, form: str, nor
 @pytest.mark.parametrize("last", ["noised", "left_out"])
 def test_invariant_7_the_pieces_gradient_is_that_of_one_graph(form, weights, last):
     student, base, data = Plain(0), Plain(1), offline()
-    mine = run(PSO(beta=2, form=form, weights=weights, last_step=last), roles(student, base=base), data, student)
+    mine = run(
+        PSO(beta=2, form=form, weights=weights, last_step=last),
+        roles(student, base=base),
+        data,
+        student,
+    )
     student.zero_grad()
     loss = flat_pso(student, base, data, 2, 0.5, form, weights == "normalised", last == "noised")
     loss.backward()
@@ -121,14 +140,17 @@ def test_invariant_7_the_pieces_gradient_is_that_of_one_graph(form, weights, las
     assert same(mine.gradients, [p.grad for p in student.parameters()])
 
 
-# --- any pairwise method ------------------------------------------------------------------------------------------
+# --- any pairwise method
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", every_method())
 def test_invariant_1_an_untouched_student_starts_at_log_2(method):
     student = Plain()
     found = outcome(method, student, student)
-    assert found.told["loss"] == pytest.approx(math.log(2) * offline().weight.mean().item(), abs=1e-12)
+    assert found.told["loss"] == pytest.approx(
+        math.log(2) * offline().weight.mean().item(), abs=1e-12
+    )
     assert found.told["margin"] == 0
 
 
@@ -185,11 +207,15 @@ def test_invariant_4_the_first_gradient_on_a_velocity_has_a_closed_form():
     fixed = [velocity.detach().clone() for velocity in free.values()]
     at = {id(term.z): index for index, term in enumerate(terms)}
     parts = roles(lambda z, t, c: free[at[id(z)]], base=lambda z, t, c: fixed[at[id(z)]])
-    for piece in pairwise_losses(parts, context(2), terms, beta=2.0, weight=torch.ones(3, dtype=torch.float64)):
+    for piece in pairwise_losses(
+        parts, context(2), terms, beta=2.0, weight=torch.ones(3, dtype=torch.float64)
+    ):
         piece.surrogate.backward()
     for index, term in enumerate(terms):
         sign = 1 if term.branch == "winner" else -1
-        expected = sign * (2.0 / 2) * 2 * term.weight * (fixed[index] - term.wanted) / (2 * 4 * 4 * 3)
+        expected = (
+            sign * (2.0 / 2) * 2 * term.weight * (fixed[index] - term.wanted) / (2 * 4 * 4 * 3)
+        )
         torch.testing.assert_close(free[index].grad, expected, atol=1e-14, rtol=1e-10)
 
 
@@ -223,13 +249,17 @@ def test_invariant_5_beta_times_c_with_weights_over_c_is_the_same():
 
 
 def test_invariant_6_tiling_the_latents_leaves_the_loss_alone():
-    """Errors are means: a velocity that works pixel by pixel gives the same margin on four copies side by side."""
+    """Errors are means: a velocity that works pixel by pixel gives the same margin on four copies
+    side by side."""
     pixelwise = lambda z, t, c: 0.3 * z  # noqa: E731
     other = lambda z, t, c: 0.1 * z  # noqa: E731
     tiled = lambda x: x.repeat(1, 1, 2, 2)  # noqa: E731
     told = []
     for change in (lambda x: x, tiled):
-        terms = [replace(term, z=change(term.z), wanted=change(term.wanted)) for term in terms_of(Plain())]
+        terms = [
+            replace(term, z=change(term.z), wanted=change(term.wanted))
+            for term in terms_of(Plain())
+        ]
         *_, piece = pairwise_losses(
             roles(pixelwise, base=other), context(2), terms, 2.0, torch.ones(3, dtype=torch.float64)
         )
@@ -243,7 +273,10 @@ def test_invariant_7_the_order_of_the_pairs_does_not_matter(permutation):
     results = []
     for order in (range(3), permutation):
         index = torch.tensor(list(order))
-        terms = [replace(t, z=t.z[index], t=t.t[index], wanted=t.wanted[index]) for t in terms_of(student)]
+        terms = [
+            replace(t, z=t.z[index], t=t.t[index], wanted=t.wanted[index])
+            for t in terms_of(student)
+        ]
         text = replace(context(2), tokens=context(2).tokens[index])
         student.zero_grad()
         for piece in pairwise_losses(roles(student, base=base), text, terms, 2.0, weight[index]):
@@ -256,7 +289,9 @@ def test_invariant_7_micro_batches_add_up_to_the_batch():
     student, base, weight = Plain(0), Plain(1), batch().weight
     gradients = []
     for rows in (slice(0, 3), slice(0, 1), slice(1, 3)):
-        terms = [replace(t, z=t.z[rows], t=t.t[rows], wanted=t.wanted[rows]) for t in terms_of(student)]
+        terms = [
+            replace(t, z=t.z[rows], t=t.t[rows], wanted=t.wanted[rows]) for t in terms_of(student)
+        ]
         text = replace(context(2), tokens=context(2).tokens[rows], lengths=context(2).lengths[rows])
         student.zero_grad()
         for piece in pairwise_losses(roles(student, base=base), text, terms, 2.0, weight[rows]):
@@ -281,11 +316,16 @@ def test_invariant_7_one_margin_over_all_steps_is_below_the_mean_of_margins_of_e
     assert together.log["loss"].item() <= sum(alone) / 2
 
 
-@pytest.mark.parametrize("method", [DPO(), PSO(), PSO(form="forward"), PSOOnline(reward="red"), *SHIPPED])
+@pytest.mark.parametrize(
+    "method", [DPO(), PSO(), PSO(form="forward"), PSOOnline(reward="red"), *SHIPPED]
+)
 def test_invariant_8_the_loser_pushes_in_every_shipped_recipe_and_by_default(method):
-    """Gradient through the loser's terms alone, at the start, where the official customisation code has exactly 0."""
+    """Gradient through the loser's terms alone, at the start, where the official customisation code
+    has exactly 0."""
     student = Plain()
-    pieces = list(method.losses(roles(student, score=redness), offline(), torch.Generator().manual_seed(7)))
+    pieces = list(
+        method.losses(roles(student, score=redness), offline(), torch.Generator().manual_seed(7))
+    )
     for loser in pieces[1::2]:
         student.zero_grad()
         loser.surrogate.backward()
@@ -304,16 +344,21 @@ def test_invariant_8_the_customisation_form_pushes_too():
 def test_invariant_8_a_larger_error_on_the_loser_lowers_the_loss():
     student, base, text, weight = Plain(0), Plain(1), context(2), torch.ones(3, dtype=torch.float64)
     terms, losses = terms_of(student), []
-    away = student(terms[1].z, terms[1].t, text).detach() - terms[1].wanted  # from what the loser wants
+    away = (
+        student(terms[1].z, terms[1].t, text).detach() - terms[1].wanted
+    )  # from what the loser wants
 
     for shift in (0.0, 0.5, 1.0):
-        moved = lambda z, t, c, shift=shift: student(z, t, c) + (shift * away if z is terms[1].z else 0)  # noqa: E731
+        moved = lambda z, t, c, shift=shift: (
+            student(z, t, c) + (shift * away if z is terms[1].z else 0)
+        )  # noqa: E731
         *_, piece = pairwise_losses(roles(moved, base=base), text, terms, 1.0, weight)
         losses.append(piece.log["loss"].item())
     assert losses[0] > losses[1] > losses[2]
 
 
-# --- walks and likelihoods ----------------------------------------------------------------------------------------
+# --- walks and likelihoods
+# ----------------------------------------------------------------------------------------
 
 
 def test_invariant_13_a_walk_without_noise_is_refused_for_its_loser_would_have_no_gradient():
@@ -324,7 +369,9 @@ def test_invariant_13_a_walk_without_noise_is_refused_for_its_loser_would_have_n
     student, z, t = Plain(), latents(3), TIMES[1].expand(3)
     own = student(z, t, context(2)).detach()  # what a deterministic walk would want of itself
     pair = [Term("loser", 0, z, t, own), Term("winner", 0, z, t, latents(5))]
-    loser, _ = pairwise_losses(roles(student), context(2), pair, 2.0, torch.ones(3, dtype=torch.float64))
+    loser, _ = pairwise_losses(
+        roles(student), context(2), pair, 2.0, torch.ones(3, dtype=torch.float64)
+    )
     loser.surrogate.backward()
     assert all(p.grad.abs().max() < 1e-12 for p in student.parameters())
 
@@ -361,7 +408,8 @@ def test_invariant_17_an_exception_in_the_base_leaves_the_student_as_it_was():
 
 
 def test_invariant_18_the_forward_form_is_at_rest_where_the_data_is_the_models_own_and_the_rollout_is_not():
-    """Data drawn from the model itself: expected first gradient 0 for the forward form, within 3 standard errors."""
+    """Data drawn from the model itself: expected first gradient 0 for the forward form, within 3
+    standard errors."""
     student = Plain()
     rng = torch.Generator().manual_seed(0)
     rows = 64
@@ -376,7 +424,8 @@ def test_invariant_18_the_forward_form_is_at_rest_where_the_data_is_the_models_o
         return z
 
     def drift(method):
-        """Squared length of the mean gradient of 40 batches over what chance gives it; about 1 where the mean is 0."""
+        """Squared length of the mean gradient of 40 batches over what chance gives it; about 1
+        where the mean is 0."""
         values = []
         for seed in range(40):
             data = Batch(generated(), text, ("",) * rows, weight, rejected=generated())
@@ -391,7 +440,8 @@ def test_invariant_18_the_forward_form_is_at_rest_where_the_data_is_the_models_o
     assert drift(PSO(form="rollout", beta=1)) > 3
 
 
-# --- online -------------------------------------------------------------------------------------------------------
+# --- online
+# -------------------------------------------------------------------------------------------------------
 
 
 def online(score, seed=7, student=None):
@@ -409,7 +459,8 @@ def test_invariant_19_any_rising_transform_of_the_score_gives_the_same_gradient(
 
 
 def test_invariant_19_the_higher_score_is_the_winner_for_every_step(monkeypatch):
-    """Each row's winner states are those of the walk whose picture scored higher, at every trained step."""
+    """Each row's winner states are those of the walk whose image scored higher, at every trained
+    step."""
     student, states, ends, handed = Plain(0), [], [], []
 
     def watched(z, t, text):
@@ -444,11 +495,19 @@ def test_invariant_19_the_higher_score_is_the_winner_for_every_step(monkeypatch)
 
 def test_online_steps_raise_the_score_on_walks_that_were_not_trained_on():
     student, rows = Plain(0), 64
-    data = Batch(latents(1, rows), context(2, rows), ("a",) * rows, torch.ones(rows, dtype=torch.float64))
+    data = Batch(
+        latents(1, rows), context(2, rows), ("a",) * rows, torch.ones(rows, dtype=torch.float64)
+    )
     method, parts = PSOOnline(reward="red", beta=2), roles(student, base=Plain(0), score=redness)
 
     def score() -> float:
-        return sum(run(method, parts, data, student, seed=seed).told["score"] for seed in range(900, 908)) / 8
+        return (
+            sum(
+                run(method, parts, data, student, seed=seed).told["score"]
+                for seed in range(900, 908)
+            )
+            / 8
+        )
 
     before, optimizer = score(), torch.optim.SGD(student.parameters(), lr=0.05)
     for seed in range(20):
@@ -470,11 +529,14 @@ def test_invariant_19_ties_and_missing_scores_drop_the_pair():
     assert found.told["pairs"] == 1
     for empty in (0.0, float("nan")):
         nothing = online(lambda images, prompts, empty=empty: torch.full((3,), empty))
-        assert nothing.told["pairs"] == 0 and not any(gradient.any() for gradient in nothing.gradients)
+        assert nothing.told["pairs"] == 0 and not any(
+            gradient.any() for gradient in nothing.gradients
+        )
 
 
 def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_two_walks():
-    """At student = base: advantages +-1, gradient of -mean(advantage * log density), written from the densities."""
+    """At student = base: advantages +-1, gradient of -mean(advantage * log density), written from
+    the densities."""
     student, data, beta = Plain(0), batch(), 3.0
     data = replace(data, weight=torch.ones(3, dtype=torch.float64))
     method = PSOOnline(reward="red", beta=beta, stochastic_steps=(1,))
@@ -495,7 +557,9 @@ def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_t
                 drawn = torch.Generator().manual_seed(seeds[k])
                 fresh = torch.randn(z.shape, generator=drawn, dtype=torch.float64)
                 state = z
-                mean = (1 - after) * clean_of(z, u, now) + after * math.sqrt(1 - r * r) * noise_of(z, u, now)
+                mean = (1 - after) * clean_of(z, u, now) + after * math.sqrt(1 - r * r) * noise_of(
+                    z, u, now
+                )
                 z = went = mean + after * r * fresh
             else:
                 z = z + (after - now) * u
@@ -506,18 +570,25 @@ def test_invariant_23_the_online_gradient_is_half_beta_times_that_of_grpo_with_t
     objective = 0.0
     for (state, went, _), advantage in zip(rollouts, advantages, strict=True):
         u = student(state, now.expand(3), data.context)
-        mean = (1 - after) * clean_of(state, u, now) + after * math.sqrt(1 - r * r) * noise_of(state, u, now)
+        mean = (1 - after) * clean_of(state, u, now) + after * math.sqrt(1 - r * r) * noise_of(
+            state, u, now
+        )
         log_density = -((went - mean) ** 2).mean((1, 2, 3)) / (2 * (after * r) ** 2)
         objective = objective - (advantage * log_density).mean()
     objective.backward()
     step = list(Schedule(TIMES, (0.0,) * 4).stochastic(0.5, [1]).steps())[1]
     scale = transition(step).weight  # ours are normalised to 1
-    assert same(mine.gradients, [p.grad for p in student.parameters()], beta / 2 / scale, tolerance=1e-10)
+    assert same(
+        mine.gradients, [p.grad for p in student.parameters()], beta / 2 / scale, tolerance=1e-10
+    )
 
 
-@pytest.mark.parametrize(("start", "alike"), [("shared", [True, True, True, False]), ("own", [False] * 4)])
+@pytest.mark.parametrize(
+    ("start", "alike"), [("shared", [True, True, True, False]), ("own", [False] * 4)]
+)
 def test_what_a_sampler_draws_by_itself_is_shared_by_the_two_walks(start, alike):
-    """DMD2's sampler renoises at every step; only step 2 is trained, so nothing before it may tell the walks apart."""
+    """DMD2's sampler renoises at every step; only step 2 is trained, so nothing before it may tell
+    the walks apart."""
     student, states = Plain(0), []
 
     def watched(z, t, text):
@@ -528,16 +599,21 @@ def test_what_a_sampler_draws_by_itself_is_shared_by_the_two_walks(start, alike)
     parts = replace(roles(watched, score=redness), schedule=lambda nfe, h, w: renoising)
     method = PSOOnline(reward="red", stochastic_steps=(2,), start=start)
     next(iter(method.losses(parts, batch(), torch.Generator().manual_seed(7))))
-    assert [torch.equal(one, other) for one, other in zip(states[:4], states[4:8], strict=True)] == alike
+    assert [
+        torch.equal(one, other) for one, other in zip(states[:4], states[4:8], strict=True)
+    ] == alike
 
 
-# --- numerics -----------------------------------------------------------------------------------------------------
+# --- numerics
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_invariant_26_the_loss_is_finite_for_huge_margins():
     student, base, weight = Plain(0), Plain(1), torch.ones(3, dtype=torch.float64)
     for scale in (1e4, 1e8):
-        pieces = list(pairwise_losses(roles(student, base=base), context(2), terms_of(student), scale, weight))
+        pieces = list(
+            pairwise_losses(roles(student, base=base), context(2), terms_of(student), scale, weight)
+        )
         assert math.isfinite(pieces[-1].log["loss"].item())
         for piece in pieces:
             piece.surrogate.backward()
@@ -548,7 +624,9 @@ def test_invariant_26_velocities_in_bfloat16_move_the_margin_by_less_than_two_pe
     rounded = lambda model: lambda z, t, c: model(z, t, c).bfloat16().double()  # noqa: E731
     student, base, weight = Plain(0), Plain(1), torch.ones(3, dtype=torch.float64)
     exact, rough = (
-        list(pairwise_losses(roles(a, base=b), context(2), terms_of(student), 2.0, weight))[-1].log["margin"].item()
+        list(pairwise_losses(roles(a, base=b), context(2), terms_of(student), 2.0, weight))[-1]
+        .log["margin"]
+        .item()
         for a, b in ((student, base), (rounded(student), rounded(base)))
     )
     assert rough == pytest.approx(exact, rel=0.02)

@@ -14,7 +14,9 @@ TIMES = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
 
 def batch(rows: int, clean: torch.Tensor | None = None) -> Batch:
     clean = torch.randn(rows, 2, 4, 4) if clean is None else clean
-    return Batch(clean, Context(torch.zeros(rows, 1, 1), (1,) * rows), ("",) * rows, torch.ones(rows))
+    return Batch(
+        clean, Context(torch.zeros(rows, 1, 1), (1,) * rows), ("",) * rows, torch.ones(rows)
+    )
 
 
 def roles(student) -> Roles:
@@ -25,7 +27,9 @@ def roles(student) -> Roles:
 def test_the_true_velocity_has_zero_loss(times):
     clean = torch.zeros(5, 2, 4, 4)  # then noise - clean = z / t at every t > 0
     true = lambda z, t, context: z / t.view(-1, 1, 1, 1)  # noqa: E731
-    (piece,) = SFT(times=times).losses(roles(true), batch(5, clean), torch.Generator().manual_seed(0))
+    (piece,) = SFT(times=times).losses(
+        roles(true), batch(5, clean), torch.Generator().manual_seed(0)
+    )
     assert piece.log["loss"] < 1e-10 and piece.last
 
 
@@ -47,8 +51,14 @@ def test_times_follow_their_distributions():
     critical = 1.63 / math.sqrt(20_000)  # Kolmogorov-Smirnov, 1%
     normal = torch.distributions.Normal(0.0, 1.0)
     assert kolmogorov_smirnov(drawn_times(SFT(times="uniform")), lambda t: t) < critical
-    assert kolmogorov_smirnov(drawn_times(SFT(times="logit_normal")), lambda t: normal.cdf(t.logit())) < critical
-    assert kolmogorov_smirnov(drawn_times(SFT(times="shift", shift=3.0)), lambda t: t / (3 - 2 * t)) < critical
+    assert (
+        kolmogorov_smirnov(drawn_times(SFT(times="logit_normal")), lambda t: normal.cdf(t.logit()))
+        < critical
+    )
+    assert (
+        kolmogorov_smirnov(drawn_times(SFT(times="shift", shift=3.0)), lambda t: t / (3 - 2 * t))
+        < critical
+    )
 
 
 def test_own_steps_draws_the_samplers_times_and_no_others():
@@ -57,4 +67,6 @@ def test_own_steps_draws_the_samplers_times_and_no_others():
 
 
 def test_shift_of_one_is_uniform():
-    torch.testing.assert_close(drawn_times(SFT(times="shift", shift=1.0)), drawn_times(SFT(times="uniform")))
+    torch.testing.assert_close(
+        drawn_times(SFT(times="shift", shift=1.0)), drawn_times(SFT(times="uniform"))
+    )

@@ -1,4 +1,5 @@
-"""The method of docs/add_a_method.md is code: it runs, keeps the rules the page names, and is as short as it says."""
+"""The method of docs/add_a_method.md is code: it runs, keeps the rules the page names, and is as
+short as it says."""
 
 import re
 from pathlib import Path
@@ -24,7 +25,9 @@ def anchored():
 def test_the_pages_method_pulls_to_the_pictures_and_to_the_base(anchored):
     student, base, data = Plain(0), Plain(1), batch()
     found = run(anchored(anchor=0.5), roles(student, base=base), data, student)
-    assert found.pieces == 1 and found.told["loss"] == pytest.approx(found.told["fit"] + 0.5 * found.told["stay"])
+    assert found.pieces == 1 and found.told["loss"] == pytest.approx(
+        found.told["fit"] + 0.5 * found.told["stay"]
+    )
     assert found.told["stay"] > 0
     at_rest = run(anchored(anchor=0.5), roles(student, base=student), data, student)
     assert at_rest.told["stay"] == 0

@@ -1,4 +1,5 @@
-"""FLUX.2-klein against Flux2KleinPipeline on a tiny random checkpoint: contexts, times, latents; and its teachers."""
+"""FLUX.2-klein against Flux2KleinPipeline on a tiny random checkpoint: contexts, times, latents;
+and its teachers."""
 
 import shutil
 from dataclasses import replace
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 from tiny_klein import TEXT, write_klein, write_vlm
 
 from dopsd.diffusion.batch import Batch
-from dopsd.diffusion.rollout import rollout, sample as sample_rollout
+from dopsd.diffusion.rollout import rollout
+from dopsd.diffusion.rollout import sample as sample_rollout
 from dopsd.diffusion.sampling import noise_for
 from dopsd.methods import DOPSD
 from dopsd.models import load_family
@@ -27,11 +29,17 @@ from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.roles import Teacher, make_roles
 
 CPU = torch.device("cpu")
-PROMPTS = ["a star", "a big red heart at the left on night in striped style", "words unseen: kaleidoscope, zeppelin"]
+PROMPTS = [
+    "a star",
+    "a big red heart at the left on night in striped style",
+    "words unseen: kaleidoscope, zeppelin",
+]
 
 
 def noisy_image(seed: int, width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    values = np.random.default_rng(seed).integers(
+        0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8
+    )
     return Image.fromarray(values).resize((width, height))
 
 
@@ -75,8 +83,13 @@ def generated_by(pipeline, noise: torch.Tensor, nfe: int = 4, **inputs) -> torch
 
     height, width = noise.shape[-2:]
     pipeline(
-        height=16 * height, width=16 * width, num_inference_steps=nfe, latents=noise.clone(), output_type="latent",
-        callback_on_step_end=keep, **inputs,
+        height=16 * height,
+        width=16 * width,
+        num_inference_steps=nfe,
+        latents=noise.clone(),
+        output_type="latent",
+        callback_on_step_end=keep,
+        **inputs,
     )
     return seen["latents"].mT.reshape(noise.shape)
 
@@ -108,7 +121,10 @@ def test_pictures_and_noise_are_the_pipelines(folder, pipeline, tmp_path):
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
     mine = sample(str(folder), PROMPTS[:1], seed=7, references=paths)[0]
     theirs = pipeline(
-        prompt=PROMPTS[0], image=REFERENCES, num_inference_steps=4, generator=torch.Generator().manual_seed(7)
+        prompt=PROMPTS[0],
+        image=REFERENCES,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(7),
     ).images[0]
     assert mine.size == theirs.size == (80, 128)  # by the first reference
     assert max(abs(a - b) for a, b in zip(mine.tobytes(), theirs.tobytes(), strict=True)) <= 1
@@ -116,7 +132,9 @@ def test_pictures_and_noise_are_the_pipelines(folder, pipeline, tmp_path):
 
 @pytest.mark.parametrize("nfe", [1, 4])
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (9, 5), (64, 64), (56, 72), (80, 60)])
-def test_training_visits_bitwise_the_pipelines_sigmas_at_every_size(klein, pipeline, nfe, height, width):
+def test_training_visits_bitwise_the_pipelines_sigmas_at_every_size(
+    klein, pipeline, nfe, height, width
+):
     # the pipeline's own calls, without the network between them
     theirs = pipeline.scheduler
     from diffusers.pipelines.flux2 import pipeline_flux2_klein as source
@@ -125,30 +143,47 @@ def test_training_visits_bitwise_the_pipelines_sigmas_at_every_size(klein, pipel
     source.retrieve_timesteps(theirs, nfe, None, sigmas=np.linspace(1.0, 1 / nfe, nfe), mu=mu)
     wanted = theirs.sigmas.clone()
     if height * width < 50:  # and, where it is cheap, after a whole call
-        generated_by(pipeline, torch.zeros(1, klein.channels, height, width), nfe=nfe, prompt="a star")
+        generated_by(
+            pipeline, torch.zeros(1, klein.channels, height, width), nfe=nfe, prompt="a star"
+        )
         assert torch.equal(theirs.sigmas, wanted)
     assert torch.equal(klein.schedule(nfe, height, width).times, wanted)
 
 
 def test_klein_walks_the_documented_times_at_1024(klein):
     times = klein.schedule(4, 64, 64).times
-    torch.testing.assert_close(times, torch.tensor([1.0, 0.967, 0.908, 0.767, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        times, torch.tensor([1.0, 0.967, 0.908, 0.767, 0.0]), atol=1e-3, rtol=0
+    )
 
 
-def test_latents_are_those_that_the_pipeline_makes_of_a_reference_and_the_way_back_is_its_own(klein, pipeline):
+def test_latents_are_those_that_the_pipeline_makes_of_a_reference_and_the_way_back_is_its_own(
+    klein, pipeline
+):
     vae = klein.load_vae(CPU, torch.float32)
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         theirs = pipeline._encode_vae_image(pixels, None)
         torch.testing.assert_close(vae.latents(pixels), theirs, atol=1e-6, rtol=1e-5)
-        std = torch.sqrt(pipeline.vae.bn.running_var + pipeline.vae.config.batch_norm_eps).view(1, -1, 1, 1)
-        raw = pipeline._unpatchify_latents(theirs * std + pipeline.vae.bn.running_mean.view(1, -1, 1, 1))
-        torch.testing.assert_close(vae.pixels(theirs), pipeline.vae.decode(raw).sample, atol=1e-5, rtol=1e-4)
+        std = torch.sqrt(pipeline.vae.bn.running_var + pipeline.vae.config.batch_norm_eps).view(
+            1, -1, 1, 1
+        )
+        raw = pipeline._unpatchify_latents(
+            theirs * std + pipeline.vae.bn.running_mean.view(1, -1, 1, 1)
+        )
+        torch.testing.assert_close(
+            vae.pixels(theirs), pipeline.vae.decode(raw).sample, atol=1e-5, rtol=1e-4
+        )
 
 
 def test_references_are_fitted_by_the_pipelines_rule(klein):
     processor = Flux2ImageProcessor(vae_scale_factor=16)
-    sizes = [*np.random.default_rng(0).integers(30, 3000, (60, 2)).tolist(), [64, 512], [63, 100], [1024, 1024]]
+    sizes = [
+        *np.random.default_rng(0).integers(30, 3000, (60, 2)).tolist(),
+        [64, 512],
+        [63, 100],
+        [1024, 1024],
+    ]
     for width, height in sizes:
         image = Image.new("1", (width, height))
         try:
@@ -168,7 +203,8 @@ def test_a_batch_of_other_prompts_does_not_change_a_picture(klein, text_encoder,
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 
 
-# Doubles, singles, heads and text width of the two sizes, and the block linears that they then have.
+# Doubles, singles, heads and text width of the two sizes, and the block linears that they then
+# have.
 SHAPES = {"4B": (5, 20, 24, 7680, 100), "9B": (8, 24, 32, 12288, 144)}
 
 
@@ -177,7 +213,10 @@ def test_lora_reaches_every_block_linear_of_both_sizes(size):
     doubles, singles, heads, width, linears = SHAPES[size]
     with init_empty_weights():
         network = Flux2Transformer2DModel(
-            num_layers=doubles, num_single_layers=singles, num_attention_heads=heads, joint_attention_dim=width,
+            num_layers=doubles,
+            num_single_layers=singles,
+            num_attention_heads=heads,
+            joint_attention_dim=width,
             guidance_embeds=False,
         )
     reach = coverage(network, Flux2Klein.lora_targets, rank=32)
@@ -186,7 +225,9 @@ def test_lora_reaches_every_block_linear_of_both_sizes(size):
 
 
 @torch.no_grad()
-def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_picture(klein, text_encoder, denoiser):
+def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_picture(
+    klein, text_encoder, denoiser
+):
     z, t = noise_for([0, 1], klein.channels, 4, 4).start, torch.tensor([1.0, 0.9])
     plain = text_encoder.context(PROMPTS[:2])
     seeing = text_encoder.context(PROMPTS[:2], [noisy_image(seed, 64, 64) for seed in (3, 4)])
@@ -194,17 +235,28 @@ def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_pi
     assert (denoiser(z, t, seeing) - denoiser(z, t, plain)).abs().mean() > 0.05
     suffixed = text_encoder.context([f"{prompt} {SUFFIX}" for prompt in PROMPTS[:2]])
     assert torch.equal(seeing.tokens, suffixed.tokens)
-    assert (denoiser(z, t, seeing) - denoiser(z, t, suffixed)).abs().mean() > 0.05  # by the picture, not the words
-    without = replace(seeing, extras={})  # the same prompt, its picture taken away: nothing of it is left in the words
+    assert (
+        denoiser(z, t, seeing) - denoiser(z, t, suffixed)
+    ).abs().mean() > 0.05  # by the image, not the words
+    without = replace(
+        seeing, extras={}
+    )  # the same prompt, its image taken away: nothing of it is left in the words
     assert torch.equal(denoiser(z, t, without), denoiser(z, t, suffixed))
-    assert torch.equal(denoiser(z, t, text_encoder.context(PROMPTS[:2], references=[[], []])), denoiser(z, t, plain))
+    assert torch.equal(
+        denoiser(z, t, text_encoder.context(PROMPTS[:2], references=[[], []])),
+        denoiser(z, t, plain),
+    )
 
 
-def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(klein, text_encoder):
+def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(
+    klein, text_encoder
+):
     target = noisy_image(5, 96, 64)
     seeing = text_encoder.context(PROMPTS[:1], [target], [REFERENCES])
     assert [shape for _, shape in seeing.layout] == [(16, 8, 5), (16, 4, 9), (16, 4, 6)]
-    latents = klein.load_vae(CPU, torch.float32).latents(text_encoder._pixels(target, target.size)[None])
+    latents = klein.load_vae(CPU, torch.float32).latents(
+        text_encoder._pixels(target, target.size)[None]
+    )
     torch.testing.assert_close(seeing.extras["reference_2"], latents)
     assert torch.equal(seeing.tokens, text_encoder.context([f"{PROMPTS[0]} {LAST_SUFFIX}"]).tokens)
 
@@ -212,13 +264,23 @@ def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(
 def test_the_suffix_is_the_users_to_choose(folder):
     for suffix, told in (("as it is", "a star as it is"), ("", "a star")):
         family = load_family(str(folder), teacher_vision=TeacherVision(suffix=suffix))
-        assert family.teachers_prompt("a star", False) == family.teachers_prompt("a star", True) == told
+        assert (
+            family.teachers_prompt("a star", False)
+            == family.teachers_prompt("a star", True)
+            == told
+        )
 
 
-def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teachers_picture(klein, text_encoder):
-    """With the roles that a run has. The student's own reference would get a gradient, if it asked for one."""
+def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teachers_picture(
+    klein, text_encoder
+):
+    """With the roles that a run has. The student's own reference would get a gradient, if it asked
+    for one."""
     shown, target = noisy_image(7, 64, 64), noisy_image(6, 64, 64)
-    own, privileged = text_encoder.context(PROMPTS[:1], None, [[shown]]), text_encoder.context(PROMPTS[:1], [target], [[shown]])
+    own, privileged = (
+        text_encoder.context(PROMPTS[:1], None, [[shown]]),
+        text_encoder.context(PROMPTS[:1], [target], [[shown]]),
+    )
     mine, theirs = (
         {name: latents.clone().requires_grad_(True) for name, latents in each.extras.items()}
         for each in (own, privileged)
@@ -227,50 +289,69 @@ def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teache
     denoiser = klein.load_denoiser(CPU, torch.float32)
     student = add_lora(denoiser.network, klein.lora_targets, rank=2, alpha=2, seed=0)
     teacher = Teacher(student, 0.9999)
-    roles, seen = make_roles(denoiser, student, teacher, lambda nfe, h, w: klein.schedule(nfe or 4, h, w)), []
+    roles, seen = (
+        make_roles(denoiser, student, teacher, lambda nfe, h, w: klein.schedule(nfe or 4, h, w)),
+        [],
+    )
 
     def watched(z, t, context):
         seen.append(t[0].clone())
         return roles.student(z, t, context)
 
     batch = Batch(
-        torch.zeros(1, klein.channels, 4, 4), replace(own, extras=mine), tuple(PROMPTS[:1]), torch.ones(1),
+        torch.zeros(1, klein.channels, 4, 4),
+        replace(own, extras=mine),
+        tuple(PROMPTS[:1]),
+        torch.ones(1),
         replace(privileged, extras=theirs),
     )
-    for piece in DOPSD().losses(replace(roles, student=watched), batch, torch.Generator().manual_seed(0)):
+    for piece in DOPSD().losses(
+        replace(roles, student=watched), batch, torch.Generator().manual_seed(0)
+    ):
         piece.surrogate.backward()
     assert torch.equal(torch.stack(seen), klein.schedule(4, 4, 4).times[:-1])
-    assert all(latents.grad is None for latents in theirs.values()) and mine["reference_0"].grad.any()
+    assert (
+        all(latents.grad is None for latents in theirs.values()) and mine["reference_0"].grad.any()
+    )
     assert any(parameter.grad.any() for parameter in student.values())
 
 
 @pytest.fixture(scope="module")
 def by_vlm(folder) -> KleinTextEncoder:
-    return load_family(str(folder), teacher_vision=TeacherVision("vlm")).load_text_encoder(CPU, torch.float32, images=True)
+    return load_family(str(folder), teacher_vision=TeacherVision("vlm")).load_text_encoder(
+        CPU, torch.float32, images=True
+    )
 
 
 @torch.no_grad()
-def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding(by_vlm, text_encoder):
+def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding(
+    by_vlm, text_encoder
+):
     assert by_vlm.text.text_gap == 0  # though the twin's own rotary base is another
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     context = by_vlm.context(PROMPTS[:1], [red])
     assert context.lengths == (512 + 16,) and context.layout == ()
     assert (context.tokens - by_vlm.context(PROMPTS[:1], [blue]).tokens).abs().max() > 1e-3
-    # what precedes every picture is read as the text encoder reads it
-    torch.testing.assert_close(context.tokens[:, :2], text_encoder.context([""]).tokens[:, :2], atol=2e-6, rtol=1e-5)
+    # what precedes every image is read as the text encoder reads it
+    torch.testing.assert_close(
+        context.tokens[:, :2], text_encoder.context([""]).tokens[:, :2], atol=2e-6, rtol=1e-5
+    )
     with_references = by_vlm.context(PROMPTS[:1], [red], [REFERENCES[:1]])
     assert torch.equal(with_references.tokens, context.tokens) and len(with_references.layout) == 1
 
 
 @torch.no_grad()
 def test_padding_beside_a_picture_stands_after_the_prompt_as_in_the_text_encoder(by_vlm):
-    """Text alone, padded, through the VLM's own path for pictures' rows: the states of the text encoder."""
+    """Text alone, padded, through the VLM's own path for images' rows: the states of the text
+    encoder."""
     text = by_vlm.text
     tokens = text._tokens([PROMPTS[0]], 512)
     places, _ = text.vlm.get_rope_index(tokens.input_ids, torch.zeros_like(tokens.input_ids).int())
     seeing = text._states(
         text.vlm.language_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, position_ids=places,
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            position_ids=places,
             output_hidden_states=True,
         )
     )
@@ -281,7 +362,11 @@ def test_padding_beside_a_picture_stands_after_the_prompt_as_in_the_text_encoder
 @torch.no_grad()
 def test_rows_of_several_lengths_are_not_mixed_with_padding(by_vlm, klein, denoiser):
     short, long = (by_vlm.context(["a star"], [noisy_image(1, side, side)]) for side in (64, 64))
-    long = replace(long, tokens=torch.cat([long.tokens, long.tokens[:, -5:]], dim=1), lengths=(long.lengths[0] + 5,))
+    long = replace(
+        long,
+        tokens=torch.cat([long.tokens, long.tokens[:, -5:]], dim=1),
+        lengths=(long.lengths[0] + 5,),
+    )
     z, t = noise_for([0, 1], klein.channels, 4, 4).start, torch.tensor([1.0, 1.0])
     together = denoiser(z, t, type(short).stack([short, long]))
     alone = torch.cat([denoiser(z[:1], t[:1], short), denoiser(z[1:], t[1:], long)])
@@ -290,19 +375,33 @@ def test_rows_of_several_lengths_are_not_mixed_with_padding(by_vlm, klein, denoi
 
 @pytest.mark.parametrize("sight", [TeacherVision("edit"), TeacherVision("vlm")])
 @pytest.mark.parametrize("shown", [(), REFERENCES])
-def test_blank_contexts_have_the_shapes_of_real_ones(folder, text_encoder, by_vlm, teacher_vision, shown):
-    family, real = load_family(str(folder), teacher_vision=teacher_vision), text_encoder if teacher_vision.context == "edit" else by_vlm
+def test_blank_contexts_have_the_shapes_of_real_ones(
+    folder, text_encoder, by_vlm, teacher_vision, shown
+):
+    family, real = (
+        load_family(str(folder), teacher_vision=teacher_vision),
+        text_encoder if teacher_vision.context == "edit" else by_vlm,
+    )
     rows = [list(shown)] * 2 if shown else None
     sizes = [[image.size for image in row] for row in rows] if rows else None
     target = noisy_image(5, 96, 64)
     for images, seen in ((None, None), ([target] * 2, [target.size] * 2)):
-        blank, wanted = family.blank_context(PROMPTS[:2], seen, sizes), real.context(PROMPTS[:2], images, rows)
-        assert (blank.tokens.shape, blank.lengths, blank.layout) == (wanted.tokens.shape, wanted.lengths, wanted.layout)
+        blank, wanted = (
+            family.blank_context(PROMPTS[:2], seen, sizes),
+            real.context(PROMPTS[:2], images, rows),
+        )
+        assert (blank.tokens.shape, blank.lengths, blank.layout) == (
+            wanted.tokens.shape,
+            wanted.lengths,
+            wanted.layout,
+        )
 
 
 def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_path, folder):
     assert not load_family(str(write_klein(tmp_path / "base", distilled=False))).distilled
-    with pytest.raises(ValueError, match=r"after layers 9, 18, 27 of its text encoder; this one has 12"):
+    with pytest.raises(
+        ValueError, match=r"after layers 9, 18, 27 of its text encoder; this one has 12"
+    ):
         load_family(str(write_klein(tmp_path / "shallow", layers=12)))
     shutil.copytree(folder, tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "vae")
@@ -313,21 +412,31 @@ def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_pat
 def test_a_vlm_that_reads_texts_otherwise_is_refused(tmp_path, folder):
     vlm = write_vlm(tmp_path / "vlm", TEXT | {"rms_norm_eps": 10.0})
     family = load_family(str(folder), teacher_vision=TeacherVision("vlm", str(vlm)))
-    with pytest.raises(ValueError, match="reads a text without a picture otherwise than the checkpoint's text encoder"):
+    with pytest.raises(
+        ValueError,
+        match="reads a text without a picture otherwise than the checkpoint's text encoder",
+    ):
         family.load_text_encoder(CPU, torch.float32, images=True)
 
 
 def test_a_vlm_of_another_size_is_refused(tmp_path, folder):
     vlm = write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30})
     family = load_family(str(folder), teacher_vision=TeacherVision("vlm", str(vlm)))
-    with pytest.raises(ValueError, match=r"text encoder: num_hidden_layers 30, not 28\. Set model\.vlm"):
+    with pytest.raises(
+        ValueError, match=r"text encoder: num_hidden_layers 30, not 28\. Set model\.vlm"
+    ):
         family.count_tokens(PROMPTS, [(64, 64)] * len(PROMPTS))
-    with pytest.raises(ValueError, match=r"does not match the checkpoint's text encoder in layers\.28.*model\.vlm"):
+    with pytest.raises(
+        ValueError, match=r"does not match the checkpoint's text encoder in layers\.28.*model\.vlm"
+    ):
         family.load_text_encoder(CPU, torch.float32, images=True)
 
 
 def test_a_caption_over_the_limit_is_said_not_cut(klein, text_encoder):
-    for refuse in (lambda: text_encoder.context(["star " * 600]), lambda: klein.count_tokens(["star " * 600])):
+    for refuse in (
+        lambda: text_encoder.context(["star " * 600]),
+        lambda: klein.count_tokens(["star " * 600]),
+    ):
         with pytest.raises(ValueError, match="the limit is 512"):
             refuse()
 
@@ -347,11 +456,17 @@ FORMS = {
 def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(klein, tmp_path, form):
     prefix, down, up, alpha = FORMS[form]
     generator, wanted, tensors = torch.Generator().manual_seed(0), {}, {}
-    for module in ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.1.ff.linear_in",
-                   "single_transformer_blocks.2.attn.to_out"):
+    for module in (
+        "transformer_blocks.0.attn.add_q_proj",
+        "transformer_blocks.1.ff.linear_in",
+        "single_transformer_blocks.2.attn.to_out",
+    ):
         a, b = torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
         wanted[module] = b @ a * 2
-        tensors |= {f"{prefix}{module}.{down}.weight": a, f"{prefix}{module}.{up}.weight": b if alpha else b * 2}
+        tensors |= {
+            f"{prefix}{module}.{down}.weight": a,
+            f"{prefix}{module}.{up}.weight": b if alpha else b * 2,
+        }
         tensors |= {f"{prefix}{module}.alpha": torch.tensor(8.0)} if alpha else {}
     save_file(tensors, tmp_path / "lora.safetensors")
     found = read_lora(tmp_path / "lora.safetensors", klein)
@@ -361,11 +476,19 @@ def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(klein, tmp_pa
 
 
 def test_another_way_of_seeing_is_another_key_in_the_cache(text_encoder, by_vlm, folder):
-    other = load_family(str(folder), teacher_vision=TeacherVision(suffix="as it is")).load_text_encoder(CPU, torch.float32, images=True)
+    other = load_family(
+        str(folder), teacher_vision=TeacherVision(suffix="as it is")
+    ).load_text_encoder(CPU, torch.float32, images=True)
     assert len({text_encoder.fingerprint, by_vlm.fingerprint, other.fingerprint}) == 3
 
 
 def test_the_walk_takes_four_forwards(klein, text_encoder):
-    states = list(rollout(lambda z, t, c: z, noise_for([0], 16, 4, 4).start, klein.schedule(klein.default_nfe, 4, 4),
-                          text_encoder.context(PROMPTS[:1])))
+    states = list(
+        rollout(
+            lambda z, t, c: z,
+            noise_for([0], 16, 4, 4).start,
+            klein.schedule(klein.default_nfe, 4, 4),
+            text_encoder.context(PROMPTS[:1]),
+        )
+    )
     assert len(states) == 4

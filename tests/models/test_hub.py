@@ -1,4 +1,5 @@
-"""A checkpoint by hub id, from a hub beside the test: fetched part by part, cached, every refusal a sentence."""
+"""A checkpoint by hub id, from a hub beside the test: fetched part by part, cached, every refusal a
+sentence."""
 
 import errno
 import hashlib
@@ -17,8 +18,16 @@ import pytest
 from dopsd.models import POCKET, load_family
 
 COMMIT = "c" * 40
-FILES = {p.relative_to(POCKET).as_posix(): p for p in POCKET.rglob("*") if p.is_file() and "parent" not in p.parts}
-REFUSED = {"gated/model": (403, "GatedRepo"), "missing/model": (404, "RepoNotFound"), "broken/model": (500, None)}
+FILES = {
+    p.relative_to(POCKET).as_posix(): p
+    for p in POCKET.rglob("*")
+    if p.is_file() and "parent" not in p.parts
+}
+REFUSED = {
+    "gated/model": (403, "GatedRepo"),
+    "missing/model": (404, "RepoNotFound"),
+    "broken/model": (500, None),
+}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -40,10 +49,16 @@ class Hub(BaseHTTPRequestHandler):
         elif rest[:1] == ["revision"]:
             known = rest[1] in ("main", COMMIT)
             about = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
-            self.answer(200 if known else 404, json.dumps(about).encode(), {} if known else
-                        {"X-Error-Code": "RevisionNotFound"})
+            self.answer(
+                200 if known else 404,
+                json.dumps(about).encode(),
+                {} if known else {"X-Error-Code": "RevisionNotFound"},
+            )
         elif rest[:1] == ["tree"]:
-            tree = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": _oid(p)} for n, p in FILES.items()]
+            tree = [
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": _oid(p)}
+                for n, p in FILES.items()
+            ]
             self.answer(200, json.dumps(tree).encode(), {})
         elif rest[:1] == ["resolve"]:
             name = "/".join(rest[2:])
@@ -52,13 +67,21 @@ class Hub(BaseHTTPRequestHandler):
                 return
             if self.command == "GET":
                 self.asked.append(name)
-            self.answer(200, FILES[name].read_bytes(), {"ETag": f'"{_oid(FILES[name])}"', "X-Repo-Commit": COMMIT})
+            self.answer(
+                200,
+                FILES[name].read_bytes(),
+                {"ETag": f'"{_oid(FILES[name])}"', "X-Repo-Commit": COMMIT},
+            )
         else:
             self.answer(404, b"{}", {})
 
     def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
+        for name, value in {
+            "Content-Length": str(len(content)),
+            "Content-Type": "application/json",
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -85,9 +108,20 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 def run(code: str, home: Path, endpoint: str, **environment: str) -> str:
     """What a process of its own prints: the hub's client reads its settings when it is imported."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
-                          env=os.environ | settings | environment, check=False)
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | settings | environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -113,17 +147,33 @@ def test_a_hub_id_is_opened_by_its_configs_and_its_weights_come_when_they_are_ne
     )
     assert run(sample, tmp_path, endpoint).split() == ["True"]
     weights = {name for name in asked if name.endswith(".safetensors")}
-    assert {Path(name).parts[0] for name in weights} == {"transformer", "vae", "text_encoder"}  # no VLM
+    assert {Path(name).parts[0] for name in weights} == {
+        "transformer",
+        "vae",
+        "text_encoder",
+    }  # no VLM
     assert len(asked) == len(set(asked)), "a file was fetched twice"
     assert run(sample, tmp_path, endpoint, HF_HUB_OFFLINE="1").split() == ["True"]
 
 
 def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
-    cases = [("gated/model", None), ("missing/model", None), ("tiny/zimage", "v9"), ("broken/model", None),
-             ("no name/at all", None), ("tiny/zimage/x", None)]
+    cases = [
+        ("gated/model", None),
+        ("missing/model", None),
+        ("tiny/zimage", "v9"),
+        ("broken/model", None),
+        ("no name/at all", None),
+        ("tiny/zimage/x", None),
+    ]
     lines = run(OPEN.format(cases=cases), tmp_path, hub[0]).splitlines()
-    wanted = ["gated: accept its licence", "neither a local folder nor a repository", "has no revision v9",
-              "could not be reached", "nor a name that the hub could have", "does not exist"]
+    wanted = [
+        "gated: accept its licence",
+        "neither a local folder nor a repository",
+        "has no revision v9",
+        "could not be reached",
+        "nor a name that the hub could have",
+        "does not exist",
+    ]
     assert len(lines) == len(wanted)
     for line, words in zip(lines, wanted, strict=True):
         assert words in line
@@ -141,8 +191,13 @@ for name in ("tiny/zimage/vae/diffusion_pytorch_model.safetensors", "tiny/zimage
         print(error)
 """
     lines = run(code, tmp_path, endpoint).splitlines()
-    wanted = ["None", "there is no lora.safetensors in tiny/zimage", "there is no lora.safetensors in missing/model",
-              "gated: accept its licence", "./lora.safetensors does not exist"]
+    wanted = [
+        "None",
+        "there is no lora.safetensors in tiny/zimage",
+        "there is no lora.safetensors in missing/model",
+        "gated: accept its licence",
+        "./lora.safetensors does not exist",
+    ]
     assert len(lines) == len(wanted) and not asked
     for line, words in zip(lines, wanted, strict=True):
         assert words in line
@@ -151,14 +206,18 @@ for name in ("tiny/zimage/vae/diffusion_pytorch_model.safetensors", "tiny/zimage
 def test_a_gated_model_without_a_token_is_exit_2_and_says_what_to_do(hub, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{name_or_path: gated/model}}\ndata: {{folder: {tmp_path}}}\nmethod: {{name: sft}}\n", encoding="utf-8"
+        f"model: {{name_or_path: gated/model}}\ndata: {{folder: {tmp_path}}}\nmethod: {{name: sft}}\n",
+        encoding="utf-8",
     )
     code = (
         "from typer.testing import CliRunner; from dopsd.cli.app import app; "
         f"done = CliRunner().invoke(app, ['check', {str(recipe)!r}]); print(done.exit_code, done.output)"
     )
     said = " ".join(run(code, tmp_path, hub[0]).split())
-    assert said == "2 dopsd: gated/model is gated: accept its licence on the hub, then run `hf auth login`."
+    assert (
+        said
+        == "2 dopsd: gated/model is gated: accept its licence on the hub, then run `hf auth login`."
+    )
 
 
 def test_offline_a_checkpoint_that_is_not_whole_in_the_cache_is_refused(hub, tmp_path):
@@ -176,5 +235,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
-    with pytest.raises(ValueError, match=r"no space left for tiny/zimage: .* GiB are free .* HF_HOME"):
+    with pytest.raises(
+        ValueError, match=r"no space left for tiny/zimage: .* GiB are free .* HF_HOME"
+    ):
         load_family("tiny/zimage")

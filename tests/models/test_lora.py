@@ -1,4 +1,5 @@
-"""LoRA files of other tools: read as diffusers reads them, described as they are, refused with a sentence."""
+"""LoRA files of other tools: read as diffusers reads them, described as they are, refused with a
+sentence."""
 
 import json
 import re
@@ -18,20 +19,32 @@ from dopsd.models.lora import merge_lora, read_lora
 from dopsd.models.pipeline import sample_latents
 from dopsd.runs.train import train
 
-MODULES = {"layers.0.attention.to_q": (128, 128), "layers.3.attention.to_out.0": (128, 128),
-           "noise_refiner.0.feed_forward.w1": (341, 128), "context_refiner.0.attention.to_k": (128, 128)}
+MODULES = {
+    "layers.0.attention.to_q": (128, 128),
+    "layers.3.attention.to_out.0": (128, 128),
+    "noise_refiner.0.feed_forward.w1": (341, 128),
+    "context_refiner.0.attention.to_k": (128, 128),
+}
 RANK, ALPHA = 4, 8
 
 
 def deltas() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: (torch.randn(RANK, inner, generator=generator), torch.randn(outer, RANK, generator=generator))
+        name: (
+            torch.randn(RANK, inner, generator=generator),
+            torch.randn(outer, RANK, generator=generator),
+        )
         for name, (outer, inner) in MODULES.items()
     }
 
 
-def peft_names(prefix: str, scale: float = 1.0, marks: tuple[str, str] = ("lora_A", "lora_B"), alpha: bool = False):
+def peft_names(
+    prefix: str,
+    scale: float = 1.0,
+    marks: tuple[str, str] = ("lora_A", "lora_B"),
+    alpha: bool = False,
+):
     """The same adapter as one tool or another would write it."""
     tensors = {}
     for name, (a, b) in deltas().items():
@@ -46,20 +59,28 @@ def kohya_names():
     tensors = {}
     for name, (a, b) in deltas().items():
         path = "lora_unet_" + name.replace(".", "_")
-        tensors |= {f"{path}.lora_down.weight": a.clone(), f"{path}.lora_up.weight": b.clone(),
-                    f"{path}.alpha": torch.tensor(float(ALPHA))}
+        tensors |= {
+            f"{path}.lora_down.weight": a.clone(),
+            f"{path}.lora_up.weight": b.clone(),
+            f"{path}.alpha": torch.tensor(float(ALPHA)),
+        }
     return tensors
 
 
 SCALE = ALPHA / RANK
-SAID = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})}
+SAID = {
+    "lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})
+}
 FORMS = {
     "ours": (lambda: peft_names("transformer.", SCALE), None),
     "scale in the metadata": (lambda: peft_names("transformer."), SAID),
     "with alpha": (lambda: peft_names("transformer.", alpha=True), None),
     "ComfyUI's": (lambda: peft_names("diffusion_model.", SCALE), None),
     "ComfyUI's with alpha": (lambda: peft_names("diffusion_model.", alpha=True), None),
-    "down and up": (lambda: peft_names("diffusion_model.", marks=("lora_down", "lora_up"), alpha=True), None),
+    "down and up": (
+        lambda: peft_names("diffusion_model.", marks=("lora_down", "lora_up"), alpha=True),
+        None,
+    ),
     "bare names": (lambda: peft_names("", SCALE), None),
     "raw PEFT": (lambda: peft_names("base_model.model.", SCALE), None),
     "kohya": (kohya_names, None),
@@ -77,11 +98,16 @@ def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(file, pocket)
     found = read_lora(file, pocket)
     assert found.keys() == MODULES.keys()
     for name, (a, b) in deltas().items():
-        torch.testing.assert_close(found[name][1] @ found[name][0], b @ a * SCALE, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            found[name][1] @ found[name][0], b @ a * SCALE, atol=1e-4, rtol=1e-5
+        )
 
 
 def test_a_merged_foreign_file_changes_exactly_its_modules(pocket, tmp_path):
-    save_file({k: v for k, v in kohya_names().items() if "feed_forward" not in k}, tmp_path / "lora.safetensors")
+    save_file(
+        {k: v for k, v in kohya_names().items() if "feed_forward" not in k},
+        tmp_path / "lora.safetensors",
+    )
     network = pocket.load_denoiser(torch.device("cpu"), torch.float32).network
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     merge_lora(network, tmp_path / "lora.safetensors", pocket)
@@ -96,9 +122,18 @@ def test_a_merged_foreign_file_changes_exactly_its_modules(pocket, tmp_path):
 
 def test_inspect_knows_family_rank_and_form_of_every_public_form(file, request):
     lines = dict(inspect_lora(file).lines)
-    assert (lines["family"], lines["rank"], lines["modules"]) == ("zimage", str(RANK), str(len(MODULES)))
-    expected = {"ours": "strength 1", "scale in the metadata": "strength 1", "with alpha": "error",
-                "bare names": "nothing is loaded, in silence", "raw PEFT": "nothing is loaded, in silence"}
+    assert (lines["family"], lines["rank"], lines["modules"]) == (
+        "zimage",
+        str(RANK),
+        str(len(MODULES)),
+    )
+    expected = {
+        "ours": "strength 1",
+        "scale in the metadata": "strength 1",
+        "with alpha": "error",
+        "bare names": "nothing is loaded, in silence",
+        "raw PEFT": "nothing is loaded, in silence",
+    }
     form = request.node.callspec.params["file"]
     assert lines["diffusers"] == expected.get(form, "strength 1")
 
@@ -118,13 +153,28 @@ BAD = {
     "no LoRA": (foreign({"layers.0.weight": A}), "no LoRA"),
     "half a pair": (foreign({"transformer.layers.0.attention.to_q.lora_A.weight": A}), "no LoRA"),
     "LoKr": (foreign({"diffusion_model.layers.0.attention.to_q.lokr_w1": A}), "LoKr"),
-    "DoRA": (foreign(peft_names("transformer.") | {"transformer.layers.0.attention.to_q.dora_scale": A}), "DoRA"),
+    "DoRA": (
+        foreign(peft_names("transformer.") | {"transformer.layers.0.attention.to_q.dora_scale": A}),
+        "DoRA",
+    ),
     "of another family": (
-        foreign({f"transformer.single_transformer_blocks.0.attn.to_out.lora_{m}.weight": t for m, t in
-                 (("A", A), ("B", B))}), "does not have: another family?"),
+        foreign(
+            {
+                f"transformer.single_transformer_blocks.0.attn.to_out.lora_{m}.weight": t
+                for m, t in (("A", A), ("B", B))
+            }
+        ),
+        "does not have: another family?",
+    ),
     "of another size": (
-        foreign({f"transformer.layers.0.attention.to_q.lora_{m}.weight": t for m, t in
-                 (("A", torch.ones(4, 64)), ("B", B))}), "as 128 x 64; here it is"),
+        foreign(
+            {
+                f"transformer.layers.0.attention.to_q.lora_{m}.weight": t
+                for m, t in (("A", torch.ones(4, 64)), ("B", B))
+            }
+        ),
+        "as 128 x 64; here it is",
+    ),
 }
 
 
@@ -161,7 +211,9 @@ def finish(recipe) -> Path:
 
 def test_training_goes_on_from_a_lora_file_whatever_the_alpha(concept, tmp_path, pocket):
     first = recipe_from(concept, tmp_path, "first")
-    first = parse_recipe(first.model_dump() | {"train": first.train.model_dump() | {"learning_rate": 0.01}})
+    first = parse_recipe(
+        first.model_dump() | {"train": first.train.model_dump() | {"learning_rate": 0.01}}
+    )
     start = finish(first)
     again = finish(recipe_from(concept, tmp_path, "second", init_from=str(start), alpha=2))
     left, right = read_lora(start, pocket), read_lora(again, pocket)
@@ -173,14 +225,23 @@ def test_training_goes_on_from_a_lora_file_whatever_the_alpha(concept, tmp_path,
 
 def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(concept, tmp_path, pocket):
     recipe = recipe_from(concept, tmp_path, "first")
-    file = finish(parse_recipe(recipe.model_dump() | {"train": recipe.train.model_dump() | {"learning_rate": 0.01}}))
+    file = finish(
+        parse_recipe(
+            recipe.model_dump() | {"train": recipe.train.model_dump() | {"learning_rate": 0.01}}
+        )
+    )
     fuse("pocket", file, tmp_path / "fused", strength=0.5)
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "fused", torch_dtype=torch.float32)
     noise = noise_for([3], pocket.channels, 16, 16)
     wanted = sample_latents(pocket, ["a big red star"], noise, file, strength=0.5)
     untuned = sample_latents(pocket, ["a big red star"], noise)
     found = pipeline(
-        "a big red star", height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.start,
+        "a big red star",
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=0.0,
+        latents=noise.start,
         output_type="latent",
     ).images
     assert (wanted - untuned).abs().max() > 0.01
@@ -189,14 +250,24 @@ def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(concept, t
         fuse("pocket", file, tmp_path / "fused")
 
 
-def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_machine(concept, tmp_path):
+def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_machine(
+    concept, tmp_path
+):
     recipe = recipe_from(concept, tmp_path, "first")
-    recipe = parse_recipe(recipe.model_dump() | {"data": {"folder": str(concept), "trigger": "zib"}})
+    recipe = parse_recipe(
+        recipe.model_dump() | {"data": {"folder": str(concept), "trigger": "zib"}}
+    )
     file = finish(recipe)
     text = (recipe.run_folder / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
-    assert card.data.base_model == "pocket" and card.data.instance_prompt == "zib" and card.data.license == "apache-2.0"
-    files = re.findall(r"!\[]\(([^)]+)\)", text) + [each["output"]["url"] for each in card.data.to_dict()["widget"]]
+    assert (
+        card.data.base_model == "pocket"
+        and card.data.instance_prompt == "zib"
+        and card.data.license == "apache-2.0"
+    )
+    files = re.findall(r"!\[]\(([^)]+)\)", text) + [
+        each["output"]["url"] for each in card.data.to_dict()["widget"]
+    ]
     assert len(files) == 9 and all((recipe.run_folder / name).is_file() for name in files)
     assert str(tmp_path) not in text
     said = dict(inspect_lora(file).lines)
@@ -212,4 +283,12 @@ def test_a_lora_of_another_rank_is_no_start(concept, tmp_path):
 def test_a_lora_of_other_modules_is_no_start(concept, tmp_path):
     start = finish(recipe_from(concept, tmp_path, "first"))
     with pytest.raises(ValueError, match="adapts other modules"):
-        finish(recipe_from(concept, tmp_path, "second", init_from=str(start), targets=r"layers\.\d+\.attention\.to_q"))
+        finish(
+            recipe_from(
+                concept,
+                tmp_path,
+                "second",
+                init_from=str(start),
+                targets=r"layers\.\d+\.attention\.to_q",
+            )
+        )

@@ -1,4 +1,5 @@
-"""Pickled weights become safetensors, tensor by tensor; a pickle that is more than tensors is refused and never run."""
+"""Pickled weights become safetensors, tensor by tensor; a pickle that is more than tensors is
+refused and never run."""
 
 import os
 from pathlib import Path
@@ -11,7 +12,11 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 
 SHARED = torch.arange(6.0)
-WEIGHTS = {"a.weight": torch.randn(2, 3, dtype=torch.float16), "b": SHARED.view(2, 3).T, "again": SHARED[:2]}
+WEIGHTS = {
+    "a.weight": torch.randn(2, 3, dtype=torch.float16),
+    "b": SHARED.view(2, 3).T,
+    "again": SHARED[:2],
+}
 
 
 def imported(source: Path, *options: str):
@@ -24,7 +29,9 @@ def test_every_tensor_is_there_again(tmp_path, zipped):
     done = imported(tmp_path / "unet.bin")
     assert done.exit_code == 0, done.output
     found = load_file(tmp_path / "unet.safetensors")
-    assert found.keys() == WEIGHTS.keys() and all(torch.equal(found[name], WEIGHTS[name]) for name in found)
+    assert found.keys() == WEIGHTS.keys() and all(
+        torch.equal(found[name], WEIGHTS[name]) for name in found
+    )
 
 
 class Runs:
@@ -55,7 +62,9 @@ def test_a_file_that_is_none_or_a_target_that_is_taken_is_refused(tmp_path):
     for content in (b"", b"hello"):
         (tmp_path / "unet.bin").write_bytes(content)
         done = imported(tmp_path / "unet.bin")
-        assert done.exit_code == 2 and "cannot be read as weights alone" in " ".join(done.output.split())
+        assert done.exit_code == 2 and "cannot be read as weights alone" in " ".join(
+            done.output.split()
+        )
     assert imported(tmp_path / "missing.bin").exit_code == 2
     torch.save(WEIGHTS, tmp_path / "unet.bin")
     (tmp_path / "unet.safetensors").write_bytes(b"mine")

@@ -1,4 +1,5 @@
-"""SDXL against StableDiffusionXLPipeline on the same tiny folder: contexts, times, latents; and what it refuses."""
+"""SDXL against StableDiffusionXLPipeline on the same tiny folder: contexts, times, latents; and
+what it refuses."""
 
 import json
 import re
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 from dopsd.cli.app import app
 from dopsd.config.recipe import parse_recipe
-from dopsd.diffusion.rollout import rollout, sample as sample_rollout
+from dopsd.diffusion.rollout import rollout
+from dopsd.diffusion.rollout import sample as sample_rollout
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
 from dopsd.models.folder import fuse
@@ -41,12 +43,21 @@ def pipeline_of(folder: Path) -> StableDiffusionXLPipeline:
     return pipeline
 
 
-def generated(pipeline: StableDiffusionXLPipeline, nfe: int, width: int, height: int, **more) -> torch.Tensor:
+def generated(
+    pipeline: StableDiffusionXLPipeline, nfe: int, width: int, height: int, **more
+) -> torch.Tensor:
     renoising = isinstance(pipeline.scheduler, LCMScheduler)
     steps = {"timesteps": DMD2_TIMESTEPS[nfe]} if renoising else {"num_inference_steps": nfe}
     return pipeline(
-        list(PROMPTS), height=height, width=width, guidance_scale=0.0, output_type="latent", return_dict=False,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))], **steps, **more,
+        list(PROMPTS),
+        height=height,
+        width=width,
+        guidance_scale=0.0,
+        output_type="latent",
+        return_dict=False,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))],
+        **steps,
+        **more,
     )[0]
 
 
@@ -75,33 +86,54 @@ def test_contexts_are_what_the_pipeline_feeds(family, pipeline):
     mine = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS)
     assert torch.equal(mine.tokens, tokens) and torch.equal(mine.extras["pooled"], pooled)
     blank = family.blank_context(PROMPTS)
-    assert (blank.tokens.shape, blank.layout, blank.lengths) == (mine.tokens.shape, mine.layout, mine.lengths)
+    assert (blank.tokens.shape, blank.layout, blank.lengths) == (
+        mine.tokens.shape,
+        mine.layout,
+        mine.lengths,
+    )
 
 
-@pytest.mark.parametrize(("nfe", "width", "height"), [(1, 64, 64), (4, 64, 64), (4, 96, 64), (4, 64, 128)])
-def test_same_prompts_and_seeds_paint_what_the_pipeline_paints(family, pipeline, nfe, width, height):
-    noise = noise_for(range(3), family.channels, height // family.vae_scale_factor, width // family.vae_scale_factor)
+@pytest.mark.parametrize(
+    ("nfe", "width", "height"), [(1, 64, 64), (4, 64, 64), (4, 96, 64), (4, 64, 128)]
+)
+def test_same_prompts_and_seeds_paint_what_the_pipeline_paints(
+    family, pipeline, nfe, width, height
+):
+    noise = noise_for(
+        range(3),
+        family.channels,
+        height // family.vae_scale_factor,
+        width // family.vae_scale_factor,
+    )
     mine = sample_latents(family, PROMPTS, noise, nfe=nfe)
     assert (mine - generated(pipeline, nfe, width, height)).abs().max() <= 1e-4
 
 
 def test_pictures_are_the_pipelines_pictures(folder, pipeline, kind):
     steps = {"timesteps": DMD2_TIMESTEPS[4]} if kind == "dmd2" else {"num_inference_steps": 4}
-    theirs = pipeline(PROMPTS[1], guidance_scale=0.0, generator=torch.Generator().manual_seed(7), **steps).images[0]
+    theirs = pipeline(
+        PROMPTS[1], guidance_scale=0.0, generator=torch.Generator().manual_seed(7), **steps
+    ).images[0]
     mine = sample(str(folder), [PROMPTS[1]], nfe=4, seed=7)[0]
     assert max(abs(a - b) for a, b in zip(theirs.tobytes(), mine.tobytes(), strict=True)) <= 1
 
 
 @pytest.mark.parametrize(("nfe", "height", "width"), [(4, 8, 8), (4, 16, 8), (1, 8, 12)])
-def test_training_visits_bitwise_the_pipelines_sigmas_and_timesteps(family, pipeline, nfe, height, width):
+def test_training_visits_bitwise_the_pipelines_sigmas_and_timesteps(
+    family, pipeline, nfe, height, width
+):
     denoiser = family.load_denoiser(CPU, torch.float32)
     context = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS)
     mine, theirs = [], []
     times = []
     for network, seen in ((denoiser.network, mine), (pipeline.unet, theirs)):
-        network.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1].float().max()))
+        network.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[1].float().max())
+        )
     noise = noise_for(range(3), family.channels, height, width)
-    for state in rollout(denoiser, noise.start, family.schedule(nfe, height, width), context, torch.Generator()):
+    for state in rollout(
+        denoiser, noise.start, family.schedule(nfe, height, width), context, torch.Generator()
+    ):
         times.append(state.step.now)
     generated(pipeline, nfe, width * family.vae_scale_factor, height * family.vae_scale_factor)
     pipeline.unet._forward_pre_hooks.clear()
@@ -118,7 +150,9 @@ def test_between_the_samplers_times_timesteps_are_in_proportion(family):
     denoiser = family.empty_denoiser()
     assert torch.equal(denoiser.timesteps(denoiser.times), torch.arange(1000.0))
     middle = (denoiser.times[1:] + denoiser.times[:-1]) / 2
-    torch.testing.assert_close(denoiser.timesteps(middle), torch.arange(999) + 0.5, atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        denoiser.timesteps(middle), torch.arange(999) + 0.5, atol=0.05, rtol=0
+    )
     assert denoiser.timesteps(torch.tensor([0.0, 1.0])).tolist() == [0, 999]
 
 
@@ -130,27 +164,38 @@ def test_the_velocity_says_the_noise_that_the_unet_says(family):
     sigma = (t / (1 - t)).item()
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64.0]])
     noise = denoiser.network(
-        z * (1 + sigma) / (1 + sigma**2) ** 0.5, torch.tensor(500), context.tokens,
-        added_cond_kwargs={"text_embeds": context.extras["pooled"], "time_ids": sizes}, return_dict=False,
+        z * (1 + sigma) / (1 + sigma**2) ** 0.5,
+        torch.tensor(500),
+        context.tokens,
+        added_cond_kwargs={"text_embeds": context.extras["pooled"], "time_ids": sizes},
+        return_dict=False,
     )[0]
     velocity = denoiser(z, t, context)
     torch.testing.assert_close(z + (1 - t) * velocity, noise, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_of_other_captions_does_not_change_a_picture_and_its_own_caption_does(family):
-    text_encoder, denoiser = family.load_text_encoder(CPU, torch.float32, images=False), family.load_denoiser(CPU, torch.float32)
+    text_encoder, denoiser = (
+        family.load_text_encoder(CPU, torch.float32, images=False),
+        family.load_denoiser(CPU, torch.float32),
+    )
     noise, schedule = noise_for(range(3), family.channels, 8, 8), family.schedule(4, 8, 8)
 
     def sample_in_chunks(rows: slice, prompts: list[str]) -> torch.Tensor:
         z, generators = noise[rows].draw()
         return sample_rollout(denoiser, z, schedule, text_encoder.context(prompts), generators)
 
-    together, alone = sample_in_chunks(slice(0, 3), PROMPTS), sample_in_chunks(slice(1, 2), PROMPTS[1:2])
+    together, alone = (
+        sample_in_chunks(slice(0, 3), PROMPTS),
+        sample_in_chunks(slice(1, 2), PROMPTS[1:2]),
+    )
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
     assert (sample_in_chunks(slice(1, 2), PROMPTS[2:]) - alone).abs().max() > 1e-3
 
 
-def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_unet(sdxl, dmd2_lora, tmp_path):
+def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_unet(
+    sdxl, dmd2_lora, tmp_path
+):
     base = sdxl("base")
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
     save_file(unet.state_dict(), tmp_path / "unet.safetensors")
@@ -168,18 +213,30 @@ def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_
         mine = sample_latents(family, PROMPTS, noise_for(range(3), 4, 8, 8))
         theirs = generated(pipeline, 4, 64, 64)
         assert (mine - theirs).abs().max() <= 1e-4
-        base_tensors = sample_latents(load_family(str(sdxl("dmd2"))), PROMPTS, noise_for(range(3), 4, 8, 8))
-        assert (mine - base_tensors).abs().max() > 0.01, "the file did nothing, so the comparison would prove nothing"
+        base_tensors = sample_latents(
+            load_family(str(sdxl("dmd2"))), PROMPTS, noise_for(range(3), 4, 8, 8)
+        )
+        assert (mine - base_tensors).abs().max() > 0.01, (
+            "the file did nothing, so the comparison would prove nothing"
+        )
 
 
-def test_lora_targets_reach_every_linear_of_the_transformers_and_no_name_is_lost_in_kohyas_form(family):
+def test_lora_targets_reach_every_linear_of_the_transformers_and_no_name_is_lost_in_kohyas_form(
+    family,
+):
     network = family.empty_denoiser().network
-    linears = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and ".attentions." in n}
+    linears = {
+        n
+        for n, m in network.named_modules()
+        if isinstance(m, torch.nn.Linear) and ".attentions." in n
+    }
     pairs = {name: (torch.zeros(2, 1), torch.zeros(1, 2)) for name in linears}
     assert all(re.fullmatch(family.lora_targets, name) for name in linears)
     public = family.lora_in_public_form(pairs)
     assert len(public) == 3 * len(linears)
-    assert set(family.lora_in_own_form(public)) == {f"unet.{n}.lora_{m}.weight" for n in linears for m in "AB"}
+    assert set(family.lora_in_own_form(public)) == {
+        f"unet.{n}.lora_{m}.weight" for n in linears for m in "AB"
+    }
 
 
 KOHYA = {
@@ -194,9 +251,15 @@ def test_public_forms_of_one_adapter_read_as_the_same_deltas(form, family, tmp_p
     a, b = torch.randn(2, 16), torch.randn(16, 2)
     if form in KOHYA:
         name = KOHYA[form]
-        tensors = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(4.0)}
+        tensors = {
+            f"{name}.lora_down.weight": a,
+            f"{name}.lora_up.weight": b,
+            f"{name}.alpha": torch.tensor(4.0),
+        }
     else:
-        prefix = {"diffusers' names": "unet.", "bare names": "", "raw PEFT": "base_model.model."}[form]
+        prefix = {"diffusers' names": "unet.", "bare names": "", "raw PEFT": "base_model.model."}[
+            form
+        ]
         tensors = {f"{prefix}{module}.lora_A.weight": a, f"{prefix}{module}.lora_B.weight": 2 * b}
     save_file(tensors, tmp_path / "lora.safetensors")
     found = read_lora(tmp_path / "lora.safetensors", family)
@@ -241,27 +304,43 @@ def test_a_file_that_cannot_distil_is_refused(sdxl, dmd2_lora, pocket, tmp_path)
         with pytest.raises(ValueError, match=words):
             load_family(model, distilled_by=file)
     half = load_family(base, distilled_by=str(tmp_path / "half.safetensors"))
-    assert half.licence == "other" and load_family(base, distilled_by=str(dmd2_lora)).licence == "cc-by-nc-4.0"
+    assert (
+        half.licence == "other"
+        and load_family(base, distilled_by=str(dmd2_lora)).licence == "cc-by-nc-4.0"
+    )
     with pytest.raises(ValueError, match="is no UNet of"):
         half.load_denoiser(CPU, torch.float32)
 
 
-def test_a_base_of_any_many_step_sampler_is_distilled_by_the_same_file_alike(sdxl, dmd2_lora, tmp_path):
-    usual, folder = load_family(str(sdxl("base")), distilled_by=str(dmd2_lora)), copied(sdxl, "base", tmp_path)
+def test_a_base_of_any_many_step_sampler_is_distilled_by_the_same_file_alike(
+    sdxl, dmd2_lora, tmp_path
+):
+    usual, folder = (
+        load_family(str(sdxl("base")), distilled_by=str(dmd2_lora)),
+        copied(sdxl, "base", tmp_path),
+    )
     scheduler = folder / "scheduler" / "scheduler_config.json"
     said = json.loads(scheduler.read_text())
-    for sampler in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerAncestralDiscreteScheduler"):
+    for sampler in (
+        "DPMSolverMultistepScheduler",
+        "DDIMScheduler",
+        "EulerAncestralDiscreteScheduler",
+    ):
         scheduler.write_text(json.dumps(said | {"_class_name": sampler}))
         family = load_family(str(folder), distilled_by=str(dmd2_lora))
         assert torch.equal(family.schedule(4, 8, 8).times, usual.schedule(4, 8, 8).times)
 
 
-def test_a_checkpoint_in_half_precision_alone_paints_the_same_and_is_fused_whole(sdxl, dmd2_lora, tmp_path):
+def test_a_checkpoint_in_half_precision_alone_paints_the_same_and_is_fused_whole(
+    sdxl, dmd2_lora, tmp_path
+):
     folder = copied(sdxl, "turbo", tmp_path)
     for file in folder.glob("*/*.safetensors"):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     noise = noise_for([5], 4, 8, 8)
-    theirs, mine = (sample_latents(load_family(str(each)), ["a cat"], noise) for each in (sdxl("turbo"), folder))
+    theirs, mine = (
+        sample_latents(load_family(str(each)), ["a cat"], noise) for each in (sdxl("turbo"), folder)
+    )
     assert torch.equal(mine, theirs)
     fuse(str(folder), dmd2_lora, tmp_path / "fused")
     assert not list((tmp_path / "fused").glob("*/*.fp16.*"))
@@ -271,7 +350,12 @@ def test_a_checkpoint_in_half_precision_alone_paints_the_same_and_is_fused_whole
 def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_lora, concept):
     def opened(**more):
         model = {"name_or_path": str(sdxl("base")), **more}
-        tree = {"model": model, "data": {"folder": str(concept)}, "method": {"name": "sft"}, "run_name": "x"}
+        tree = {
+            "model": model,
+            "data": {"folder": str(concept)},
+            "method": {"name": "sft"},
+            "run_name": "x",
+        }
         return open_family(parse_recipe(tree))
 
     with pytest.raises(ValueError, match="is a many-step base model"):
@@ -280,18 +364,33 @@ def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_
     assert opened(distilled_by=str(dmd2_lora)).distilled
 
 
-def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(sdxl, dmd2_lora, concept, tmp_path, monkeypatch):
+def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(
+    sdxl, dmd2_lora, concept, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     base, turbo, edited = str(sdxl("base")), str(sdxl("turbo")), tmp_path / "edited"
     shutil.copytree(concept, edited)
-    rows = [{"target": path.name, "references": [path.name], "text": "a toy"} for path in edited.glob("*.png")]
+    rows = [
+        {"target": path.name, "references": [path.name], "text": "a toy"}
+        for path in edited.glob("*.png")
+    ]
     (edited / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cases = (
         ({"name_or_path": base}, concept, "sft", "many-step base model"),
         ({"name_or_path": turbo}, edited, "sft", "sdxl edits none"),
         ({"name_or_path": turbo}, concept, "dopsd", "read no picture"),
-        ({"name_or_path": turbo, "distilled_by": str(dmd2_lora)}, concept, "sft", "is a few-step model already"),
-        ({"name_or_path": base, "distilled_by": "unet.bin"}, concept, "sft", "`dopsd import` turns a .bin into one"),
+        (
+            {"name_or_path": turbo, "distilled_by": str(dmd2_lora)},
+            concept,
+            "sft",
+            "is a few-step model already",
+        ),
+        (
+            {"name_or_path": base, "distilled_by": "unet.bin"},
+            concept,
+            "sft",
+            "`dopsd import` turns a .bin into one",
+        ),
     )
     for model, folder, method, words in cases:
         tree = {"model": model, "data": {"folder": str(folder)}, "method": {"name": method}}
@@ -337,7 +436,9 @@ torch.save(picture, target)
 
 
 @pytest.mark.parametrize("kind", ["turbo", "base and a LoRA"])
-def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(kind, sdxl, dmd2_lora, concept, tmp_path):
+def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(
+    kind, sdxl, dmd2_lora, concept, tmp_path
+):
     model = {"name_or_path": str(sdxl("turbo"))}
     if kind != "turbo":
         model = {"name_or_path": str(sdxl("base")), "distilled_by": str(dmd2_lora)}
@@ -360,14 +461,26 @@ def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(kin
     base = load_family(model["name_or_path"], distilled_by=model.get("distilled_by"))
     noise = noise_for([5], 4, 8, 8)
     mine, untuned = (sample_latents(base, ["a big red star"], noise, lora) for lora in (file, None))
-    assert (mine - untuned).abs().max() > 0.01, "the adapter did nothing, so the comparison would prove nothing"
+    assert (mine - untuned).abs().max() > 0.01, (
+        "the adapter did nothing, so the comparison would prove nothing"
+    )
 
     def opened(folder: str, distilled_by: str, lora: str) -> torch.Tensor:
-        command = [sys.executable, "-c", OPEN_WITH_DIFFUSERS, folder, distilled_by, lora, str(tmp_path / "out.pt")]
+        command = [
+            sys.executable,
+            "-c",
+            OPEN_WITH_DIFFUSERS,
+            folder,
+            distilled_by,
+            lora,
+            str(tmp_path / "out.pt"),
+        ]
         subprocess.run(command, check=True)
         return torch.load(tmp_path / "out.pt")
 
-    assert (opened(model["name_or_path"], model.get("distilled_by", ""), str(file)) - mine).abs().max() <= 1e-4
+    assert (
+        opened(model["name_or_path"], model.get("distilled_by", ""), str(file)) - mine
+    ).abs().max() <= 1e-4
     wanted = {}
     for name, module in base.empty_denoiser().network.named_modules():
         if re.fullmatch(base.lora_targets, name):
@@ -376,9 +489,16 @@ def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(kin
             wanted[f"{key}.lora_up.weight"] = (module.out_features, 2)
     assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items()} == wanted
     found = dict(inspect_lora(file).lines)
-    assert found["family"] == "sdxl_base_v1-0" and found["diffusers"] == "strength 1" and found["rank"] == "2"
+    assert (
+        found["family"] == "sdxl_base_v1-0"
+        and found["diffusers"] == "strength 1"
+        and found["rank"] == "2"
+    )
     fuse(model["name_or_path"], file, tmp_path / "fused", distilled_by=model.get("distilled_by"))
     fused = load_family(str(tmp_path / "fused"))
-    assert fused.distilled and (sample_latents(fused, ["a big red star"], noise) - mine).abs().max() <= 1e-4
+    assert (
+        fused.distilled
+        and (sample_latents(fused, ["a big red star"], noise) - mine).abs().max() <= 1e-4
+    )
     card = (recipe.run_folder / "README.md").read_text(encoding="utf-8")
     assert ("LCMScheduler" in card and "pipeline.fuse_lora()" in card) == (kind != "turbo")

@@ -1,4 +1,5 @@
-"""Z-Image against ZImagePipeline on the same folder: contexts, times and latents; and what it refuses."""
+"""Z-Image against ZImagePipeline on the same folder: contexts, times and latents; and what it
+refuses."""
 
 import json
 import shutil
@@ -10,8 +11,9 @@ from diffusers import ZImagePipeline
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLModel
 
-from dopsd.diffusion.rollout import rollout, sample as sample_rollout
-from dopsd.diffusion.sampling import noise_for, generate
+from dopsd.diffusion.rollout import rollout
+from dopsd.diffusion.rollout import sample as sample_rollout
+from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.models import load_family
 from dopsd.models.base import TeacherVision
 from dopsd.models.pipeline import sample, sample_latents
@@ -39,12 +41,27 @@ def test_student_contexts_are_what_the_pipeline_feeds(pocket_text_encoder, pipel
         torch.testing.assert_close(mine.row(index).tokens[0], row, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("nfe", "width", "height"), [(4, 64, 64), (8, 64, 64), (4, 96, 48), (8, 48, 96)])
-def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pipeline, nfe, width, height):
-    noise = noise_for(range(3), pocket.channels, height // pocket.vae_scale_factor, width // pocket.vae_scale_factor)
+@pytest.mark.parametrize(
+    ("nfe", "width", "height"), [(4, 64, 64), (8, 64, 64), (4, 96, 48), (8, 48, 96)]
+)
+def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(
+    pocket, pipeline, nfe, width, height
+):
+    noise = noise_for(
+        range(3),
+        pocket.channels,
+        height // pocket.vae_scale_factor,
+        width // pocket.vae_scale_factor,
+    )
     theirs = pipeline(
-        list(PROMPTS), height=height, width=width, num_inference_steps=nfe, guidance_scale=0.0,
-        latents=noise.start, output_type="latent", return_dict=False,
+        list(PROMPTS),
+        height=height,
+        width=width,
+        num_inference_steps=nfe,
+        guidance_scale=0.0,
+        latents=noise.start,
+        output_type="latent",
+        return_dict=False,
     )[0]
     mine = sample_latents(pocket, PROMPTS, noise, nfe=nfe)
     assert (mine - theirs).abs().max() <= 1e-4
@@ -53,7 +70,12 @@ def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(pocket, pi
 def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
     noise = noise_for(range(3), pocket.channels, 16, 16)
     theirs = pipeline(
-        list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, latents=noise.start
+        list(PROMPTS),
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=0.0,
+        latents=noise.start,
     )
     mine = sample(pocket.checkpoint.folder, PROMPTS, nfe=4)
     for left, right in zip(theirs.images, mine, strict=True):
@@ -62,7 +84,9 @@ def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
 
 @pytest.mark.parametrize("nfe", [1, 4, 8])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 12)])
-def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_text_encoder, nfe, height, width):
+def test_training_visits_bitwise_the_pipelines_sigmas(
+    pocket, pipeline, pocket_text_encoder, nfe, height, width
+):
     seen = []
 
     def velocity(z, t, context):
@@ -73,8 +97,12 @@ def test_training_visits_bitwise_the_pipelines_sigmas(pocket, pipeline, pocket_t
     noise = noise_for([0], pocket.channels, height, width).start
     list(rollout(velocity, noise, pocket.schedule(nfe, height, width), context))
     pipeline(
-        PROMPTS[0], height=height * pocket.vae_scale_factor, width=width * pocket.vae_scale_factor, num_inference_steps=nfe,
-        guidance_scale=0.0, output_type="latent",
+        PROMPTS[0],
+        height=height * pocket.vae_scale_factor,
+        width=width * pocket.vae_scale_factor,
+        num_inference_steps=nfe,
+        guidance_scale=0.0,
+        output_type="latent",
     )
     assert torch.equal(torch.stack(seen), pipeline.scheduler.sigmas[:-1])
 
@@ -83,7 +111,10 @@ def test_turbo_walks_the_documented_times(pocket):
     four, eight = pocket.schedule(4, 16, 16).times, pocket.schedule(8, 16, 16).times
     torch.testing.assert_close(four, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
     torch.testing.assert_close(
-        eight[:-1], torch.tensor([1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]), atol=1e-4, rtol=0
+        eight[:-1],
+        torch.tensor([1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]),
+        atol=1e-4,
+        rtol=0,
     )
     assert all((eight - t).abs().min() < 1e-6 for t in four)
 
@@ -92,7 +123,9 @@ def test_a_batch_of_other_captions_does_not_change_a_picture(pocket, pocket_text
     denoiser = pocket.load_denoiser(CPU, torch.float32)
     noise, schedule = noise_for(range(3), pocket.channels, 16, 16), pocket.schedule(4, 16, 16)
     together = sample_rollout(denoiser, noise.start, schedule, pocket_text_encoder.context(PROMPTS))
-    alone = sample_rollout(denoiser, noise[1:2].start, schedule, pocket_text_encoder.context(PROMPTS[1:2]))
+    alone = sample_rollout(
+        denoiser, noise[1:2].start, schedule, pocket_text_encoder.context(PROMPTS[1:2])
+    )
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -100,9 +133,12 @@ def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, poc
     image = Image.new("RGB", (64, 64), "red")
     context = pocket_text_encoder.context(["a star"], [image])
     text = pocket_text_encoder.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a star"}], tokenize=True, add_generation_prompt=True, return_dict=True
+        [{"role": "user", "content": "a star"}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
     )["input_ids"]
-    assert context.tokens.shape[1] == len(text) + 16 + 2  # 16 picture tokens between two marks
+    assert context.tokens.shape[1] == len(text) + 16 + 2  # 16 image tokens between two marks
     other = pocket_text_encoder.context(["a star"], [Image.new("RGB", (64, 64), "blue")])
     assert (context.tokens - other.tokens).abs().max() > 1e-3
 
@@ -112,9 +148,9 @@ def test_the_teachers_picture_is_limited_to_576_tokens(pocket, tmp_path):
     file = tmp_path / "vlm" / "preprocessor_config.json"
     wide = {"shortest_edge": 65536, "longest_edge": 16777216}  # Qwen3-VL's own
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": wide}))
-    text_encoder = load_family(str(pocket.checkpoint.folder), teacher_vision=TeacherVision(vlm=str(tmp_path / "vlm"))).load_text_encoder(
-        CPU, torch.float32, images=True
-    )
+    text_encoder = load_family(
+        str(pocket.checkpoint.folder), teacher_vision=TeacherVision(vlm=str(tmp_path / "vlm"))
+    ).load_text_encoder(CPU, torch.float32, images=True)
     patches = text_encoder.processor(images=[Image.new("RGB", (2000, 1000))], return_tensors="pt")
     assert 500 <= int(patches["image_grid_thw"].prod()) // 4 <= 576
 
@@ -150,7 +186,9 @@ def test_a_missing_folder_is_refused(path):
 
 
 def test_a_vlm_of_another_size_is_refused_and_the_keys_listed(pocket, pocket_text_encoder):
-    config = pocket_text_encoder.vlm.config.__class__.from_dict(pocket_text_encoder.vlm.config.to_dict())
+    config = pocket_text_encoder.vlm.config.__class__.from_dict(
+        pocket_text_encoder.vlm.config.to_dict()
+    )
     config.text_config.num_hidden_layers = 4
     with pytest.raises(ValueError, match=r"layers\.3.*\(missing\)"):
         transplant(pocket_text_encoder.encoder, Qwen3VLModel(config), "bigger")
@@ -167,7 +205,8 @@ def test_a_caption_over_the_limit_is_said_not_cut(pocket_text_encoder):
         pocket_text_encoder.context(["star " * 1100], [Image.new("RGB", (64, 64))])
 
 
-# The user turn of Qwen3's template, which Z-Image's tokenizer brings: content that is no text is nothing to it.
+# The user turn of Qwen3's template, which Z-Image's tokenizer brings: content that is no text is
+# nothing to it.
 QWEN3 = (
     "{%- for message in messages %}{%- if message.content is string %}{%- set content = message.content %}"
     "{%- else %}{%- set content = '' %}{%- endif %}"
@@ -178,7 +217,9 @@ QWEN3 = (
 )
 
 
-def test_the_picture_and_the_prompt_stand_in_the_turn_with_a_template_that_knows_no_pictures(pocket):
+def test_the_picture_and_the_prompt_stand_in_the_turn_with_a_template_that_knows_no_pictures(
+    pocket,
+):
     tokenizer = AutoTokenizer.from_pretrained(pocket.checkpoint.folder / "tokenizer")
     mine = with_image(tokenizer, "a red star", 3)
     tokenizer.chat_template = QWEN3
@@ -195,19 +236,29 @@ def test_tiles_are_those_of_diffusers_and_only_pictures_are_decoded_in_them(pock
     pixels = torch.rand(1, 3, 160, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = whole.latents(pixels)
     assert torch.equal(tiled.latents(pixels), latents)
-    scaled = latents / whole.autoencoder.config.scaling_factor + whole.autoencoder.config.shift_factor
+    scaled = (
+        latents / whole.autoencoder.config.scaling_factor + whole.autoencoder.config.shift_factor
+    )
     theirs = whole.autoencoder
     theirs.tile_sample_min_size, theirs.tile_latent_min_size = 64, 16
     wanted = theirs.tiled_decode(scaled, return_dict=False)[0]
     assert torch.equal(tiled.pixels(latents), wanted)
-    assert not torch.equal(whole.pixels(latents), wanted) and (whole.pixels(latents) - wanted).abs().mean() < 0.1
+    assert (
+        not torch.equal(whole.pixels(latents), wanted)
+        and (whole.pixels(latents) - wanted).abs().mean() < 0.1
+    )
 
 
 @torch.no_grad()
-def test_pictures_painted_one_by_one_are_those_painted_together(pocket, pocket_text_encoder, monkeypatch):
+def test_pictures_painted_one_by_one_are_those_painted_together(
+    pocket, pocket_text_encoder, monkeypatch
+):
     denoiser, vae = pocket.load_denoiser(CPU, torch.float32), pocket.load_vae(CPU, torch.float32)
     side = pocket.resolution // pocket.vae_scale_factor
-    context, noise = pocket_text_encoder.context(PROMPTS), noise_for(range(3), pocket.channels, side, side)
+    context, noise = (
+        pocket_text_encoder.context(PROMPTS),
+        noise_for(range(3), pocket.channels, side, side),
+    )
     sizes = []
 
     def velocity(z, t, text):

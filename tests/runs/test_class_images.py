@@ -1,4 +1,5 @@
-"""Class pictures and losers: painted once, as `dopsd sample` paints them; an interrupted folder goes on; pairs fit."""
+"""Class images and losers: generated once, as `dopsd sample` generates them; an interrupted folder
+goes on; pairs fit."""
 
 import json
 import os
@@ -28,8 +29,12 @@ def recipe_of(concept: Path, folder: Path, **method) -> Recipe:
     )
 
 
-def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(concept, tmp_path, pocket):
-    recipe = recipe_of(concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3)
+def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(
+    concept, tmp_path, pocket
+):
+    recipe = recipe_of(
+        concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3
+    )
     listing, beside = with_generated(recipe, pocket, read_data(recipe))
     assert len(beside) == 3 and {example.caption for example in beside} == {"a red star"}
     expected = sample("pocket", ["a red star"] * 3, seed=FIRST_SEED)
@@ -45,8 +50,12 @@ def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(
 
 def test_other_weights_at_the_same_address_paint_anew(concept, tmp_path, sdxl, dmd2_lora):
     def folder_of(model: dict) -> Path:
-        tree = recipe_of(concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=1).model_dump()
-        recipe = parse_recipe(tree | {"model": model, "data": {"folder": str(concept), "resolution": 64}})
+        tree = recipe_of(
+            concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=1
+        ).model_dump()
+        recipe = parse_recipe(
+            tree | {"model": model, "data": {"folder": str(concept), "resolution": 64}}
+        )
         (files,) = generate_ahead(recipe, open_family(recipe), ["a red star"], 1).values()
         return files[0].parent
 
@@ -63,30 +72,49 @@ def test_other_weights_at_the_same_address_paint_anew(concept, tmp_path, sdxl, d
 
 
 def test_an_interrupted_folder_goes_on_where_it_stopped(concept, tmp_path, pocket):
-    recipe = recipe_of(concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3)
+    recipe = recipe_of(
+        concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3
+    )
     (files,) = generate_ahead(recipe, pocket, ["a red star"], 3).values()
     before = [path.read_bytes() for path in files]
     files[1].unlink()
     told = []
-    generate_ahead(recipe, pocket, ["a red star"], 3, lambda done, total: told.append((done, total)))
+    generate_ahead(
+        recipe, pocket, ["a red star"], 3, lambda done, total: told.append((done, total))
+    )
     assert [path.read_bytes() for path in files] == before and told == [(2, 3)]
 
 
 def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket):
-    rows = [{"file_name": f"{i}.png", "text": ["a zib at the left", f"zib number {i}"]} for i in range(4)]
+    rows = [
+        {"file_name": f"{i}.png", "text": ["a zib at the left", f"zib number {i}"]}
+        for i in range(4)
+    ]
     (concept / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = recipe_of(concept, tmp_path, name="pso", form="forward", losers=2)
     listing, beside = with_generated(recipe, pocket, read_data(recipe))
-    assert beside == () and len(listing.examples) == 8 and all(not example.also for example in listing.examples)
+    assert (
+        beside == ()
+        and len(listing.examples) == 8
+        and all(not example.also for example in listing.examples)
+    )
     by_caption = {example.caption: example.rejected for example in listing.examples}
-    assert len({path for files in by_caption.values() for path in files}) == 2 * len(by_caption) == 10
+    assert (
+        len({path for files in by_caption.values() for path in files}) == 2 * len(by_caption) == 10
+    )
     folder = listing.examples[0].rejected[0].parent
     told = {
-        row["file_name"]: row["text"] for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
+        row["file_name"]: row["text"]
+        for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
     }
-    assert all(told[path.name] == caption for caption, files in by_caption.items() for path in files)
-    again, _ = with_generated(recipe_of(concept, tmp_path, name="pso", form="forward", losers=2, loser_prompt="a star"),
-                            pocket, read_data(recipe))
+    assert all(
+        told[path.name] == caption for caption, files in by_caption.items() for path in files
+    )
+    again, _ = with_generated(
+        recipe_of(concept, tmp_path, name="pso", form="forward", losers=2, loser_prompt="a star"),
+        pocket,
+        read_data(recipe),
+    )
     assert len(again.examples) == 4 and len({example.rejected for example in again.examples}) == 1
 
 
@@ -94,10 +122,16 @@ def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket
     ("method", "said"),
     [
         ({"name": "dpo"}, "dpo learns from pairs, and 4 of 4 pictures"),
-        ({"name": "pso", "nfe": 1, "last_step": "left_out"}, "a walk of one step has only the last"),
+        (
+            {"name": "pso", "nfe": 1, "last_step": "left_out"},
+            "a walk of one step has only the last",
+        ),
         ({"name": "pso_online", "reward": "red", "nfe": 1}, "needs a walk of 2 steps or more"),
         ({"name": "pso_online", "reward": "read"}, "Did you mean red"),
-        ({"name": "pso_online", "reward": "red", "stochastic_steps": [3]}, "names step 3, and a walk of 4 steps"),
+        (
+            {"name": "pso_online", "reward": "red", "stochastic_steps": [3]},
+            "names step 3, and a walk of 4 steps",
+        ),
         ({"name": "dopsd", "loss_steps": 5}, "asks for 5 steps of a walk of 4"),
         ({"name": "dopsd", "retention": 1, "replay": "missing.txt"}, "missing.txt does not exist"),
         ({"name": "dreambooth", "class_prompt": "a " * 600}, "tokens"),
@@ -107,7 +141,9 @@ def test_what_a_method_cannot_have_is_refused_by_check(method, said, concept, tm
     replay = method.pop("replay", None)
     recipe = recipe_of(concept, tmp_path, **method)
     if replay:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"replay": (replay,)})})
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"replay": (replay,)})}
+        )
     with pytest.raises(ValueError, match=said):
         check(recipe)
     assert open_family(recipe) is not None
@@ -121,7 +157,9 @@ def test_replay_prompts_come_from_a_list_a_file_or_the_checkpoint(concept, tmp_p
     file = tmp_path / "prompts.txt"
     for text, expected in (("a cat\n\n a dog \n", ("a cat", "a dog")), ("\n", None)):
         file.write_text(text)
-        named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"replay": (str(file),)})})
+        named = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"replay": (str(file),)})}
+        )
         if expected:
             assert replay_prompts(named, pocket) == expected
         else:

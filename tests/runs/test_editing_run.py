@@ -1,4 +1,5 @@
-"""Whole runs on a tiny FLUX.2-klein: editing rows in, a LoRA file out that diffusers opens and paints the same with."""
+"""Whole runs on a tiny FLUX.2-klein: editing rows in, a LoRA file out that diffusers opens and
+generates the same with."""
 
 import json
 import subprocess
@@ -25,7 +26,8 @@ from dopsd.runs.memory import foresee
 from dopsd.runs.preflight import preflight
 from dopsd.runs.train import train
 
-# Opens a LoRA as a user of diffusers does, and leaves the latents that the pipeline paints with it.
+# Opens a LoRA as a user of diffusers does, and leaves the latents that the pipeline generates with
+# it.
 DIFFUSERS = """
 import sys
 import torch
@@ -63,10 +65,19 @@ def pairs(tmp_path_factory) -> Path:
         "square": (70, 70),
         "wide": (110, 64),
     }.items():
-        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    rows = [("a", ["square"], "make it red"), ("b", ["square"], "make it blue"), ("c", ["wide"], "wider"),
-            ("a", ["square", "wide"], "join them")]
-    lines = [{"target": f"{t}.png", "references": [f"{r}.png" for r in refs], "text": text} for t, refs, text in rows]
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(
+            folder / f"{name}.png"
+        )
+    rows = [
+        ("a", ["square"], "make it red"),
+        ("b", ["square"], "make it blue"),
+        ("c", ["wide"], "wider"),
+        ("a", ["square", "wide"], "join them"),
+    ]
+    lines = [
+        {"target": f"{t}.png", "references": [f"{r}.png" for r in refs], "text": text}
+        for t, refs, text in rows
+    ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -84,21 +95,30 @@ def recipe_of(model: Path, folder: Path, out: Path, /, **changes) -> Recipe:
         "output_dir": str(out),
         "run_name": "edited",
     }
-    return parse_recipe({key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
-                         for key, value in tree.items()})
+    return parse_recipe(
+        {
+            key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
+            for key, value in tree.items()
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def run(model, pairs, tmp_path_factory) -> Recipe:
     """A D-OPSD run on the pairs, finished."""
     recipe = recipe_of(model, pairs, tmp_path_factory.mktemp("runs"))
-    assert all(np.isfinite(report.log["loss"]) and report.log["loss"] > 0 for report in train(recipe))
+    assert all(
+        np.isfinite(report.log["loss"]) and report.log["loss"] > 0 for report in train(recipe)
+    )
     return recipe
 
 
 def test_the_file_holds_exactly_the_models_block_modules(run, model):
     file = run.run_folder / "edited.safetensors"
-    shapes, said = {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()}, read_metadata(file)
+    shapes, said = (
+        {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()},
+        read_metadata(file),
+    )
     network = Flux2Transformer2DModel.from_pretrained(model / "transformer")
     wanted = {}
     for name, module in network.named_modules():
@@ -109,8 +129,14 @@ def test_the_file_holds_exactly_the_models_block_modules(run, model):
     assert (said["teacher_context"], said["nfe"], said["method"]) == ("edit", "4", "dopsd")
 
 
-def test_diffusers_paints_with_the_file_in_a_fresh_process_what_dopsd_paints(run, model, pairs, tmp_path):
-    file, image, noise = run.run_folder / "edited.safetensors", pairs / "square.png", noise_for([3], 16, 4, 4)
+def test_diffusers_paints_with_the_file_in_a_fresh_process_what_dopsd_paints(
+    run, model, pairs, tmp_path
+):
+    file, image, noise = (
+        run.run_folder / "edited.safetensors",
+        pairs / "square.png",
+        noise_for([3], 16, 4, 4),
+    )
     torch.save(noise.start, tmp_path / "noise.pt")
     command = [DIFFUSERS, model, file, image, tmp_path / "noise.pt", tmp_path / "out.pt"]
     subprocess.run([sys.executable, "-c", *map(str, command)], check=True, capture_output=True)
@@ -118,15 +144,26 @@ def test_diffusers_paints_with_the_file_in_a_fresh_process_what_dopsd_paints(run
     family, shown = load_family(str(model)), [Image.open(image)]
     mine = sample_latents(family, ["make it red"], noise, file, references=shown)
     assert (mine - theirs).abs().max() <= 1e-4
-    assert (mine - sample_latents(family, ["make it red"], noise, references=shown)).abs().max() > 0.01
+    assert (
+        mine - sample_latents(family, ["make it red"], noise, references=shown)
+    ).abs().max() > 0.01
 
 
 def test_previews_report_and_card_show_the_rows_with_their_references(run):
     samples = run.run_folder / "samples"
     told = json.loads((samples / "step-000003" / "preview.json").read_text())
-    assert [each["prompt"] for each in told["images"]][:4] == ["make it red", "join them", "make it blue", "wider"]
-    generated = [Image.open(samples / "step-000003" / f"student_{i}_{i}.png").size for i in range(5)]
-    assert generated == [(64, 64)] * 3 + [(80, 48)] + [(64, 64)]  # in the shapes that they are trained in
+    assert [each["prompt"] for each in told["images"]][:4] == [
+        "make it red",
+        "join them",
+        "make it blue",
+        "wider",
+    ]
+    generated = [
+        Image.open(samples / "step-000003" / f"student_{i}_{i}.png").size for i in range(5)
+    ]
+    assert generated == [(64, 64)] * 3 + [(80, 48)] + [
+        (64, 64)
+    ]  # in the shapes that they are trained in
     assert len(list((samples / "step-000003").glob("teacher_*"))) == 5
     assert Image.open(samples / "data-1.png").size[0] > 3 * 60  # two references and the target
     page = (run.run_folder / "report.html").read_text(encoding="utf-8")
@@ -139,7 +176,10 @@ def test_previews_report_and_card_show_the_rows_with_their_references(run):
     [
         {"method": {"name": "sft"}, "model": {"memory": "low"}},
         {"model": {"teacher_context": "vlm", "offload": True}},
-        {"data": {"caption_dropout": 0.5, "repeats": 2}, "model": {"teacher_suffix": "as it is", "memory": "low"}},
+        {
+            "data": {"caption_dropout": 0.5, "repeats": 2},
+            "model": {"teacher_suffix": "as it is", "memory": "low"},
+        },
     ],
 )
 def test_other_ways_to_train_on_the_pairs_move_the_student(model, pairs, tmp_path, changes):
@@ -164,7 +204,9 @@ def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
         (plain / f"{name}.png").write_bytes((pairs / f"{name}.png").read_bytes())
     (plain / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = recipe_of(model, plain, tmp_path)
-    assert foresee(other, check(other), torch.float32, low_memory=False).peak < 0.95 * with_references
+    assert (
+        foresee(other, check(other), torch.float32, low_memory=False).peak < 0.95 * with_references
+    )
 
 
 def refused(recipe: Recipe, tmp_path: Path) -> str:
@@ -179,26 +221,38 @@ def test_what_cannot_be_edited_is_one_sentence_and_exit_2(model, pairs, tmp_path
     pocket = {"name_or_path": "pocket"}
     assert "zimage edits none" in refused(recipe_of(model, pairs, tmp_path, model=pocket), tmp_path)
     base = {"name_or_path": str(write_klein(tmp_path / "base", distilled=False))}
-    assert "many-step base model" in refused(recipe_of(model, pairs, tmp_path, model=base), tmp_path)
+    assert "many-step base model" in refused(
+        recipe_of(model, pairs, tmp_path, model=base), tmp_path
+    )
     shallow = {"name_or_path": str(write_klein(tmp_path / "shallow", layers=12))}
     assert "after layers 9, 18, 27 of its text encoder; this one has 12" in refused(
         recipe_of(model, pairs, tmp_path, model=shallow), tmp_path
     )
-    twin = {"teacher_context": "vlm", "vlm": str(write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30}))}
+    twin = {
+        "teacher_context": "vlm",
+        "vlm": str(write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30})),
+    }
     assert "num_hidden_layers 30, not 28. Set model.vlm" in refused(
         recipe_of(model, pairs, tmp_path, model=twin), tmp_path
     )
     unknown = recipe_of(model, pairs, tmp_path, model={"teacher_context": "words"})
-    assert "flux2_klein has no teacher context words: model.teacher_context can be edit or vlm" in refused(
-        unknown, tmp_path
+    assert (
+        "flux2_klein has no teacher context words: model.teacher_context can be edit or vlm"
+        in refused(unknown, tmp_path)
     )
     folder = tmp_path / "small"
     folder.mkdir()
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     Image.new("RGB", (63, 64)).save(folder / "small.png")
     cases = {
-        "small.png: a picture to edit is 63 x 64; klein takes": {"target": "a.png", "references": ["small.png"]},
-        "names gone.png, and there is no such file": {"target": "a.png", "references": ["gone.png"]},
+        "small.png: a picture to edit is 63 x 64; klein takes": {
+            "target": "a.png",
+            "references": ["small.png"],
+        },
+        "names gone.png, and there is no such file": {
+            "target": "a.png",
+            "references": ["gone.png"],
+        },
         "has references and no target": {"references": ["a.png"]},
     }
     for said, row in cases.items():
@@ -208,7 +262,9 @@ def test_what_cannot_be_edited_is_one_sentence_and_exit_2(model, pairs, tmp_path
 
 def test_sample_edits_the_references_it_is_given_and_refuses_what_it_cannot(model, pairs, tmp_path):
     def generated(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["sample", "make it red", "--out", str(tmp_path / "out"), *arguments])
+        result = CliRunner().invoke(
+            app, ["sample", "make it red", "--out", str(tmp_path / "out"), *arguments]
+        )
         return result.exit_code, " ".join(result.output.split())
 
     square, wide = str(pairs / "square.png"), str(pairs / "wide.png")
@@ -217,12 +273,19 @@ def test_sample_edits_the_references_it_is_given_and_refuses_what_it_cannot(mode
     code, said = generated("--reference", square)
     assert code == 2 and "zimage edits none" in said
     code, said = generated("--model", str(model), "--reference", str(tmp_path / "gone.png"))
-    assert code == 2 and "gone.png cannot be decoded (No such file" in said.replace("[Errno 2] ", "")
+    assert code == 2 and "gone.png cannot be decoded (No such file" in said.replace(
+        "[Errno 2] ", ""
+    )
 
 
 def test_preflight_asks_the_teacher_that_sees_the_target_beside_the_references(run, tmp_path):
     found = preflight(run, tmp_path / "page.html", lambda what, done, total: None)
-    assert {look.caption for look in found.looks} == {"make it red", "make it blue", "wider", "join them"}
+    assert {look.caption for look in found.looks} == {
+        "make it red",
+        "make it blue",
+        "wider",
+        "join them",
+    }
     assert all((look.student != look.teacher).any() for look in found.looks)
     assert "model.teacher_context: vlm" in found.sentence or found.verdict == "can"
 

@@ -1,4 +1,5 @@
-"""Nothing is lost: runs killed at any moment, told to stop, out of disk, damaged on disk, fed numbers that are none."""
+"""Nothing is lost: runs killed at any moment, told to stop, out of disk, damaged on disk, fed
+numbers that are none."""
 
 import json
 import os
@@ -47,11 +48,19 @@ def finish(recipe: Recipe, resume: str | None = None) -> None:
 
 
 def outcome(recipe: Recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Everything that two equal runs share: metrics but for the time, and the tensors of the last checkpoint."""
+    """Everything that two equal runs share: metrics but for the time, and the tensors of the last
+    checkpoint."""
     lines = (recipe.run_folder / "metrics.jsonl").read_text().splitlines()
-    rows = [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    rows = [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in lines
+    ]
     last = checkpoints(recipe.run_folder)[-1]
-    tensors = {f"{file.stem}.{n}": t for file in sorted(last.glob("*.safetensors")) for n, t in load_file(file).items()}
+    tensors = {
+        f"{file.stem}.{n}": t
+        for file in sorted(last.glob("*.safetensors"))
+        for n, t in load_file(file).items()
+    }
     return rows, tensors | {f"lora.{n}": t for n, t in load_file(_lora(recipe)).items()}
 
 
@@ -67,7 +76,8 @@ def assert_same_outcome(left: Recipe, right: Recipe) -> None:
 
 
 def fork_and_train(recipe: Recipe, resume: str | None) -> int:
-    """A real child process, forked so that it need not import torch again; the child never returns from here."""
+    """A real child process, forked so that it need not import torch again; the child never returns
+    from here."""
     child = os.fork()
     if child:
         return child
@@ -83,7 +93,9 @@ def fork_and_train(recipe: Recipe, resume: str | None) -> int:
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_run(kills, concept, tmp_path):
+def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_run(
+    kills, concept, tmp_path
+):
     straight = recipe_for(concept, tmp_path, "straight")
     began = time.monotonic()
     finish(straight)
@@ -94,7 +106,9 @@ def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_
         broken, over = recipe_for(concept, tmp_path, f"broken{attempt}"), False
         while not over:
             saved = checkpoints(broken.run_folder)
-            if not saved:  # killed before its first checkpoint: whoever sees this removes the folder, as the error says
+            # Killed before its first checkpoint: whoever sees this removes the folder, as the error
+            # says
+            if not saved:
                 shutil.rmtree(broken.run_folder, ignore_errors=True)
             child = fork_and_train(broken, "latest" if saved else None)
             if killed < kills:
@@ -108,7 +122,9 @@ def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run(number, code, concept, tmp_path):
+def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run(
+    number, code, concept, tmp_path
+):
     straight, stopped = (
         recipe_for(concept, tmp_path, name, train={"max_steps": 40}, save={"every": 0})
         for name in ("straight", "stopped")
@@ -116,8 +132,10 @@ def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run
     file = tmp_path / "stopped.yaml"
     stopped.save_as(file)
     child = subprocess.Popen(
-        [sys.executable, "-m", "dopsd.cli", "train", str(file)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "dopsd.cli", "train", str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     metrics = stopped.run_folder / "metrics.jsonl"
@@ -134,8 +152,13 @@ def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run
     assert_same_outcome(straight, stopped)
 
 
-def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_says_so(concept, tmp_path, caplog):
-    straight, damaged = (recipe_for(concept, tmp_path, name, train={"max_steps": 4}) for name in ("straight", "damaged"))
+def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_says_so(
+    concept, tmp_path, caplog
+):
+    straight, damaged = (
+        recipe_for(concept, tmp_path, name, train={"max_steps": 4})
+        for name in ("straight", "damaged")
+    )
     finish(straight)
     for report in train(damaged):
         if report.step == 3:
@@ -160,9 +183,15 @@ def test_when_no_checkpoint_is_whole_nothing_is_trained(concept, tmp_path):
 
 
 def test_only_the_last_checkpoints_are_kept_and_every_lora(concept, tmp_path):
-    recipe = recipe_for(concept, tmp_path, "kept", train={"max_steps": 5}, save={"every": 1, "keep_last": 3})
+    recipe = recipe_for(
+        concept, tmp_path, "kept", train={"max_steps": 5}, save={"every": 1, "keep_last": 3}
+    )
     finish(recipe)
-    assert [path.name for path in checkpoints(recipe.run_folder)] == ["step-000003", "step-000004", "step-000005"]
+    assert [path.name for path in checkpoints(recipe.run_folder)] == [
+        "step-000003",
+        "step-000004",
+        "step-000005",
+    ]
     loras = {path.name for path in recipe.run_folder.glob("*.safetensors")}
     assert loras == {"kept.safetensors", *(f"kept-step00000{n}.safetensors" for n in (1, 2, 3, 4))}
 
@@ -212,7 +241,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(concept, tmp_path, mon
     def sometimes_not(self, roles, batch, rng):
         broken = next(calls) == 1
         for piece in honest(self, roles, batch, rng):
-            yield Loss(piece.surrogate * float("nan"), {"loss": float("nan")}, piece.last) if broken else piece
+            yield (
+                Loss(piece.surrogate * float("nan"), {"loss": float("nan")}, piece.last)
+                if broken
+                else piece
+            )
 
     monkeypatch.setattr(type(recipe.method), "losses", sometimes_not)
     reports = list(train(recipe))
@@ -220,6 +253,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(concept, tmp_path, mon
     lines = (recipe.run_folder / "metrics.jsonl").read_text().splitlines()
     row = json.loads(lines[1])
     assert row["skipped"] is True and row["loss"] is None
-    before, after = (load_file(recipe.run_folder / f"skipping-step00000{n}.safetensors") for n in (1, 2))
+    before, after = (
+        load_file(recipe.run_folder / f"skipping-step00000{n}.safetensors") for n in (1, 2)
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (recipe.run_folder / "report.html").exists()

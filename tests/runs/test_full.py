@@ -1,4 +1,5 @@
-"""Full fine-tuning as whole runs on pocket: killed and resumed, opened by diffusers, compared, inspected, refused."""
+"""Full fine-tuning as whole runs on pocket: killed and resumed, opened by diffusers, compared,
+inspected, refused."""
 
 import json
 import os
@@ -40,7 +41,9 @@ CHANGES = {
 }
 
 
-def recipe_for(concept: Path, output: Path, name: str, method: str = "sft", model=None, **train_settings) -> Recipe:
+def recipe_for(
+    concept: Path, output: Path, name: str, method: str = "sft", model=None, **train_settings
+) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"} | (model or {}),
@@ -67,10 +70,15 @@ def dopsd(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "dopsd.cli", *map(str, arguments)])
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)])
-def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(method, dtype, concept, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)]
+)
+def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(
+    method, dtype, concept, tmp_path
+):
     straight, broken = (
-        recipe_for(concept, tmp_path, name, method, {"dtype": dtype}, max_steps=4) for name in ("straight", "broken")
+        recipe_for(concept, tmp_path, name, method, {"dtype": dtype}, max_steps=4)
+        for name in ("straight", "broken")
     )
     file = tmp_path / "broken.yaml"
     broken.save_as(file)
@@ -91,8 +99,12 @@ def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(method, dtype
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     masters, saved = load_file(left / "student.safetensors"), weights_of(broken.result())
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
-    assert (left / "teacher.safetensors").exists() == (method == "dopsd")  # SFT's is the checkpoint itself
-    assert {t.dtype for t in saved.values()} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+    assert (left / "teacher.safetensors").exists() == (
+        method == "dopsd"
+    )  # SFT's is the checkpoint itself
+    assert {t.dtype for t in saved.values()} == {
+        torch.bfloat16 if dtype == "bf16" else torch.float32
+    }
     assert all(torch.equal(tensor, masters[name].to(tensor)) for name, tensor in saved.items())
 
 
@@ -115,19 +127,27 @@ torch.save(picture, target)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Recipe:
-    """A run of D-OPSD whose rate is large enough to be seen, with a health checkup."""
+    """A run of D-OPSD whose rate is large enough to be seen, with a health health check."""
     from dopsd.pocket.benchmark import write_concept
 
     folder = tmp_path_factory.mktemp("finished")
     write_concept(folder / "lesson", 1_000_100)
-    (folder / "lesson" / "pocket.json").unlink()  # an exam would take long, and asks nothing of the folder
-    tree = recipe_for(folder / "lesson", folder, "whole", "dopsd", max_steps=3, learning_rate=3e-4).model_dump()
-    recipe = parse_recipe(tree | {"health": {"every": 3}, "data": tree["data"] | {"trigger": "zib"}})
+    (
+        folder / "lesson" / "pocket.json"
+    ).unlink()  # an exam would take long, and asks nothing of the folder
+    tree = recipe_for(
+        folder / "lesson", folder, "whole", "dopsd", max_steps=3, learning_rate=3e-4
+    ).model_dump()
+    recipe = parse_recipe(
+        tree | {"health": {"every": 3}, "data": tree["data"] | {"trigger": "zib"}}
+    )
     finish(recipe)
     return recipe
 
 
-def test_the_saved_folder_paints_the_same_in_a_fresh_process_with_only_diffusers(finished, tmp_path, pocket):
+def test_the_saved_folder_paints_the_same_in_a_fresh_process_with_only_diffusers(
+    finished, tmp_path, pocket
+):
     noise = noise_for([3, 4], pocket.channels, 16, 16)
     mine = sample_latents(load_family(str(finished.result())), PROMPTS, noise)
     torch.save({"prompts": PROMPTS, "noise": noise.start}, tmp_path / "noise.pt")
@@ -143,7 +163,11 @@ def test_every_part_beside_the_network_is_the_checkpoints_own(finished):
         for file in (POCKET / part).iterdir():
             assert (folder / part / file.name).read_bytes() == file.read_bytes()
     told = tuning_metadata(folder)
-    assert told["method"] == "dopsd" and told["base_model"] == "pocket" and "ss_network_dim" not in told
+    assert (
+        told["method"] == "dopsd"
+        and told["base_model"] == "pocket"
+        and "ss_network_dim" not in told
+    )
     about = json.loads((folder / "dopsd.json").read_text())
     assert about["nfe"] == 4 and not (folder / "README.md").exists()
     card = (finished.run_folder / "README.md").read_text()
@@ -152,13 +176,19 @@ def test_every_part_beside_the_network_is_the_checkpoints_own(finished):
 
 def test_whole_models_on_the_way_are_kept_like_checkpoints(finished):
     found = sorted(path.name for path in finished.run_folder.glob("whole*"))
-    assert [name for name in found if name != "whole-healthy"] == ["whole", "whole-step000001", "whole-step000002"]
+    assert [name for name in found if name != "whole-healthy"] == [
+        "whole",
+        "whole-step000001",
+        "whole-step000002",
+    ]
     assert len(list((finished.run_folder / "checkpoints").iterdir())) == 2
 
 
 def test_a_full_result_stands_in_a_comparison_and_is_inspected(finished, tmp_path):
     before = finished.result().stat().st_mtime_ns
-    outcome = compare([finished], tmp_path / "page.html", lambda *_: None, [finished.result("-step000001")])
+    outcome = compare(
+        [finished], tmp_path / "page.html", lambda *_: None, [finished.result("-step000001")]
+    )
     assert list(outcome.numbers) == ["base", "base, other noise", "whole", "whole-step000001"]
     assert finished.result().stat().st_mtime_ns == before, "a finished run is not trained again"
     said = CliRunner().invoke(app, ["inspect", str(finished.result())])
@@ -170,7 +200,11 @@ def test_previews_show_base_teacher_and_student_apart(finished):
     images = [(folder / f"{role}_0_0.png").read_bytes() for role in ("base", "student")]
     assert images[0] != images[1]
     first = finished.run_folder / "samples" / "step-000000"
-    assert images[0] == (first / "base_0_0.png").read_bytes() == (first / "student_0_0.png").read_bytes()
+    assert (
+        images[0]
+        == (first / "base_0_0.png").read_bytes()
+        == (first / "student_0_0.png").read_bytes()
+    )
 
 
 @pytest.mark.slow
@@ -185,14 +219,21 @@ def test_full_tuning_moves_its_own_objective(method, concept, tmp_path):
 @pytest.mark.slow
 def test_where_teacher_and_base_are_kept_changes_no_number(concept, tmp_path):
     losses = [
-        [report.log["loss"] for report in train(recipe_for(concept, tmp_path, name, "dopsd", where | {"memory": "low"}))]
+        [
+            report.log["loss"]
+            for report in train(
+                recipe_for(concept, tmp_path, name, "dopsd", where | {"memory": "low"})
+            )
+        ]
         for name, where in (("here", {}), ("away", {"offload": True}))
     ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_settings_that_full_tuning_cannot_have_are_refused_with_a_sentence(change, concept, tmp_path):
+def test_settings_that_full_tuning_cannot_have_are_refused_with_a_sentence(
+    change, concept, tmp_path
+):
     file = tmp_path / "recipe.yaml"
     recipe_for(concept, tmp_path, "refused").save_as(file)
     done = CliRunner().invoke(app, ["check", str(file), "--set", change])
@@ -203,7 +244,10 @@ def test_a_card_that_cannot_hold_it_is_refused_by_check_with_what_to_do(concept,
     file = tmp_path / "recipe.yaml"
     recipe_for(concept, tmp_path, "large").save_as(file)
     done = CliRunner().invoke(app, ["check", str(file), "--card", "1.01"])
-    assert done.exit_code == 2 and "too much for a card of 1.01 GiB. Set model.offload: true" in done.output
+    assert (
+        done.exit_code == 2
+        and "too much for a card of 1.01 GiB. Set model.offload: true" in done.output
+    )
     assert not (tmp_path / "large").exists()
 
 
@@ -233,29 +277,59 @@ def test_a_folder_that_does_not_hold_the_network_is_not_called_saved(pocket, tmp
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)])
-def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(method, dtype, concept, tmp_path, pocket_text_encoder):
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)]
+)
+def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(
+    method, dtype, concept, tmp_path, pocket_text_encoder
+):
     recipe = recipe_for(concept, tmp_path, "measured", method, {"dtype": dtype})
     family, in_network = load_family("pocket"), torch.bfloat16 if dtype == "bf16" else torch.float32
     examples = read_folder(concept).examples
     rows = prepare(
-        examples, tmp_path / "cache", pocket_text_encoder, family.load_vae(CPU, torch.float32),
-        resolution=family.resolution, multiple=family.multiple, privileged=method == "dopsd", device=CPU,
+        examples,
+        tmp_path / "cache",
+        pocket_text_encoder,
+        family.load_vae(CPU, torch.float32),
+        resolution=family.resolution,
+        multiple=family.multiple,
+        privileged=method == "dopsd",
+        device=CPU,
     )
     from accelerate import Accelerator
 
-    session = Session.open(recipe, family, Accelerator(cpu=True), in_network, False, {}, pocket_text_encoder.context(["a"]))
-    held = (session.network.parameters(), session.trainable.values(), session.student.base.values(),
-            session.teacher.tensors.values())
+    session = Session.open(
+        recipe,
+        family,
+        Accelerator(cpu=True),
+        in_network,
+        False,
+        {},
+        pocket_text_encoder.context(["a"]),
+    )
+    held = (
+        session.network.parameters(),
+        session.trainable.values(),
+        session.student.base.values(),
+        session.teacher.tensors.values(),
+    )
     resident = sum({id(tensor): tensor.nbytes for group in held for tensor in group}.values())
     plan = Plan(max_steps=2, learning_rate=1e-4)
     with LiveBytes() as meter:
         for _ in steps(
-            session.roles, recipe.method, Loader(rows, 2, seed=0), session.trainable, session.optimizer,
-            session.teacher, session.accelerator, plan,
+            session.roles,
+            recipe.method,
+            Loader(rows, 2, seed=0),
+            session.trainable,
+            session.optimizer,
+            session.teacher,
+            session.accelerator,
+            plan,
         ):
             pass
     side = family.resolution, family.resolution
-    found = forecast(recipe, family, side, [e.caption for e in examples], in_network, low_memory=False)
+    found = forecast(
+        recipe, family, side, [e.caption for e in examples], in_network, low_memory=False
+    )
     assert found.peak == pytest.approx(resident + meter.peak, rel=0.1)
     assert resident < found.resident < found.peak

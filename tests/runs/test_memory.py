@@ -28,7 +28,9 @@ LABELS = {"pso_online": {"reward": "red"}}
 
 
 @pytest.mark.parametrize(("method", "recompute", "dtype", "train"), CASES)
-def test_the_forecast_is_within_a_tenth_of_the_meter(method, recompute, dtype, train, concept, tmp_path, pocket_text_encoder):
+def test_the_forecast_is_within_a_tenth_of_the_meter(
+    method, recompute, dtype, train, concept, tmp_path, pocket_text_encoder
+):
     recipe = parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "low" if recompute else "high"},
@@ -43,27 +45,55 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(method, recompute, dtype, t
     family = load_family("pocket")
     examples = read_folder(concept).examples
     rows = prepare(
-        examples, tmp_path / "cache", pocket_text_encoder, family.load_vae(CPU, torch.float32),
-        resolution=family.resolution, multiple=family.multiple, privileged=method == "dopsd", device=CPU,
+        examples,
+        tmp_path / "cache",
+        pocket_text_encoder,
+        family.load_vae(CPU, torch.float32),
+        resolution=family.resolution,
+        multiple=family.multiple,
+        privileged=method == "dopsd",
+        device=CPU,
     )
     loader = Loader(rows, recipe.train.batch_size, seed=0)
-    plan = Plan(max_steps=2, learning_rate=1e-4, accumulate=recipe.train.gradient_accumulation_steps)
+    plan = Plan(
+        max_steps=2, learning_rate=1e-4, accumulate=recipe.train.gradient_accumulation_steps
+    )
     session = Session.open(
-        recipe, family, Accelerator(cpu=True), dtype, recompute, {}, pocket_text_encoder.context(["a toy"])
+        recipe,
+        family,
+        Accelerator(cpu=True),
+        dtype,
+        recompute,
+        {},
+        pocket_text_encoder.context(["a toy"]),
     )
     student, teacher = session.trainable, session.teacher.tensors
-    tensors = [*family.load_denoiser(CPU, dtype).network.parameters(), *student.values(), *teacher.values()]
-    tensors += [p for name, p in student.items() if ".lora_B." in name]  # the base's, which are zero
-    if recipe.method.reward_name:  # what the judge looks through
+    tensors = [
+        *family.load_denoiser(CPU, dtype).network.parameters(),
+        *student.values(),
+        *teacher.values(),
+    ]
+    tensors += [
+        p for name, p in student.items() if ".lora_B." in name
+    ]  # the base's, which are zero
+    if recipe.method.reward_name:  # what the reward looks through
         tensors += family.load_vae(CPU, torch.float32).autoencoder.parameters()
     resident = sum(tensor.nbytes for tensor in tensors)
     with LiveBytes() as meter:
         for _ in steps(
-            session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
-            session.accelerator, plan,
+            session.roles,
+            recipe.method,
+            loader,
+            session.trainable,
+            session.optimizer,
+            session.teacher,
+            session.accelerator,
+            plan,
         ):
             pass
     side = family.resolution, family.resolution
     found = forecast(recipe, family, side, [e.caption for e in examples], dtype, recompute)
     assert found.peak == pytest.approx(resident + meter.peak, rel=0.1)
-    assert resident < found.resident < found.peak  # the optimizer's moments came with the first step
+    assert (
+        resident < found.resident < found.peak
+    )  # the optimizer's moments came with the first step

@@ -1,4 +1,5 @@
-"""Preflight paints what sampling paints, encodes what training encodes, and says one sentence."""
+"""Preflight generates what sampling generates, encodes what training encodes, and says one
+sentence."""
 
 import json
 from pathlib import Path
@@ -33,13 +34,19 @@ def concept(tmp_path: Path) -> Path:
 
 @pytest.fixture()
 def looked(concept: Path, tmp_path: Path) -> Preflight:
-    return preflight(demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
+    return preflight(
+        demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", silent
+    )
 
 
-def test_the_student_is_the_deployed_model_and_the_teacher_comes_nearer_on_a_thing(looked, tmp_path):
+def test_the_student_is_the_deployed_model_and_the_teacher_comes_nearer_on_a_thing(
+    looked, tmp_path
+):
     first = looked.looks[0]
     generated = sample("pocket", [first.caption] * 4, seed=0)
-    np.testing.assert_array_equal(first.student.numpy(), np.stack([np.asarray(image) for image in generated]))
+    np.testing.assert_array_equal(
+        first.student.numpy(), np.stack([np.asarray(image) for image in generated])
+    )
     assert looked.verdict == "can" and looked.nearer.low > 0
     assert looked.sentence.startswith("dopsd can learn this set with this teacher")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -48,9 +55,17 @@ def test_the_student_is_the_deployed_model_and_the_teacher_comes_nearer_on_a_thi
 
 def test_what_it_encodes_is_what_training_reads(looked, concept, tmp_path):
     tree = demo_recipe("dopsd", concept, tmp_path / "runs").model_dump()
-    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "cache").rglob("*.safetensors")}
-    list(train(parse_recipe(tree | {"train": tree["train"] | {"max_steps": 1}, "lora": {"rank": 2}})))
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "cache").rglob("*.safetensors")}
+    cached = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "runs" / "cache").rglob("*.safetensors")
+    }
+    list(
+        train(parse_recipe(tree | {"train": tree["train"] | {"max_steps": 1}, "lora": {"rank": 2}}))
+    )
+    after = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "runs" / "cache").rglob("*.safetensors")
+    }
     assert cached and after == cached
 
 
@@ -68,25 +83,35 @@ def test_chance_is_no_reason_to_train_and_little_is_called_little(found, verdict
 
 
 def test_what_the_student_paints_already_is_not_worth_a_training(concept, tmp_path):
-    """Pictures that the untouched model paints from these very captions."""
-    captions = [f"a big red {noun} in the middle on night in flat style" for noun in ("star", "heart")]
+    """Images that the base model generates from these very captions."""
+    captions = [
+        f"a big red {noun} in the middle on night in flat style" for noun in ("star", "heart")
+    ]
     folder = tmp_path / "known"
     folder.mkdir()
-    for index, (caption, image) in enumerate(zip(captions, sample("pocket", captions, seed=50), strict=True)):
+    for index, (caption, image) in enumerate(
+        zip(captions, sample("pocket", captions, seed=50), strict=True)
+    ):
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption)
-    found = preflight(demo_recipe("dopsd", folder, tmp_path / "runs"), tmp_path / "page.html", silent)
+    found = preflight(
+        demo_recipe("dopsd", folder, tmp_path / "runs"), tmp_path / "page.html", silent
+    )
     assert found.verdict != "can" and "Try another model.vlm" in found.sentence
 
 
 def test_the_command_says_it_and_leaves_the_numbers(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
-    result = CliRunner().invoke(app, ["preflight", "recipe.yaml", "--pictures", "2", "--json", "numbers.json"])
+    result = CliRunner().invoke(
+        app, ["preflight", "recipe.yaml", "--pictures", "2", "--json", "numbers.json"]
+    )
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found["sentence"] in result.output.replace("\n", "")
-    assert [len(p["student_distance"]) for p in found["images"]] == [4, 4] and found["pictures_in_the_set"] == 4
+    assert [len(p["student_distance"]) for p in found["images"]] == [4, 4] and found[
+        "pictures_in_the_set"
+    ] == 4
 
 
 def test_check_looks_as_well_where_it_is_asked_to(concept, tmp_path, monkeypatch):
@@ -98,15 +123,27 @@ def test_check_looks_as_well_where_it_is_asked_to(concept, tmp_path, monkeypatch
     result = CliRunner().invoke(app, ["check", "recipe.yaml", "--preflight"])
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "pictures 2" in said and "nearer to it than the student" in said and (tmp_path / "preflight.html").is_file()
+    assert (
+        "pictures 2" in said
+        and "nearer to it than the student" in said
+        and (tmp_path / "preflight.html").is_file()
+    )
 
 
 def test_another_distance_is_taken_by_its_name(concept, tmp_path):
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+        "image_size": 64,
+    }
     Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dino")
     recipe = demo_recipe("dopsd", concept, tmp_path / "runs")
-    found = preflight(recipe, tmp_path / "page.html", silent, most=1, metric=f"dino={tmp_path / 'dino'}")
+    found = preflight(
+        recipe, tmp_path / "page.html", silent, most=1, metric=f"dino={tmp_path / 'dino'}"
+    )
     look, dino = found.looks[0], DinoDistance(str(tmp_path / "dino"), torch.device("cpu"))
     target = torch.from_numpy(np.array(look.target)).permute(2, 0, 1) / 255
     wanted = dino(look.teacher.permute(0, 3, 1, 2) / 255, target)

@@ -1,4 +1,5 @@
-"""Runs that a judge scores: a judge that answers badly ends them, and what was saved before is kept."""
+"""Runs that a reward scores: a reward that answers badly ends them, and what was saved before is
+kept."""
 
 from pathlib import Path
 
@@ -77,11 +78,15 @@ def refused(recipe: Recipe, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("reward", ["falls_silent", "falls_to_infinity"])
-def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(reward, concept, tmp_path, desk):
+def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(
+    reward, concept, tmp_path, desk
+):
     said = refused(recipe_of(concept, tmp_path / "runs", f"own_judges:{reward}"), tmp_path)
-    assert said.startswith(f"the judge own_judges:{reward} gave no picture of 4 walks in a row a finite score")
+    assert said.startswith(
+        f"the judge own_judges:{reward} gave no picture of 4 walks in a row a finite score"
+    )
     kept = checkpoints(tmp_path / "runs" / "run")[-1]
-    assert kept.name == "step-000003"  # two steps with a judge, one without
+    assert kept.name == "step-000003"  # two steps with a reward, one without
     assert read_tensors(kept / "student.safetensors")
 
 
@@ -96,24 +101,35 @@ def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(reward,
         ("no_such_module:judge", "cannot be imported"),
     ],
 )
-def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(reward, words, concept, tmp_path, desk):
+def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(
+    reward, words, concept, tmp_path, desk
+):
     assert words in refused(recipe_of(concept, tmp_path / "runs", reward), tmp_path)
     assert not list((tmp_path / "runs").glob("run/*.safetensors"))
 
 
 def test_a_judge_that_tells_nothing_apart_is_said_to(concept, tmp_path, desk, caplog):
     list(train(recipe_of(concept, tmp_path / "runs", "own_judges:constant")))
-    said = [record.getMessage() for record in caplog.records if "gave the same scores" in record.getMessage()]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "gave the same scores" in record.getMessage()
+    ]
     assert said == [
         "the judge own_judges:constant gave the same scores to 4 walks in a row: pairs of equal score teach nothing"
     ]
 
 
 def test_check_says_that_the_judges_own_model_comes_on_top(concept, tmp_path, monkeypatch):
-    monkeypatch.setattr("dopsd.runs.memory.foresee", lambda *_, **__: Forecast(1, 1))  # takes seconds, and is tested
+    monkeypatch.setattr(
+        "dopsd.runs.memory.foresee", lambda *_, **__: Forecast(1, 1)
+    )  # takes seconds, and is tested
     scorer = tmp_path / "scorer"
     scorer.mkdir()
-    for reward, words in (("red", ""), (f"pickscore={scorer}", f"the judge's own model, {scorer}, comes on top")):
+    for reward, words in (
+        ("red", ""),
+        (f"pickscore={scorer}", f"the judge's own model, {scorer}, comes on top"),
+    ):
         recipe_of(concept, tmp_path / "runs", reward).save_as(tmp_path / "recipe.yaml")
         done = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
         assert done.exit_code == 0 and words in done.output.replace("\n", ""), done.output

@@ -1,4 +1,5 @@
-"""Whole runs on a tiny SDXL: killed and resumed, quantized, offloaded, preferred by a judge, and compared."""
+"""Whole runs on a tiny SDXL: killed and resumed, quantized, offloaded, preferred by a reward, and
+compared."""
 
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from dopsd.runs.comparison.compare import compare
 from dopsd.runs.train import train
 
 
-def recipe_of(model: dict, concept: Path, folder: Path, name: str, method: dict | None = None) -> Recipe:
+def recipe_of(
+    model: dict, concept: Path, folder: Path, name: str, method: dict | None = None
+) -> Recipe:
     return parse_recipe(
         {
             "model": {"memory": "high"} | model,
@@ -30,17 +33,28 @@ def recipe_of(model: dict, concept: Path, folder: Path, name: str, method: dict 
 
 
 def same(left: Recipe, right: Recipe) -> bool:
-    files = (read_tensors(recipe.run_folder / f"{recipe.run_name}.safetensors") for recipe in (left, right))
+    files = (
+        read_tensors(recipe.run_folder / f"{recipe.run_name}.safetensors")
+        for recipe in (left, right)
+    )
     one, other = files
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("quantized", [None, "int8"])
-def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(quantized, sdxl, dmd2_lora, concept, tmp_path):
+def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(
+    quantized, sdxl, dmd2_lora, concept, tmp_path
+):
     if quantized:
         pytest.importorskip("bitsandbytes")
-    model = {"name_or_path": str(sdxl("base")), "distilled_by": str(dmd2_lora), "quantize": quantized}
-    straight, broken = (recipe_of(model, concept, tmp_path, name) for name in ("straight", "broken"))
+    model = {
+        "name_or_path": str(sdxl("base")),
+        "distilled_by": str(dmd2_lora),
+        "quantize": quantized,
+    }
+    straight, broken = (
+        recipe_of(model, concept, tmp_path, name) for name in ("straight", "broken")
+    )
     list(train(straight))
     run = train(broken)
     next(run)
@@ -64,7 +78,13 @@ def test_compare_takes_two_methods_on_turbo(sdxl, concept, tmp_path, monkeypatch
     model = {"name_or_path": str(sdxl("turbo"))}
     recipes = [
         recipe_of(model, concept, tmp_path / "runs", "plain"),
-        recipe_of(model, concept, tmp_path / "runs", "preferred", {"name": "pso_online", "reward": "red", "nfe": 2}),
+        recipe_of(
+            model,
+            concept,
+            tmp_path / "runs",
+            "preferred",
+            {"name": "pso_online", "reward": "red", "nfe": 2},
+        ),
     ]
     outcome = compare(recipes, tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
     assert list(outcome.numbers) == ["base", "base, other noise", "plain", "preferred"]

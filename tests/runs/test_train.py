@@ -1,4 +1,5 @@
-"""Whole runs on pocket: a killed run resumed is the straight run; the file opens elsewhere; folders are respected."""
+"""Whole runs on pocket: a killed run resumed is the straight run; the file opens elsewhere; folders
+are respected."""
 
 import json
 import os
@@ -23,14 +24,17 @@ from dopsd.runs.train import train
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
 
 
-def recipe_for(concept: Path, output: Path, name: str, method: str = "dopsd", **train_settings) -> Recipe:
+def recipe_for(
+    concept: Path, output: Path, name: str, method: str = "dopsd", **train_settings
+) -> Recipe:
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"},
             "data": {"folder": str(concept)},
             "method": {"name": method},
             "lora": {"rank": 4, "alpha": 8},
-            "train": {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2} | train_settings,
+            "train": {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2}
+            | train_settings,
             "sample": {"every": 0, "prompts": PROMPTS[0]},
             "save": {"every": 1},
             "output_dir": str(output),
@@ -41,7 +45,9 @@ def recipe_for(concept: Path, output: Path, name: str, method: str = "dopsd", **
 
 def dopsd(*arguments: object) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "dopsd.cli", *map(str, arguments)], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dopsd.cli", *map(str, arguments)], env=environment
+    )
 
 
 def rows(run: Path) -> list[dict]:
@@ -50,8 +56,12 @@ def rows(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(method, concept, tmp_path):
-    straight, broken = (recipe_for(concept, tmp_path, name, method) for name in ("straight", "broken"))
+def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(
+    method, concept, tmp_path
+):
+    straight, broken = (
+        recipe_for(concept, tmp_path, name, method) for name in ("straight", "broken")
+    )
     file = tmp_path / "broken.yaml"
     broken.save_as(file)
     for _ in train(straight):
@@ -63,19 +73,27 @@ def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(method
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert not (broken.run_folder / "broken.safetensors").exists(), "the child finished before it was killed"
+    assert not (broken.run_folder / "broken.safetensors").exists(), (
+        "the child finished before it was killed"
+    )
     assert dopsd("train", file, "--resume", "latest").wait() == 0
     assert rows(straight.run_folder) == rows(broken.run_folder)
     for name in ("student", "teacher", "optimizer"):
         left, right = (
-            load_file(r.run_folder / "checkpoints" / "step-000006" / f"{name}.safetensors") for r in (straight, broken)
+            load_file(r.run_folder / "checkpoints" / "step-000006" / f"{name}.safetensors")
+            for r in (straight, broken)
         )
-        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+        assert left.keys() == right.keys() and all(
+            torch.equal(left[key], right[key]) for key in left
+        )
 
 
 def test_accumulation_accumulates(concept, tmp_path):
-    """Two micro-batches of two are one step on their mean: the same log as the two apart, half the optimizer steps."""
-    recipe = recipe_for(concept, tmp_path, "accumulated", "sft", max_steps=2, gradient_accumulation_steps=2)
+    """Two micro-batches of two are one step on their mean: the same log as the two apart, half the
+    optimizer steps."""
+    recipe = recipe_for(
+        concept, tmp_path, "accumulated", "sft", max_steps=2, gradient_accumulation_steps=2
+    )
     single = recipe_for(concept, tmp_path, "single", "sft", max_steps=4, learning_rate=1e-12)
     together = [report.log["loss"] for report in train(recipe)]
     apart = [report.log["loss"] for report in train(single)]
@@ -97,8 +115,12 @@ torch.save(picture, target)
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffusers(form, concept, tmp_path, pocket):
-    recipe = recipe_for(concept, tmp_path, "exported", max_steps=3, learning_rate=0.02)  # alpha is twice the rank
+def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffusers(
+    form, concept, tmp_path, pocket
+):
+    recipe = recipe_for(
+        concept, tmp_path, "exported", max_steps=3, learning_rate=0.02
+    )  # alpha is twice the rank
     for _ in train(recipe):
         pass
     file = recipe.run_folder / "exported.safetensors"
@@ -113,7 +135,9 @@ def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffuser
     subprocess.run([str(part) for part in command], check=True)
     theirs = torch.load(tmp_path / "out.pt")
     untuned = sample_latents(pocket, PROMPTS, noise)
-    assert (mine - untuned).abs().max() > 0.01, "the adapter did nothing, so the comparison would prove nothing"
+    assert (mine - untuned).abs().max() > 0.01, (
+        "the adapter did nothing, so the comparison would prove nothing"
+    )
     assert (mine - theirs).abs().max() <= 1e-4
 
 
@@ -126,13 +150,17 @@ def test_previews_of_step_zero_show_the_untouched_model_for_all(concept, tmp_pat
     assert (folder / "teacher_0_0.png").exists()
     told = json.loads((folder / "preview.json").read_text())["images"]
     assert told[0]["sigmas"] == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert [image["prompt"] for image in told[1:]] == list(load_family("pocket").unrelated_prompts[:2])
+    assert [image["prompt"] for image in told[1:]] == list(
+        load_family("pocket").unrelated_prompts[:2]
+    )
 
 
 def test_a_preview_may_have_a_size_and_a_seed_of_its_own(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "shaped", "sft", max_steps=1)
     prompts = [PROMPTS[0], {"prompt": PROMPTS[1], "seed": 9, "width": 96, "height": 48}]
-    recipe = parse_recipe(recipe.model_dump() | {"sample": {"every": 0, "prompts": prompts, "unrelated": 0}})
+    recipe = parse_recipe(
+        recipe.model_dump() | {"sample": {"every": 0, "prompts": prompts, "unrelated": 0}}
+    )
     for _ in train(recipe):
         pass
     folder = recipe.run_folder / "samples" / "step-000000"
@@ -149,7 +177,9 @@ def test_a_folder_that_holds_another_run_is_refused_and_left_alone(concept, tmp_
     before = {path: path.read_bytes() for path in recipe.run_folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="already holds a run"):
         next(train(recipe))
-    assert before == {path: path.read_bytes() for path in recipe.run_folder.rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in recipe.run_folder.rglob("*") if path.is_file()
+    }
 
 
 def test_resuming_without_a_checkpoint_is_refused(concept, tmp_path):
@@ -184,7 +214,9 @@ def test_check_announces_what_training_adapts(concept, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_a_bf16_model_trains_with_float32_adapters_and_checkpointed_activations(method, concept, tmp_path):
+def test_a_bf16_model_trains_with_float32_adapters_and_checkpointed_activations(
+    method, concept, tmp_path
+):
     tree = recipe_for(concept, tmp_path, "halved", method, max_steps=2).model_dump()
     recipe = parse_recipe(tree | {"model": tree["model"] | {"dtype": "bf16", "memory": "low"}})
     losses = [report.log["loss"] for report in train(recipe)]

@@ -1,4 +1,5 @@
-"""`dopsd adapter train`: an ordinary SFT run on what the model itself painted, and a file that a recipe takes."""
+"""`dopsd adapter train`: an ordinary SFT run on what the model itself generated, and a file that a
+recipe takes."""
 
 import json
 from pathlib import Path
@@ -30,19 +31,35 @@ def test_an_adapter_is_tuned_on_what_the_model_paints(tmp_path, pocket):
     assert done.exit_code == 0, done.output
     file = tmp_path / "pocket-dedistill" / "pocket-dedistill.safetensors"
     assert read_lora(file, pocket)
-    (rows,) = (path.read_text().splitlines() for path in (tmp_path / "cache" / "generated").glob("*/metadata.jsonl"))
-    assert sorted(json.loads(row)["text"] for row in rows) == sorted(prompts.read_text().splitlines() * 2)
-    again = adapter_recipe(
-        "pocket", prompts.read_text().splitlines(), 2, {"run_name": "b", "output_dir": str(tmp_path)}
+    (rows,) = (
+        path.read_text().splitlines()
+        for path in (tmp_path / "cache" / "generated").glob("*/metadata.jsonl")
     )
-    assert again.method.name == "sft" and again.train.learning_rate == 1e-3  # pocket's own starting point
+    assert sorted(json.loads(row)["text"] for row in rows) == sorted(
+        prompts.read_text().splitlines() * 2
+    )
+    again = adapter_recipe(
+        "pocket",
+        prompts.read_text().splitlines(),
+        2,
+        {"run_name": "b", "output_dir": str(tmp_path)},
+    )
+    assert (
+        again.method.name == "sft" and again.train.learning_rate == 1e-3
+    )  # pocket's own starting point
     assert len(list(Path(again.data.folder).glob("*.png"))) == 4
 
 
 def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path):
-    for name, content in (("none.txt", None), ("empty.txt", b"\n"), ("bytes.txt", b"a star\n\xff\n")):
+    for name, content in (
+        ("none.txt", None),
+        ("empty.txt", b"\n"),
+        ("bytes.txt", b"a star\n\xff\n"),
+    ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        done = CliRunner().invoke(app, ["adapter", "train", str(tmp_path / name), "--out", str(tmp_path / "runs")])
+        done = CliRunner().invoke(
+            app, ["adapter", "train", str(tmp_path / name), "--out", str(tmp_path / "runs")]
+        )
         assert done.exit_code == 2 and name in "".join(done.output.split()), done.output
     assert not (tmp_path / "runs").exists()

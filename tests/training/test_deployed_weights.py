@@ -1,4 +1,5 @@
-"""LoRA trained on other weights than the deployed ones: what trains, what is shown, what the file does."""
+"""LoRA trained on other weights than the deployed ones: what trains, what is shown, what the file
+does."""
 
 import json
 
@@ -29,15 +30,21 @@ def recipe_for(concept, output, **model):
     return parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "high"} | model,
-            "data": {"folder": str(concept)}, "method": {"name": "sft"}, "lora": {"rank": 4, "alpha": 8},
-            "train": {"max_steps": 1}, "output_dir": str(output), "run_name": "elsewhere",
+            "data": {"folder": str(concept)},
+            "method": {"name": "sft"},
+            "lora": {"rank": 4, "alpha": 8},
+            "train": {"max_steps": 1},
+            "output_dir": str(output),
+            "run_name": "elsewhere",
         }
     )
 
 
 def opened(recipe, pocket, text_encoder):
     """A session whose student has moved."""
-    session = Session.open(recipe, pocket, Accelerator(cpu=True), torch.float32, False, {}, text_encoder.context(["a"]))
+    session = Session.open(
+        recipe, pocket, Accelerator(cpu=True), torch.float32, False, {}, text_encoder.context(["a"])
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in session.trainable.values():
@@ -48,7 +55,11 @@ def opened(recipe, pocket, text_encoder):
 def asked(velocity, pocket, text_encoder):
     latents = noise_for([5, 6], pocket.channels, 16, 16).start
     with torch.no_grad():
-        return velocity(latents, torch.tensor([0.9, 0.5]), text_encoder.context(["a star", "a big toy at the left"]))
+        return velocity(
+            latents,
+            torch.tensor([0.9, 0.5]),
+            text_encoder.context(["a star", "a big toy at the left"]),
+        )
 
 
 def with_lora(family, file):
@@ -60,16 +71,27 @@ def with_lora(family, file):
 def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_model(
     parent, concept, tmp_path, pocket, pocket_text_encoder
 ):
-    session = opened(recipe_for(concept, tmp_path, train_on=str(parent)), pocket, pocket_text_encoder)
+    session = opened(
+        recipe_for(concept, tmp_path, train_on=str(parent)), pocket, pocket_text_encoder
+    )
     ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)  # noqa: E731
-    theirs, own = (each.load_denoiser(CPU, torch.float32) for each in (load_family(str(parent)), pocket))
-    assert torch.equal(ask(session.roles.base), ask(theirs)) and torch.equal(ask(session.shown.base), ask(own))
+    theirs, own = (
+        each.load_denoiser(CPU, torch.float32) for each in (load_family(str(parent)), pocket)
+    )
+    assert torch.equal(ask(session.roles.base), ask(theirs)) and torch.equal(
+        ask(session.shown.base), ask(own)
+    )
     assert (ask(theirs) - ask(own)).abs().max() > 0.01
     session.export(tmp_path / "lora.safetensors", 1)
     trained, shown = ask(session.roles.student), ask(session.shown.student)
-    torch.testing.assert_close(ask(with_lora(pocket, tmp_path / "lora.safetensors")), shown, atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        ask(with_lora(load_family(str(parent)), tmp_path / "lora.safetensors")), trained, atol=1e-4, rtol=0
+        ask(with_lora(pocket, tmp_path / "lora.safetensors")), shown, atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        ask(with_lora(load_family(str(parent)), tmp_path / "lora.safetensors")),
+        trained,
+        atol=1e-4,
+        rtol=0,
     )
     assert session.metadata(1)["trained_on"] == "model"
 
@@ -80,9 +102,13 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
     first = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
     adapter = tmp_path / "adapter.safetensors"
     first.export(adapter, 1)
-    session = opened(recipe_for(concept, tmp_path, training_adapter=str(adapter)), pocket, pocket_text_encoder)
+    session = opened(
+        recipe_for(concept, tmp_path, training_adapter=str(adapter)), pocket, pocket_text_encoder
+    )
     ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)  # noqa: E731
-    torch.testing.assert_close(ask(session.roles.base), ask(with_lora(pocket, adapter)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ask(session.roles.base), ask(with_lora(pocket, adapter)), atol=1e-5, rtol=0
+    )
     assert torch.equal(ask(session.shown.base), ask(pocket.load_denoiser(CPU, torch.float32)))
     session.export(tmp_path / "lora.safetensors", 1)
     deployed = ask(with_lora(pocket, tmp_path / "lora.safetensors"))
@@ -91,7 +117,9 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
     assert len(session.metadata(1)["training_adapter_sha256"]) == 64
 
 
-def test_without_other_weights_a_run_shows_what_it_trains(concept, tmp_path, pocket, pocket_text_encoder):
+def test_without_other_weights_a_run_shows_what_it_trains(
+    concept, tmp_path, pocket, pocket_text_encoder
+):
     session = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
     assert session.shown is session.roles
 
@@ -101,15 +129,21 @@ def test_another_architecture_is_refused_by_check(parent, concept, tmp_path):
     said = config.read_text()
     config.write_text(json.dumps(json.loads(said) | {"n_layers": 2}))
     try:
-        with pytest.raises(ValueError, match=r"model\.train_on .* is of another architecture than pocket"):
+        with pytest.raises(
+            ValueError, match=r"model\.train_on .* is of another architecture than pocket"
+        ):
             check(recipe_for(concept, tmp_path, train_on=str(parent)))
     finally:
         config.write_text(said)
 
 
-@pytest.mark.parametrize("other", [{"quantize": "nf4"}, {"offload": True}, {"training_adapter": "a.safetensors"}])
+@pytest.mark.parametrize(
+    "other", [{"quantize": "nf4"}, {"offload": True}, {"training_adapter": "a.safetensors"}]
+)
 def test_what_excludes_it_is_one_sentence(other, concept, tmp_path):
     with pytest.raises(ValueError, match="exclude one another: choose one"):
         recipe_for(concept, tmp_path, train_on="somewhere", **other)
     with pytest.raises(ValueError, match="adapter: full trains the weights that are deployed"):
-        parse_recipe(recipe_for(concept, tmp_path, train_on="somewhere").model_dump() | {"adapter": "full"})
+        parse_recipe(
+            recipe_for(concept, tmp_path, train_on="somewhere").model_dump() | {"adapter": "full"}
+        )

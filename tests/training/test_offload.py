@@ -1,4 +1,5 @@
-"""Blocks that borrow their weights: the same numbers, one block's copy at a time, and a run with them."""
+"""Blocks that borrow their weights: the same numbers, one block's copy at a time, and a run with
+them."""
 
 import pytest
 import torch
@@ -37,11 +38,15 @@ def test_a_run_with_borrowed_weights_is_bitwise_the_run_without(concept, tmp_pat
             pass
         files.append(load_file(recipe.run_folder / f"{name}.safetensors"))
     left, right = files
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 @torch.no_grad()
-def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(pocket, pocket_text_encoder):
+def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(
+    pocket, pocket_text_encoder
+):
     context = pocket_text_encoder.context(["a big red star"])
     z, t = torch.randn(1, pocket.channels, 16, 16), torch.full((1,), 0.7)
     denoiser = pocket.load_denoiser(CPU, torch.float32)
@@ -59,7 +64,14 @@ def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(pocke
 
 def test_the_forecast_leaves_out_what_stays_away_and_counts_what_is_lent(concept, tmp_path, pocket):
     resident, borrowed = (
-        forecast(recipe_for(concept, tmp_path, "x", offload), pocket, (64, 64), ["a toy"], torch.float32, low_memory=True)
+        forecast(
+            recipe_for(concept, tmp_path, "x", offload),
+            pocket,
+            (64, 64),
+            ["a toy"],
+            torch.float32,
+            low_memory=True,
+        )
         for offload in (False, True)
     )
     assert borrowed.resident < resident.resident and borrowed.peak < resident.peak

@@ -1,4 +1,5 @@
-"""Student, teacher and base on the pocket network: who moves, who gets gradient, what they are at the start."""
+"""Student, teacher and base on the pocket network: who moves, who gets gradient, what they are at
+the start."""
 
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import torch
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.sampling import noise_for
 from dopsd.methods import DOPSD
-from dopsd.training.adapters import ADAPTER, add_lora, coverage, lora_pairs, base_tensors
+from dopsd.training.adapters import ADAPTER, add_lora, base_tensors, coverage, lora_pairs
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles
 
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Setup:
-    """A pocket denoiser with LoRA, and one batch of a red and a blue picture's contexts."""
+    """A pocket denoiser with LoRA, and one batch of a red and a blue image's contexts."""
 
     def __init__(self, pocket, text_encoder, decay=0.5, checkpointing=False):
         self.denoiser = pocket.load_denoiser(CPU, torch.float32)
@@ -31,7 +32,10 @@ class Setup:
         prompts = ("a star", "a big toy at the left")
         images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
         self.batch = Batch(
-            noise_for([5, 6], pocket.channels, 16, 16).start, text_encoder.context(prompts), prompts, torch.ones(2),
+            noise_for([5, 6], pocket.channels, 16, 16).start,
+            text_encoder.context(prompts),
+            prompts,
+            torch.ones(2),
             privileged=text_encoder.context(prompts, images),
         )
 
@@ -93,11 +97,17 @@ def test_only_the_student_gets_gradient(pocket, pocket_text_encoder):
         assert parameter.grad is None and torch.equal(parameter, before[name])
 
 
-def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_student(pocket, pocket_text_encoder):
+def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_student(
+    pocket, pocket_text_encoder
+):
     setup = Setup(pocket, pocket_text_encoder, decay=0.0)
     setup.shake()
     setup.batch = Batch(
-        setup.batch.latents, setup.batch.context, setup.batch.prompts, setup.batch.weight, setup.batch.context
+        setup.batch.latents,
+        setup.batch.context,
+        setup.batch.prompts,
+        setup.batch.weight,
+        setup.batch.context,
     )
     assert all(not gradient.any() for gradient in setup.gradients().values())
 
@@ -121,7 +131,10 @@ def test_gradient_on_pocket_equals_one_graph_code(pocket, pocket_text_encoder):
 
 
 def test_gradient_checkpointing_changes_nothing(pocket, pocket_text_encoder):
-    plain, saving = Setup(pocket, pocket_text_encoder), Setup(pocket, pocket_text_encoder, checkpointing=True)
+    plain, saving = (
+        Setup(pocket, pocket_text_encoder),
+        Setup(pocket, pocket_text_encoder, checkpointing=True),
+    )
     plain.shake(), saving.shake()
     for left, right in zip(plain.gradients().values(), saving.gradients().values(), strict=True):
         torch.testing.assert_close(left, right, atol=1e-7, rtol=1e-5)
@@ -140,9 +153,13 @@ def test_lora_reaches_every_attention_and_feed_forward_linear_of_layers_and_refi
 
 def test_targets_that_match_nothing_are_refused(pocket):
     with pytest.raises(ValueError, match="match no linear layer; try one like"):
-        add_lora(pocket.load_denoiser(CPU, torch.float32).network, r"layers\.\d+\.ff\.net", 4, 4, seed=0)
+        add_lora(
+            pocket.load_denoiser(CPU, torch.float32).network, r"layers\.\d+\.ff\.net", 4, 4, seed=0
+        )
 
 
 def test_untouched_tensors_have_zero_deltas(pocket):
-    student = add_lora(pocket.load_denoiser(CPU, torch.float32).network, pocket.lora_targets, 4, 4, seed=0)
+    student = add_lora(
+        pocket.load_denoiser(CPU, torch.float32).network, pocket.lora_targets, 4, 4, seed=0
+    )
     assert all(not b.any() for _, b in lora_pairs(base_tensors(student)).values())

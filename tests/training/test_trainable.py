@@ -1,4 +1,5 @@
-"""Full fine-tuning's weights: float32 masters under a bf16 network, the teacher's average of them, the frozen base."""
+"""Full fine-tuning's weights: float32 masters under a bf16 network, the teacher's average of them,
+the frozen base."""
 
 import copy
 
@@ -35,7 +36,11 @@ class Plain(Denoiser):
         self.network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
 
     def forward(self, z, t, context):
-        rows = z.permute(0, 2, 3, 1) + context.tokens.mean((1, 2))[:, None, None, None] + t[:, None, None, None]
+        rows = (
+            z.permute(0, 2, 3, 1)
+            + context.tokens.mean((1, 2))[:, None, None, None]
+            + t[:, None, None, None]
+        )
         return self.network(rows.to(self.network[0].weight.dtype)).float().permute(0, 3, 1, 2)
 
 
@@ -46,7 +51,9 @@ class Same:
         g = torch.Generator().manual_seed(1)
         context = Context(torch.randn(2, 3, 4, generator=g), (3, 3))
         seeing = Context(torch.randn(2, 3, 4, generator=g), (3, 3))
-        self.one = Batch(torch.randn(2, 4, 2, 2, generator=g), context, ("a", "b"), torch.ones(2), seeing)
+        self.one = Batch(
+            torch.randn(2, 4, 2, 2, generator=g), context, ("a", "b"), torch.ones(2), seeing
+        )
 
     def batch(self, index):
         return self.one
@@ -107,12 +114,16 @@ def test_an_update_below_the_quantum_of_bf16_is_kept_by_the_master_and_adds_up()
 
 
 def test_masters_get_the_gradients_of_bf16_forwards_summed_in_float32():
-    """Two pieces of D-OPSD's batch against autograd on a copy, whose bf16 gradients are added by hand."""
+    """Two pieces of D-OPSD's batch against autograd on a copy, whose bf16 gradients are added by
+    hand."""
     denoiser = Plain(torch.bfloat16)
     student = full_student(denoiser.network, CPU)
     twin = copy.deepcopy(denoiser)
     batch, times = Same().one, (1.0, 0.5)
-    pieces = [lambda d, t=t: d(batch.latents, torch.full((2,), t), batch.context).square().mean() for t in times]
+    pieces = [
+        lambda d, t=t: d(batch.latents, torch.full((2,), t), batch.context).square().mean()
+        for t in times
+    ]
     for piece in pieces:
         piece(denoiser).backward()
     assert all(p.grad is None for p in denoiser.network.parameters())
@@ -132,7 +143,9 @@ def test_the_base_stays_what_it_was_while_every_weight_moves(dtype):
     _, student, _, roles, _ = train_by_hand(dtype, SFT(), 3)
     batch, t = Same().one, torch.tensor([0.9, 0.4])
     base_tensors = Plain(dtype)(batch.latents, t, batch.context)
-    torch.testing.assert_close(roles.base(batch.latents, t, batch.context), base_tensors, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        roles.base(batch.latents, t, batch.context), base_tensors, atol=1e-6, rtol=1e-6
+    )
     assert (roles.student(batch.latents, t, batch.context) - base_tensors).abs().max() > 1e-3
     for name, before in Plain(dtype).network.named_parameters():
         assert not torch.equal(student.weights[name], before.float()), name
@@ -153,7 +166,11 @@ def test_full_gradients_with_activations_recomputed_are_the_same(pocket, pocket_
         student = full_student(denoiser.network, CPU)
         teacher = Teacher(student.weights, 1.0, student.base)
         roles = make_roles(
-            denoiser, student.weights, teacher, lambda nfe, h, w: pocket.schedule(nfe or 4, h, w), base=student.base
+            denoiser,
+            student.weights,
+            teacher,
+            lambda nfe, h, w: pocket.schedule(nfe or 4, h, w),
+            base=student.base,
         )
         latents = torch.randn(1, pocket.channels, 16, 16, generator=generator_at(0, 1))
         batch = Batch(latents, pocket_text_encoder.context(["a star"]), ("a star",), torch.ones(1))
@@ -170,4 +187,6 @@ def test_a_teacher_in_another_place_and_dtype_is_lent_in_the_networks():
     tensors = {name: p.detach().double() for name, p in denoiser.network.named_parameters()}
     batch, t = Same().one, torch.tensor([0.9, 0.4])
     lent = velocity_under(denoiser, tensors)(batch.latents, t, batch.context)
-    torch.testing.assert_close(lent, denoiser(batch.latents, t, batch.context), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        lent, denoiser(batch.latents, t, batch.context), atol=1e-6, rtol=1e-6
+    )

@@ -1,4 +1,5 @@
-"""The front door: `dopsd init | check | train | ...`. Exit codes: 0 fine, 1 our bug, 2 bad input, 130 or 143 stopped.
+"""The front door: `dopsd init | check | train | ...`. Exit codes: 0 fine, 1 our bug, 2 bad input,
+130 or 143 stopped.
 
 Only parses and prints; the work is in run.py and compare.py, imported when a command needs it.
 """
@@ -26,10 +27,15 @@ app = typer.Typer(
 def check(
     recipe: RecipeFile,
     change: Changes = None,
-    card: Annotated[float | None, typer.Option(help="GiB of a GPU to plan for; default: this machine.", min=0)] = None,
-    ahead: Annotated[bool, typer.Option("--preflight", help="Look what the teacher paints, too.")] = False,
+    card: Annotated[
+        float | None, typer.Option(help="GiB of a GPU to plan for; default: this machine.", min=0)
+    ] = None,
+    ahead: Annotated[
+        bool, typer.Option("--preflight", help="Look what the teacher paints, too.")
+    ] = False,
 ) -> None:
-    """Say what a recipe would do and how much memory it would take, or why it cannot, before any weight is loaded."""
+    """Say what a recipe would do and how much memory it would take, or why it cannot, before any
+    weight is loaded."""
     from dopsd.config.recipe import load_recipe
     from dopsd.runs.check import check as check_recipe
 
@@ -41,7 +47,8 @@ def check(
         preflight(recipe, change)
     elif "privileged" in loaded.method.needs:
         out.print(
-            f"next       dopsd preflight {recipe}: can the teacher show what your pictures show?", highlight=False
+            f"next       dopsd preflight {recipe}: can the teacher show what your pictures show?",
+            highlight=False,
         )
 
 
@@ -67,9 +74,13 @@ def train(
     try:
         with bars() as advance:
             for report in train_recipe(loaded, resume, advance, found):
-                advance(f"training  loss {report.log['loss']:.4f}", report.step, loaded.train.max_steps)
+                advance(
+                    f"training  loss {report.log['loss']:.4f}", report.step, loaded.train.max_steps
+                )
     except Stopped as stop:
-        err.print(f"dopsd: stopped by {stop.name} after step {stop.step}, which is saved; --resume latest goes on.")
+        err.print(
+            f"dopsd: stopped by {stop.name} after step {stop.step}, which is saved; --resume latest goes on."
+        )
         raise
     except Unhealthy as stop:
         err.print(f"dopsd: stopped after step {stop.step}: {stop.found}.")
@@ -83,16 +94,32 @@ def train(
 @refusing
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
-    lora: Annotated[Path | None, typer.Option(help="LoRA file (.safetensors) to paint with.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")
+    ] = "pocket",
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA file (.safetensors) to paint with.")
+    ] = None,
     strength: Annotated[float, typer.Option(help="Of the LoRA; 1 is what was trained.")] = 1.0,
-    nfe: Annotated[int | None, typer.Option(help="Network forwards; default: the model's own.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next takes seed + 1.", min=0, max=2**62)] = 0,
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)] = None,
-    reference: Annotated[list[Path] | None, typer.Option(help="Picture to edit. Repeatable, in order.")] = None,
+    nfe: Annotated[
+        int | None, typer.Option(help="Network forwards; default: the model's own.", min=1)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the first picture; the next takes seed + 1.", min=0, max=2**62)
+    ] = 0,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels; default: the model's own.", min=1)
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; default: the model's own.", min=1)
+    ] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="Picture to edit. Repeatable, in order.")
+    ] = None,
     distilled_by: DistilledBy = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("samples"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path(
+        "samples"
+    ),
 ) -> None:
     """Paint prompts, as the deployed pipeline would."""
     from dopsd.files import writing
@@ -100,7 +127,9 @@ def sample(
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder for the pictures with --out.")
-    images = sample_prompts(model, prompts, lora, strength, nfe, seed, width, height, reference or (), distilled_by)
+    images = sample_prompts(
+        model, prompts, lora, strength, nfe, seed, width, height, reference or (), distilled_by
+    )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
@@ -113,7 +142,9 @@ def sample(
 @refusing
 def fuse(
     lora: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).", show_default=False)],
-    model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
+    model: Annotated[
+        str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")
+    ] = "pocket",
     strength: Annotated[float, typer.Option(help="Of the LoRA; 1 is what was trained.")] = 1.0,
     distilled_by: DistilledBy = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("fused"),
@@ -122,18 +153,27 @@ def fuse(
     from dopsd.models.folder import fuse as fuse_lora
 
     fuse_lora(model, lora, folder, strength, distilled_by)
-    out.print(f"{folder}; open it with diffusers, or: dopsd sample PROMPT --model {folder}", highlight=False)
+    out.print(
+        f"{folder}; open it with diffusers, or: dopsd sample PROMPT --model {folder}",
+        highlight=False,
+    )
 
 
 @app.command()
 @refusing
 def compare(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes; LoRA files, models.", show_default=False)],
+    recipes: Annotated[
+        list[Path], typer.Argument(help="Recipes; LoRA files, models.", show_default=False)
+    ],
     change: Changes = None,
     json_file: AsJson = None,
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("compare.html"),
-    nfe: Annotated[str | None, typer.Option(help="Forwards, e.g. 1,2,4,8: what step budget holds.")] = None,
-    equal: Annotated[str | None, typer.Option(help="To the first recipe in pictures, seconds or forwards.")] = None,
+    nfe: Annotated[
+        str | None, typer.Option(help="Forwards, e.g. 1,2,4,8: what step budget holds.")
+    ] = None,
+    equal: Annotated[
+        str | None, typer.Option(help="To the first recipe in pictures, seconds or forwards.")
+    ] = None,
     replicates: Annotated[int, typer.Option(help="Pocket lessons to repeat it on.", min=1)] = 1,
 ) -> None:
     """Run recipes side by side: same data, noise and measures. What is finished is not done again."""
@@ -160,14 +200,21 @@ app.add_typer(adapter, name="adapter")
 @app.command()
 @refusing
 def init(
-    method: Annotated[str, typer.Argument(help="Such as dopsd; `dopsd list` shows them all, and what runs where.")],
-    model: Annotated[str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")] = "pocket",
+    method: Annotated[
+        str, typer.Argument(help="Such as dopsd; `dopsd list` shows them all, and what runs where.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")
+    ] = "pocket",
     distilled_by: DistilledBy = None,
     data: Annotated[Path, typer.Option(help="Folder of pictures.")] = Path("data"),
-    adapter: Annotated[str, typer.Option(help="lora, or full: every weight of the network.")] = "lora",
+    adapter: Annotated[
+        str, typer.Option(help="lora, or full: every weight of the network.")
+    ] = "lora",
     file: Annotated[Path, typer.Option("--out", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a commented recipe for a model and a method: every key with its default and its meaning."""
+    """Write a commented recipe for a model and a method: every key with its default and its
+    meaning."""
     from dopsd.config.starter import starter_recipe
     from dopsd.files import write_text
     from dopsd.methods import METHODS, missing
@@ -191,18 +238,27 @@ def init(
 def import_(
     source: Annotated[
         str,
-        typer.Argument(help="The reference code's .jsonl, a data set (hub id or folder), or a weights file (.bin)."),
+        typer.Argument(
+            help="The reference code's .jsonl, a data set (hub id or folder), or a weights file (.bin)."
+        ),
     ],
     target: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write, or .safetensors file; default: data, or beside it.")
+        Path | None,
+        typer.Option(
+            "--out", help="Folder to write, or .safetensors file; default: data, or beside it."
+        ),
     ] = None,
     image_column: Annotated[str, typer.Option(help="Of a data set.")] = "image",
-    caption_column: Annotated[list[str] | None, typer.Option(help="Repeatable: all are kept.")] = None,
+    caption_column: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: all are kept.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
-    rejected_column: Annotated[str | None, typer.Option(help="Of a data set of pairs: the worse picture.")] = None,
+    rejected_column: Annotated[
+        str | None, typer.Option(help="Of a data set of pairs: the worse picture.")
+    ] = None,
 ) -> None:
-    """Turn a data set in another shape into a folder of pictures with metadata.jsonl, or a pickled weights file into
-    safetensors."""
+    """Turn a data set in another shape into a folder of images with metadata.jsonl, or a pickled
+    weights file into safetensors."""
     from dopsd.data.importing import import_data
     from dopsd.models.pickle_import import convert_pickle
 
@@ -213,19 +269,27 @@ def import_(
         return
     folder = target or Path("data")
     count = import_data(source, folder, image_column, caption_column or (), split, rejected_column)
-    out.print(f"{count} pictures in {folder}; next: dopsd init dopsd --data {folder}", highlight=False)
+    out.print(
+        f"{count} pictures in {folder}; next: dopsd init dopsd --data {folder}", highlight=False
+    )
 
 
 @app.command()
 @refusing
 def caption(
     folder: Annotated[Path, typer.Argument(help="Folder of pictures.", show_default=False)],
-    model: Annotated[str, typer.Option(help="A Qwen3-VL: hub id or local folder.")] = "Qwen/Qwen3-VL-4B-Instruct",
-    question: Annotated[str | None, typer.Option(help="What to ask of each picture; default: one sentence.")] = None,
+    model: Annotated[
+        str, typer.Option(help="A Qwen3-VL: hub id or local folder.")
+    ] = "Qwen/Qwen3-VL-4B-Instruct",
+    question: Annotated[
+        str | None, typer.Option(help="What to ask of each picture; default: one sentence.")
+    ] = None,
     most_tokens: Annotated[int, typer.Option(help="Longest caption.", min=1)] = 120,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where there is a caption.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also where there is a caption.")
+    ] = False,
 ) -> None:
-    """Write a caption beside each picture that has none, by a local vision-language model."""
+    """Write a caption beside each image that has none, by a local vision-language model."""
     from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
     from dopsd.models.pipeline import deployed_on
     from dopsd.models.vlm import Captioner
@@ -239,7 +303,9 @@ def caption(
                 lambda image: captioner.caption(image, question or QUESTION, most_tokens),
                 lambda done, total: advance("captions", done, total),
             )
-    out.print(f"{len(todo)} captions written, {kept} kept; read them before you train", highlight=False)
+    out.print(
+        f"{len(todo)} captions written, {kept} kept; read them before you train", highlight=False
+    )
 
 
 @app.command()
@@ -255,8 +321,13 @@ def schema() -> None:
 
 @app.command()
 @refusing
-def inspect(file: Annotated[Path, typer.Argument(help="LoRA file, or a model's folder.", show_default=False)]) -> None:
-    """Say what a LoRA file or a model's folder is: family, rank, method, steps, and which loaders take it and how."""
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(help="LoRA file, or a model's folder.", show_default=False)
+    ],
+) -> None:
+    """Say what a LoRA file or a model's folder is: family, rank, method, steps, and which loaders
+    take it and how."""
     from dopsd.models.folder import is_model
     from dopsd.models.inspection import inspect_lora, inspect_model
 
@@ -267,7 +338,8 @@ def inspect(file: Annotated[Path, typer.Argument(help="LoRA file, or a model's f
 @app.command()
 @refusing
 def doctor() -> None:
-    """Say what is installed, which device is there, which extras are missing, and whether the hub can be reached."""
+    """Say what is installed, which device is there, which extras are missing, and whether the hub
+    can be reached."""
     from dopsd.cli.doctor import examine
 
     for label, value in examine():
@@ -282,11 +354,19 @@ def list_cells(json_file: AsJson = None) -> None:
     from dopsd.models import FAMILIES, family_class
 
     cells = {
-        family: {name: missing(method, family_class(family).teacher_contexts) for name, method in METHODS.items()}
+        family: {
+            name: missing(method, family_class(family).teacher_contexts)
+            for name, method in METHODS.items()
+        }
         for family in FAMILIES
     }
-    show(["family", *METHODS], [[f, *("yes" if why is None else f"no: {why}" for why in row.values())]
-                                for f, row in cells.items()])
+    show(
+        ["family", *METHODS],
+        [
+            [f, *("yes" if why is None else f"no: {why}" for why in row.values())]
+            for f, row in cells.items()
+        ],
+    )
     write_numbers(json_file, cells)
 
 
@@ -294,9 +374,12 @@ def list_cells(json_file: AsJson = None) -> None:
 @refusing
 def demo(
     json_file: AsJson = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for pictures, runs and report.")] = Path("runs/demo"),
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for pictures, runs and report.")
+    ] = Path("runs/demo"),
 ) -> None:
-    """Four pictures of a new thing, tuned on the pocket model with D-OPSD and with SFT: see the difference on a CPU."""
+    """Four images of a new thing, tuned on the pocket model with D-OPSD and with SFT: see the
+    difference on a CPU."""
     from dopsd.pocket.demo import demo as run_demo
 
     with bars() as advance:
@@ -304,4 +387,3 @@ def demo(
     show(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     out.print(f"report {folder / 'report.html'}", highlight=False)
-

@@ -22,13 +22,22 @@ err = Console(stderr=True, soft_wrap=True)
 def summarise(loaded: "Recipe", found: "Checked") -> None:
     """What a recipe would do, from what `check` found."""
     train, listing = loaded.train, found.listing
-    out.print(f"model      {loaded.model.name_or_path} ({found.family.name}, {found.family.licence})", highlight=False)
-    out.print(f"pictures   {len(listing.examples)}, captions from {listing.source}", highlight=False)
+    out.print(
+        f"model      {loaded.model.name_or_path} ({found.family.name}, {found.family.licence})",
+        highlight=False,
+    )
+    out.print(
+        f"pictures   {len(listing.examples)}, captions from {listing.source}", highlight=False
+    )
     for example in listing.examples[:3]:
-        out.print(f"           {example.path.name}: {example.caption[:80]}", markup=False, highlight=False)
+        out.print(
+            f"           {example.path.name}: {example.caption[:80]}", markup=False, highlight=False
+        )
     for path, why in listing.refused:
         out.print(f"left out   {path.name}: {why}", markup=False, highlight=False)
-    sizes = ", ".join(f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items()))
+    sizes = ", ".join(
+        f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items())
+    )
     out.print(f"buckets    {sizes}", highlight=False)
     of = f"LoRA       rank {loaded.lora.rank} on" if loaded.adapter == "lora" else "full      "
     out.print(f"{of} {found.coverage}", highlight=False)
@@ -41,17 +50,22 @@ def summarise(loaded: "Recipe", found: "Checked") -> None:
 
 
 def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
-    """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where full fine-tuning
-    fits at neither."""
+    """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where
+    full fine-tuning fits at neither."""
     from dopsd.evaluation.rewards import find_reward
     from dopsd.runs.memory import foresee, planned_for, refuse_too_large
 
     room, dtype, where = planned_for(loaded, card)
-    peaks = {level: foresee(loaded, found, dtype, low_memory=level == "low") for level in ("low", "high")}
+    peaks = {
+        level: foresee(loaded, found, dtype, low_memory=level == "low") for level in ("low", "high")
+    }
     told = ", ".join(f"{level} {peak.peak / 2**30:.2f} GiB" for level, peak in peaks.items())
     fitting = [level for level, peak in peaks.items() if peak.fits(room)]
     verdict = f"{where} takes {' and '.join(fitting) or 'neither'}"
-    out.print(f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}", highlight=False)
+    out.print(
+        f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}",
+        highlight=False,
+    )
     if (reward := loaded.method.reward_name) and (model := find_reward(reward).model):
         out.print(f"           the judge's own model, {model}, comes on top", highlight=False)
     if loaded.adapter == "full":
@@ -59,18 +73,27 @@ def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
 
 
 def forwards_of(text: str | None) -> tuple[int, ...]:
-    """Of `--nfe 1,2,4,8`: each once, in order; empty for None. Raises ValueError for what is no such list."""
+    """Of `--nfe 1,2,4,8`: each once, in order; empty for None. Raises ValueError for what is no
+    such list."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     if not all(part.isdecimal() and 1 <= int(part) <= MOST_FORWARDS for part in parts):
-        raise ValueError(f"--nfe {text}: give numbers of forwards from 1 to {MOST_FORWARDS}, e.g. --nfe 1,2,4,8.")
+        raise ValueError(
+            f"--nfe {text}: give numbers of forwards from 1 to {MOST_FORWARDS}, e.g. --nfe 1,2,4,8."
+        )
     return tuple(sorted({int(part) for part in parts}))
 
 
 class bars:
-    """Progress bars on a terminal, a plain line now and then elsewhere. Call it with (what, done, total)."""
+    """Progress bars on a terminal, a plain line now and then elsewhere. Call it with (what, done,
+    total)."""
 
     def __enter__(self) -> Callable[[str, int, int], None]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=err, disable=not err.is_terminal)
         self.tasks: dict[str, Any] = {}
         self.progress.start()

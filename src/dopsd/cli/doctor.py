@@ -1,4 +1,5 @@
-"""`dopsd doctor`: the machine in plain words. Changes nothing, and says what to do where something is missing."""
+"""`dopsd doctor`: the machine in plain words. Changes nothing, and says what to do where something
+is missing."""
 
 import os
 import platform
@@ -12,7 +13,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 EXTRAS = {
     "datasets": "`dopsd import` of hub data sets (pip install 'dopsd[data]')",
     "bitsandbytes": "model.quantize (pip install 'dopsd[quantize]')",
-    **{name: f"track.to: {name} (pip install 'dopsd[{name}]')" for name in ("tensorboard", "trackio", "wandb")},
+    **{
+        name: f"track.to: {name} (pip install 'dopsd[{name}]')"
+        for name in ("tensorboard", "trackio", "wandb")
+    },
 }
 ROOM = 40  # GiB: a 6 B model in bf16 with its text encoder and the teacher's VLM
 
@@ -26,7 +30,10 @@ def examine() -> Iterator[tuple[str, str]]:
         yield package, _version_or_none(package) or f"not installed; needed for {purpose}"
     yield from _devices()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    yield "free disk here", f"{free:.0f} GiB" + ("" if free > ROOM else f"; a 6 B model needs about {ROOM} GiB")
+    yield (
+        "free disk here",
+        f"{free:.0f} GiB" + ("" if free > ROOM else f"; a 6 B model needs about {ROOM} GiB"),
+    )
     yield from _hub()
     yield from _platform_notes()
 
@@ -56,15 +63,24 @@ def _hub() -> Iterator[tuple[str, str]]:
 
     yield "hub cache", str(constants.HF_HUB_CACHE)
     if constants.HF_HUB_OFFLINE:
-        yield "hub", "offline by HF_HUB_OFFLINE: only checkpoints in the cache and local folders can be opened"
+        yield (
+            "hub",
+            "offline by HF_HUB_OFFLINE: only checkpoints in the cache and local folders can be opened",
+        )
         return
     token = get_token()
     try:
         name = HfApi().whoami()["name"] if token else None
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
-        yield "hub", f"not reachable, or the token is refused ({type(error).__name__}); local folders work all the same"
+        yield (
+            "hub",
+            f"not reachable, or the token is refused ({type(error).__name__}); local folders work all the same",
+        )
         return
-    yield "hub", f"logged in as {name}" if name else "not logged in: gated models need `hf auth login`"
+    yield (
+        "hub",
+        f"logged in as {name}" if name else "not logged in: gated models need `hf auth login`",
+    )
 
 
 def _platform_notes() -> Iterator[tuple[str, str]]:

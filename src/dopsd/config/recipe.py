@@ -1,4 +1,5 @@
-"""Recipes as YAML files: read into the tree of settings, every fault one sentence, unknown keys with a suggestion."""
+"""Recipes as YAML files: read into the tree of settings, every fault one sentence, unknown keys
+with a suggestion."""
 
 import difflib
 import logging
@@ -15,7 +16,15 @@ from dopsd.methods import METHODS
 
 log = logging.getLogger(__name__)
 
-__all__ = ["PromptSection", "Recipe", "TrainSection", "known_keys", "load_recipe", "parse_recipe", "read_recipe"]
+__all__ = [
+    "PromptSection",
+    "Recipe",
+    "TrainSection",
+    "known_keys",
+    "load_recipe",
+    "parse_recipe",
+    "read_recipe",
+]
 
 # Words of other tools, and what they are called here.
 ALIASES = {
@@ -78,17 +87,22 @@ class _OnlyOnce(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]} is there twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply `key.sub=value` changes. Raises ValueError with one sentence a fault.
+    """Read a YAML recipe and apply `key.sub=value` changes. Raises ValueError with one sentence a
+    fault.
 
     Relative paths in the file are relative to the working directory, as on the command line.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a recipe file, or start from one in recipes/.")
+        raise ValueError(
+            f"{path} does not exist: give a recipe file, or start from one in recipes/."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -96,15 +110,22 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     return read_recipe(text, str(path), {"run_name": path.stem}, changes)
 
 
-def read_recipe(text: str, source: str, defaults: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    text: str, source: str, defaults: Mapping[str, Any], changes: Sequence[str] = ()
+) -> Recipe:
     """Like `load_recipe`, from YAML text; `defaults` stand where the text has no such key."""
     try:
         tree = yaml.load(text, _OnlyOnce)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{source} must hold sections (model, data, method, ...), not {type(tree).__name__}.")
-    tree = {**defaults, **{key: {} if value is None else value for key, value in tree.items()}}  # comments alone: None
+        raise ValueError(
+            f"{source} must hold sections (model, data, method, ...), not {type(tree).__name__}."
+        )
+    tree = {
+        **defaults,
+        **{key: {} if value is None else value for key, value in tree.items()},
+    }  # comments alone: None
     for change in changes:
         _apply(tree, change)
     return parse_recipe(tree, source)
@@ -119,9 +140,11 @@ def parse_recipe(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
 
 
 def _with_current_names(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The tree with renamed keys under their current names. A key that is given under both is left for the schema to
-    refuse."""
-    current = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    """The tree with renamed keys under their current names. A key that is given under both is left
+    for the schema to refuse."""
+    current = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()
+    }
     for old, new in RENAMED.items():
         (section, old_key), new_key = old.split("."), new.split(".")[1]
         keys = current.get(section)
@@ -134,7 +157,9 @@ def _with_current_names(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set {brief(change)}: write it as key=value, for instance train.max_steps=500.")
+        raise ValueError(
+            f"--set {brief(change)}: write it as key=value, for instance train.max_steps=500."
+        )
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -143,14 +168,20 @@ def _apply(tree: dict[str, Any], change: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"--set {brief(change)}: {brief(repr(value))} is not a YAML value.") from error
+        raise ValueError(
+            f"--set {brief(change)}: {brief(repr(value))} is not a YAML value."
+        ) from error
     tree[name] = parsed
 
 
 def _sentences(error: ValidationError) -> Iterator[str]:
     for fault in error.errors():
         # a discriminated union adds the method's name to the location
-        place = ".".join(str(part) for part in fault["loc"] if not (fault["loc"][0] == "method" and part in METHODS))
+        place = ".".join(
+            str(part)
+            for part in fault["loc"]
+            if not (fault["loc"][0] == "method" and part in METHODS)
+        )
         if fault["type"] == "extra_forbidden":
             yield f"{place} is no key of a recipe{_hint(place)}."
         elif fault["type"] == "missing":
@@ -187,8 +218,18 @@ def _hint(place: str) -> str:
         return f"; {last} is {ALIASES[last]} here"
     keys = known_keys()
     if place in keys:  # of another method than the recipe's
-        owners = [name for name, method in METHODS.items() if place.removeprefix("method.") in method.model_fields]
+        owners = [
+            name
+            for name, method in METHODS.items()
+            if place.removeprefix("method.") in method.model_fields
+        ]
         return f"; it is one of {', '.join(owners)}"
     close = difflib.get_close_matches(place, keys, 1, 0.6)
-    close = close or [k for k in keys if difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() > 0.7]
-    return f" (did you mean {close[0]}?)" if close else f"; the sections are {', '.join(Recipe.model_fields)}"
+    close = close or [
+        k for k in keys if difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() > 0.7
+    ]
+    return (
+        f" (did you mean {close[0]}?)"
+        if close
+        else f"; the sections are {', '.join(Recipe.model_fields)}"
+    )

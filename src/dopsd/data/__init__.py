@@ -1,1 +1,2 @@
-"""From a folder of pictures and captions to batches of tensors: folder, then buckets, then cache, then loader."""
+"""From a folder of images and captions to batches of tensors: folder, then buckets, then cache,
+then loader."""

@@ -1,7 +1,7 @@
-"""Pictures and captions as tensors on disk, so that encoders can leave memory before training.
+"""Images and captions as tensors on disk, so that encoders can leave memory before training.
 
-A file's name is a hash of everything its content depends on (caption, picture, size, encoder), so a stale file is
-never found and a found file is never stale. Batching is left to `loader`.
+A file's name is a hash of everything its content depends on (caption, image, size, encoder), so a
+stale file is never found and a found file is never stale. Batching is left to `loader`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from dopsd.data.folder import Example
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
-from dopsd.images import Size, cover_crop, open_image, image_size, to_pixels
+from dopsd.images import Size, cover_crop, image_size, open_image, to_pixels
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ Encode = Callable[[Sequence["Row"]], Iterable[Mapping[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Row:
-    """One picture with one caption, its size in pixels, and the files that hold its tensors (privileged: None if not
-    asked for; rejected: latents of the example's worse pictures, cut to the same size). also: the same picture with its
-    other captions; untold: with the empty one, if asked for."""
+    """One image with one caption, its size in pixels, and the files that hold its tensors
+    (privileged: None if not asked for; rejected: latents of the example's worse images, cut to the
+    same size). also: the same image with its other captions; untold: with the empty one, if asked
+    for."""
 
     example: Example
     size: Size
@@ -47,7 +48,7 @@ class Row:
 
     @property
     def versions(self) -> tuple["Row", ...]:
-        """The picture with every caption that an epoch can draw for it."""
+        """The image with every caption that an epoch can draw for it."""
         return (self, *self.also, *([self.unconditional] if self.unconditional else []))
 
 
@@ -67,23 +68,31 @@ def prepare(
 ) -> tuple[Row, ...]:
     """Make every file that is missing or broken, and return the rows in the order of the examples.
 
-    Each picture gets the bucket nearest to its shape; the privileged picture is the very crop that is trained on. All
-    captions of an example are read, and with `untold` the empty one, for caption dropout.
-    `progress(done, total)` counts files and is first called with those that could be reused. Raises ValueError where
-    a caption is over the reader's limit or an encoder answers with numbers that are not finite.
+    Each image gets the bucket nearest to its shape; the privileged image is the very crop that is
+    trained on. All captions of an example are read, and with `untold` the empty one, for caption
+    dropout. `progress(done, total)` counts files and is first called with those that could be
+    reused. Raises ValueError where a caption is over the text encoder's limit or an encoder answers
+    with numbers that are not finite.
     """
     buckets = bucket_sizes(resolution, multiple)
-    rows = tuple(_row(example, cache_folder, text_encoder, vae, buckets, privileged, unconditional) for example in examples)
+    rows = tuple(
+        _row(example, cache_folder, text_encoder, vae, buckets, privileged, unconditional)
+        for example in examples
+    )
     read_rows = [version for row in rows for version in row.versions]
 
     def generate(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         pixels = torch.stack([to_pixels(_crop(row)) for row in batch])
         return ({"latents": latents} for latents in vae.latents(pixels.to(device)).float())
 
-    def read(batch: Sequence[Row], images: Sequence[Image.Image] | None = None) -> Iterable[Mapping[str, Tensor]]:
+    def read(
+        batch: Sequence[Row], images: Sequence[Image.Image] | None = None
+    ) -> Iterable[Mapping[str, Tensor]]:
         edited = [[open_image(path) for path in row.example.references] for row in batch]
         captions = [row.example.caption for row in batch]
-        return _context_tensors(text_encoder.context(captions, images, edited if any(edited) else None))
+        return _context_tensors(
+            text_encoder.context(captions, images, edited if any(edited) else None)
+        )
 
     def read_with_image(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         return read(batch, [shown_to_teacher(row) for row in batch])
@@ -91,11 +100,16 @@ def prepare(
     kinds: list[tuple[str, dict[Path, Row], Encode]] = [
         ("latents", {row.latents: row for row in rows} | _worse(rows), generate),
         ("context", {row.context: row for row in read_rows}, read),
-        ("privileged", {row.privileged: row for row in read_rows if row.privileged}, read_with_image),
+        (
+            "privileged",
+            {row.privileged: row for row in read_rows if row.privileged},
+            read_with_image,
+        ),
     ]
     total = sum(len(files) for _, files, _ in kinds)
     todo = [
-        (kind, {p: row for p, row in files.items() if not _usable(p, kind)}, encode) for kind, files, encode in kinds
+        (kind, {p: row for p, row in files.items() if not _usable(p, kind)}, encode)
+        for kind, files, encode in kinds
     ]
     done = total - sum(len(files) for _, files, _ in todo)
     report = progress or (lambda done, total: None)
@@ -109,19 +123,31 @@ def prepare(
 
 
 def shown_to_teacher(row: Row) -> Image.Image:
-    """The picture that the teacher sees with the row's caption, cut to the row's size."""
+    """The image that the teacher sees with the row's caption, cut to the row's size."""
     return cover_crop(open_image(row.example.shown or row.example.path), row.size)
 
 
-def context_file(cache_folder: Path, caption: str, fingerprint: str, references: Sequence[str] = ()) -> Path:
-    """Where the context of a caption lies, given the reader's fingerprint and the hashes of the pictures it edits."""
-    return cache_folder / "context" / f"{_key('context', caption, fingerprint, *references)}.safetensors"
+def context_file(
+    cache_folder: Path, caption: str, fingerprint: str, references: Sequence[str] = ()
+) -> Path:
+    """Where the context of a caption lies, given the text encoder's fingerprint and the hashes of
+    the images it edits."""
+    return (
+        cache_folder
+        / "context"
+        / f"{_key('context', caption, fingerprint, *references)}.safetensors"
+    )
 
 
 def read_context(path: Path) -> Context:
-    """A cached context (plain or privileged) as a batch of one: tokens [1, l, D]. Raises ValueError if unreadable."""
+    """A cached context (plain or privileged) as a batch of one: tokens [1, l, D]. Raises ValueError
+    if unreadable."""
     tensors = read_tensors(path)
-    extras = {name.removeprefix(EXTRA): tensor[None] for name, tensor in tensors.items() if name.startswith(EXTRA)}
+    extras = {
+        name.removeprefix(EXTRA): tensor[None]
+        for name, tensor in tensors.items()
+        if name.startswith(EXTRA)
+    }
     tokens = tensors["tokens"]
     return Context(tokens[None], (len(tokens),), extras)
 
@@ -141,7 +167,10 @@ def _row(
     unconditional: bool,
 ) -> Row:
     size = nearest_bucket(*image_size(example.path), buckets)
-    shown, edited = sha256_of(example.shown or example.path), tuple(map(sha256_of, example.references))
+    shown, edited = (
+        sha256_of(example.shown or example.path),
+        tuple(map(sha256_of, example.references)),
+    )
 
     def latents_of(image: Path) -> Path:
         key = _key("latents", sha256_of(image), size, vae.fingerprint)
@@ -159,11 +188,16 @@ def _row(
         )
 
     also = tuple(captioned(caption) for caption in example.also)
-    return replace(captioned(example.caption), example=example, also=also, unconditional=captioned("") if unconditional else None)
+    return replace(
+        captioned(example.caption),
+        example=example,
+        also=also,
+        unconditional=captioned("") if unconditional else None,
+    )
 
 
 def _worse(rows: Sequence[Row]) -> dict[Path, Row]:
-    """For each file of rejected latents, a row whose picture is the rejected one."""
+    """For each file of rejected latents, a row whose image is the rejected one."""
     return {
         file: replace(row, example=replace(row.example, path=image))
         for row in rows
@@ -202,10 +236,12 @@ def _usable(path: Path, kind: str) -> bool:
 
 
 def _same_size(files: Mapping[Path, Row], batch_size: int) -> Iterator[list[tuple[Path, Row]]]:
-    """Small batches of pictures of one size, whose references are of the same sizes too."""
+    """Small batches of images of one size, whose references are of the same sizes too."""
     groups: dict[tuple[Size, ...], list[tuple[Path, Row]]] = {}
     for path, row in files.items():
-        groups.setdefault((row.size, *map(image_size, row.example.references)), []).append((path, row))
+        groups.setdefault((row.size, *map(image_size, row.example.references)), []).append(
+            (path, row)
+        )
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
@@ -215,7 +251,7 @@ def _write(batch: Sequence[tuple[Path, Row]], kind: str, encode: Encode) -> None
     with torch.no_grad():
         encoded = list(encode([row for _, row in batch]))
     for (path, row), tensors in zip(batch, encoded, strict=True):
-        # a VAE in float16 overflows on some pictures; cached, that NaN would only show up in training
+        # a VAE in float16 overflows on some images; cached, that NaN would only show up in training
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(
                 f"the {kind} of {row.example.path} are not finite: use bfloat16 or float32 for the encoder."

@@ -1,4 +1,4 @@
-"""Captions for pictures that have none: a text beside each, which `folder` reads."""
+"""Captions for images that have none: a text beside each, which `folder` reads."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +16,22 @@ QUESTION = (
 
 
 def uncaptioned(folder: Path, overwrite: bool = False) -> tuple[list[Path], int]:
-    """The pictures to describe, and how many keep the caption they have (with `overwrite` none does). Raises ValueError
-    where captions live in a metadata file, and where there are no pictures."""
+    """The images to describe, and how many keep the caption they have (with `overwrite` none does).
+    Raises ValueError where captions live in a metadata file, and where there are no images."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give a folder of pictures.")
     if listed := [name for name in METADATA if (folder / name).is_file()]:
-        raise ValueError(f"{folder} has its captions in {listed[0]}: a text beside a picture would not be read.")
+        raise ValueError(
+            f"{folder} has its captions in {listed[0]}: a text beside a picture would not be read."
+        )
     images = images_in(folder)
     if not images:
         raise ValueError(f"no pictures in {folder}.")
-    todo = [p for p in images if overwrite or not any(p.with_suffix(e).is_file() for e in CAPTION_EXTENSIONS)]
+    todo = [
+        p
+        for p in images
+        if overwrite or not any(p.with_suffix(e).is_file() for e in CAPTION_EXTENSIONS)
+    ]
     return todo, len(images) - len(todo)
 
 
@@ -34,12 +40,14 @@ def write_captions(
     describe: Callable[[Image.Image], str],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write `<stem>.txt` beside each picture. Raises ValueError for one that cannot be decoded or of which nothing is
-    said; what was written before stays."""
+    """Write `<stem>.txt` beside each image. Raises ValueError for one that cannot be decoded or of
+    which nothing is said; what was written before stays."""
     for done, path in enumerate(images, start=1):
         caption = describe(open_image(path))
         if not caption:
-            raise ValueError(f"the model says nothing of {path.name}: write its caption by hand, or ask otherwise.")
+            raise ValueError(
+                f"the model says nothing of {path.name}: write its caption by hand, or ask otherwise."
+            )
         write_text(path.with_suffix(CAPTION_EXTENSIONS[0]), caption + "\n")
         if progress:
             progress(done, len(images))

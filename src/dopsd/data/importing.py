@@ -1,6 +1,8 @@
-"""Data sets in other shapes become a folder that `folder` reads: pictures as they are, captions in metadata.jsonl.
+"""Data sets in other shapes become a folder that `folder` reads: images as they are, captions in
+metadata.jsonl.
 
-Read: the JSONL of the D-OPSD reference code, and whatever the `datasets` library opens (hub ids, Parquet, folders).
+Read: the JSONL of the D-OPSD reference code, and whatever the `datasets` library opens (hub ids,
+Parquet, folders).
 """
 
 import io
@@ -16,13 +18,21 @@ from dopsd.data.folder import as_caption
 from dopsd.files import atomic_path, brief, write_json, write_text
 from dopsd.images import OPENED
 
-PATH_KEYS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path")
+PATH_KEYS = (
+    "local_path_list",
+    "local_paths",
+    "image_path_list",
+    "image_paths",
+    "image_path",
+    "path",
+)
 REFERENCE_CAPTIONS = ("short_en", "medium_en", "detailed_en", "user_prompt_en")
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "AVIF": ".avif"}
 
 ORIGIN = "origin.json"  # where an imported folder came from
 
-# A picture, its captions, and further pictures by their column: `rejected` of a pair, `references` of an editing row.
+# An image, its captions, and further images by their column: `rejected` of a pair, `references` of
+# an editing row.
 Item = tuple[bytes, list[str], dict[str, list[bytes]]]
 
 
@@ -34,15 +44,20 @@ def import_data(
     split: str = "train",
     rejected_column: str | None = None,
 ) -> int:
-    """Write `target` from a .jsonl file of the reference code, or from a data set that `datasets` opens; the number of
-    pictures. All captions of a picture are kept, and the worse picture where a column holds it. Raises ValueError, with
-    nothing left behind, when `target` exists or any row cannot be used."""
+    """Write `target` from a .jsonl file of the reference code, or from a data set that `datasets`
+    opens; the number of images. All captions of an image are kept, and the worse image where a
+    column holds it. Raises ValueError, with nothing left behind, when `target` exists or any row
+    cannot be used."""
     if target.exists():
-        raise ValueError(f"{target} exists and is not overwritten: choose another folder with --out.")
+        raise ValueError(
+            f"{target} exists and is not overwritten: choose another folder with --out."
+        )
     if source.endswith(".jsonl"):
         caption_columns = caption_columns or REFERENCE_CAPTIONS
         if rejected_column:
-            raise ValueError(f"{source} has no pairs: a rejected column is read from a data set only.")
+            raise ValueError(
+                f"{source} has no pairs: a rejected column is read from a data set only."
+            )
         items = _reference_rows(Path(source), caption_columns)
     else:
         caption_columns = caption_columns or ("text",)
@@ -56,7 +71,10 @@ def import_data(
             (temporary / row["file_name"]).write_bytes(content)
             row["text"] = captions[0] if len(captions) == 1 else captions
             for column, images in further.items():
-                names = [f"{index:06d}-{column}{i or ''}{_extension(each, where)}" for i, each in enumerate(images)]
+                names = [
+                    f"{index:06d}-{column}{i or ''}{_extension(each, where)}"
+                    for i, each in enumerate(images)
+                ]
                 for name, each in zip(names, images, strict=True):
                     (temporary / name).write_bytes(each)
                 row[column] = names[0] if len(names) == 1 else names
@@ -64,7 +82,10 @@ def import_data(
         if not lines:
             raise ValueError(f"{source} has no rows.")
         write_text(temporary / "metadata.jsonl", "".join(lines))
-        write_json(temporary / ORIGIN, _origin(source, image_column, caption_columns, split, rejected_column))
+        write_json(
+            temporary / ORIGIN,
+            _origin(source, image_column, caption_columns, split, rejected_column),
+        )
     return len(lines)
 
 
@@ -76,7 +97,8 @@ def fill(
     split: str = "train",
     rejected_column: str | None = None,
 ) -> None:
-    """Import a data set into `folder` unless it was before. Raises ValueError when the folder holds something else."""
+    """Import a data set into `folder` unless it was before. Raises ValueError when the folder holds
+    something else."""
     origin = _origin(source, image_column, caption_columns, split, rejected_column)
     if not folder.exists():
         import_data(source, folder, image_column, caption_columns, split, rejected_column)
@@ -89,9 +111,18 @@ def fill(
 
 
 def _origin(
-    source: str, image_column: str, caption_columns: Sequence[str], split: str, rejected_column: str | None
+    source: str,
+    image_column: str,
+    caption_columns: Sequence[str],
+    split: str,
+    rejected_column: str | None,
 ) -> dict[str, Any]:
-    origin = {"source": source, "image": image_column, "captions": list(caption_columns), "split": split}
+    origin = {
+        "source": source,
+        "image": image_column,
+        "captions": list(caption_columns),
+        "split": split,
+    }
     return origin | ({"rejected": rejected_column} if rejected_column else {})
 
 
@@ -102,7 +133,9 @@ def _extension(content: bytes, where: str) -> str:
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} holds no {' / '.join(OPENED)} picture.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{where} holds a picture too large to be an honest one ({error}).") from error
+        raise ValueError(
+            f"{where} holds a picture too large to be an honest one ({error})."
+        ) from error
 
 
 def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
@@ -118,8 +151,14 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}).") from error
-        *references, target = [_bytes_of(path, where) for path in _images_of(row, file.parent, where)]
-        yield target, _captions_of(row, columns, where), {"references": references} if references else {}
+        *references, target = [
+            _bytes_of(path, where) for path in _images_of(row, file.parent, where)
+        ]
+        yield (
+            target,
+            _captions_of(row, columns, where),
+            {"references": references} if references else {},
+        )
 
 
 def _images_of(row: Any, folder: Path, where: str) -> list[Path]:
@@ -127,14 +166,19 @@ def _images_of(row: Any, folder: Path, where: str) -> list[Path]:
     key = next((key for key in PATH_KEYS if isinstance(row, dict) and row.get(key)), None)
     if key is None:
         raise ValueError(f"{where} names no picture: it has none of {', '.join(PATH_KEYS)}.")
-    return [_found(str(name), folder, where) for name in (row[key] if isinstance(row[key], list) else [row[key]])]
+    return [
+        _found(str(name), folder, where)
+        for name in (row[key] if isinstance(row[key], list) else [row[key]])
+    ]
 
 
 def _found(name: str, folder: Path, where: str) -> Path:
     for path in (folder / name, Path(name)):
         if os.path.isfile(path):
             return path
-    raise ValueError(f"{where} names {brief(name)}, which is neither in {folder} nor the working directory.")
+    raise ValueError(
+        f"{where} names {brief(name)}, which is neither in {folder} nor the working directory."
+    )
 
 
 def _bytes_of(image: Path, where: str) -> bytes:
@@ -147,7 +191,9 @@ def _bytes_of(image: Path, where: str) -> bytes:
 def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
     found = [row[c] for c in columns if isinstance(row.get(c), str) and row[c].strip()]
     if not found:
-        raise ValueError(f"{where} has no caption in {', '.join(columns)} (it has {', '.join(map(str, row))}).")
+        raise ValueError(
+            f"{where} has no caption in {', '.join(columns)} (it has {', '.join(map(str, row))})."
+        )
     return list(dict.fromkeys(as_caption(text, f"the caption of {where}") for text in found))
 
 
@@ -157,16 +203,24 @@ def _dataset_rows(
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{source} needs the package `datasets`: pip install 'dopsd[data]'.") from error
+        raise ValueError(
+            f"{source} needs the package `datasets`: pip install 'dopsd[data]'."
+        ) from error
     try:
         table: Any = datasets.load_dataset(source, split=split)
-    except Exception as error:  # the library raises its own, the hub's, Arrow's and the system's errors
+    except (
+        Exception
+    ) as error:  # the library raises its own, the hub's, Arrow's and the system's errors
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{source} cannot be opened as a data set ({type(error).__name__}: {reason}).") from error
+        raise ValueError(
+            f"{source} cannot be opened as a data set ({type(error).__name__}: {reason})."
+        ) from error
     images = [image_column, rejected_column] if rejected_column else [image_column]
     for column in (*images, *columns):
         if column not in table.column_names:
-            raise ValueError(f"{source} has no column {column}; it has {', '.join(table.column_names)}.")
+            raise ValueError(
+                f"{source} has no column {column}; it has {', '.join(table.column_names)}."
+            )
     for column in images:
         table = table.cast_column(column, datasets.Image(decode=False))
     for number, row in enumerate(table, start=1):
@@ -176,7 +230,9 @@ def _dataset_rows(
 
 
 def _content_of(image: dict[str, Any], column: str, where: str) -> bytes:
-    content = image.get("bytes") or (_bytes_of(Path(image["path"]), where) if image.get("path") else None)
+    content = image.get("bytes") or (
+        _bytes_of(Path(image["path"]), where) if image.get("path") else None
+    )
     if content is None:
         raise ValueError(f"{where} has no picture in {column}.")
     return content

@@ -1,4 +1,4 @@
-"""Test prompts from a file: what to paint, and what each picture is compared with."""
+"""Test prompts from a file: what to generate, and what each image is compared with."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,13 +8,18 @@ from typing import Any
 
 from dopsd.data.folder import CAPTION_COLUMNS, as_caption
 
-KINDS = ("", "rewrite", "scene")  # of a target's own scene in other words, or of its thing in another scene
+KINDS = (
+    "",
+    "rewrite",
+    "scene",
+)  # of a target's own scene in other words, or of its thing in another scene
 
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """A prompt. target: the picture that what is painted should be like; kind: one of KINDS; scored_as: the prompt in
-    words that a text measure knows (a name like "zib" replaced by "dog"); name: of the row; row: all of it."""
+    """A prompt. target: the image that what is generated should be like; kind: one of KINDS;
+    scored_as: the prompt in words that a text measure knows (a name like "zib" replaced by "dog");
+    name: of the row; row: all of it."""
 
     prompt: str
     target: Path | None = None
@@ -25,18 +30,28 @@ class EvaluationPrompt:
 
 
 def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
-    """Of a `.txt` (a prompt a line), a `.jsonl` (`prompt`; `target`, `kind`, `scored_as` where there are any; targets
-    relative to the file), or a folder of `.txt`, a prompt each (DPG-Bench's). Raises ValueError where one cannot be
-    used, naming file and line."""
+    """Of a `.txt` (a prompt a line), a `.jsonl` (`prompt`; `target`, `kind`, `scored_as` where
+    there are any; targets relative to the file), or a folder of `.txt`, a prompt each
+    (DPG-Bench's). Raises ValueError where one cannot be used, naming file and line."""
     if path.is_dir():
-        found = [EvaluationPrompt(_text(file, file.name), name=file.stem) for file in sorted(path.glob("*.txt"))]
+        found = [
+            EvaluationPrompt(_text(file, file.name), name=file.stem)
+            for file in sorted(path.glob("*.txt"))
+        ]
     elif not path.is_file():
-        raise ValueError(f"{path} does not exist: give a .txt or .jsonl of prompts, or a folder of .txt.")
+        raise ValueError(
+            f"{path} does not exist: give a .txt or .jsonl of prompts, or a folder of .txt."
+        )
     elif path.suffix == ".jsonl":
         found = [_of_row(line, path, number) for number, line in _lines(path)]
     else:
-        found = [EvaluationPrompt(as_caption(_decoded(line, path, number), f"{path.name} line {number}"), name=f"{number}")
-                 for number, line in _lines(path)]
+        found = [
+            EvaluationPrompt(
+                as_caption(_decoded(line, path, number), f"{path.name} line {number}"),
+                name=f"{number}",
+            )
+            for number, line in _lines(path)
+        ]
     if not found:
         raise ValueError(f"{path} holds no prompts.")
     return tuple(found)
@@ -56,7 +71,9 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} line {number} is not UTF-8 ({error}): save it again as UTF-8.") from error
+        raise ValueError(
+            f"{path.name} line {number} is not UTF-8 ({error}): save it again as UTF-8."
+        ) from error
 
 
 def _of_row(line: bytes, path: Path, number: int) -> EvaluationPrompt:
@@ -76,6 +93,8 @@ def _of_row(line: bytes, path: Path, number: int) -> EvaluationPrompt:
     if row.get("target") is not None:
         target = path.parent / as_caption(row["target"], f"the target of {where}")
         if not target.is_file():
-            raise ValueError(f"{where} names the target {row['target']}, and there is no such file in {path.parent}.")
+            raise ValueError(
+                f"{where} names the target {row['target']}, and there is no such file in {path.parent}."
+            )
     scored_as = as_caption(row["scored_as"], f"scored_as of {where}") if "scored_as" in row else ""
     return EvaluationPrompt(prompt, target, kind, scored_as, name=str(number - 1), row=row)

@@ -1,4 +1,5 @@
-"""Several folders as one listing: repeats, weights and a trigger word. What one folder holds is left to `folder`."""
+"""Several folders as one listing: repeats, weights and a trigger word. What one folder holds is
+left to `folder`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,8 @@ from dopsd.data.folder import Example, Listing, read_folder
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of pictures. repeats: how often an epoch visits each; weight: of the loss of each (a regularisation
-    folder takes less than 1)."""
+    """A folder of images. repeats: how often an epoch visits each; weight: of the loss of each (a
+    regularisation folder takes less than 1)."""
 
     folder: Path
     instance_prompt: str | None = None
@@ -19,10 +20,14 @@ class Source:
     weight: float = 1.0
 
 
-def read_sources(sources: Sequence[Source], trigger: str | None = None, skip_bad: bool = False) -> Listing:
-    """Every source's examples, in order; `trigger` is put before each caption that lacks it. Raises ValueError as
-    `read_folder` does."""
-    listings = [read_folder(s.folder, s.instance_prompt, s.caption_extension, skip_bad) for s in sources]
+def read_sources(
+    sources: Sequence[Source], trigger: str | None = None, skip_bad: bool = False
+) -> Listing:
+    """Every source's examples, in order; `trigger` is put before each caption that lacks it. Raises
+    ValueError as `read_folder` does."""
+    listings = [
+        read_folder(s.folder, s.instance_prompt, s.caption_extension, skip_bad) for s in sources
+    ]
     examples = [
         replace(_triggered(example, trigger), weight=source.weight)
         for source, listing in zip(sources, listings, strict=True)
@@ -38,8 +43,8 @@ def read_sources(sources: Sequence[Source], trigger: str | None = None, skip_bad
 
 
 def seen_in_turn(listing: Listing) -> Listing:
-    """The same examples, where each teacher sees the next picture of the same folder, the last one the first. Raises
-    ValueError for a folder of one picture."""
+    """The same examples, where each teacher sees the next image of the same folder, the last one
+    the first. Raises ValueError for a folder of one image."""
     folders: dict[Path, list[Path]] = {}
     for example in listing.examples:
         images = folders.setdefault(example.path.parent, [])
@@ -54,12 +59,16 @@ def seen_in_turn(listing: Listing) -> Listing:
         images = folders[path.parent]
         return images[(images.index(path) + 1) % len(images)]
 
-    return replace(listing, examples=tuple(replace(e, shown=following(e.path)) for e in listing.examples))
+    return replace(
+        listing, examples=tuple(replace(e, shown=following(e.path)) for e in listing.examples)
+    )
 
 
 def one_caption_each(listing: Listing) -> Listing:
-    """The same pictures, once with each of their captions."""
-    apart = [replace(e, caption=text, also=()) for e in listing.examples for text in (e.caption, *e.also)]
+    """The same images, once with each of their captions."""
+    apart = [
+        replace(e, caption=text, also=()) for e in listing.examples for text in (e.caption, *e.also)
+    ]
     return replace(listing, examples=tuple(apart))
 
 

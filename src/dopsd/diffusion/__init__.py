@@ -1,1 +1,2 @@
-"""The mathematics and the interfaces: noise path, sampler step, rollout, sampling, batches and components."""
+"""The mathematics and the interfaces: noise path, sampler step, rollout, sampling, batches and
+components."""

@@ -1,6 +1,7 @@
 """What travels: a batch of training examples, and the contexts that a family's denoiser reads.
 
-A Context is opaque to everyone but the family that made it; the house only stacks, splits and moves it.
+A Context is opaque to everyone but the family that made it; the house only stacks, splits and moves
+it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Context:
-    """tokens: [B, L, D] hidden states, padded on the right with zeros; lengths: of each row without its padding;
-    extras: further batch-first tensors, which have no padding: contexts of one `layout` can be stacked."""
+    """tokens: [B, L, D] hidden states, padded on the right with zeros; lengths: of each row without
+    its padding; extras: further batch-first tensors, which have no padding: contexts of one
+    `layout` can be stacked."""
 
     tokens: Tensor
     lengths: tuple[int, ...]
@@ -29,7 +31,9 @@ class Context:
     @property
     def layout(self) -> Layout:
         """Names and shapes of the extras without their batch axis."""
-        return tuple((name, tuple(tensor.shape[1:])) for name, tensor in sorted(self.extras.items()))
+        return tuple(
+            (name, tuple(tensor.shape[1:])) for name, tensor in sorted(self.extras.items())
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """The same context on another device; dtypes stay."""
@@ -52,12 +56,17 @@ class Context:
 
     @classmethod
     def stack(cls, contexts: Sequence["Context"]) -> "Context":
-        """Contexts of one layout, of any batch sizes and lengths, as one; tokens are padded on the right with zeros."""
-        assert len({c.layout for c in contexts}) == 1, "contexts of several layouts do not fit into one tensor"
+        """Contexts of one layout, of any batch sizes and lengths, as one; tokens are padded on the
+        right with zeros."""
+        assert len({c.layout for c in contexts}) == 1, (
+            "contexts of several layouts do not fit into one tensor"
+        )
         return cls(
             tokens=pad_sequence([row for c in contexts for row in c.rows()], batch_first=True),
             lengths=tuple(length for c in contexts for length in c.lengths),
-            extras={name: torch.cat([c.extras[name] for c in contexts]) for name in contexts[0].extras},
+            extras={
+                name: torch.cat([c.extras[name] for c in contexts]) for name in contexts[0].extras
+            },
         )
 
 
@@ -65,10 +74,10 @@ class Context:
 class Batch:
     """One micro-batch of examples of one size.
 
-    latents: clean, float32 [B, C, h, w]. context: what the student reads. weight: [B] float32, 1 = an ordinary example.
-    What a method asked for, else None: privileged, what the teacher reads, one per (caption, picture) pair; rejected,
-    the latents of a worse picture for the same prompt; prior, as many pictures of the class; replay, as many prompts
-    that have nothing to do with the data.
+    latents: clean, float32 [B, C, h, w]. context: what the student reads. weight: [B] float32, 1 =
+    an ordinary example. What a method asked for, else None: privileged, what the teacher reads, one
+    per (caption, image) pair; rejected, the latents of a worse image for the same prompt; prior, as
+    many images of the class; replay, as many prompts that have nothing to do with the data.
     """
 
     latents: Tensor
@@ -86,5 +95,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor | Context | Batch)}
+        moved = {
+            name: part.to(device)
+            for name, part in parts.items()
+            if isinstance(part, Tensor | Context | Batch)
+        }
         return replace(self, **moved)

@@ -10,10 +10,12 @@ from dopsd.diffusion.batch import Context
 
 
 class TextEncoder(Protocol):
-    """Reads prompts (and pictures: those that a prompt is about, and the teacher's) before training, then leaves
-    memory."""
+    """Reads prompts (and images: those that a prompt is about, and the teacher's) before training,
+    then leaves memory."""
 
-    fingerprint: str  # changes whenever the same prompt would give another context; part of cache keys
+    fingerprint: (
+        str  # changes whenever the same prompt would give another context; part of cache keys
+    )
 
     def context(
         self,
@@ -21,10 +23,11 @@ class TextEncoder(Protocol):
         images: Sequence[Image.Image] | None = None,
         references: Sequence[Sequence[Image.Image]] | None = None,
     ) -> Context:
-        """Contexts of prompts [B]; with images [B], what the teacher sees. references [B]: the pictures that each
-        prompt edits, as the user has them, of the same number and sizes in every row; None where the family takes
-        none. Raises ValueError for a prompt (plus picture) over the family's limit, nothing being cut
-        in silence, and for a reference that the pipeline would refuse."""
+        """Contexts of prompts [B]; with images [B], what the teacher sees. references [B]: the
+        images that each prompt edits, as the user has them, of the same number and sizes in every
+        row; None where the family takes none. Raises ValueError for a prompt (plus image) over the
+        family's limit, nothing being cut in silence, and for a reference that the pipeline would
+        refuse."""
         ...
 
 
@@ -35,7 +38,8 @@ class VAE(Protocol):
     vae_scale_factor: int  # pixels along a side of a latent cell
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shift and scale applied."""
+        """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shift and scale
+        applied."""
         ...
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -44,10 +48,12 @@ class VAE(Protocol):
 
 
 class Denoiser(nn.Module):
-    """The network, in the house's clock. `network` is the diffusers module that adapters are put on."""
+    """The network, in the house's clock. `network` is the diffusers module that adapters are put
+    on."""
 
     network: nn.Module
 
     def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
-        """z [B, C, h, w] float32, t [B] in [0, 1] (1 = noise) -> velocity (noise - clean), float32, like z."""
+        """z [B, C, h, w] float32, t [B] in [0, 1] (1 = noise) -> velocity (noise - clean), float32,
+        like z."""
         raise NotImplementedError

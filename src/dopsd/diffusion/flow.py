@@ -1,4 +1,5 @@
-"""The one clock. Every family lives on the straight path z = (1-t) clean + t noise; pure tensors, no model.
+"""The one clock. Every family lives on the straight path z = (1-t) clean + t noise; pure tensors,
+no model.
 
 t         time in [0, 1], 1 = noise
 velocity  u = noise - clean, what every denoiser answers
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 
 Space = Literal["velocity", "clean", "noise"]
-Rng = torch.Generator | Sequence[torch.Generator]  # one for a whole batch, or one for each of its rows
+Rng = (
+    torch.Generator | Sequence[torch.Generator]
+)  # one for a whole batch, or one for each of its rows
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sampler: from time `now` to `after`, both float32 0-d, with renoise share r in [0, 1]."""
+    """One step of a sampler: from time `now` to `after`, both float32 0-d, with renoise share r in
+    [0, 1]."""
 
     index: int
     now: Tensor
@@ -31,8 +35,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A sampler's times, float32 [N+1], strictly falling from `times[0]` to 0, and its renoise share per step. start:
-    what unit noise is multiplied by to be the first state; 1 where the walk starts at t = 1."""
+    """A sampler's times, float32 [N+1], strictly falling from `times[0]` to 0, and its renoise
+    share per step. start: what unit noise is multiplied by to be the first state; 1 where the walk
+    starts at t = 1."""
 
     times: Tensor
     renoise: tuple[float, ...]
@@ -49,11 +54,13 @@ class Schedule:
             yield Step(index, self.times[index], self.times[index + 1], r)
 
     def stochastic(self, eta: float, indices: Collection[int]) -> "Schedule":
-        """The same times with r = sin(eta pi/2) at the steps `indices`; the others stay. The last step ends at t = 0,
-        where there is no noise to draw, and must not be among them."""
+        """The same times with r = sin(eta pi/2) at the steps `indices`; the others stay. The last
+        step ends at t = 0, where there is no noise to draw, and must not be among them."""
         assert self.nfe - 1 not in indices, "the last step has no transition density"
         r = math.sin(eta * math.pi / 2)
-        return replace(self, renoise=tuple(r if k in indices else own for k, own in enumerate(self.renoise)))
+        return replace(
+            self, renoise=tuple(r if k in indices else own for k, own in enumerate(self.renoise))
+        )
 
 
 def per_row(t: Tensor, like: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ def noisy(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def clean_of(z: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """Where the velocity says the picture is."""
+    """Where the velocity says the image is."""
     return z - per_row(t, z) * velocity
 
 
@@ -77,8 +84,8 @@ def noise_of(z: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
 
 
 def noise_like(z: Tensor, rng: Rng) -> Tensor:
-    """Unit noise of z's shape and dtype, drawn where the generator lives and moved to z. With a generator for each row
-    a row's noise does not depend on what else is in the batch."""
+    """Unit noise of z's shape and dtype, drawn where the generator lives and moved to z. With a
+    generator for each row a row's noise does not depend on what else is in the batch."""
     if isinstance(rng, torch.Generator):
         return torch.randn(z.shape, generator=rng, device=rng.device, dtype=z.dtype).to(z.device)
     return torch.cat([noise_like(row, own) for row, own in zip(z.split(1), rng, strict=True)])
@@ -87,22 +94,26 @@ def noise_like(z: Tensor, rng: Rng) -> Tensor:
 def step(z: Tensor, velocity: Tensor, s: Step, rng: Rng | None = None) -> Tensor:
     """The next state of a walk. `rng` is needed where the step renoises.
 
-    The Euler case is written as the schedulers write it, z + (t' - t) u: the same number up to rounding, and then
-    bit-equal to diffusers' FlowMatchEulerDiscreteScheduler.
+    The Euler case is written as the schedulers write it, z + (t' - t) u: the same number up to
+    rounding, and then bit-equal to diffusers' FlowMatchEulerDiscreteScheduler.
     """
     if s.renoise == 0:
         return z + (s.after - s.now) * velocity
     clean, noise = clean_of(z, velocity, s.now), noise_of(z, velocity, s.now)
     assert rng is not None, "a step that renoises draws from a generator"
-    return (1 - s.after) * clean + s.after * (math.sqrt(1 - s.renoise**2) * noise + s.renoise * noise_like(z, rng))
+    return (1 - s.after) * clean + s.after * (
+        math.sqrt(1 - s.renoise**2) * noise + s.renoise * noise_like(z, rng)
+    )
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A stochastic step seen as a Gaussian policy: z' ~ Normal(mean, std^2), mean = (1-t'+q) z - slope * velocity.
+    """A stochastic step seen as a Gaussian policy: z' ~ Normal(mean, std^2), mean = (1-t'+q) z -
+    slope * velocity.
 
-    Its log-density ratio between two velocities is, per element, -weight (|u_1 - implied|^2 - |u_2 - implied|^2), where
-    `implied` is the velocity whose mean would be exactly z'. Float64 0-d: these are ratios of small numbers.
+    Its log-density ratio between two velocities is, per element, -weight (|u_1 - implied|^2 - |u_2
+    - implied|^2), where `implied` is the velocity whose mean would be exactly z'. Float64 0-d:
+    these are ratios of small numbers.
     """
 
     std: Tensor
@@ -120,17 +131,21 @@ class Transition:
 
 
 def transition(s: Step) -> Transition:
-    """The density of a step that renoises. Raises ValueError for one that does not: a point has no density."""
+    """The density of a step that renoises. Raises ValueError for one that does not: a point has no
+    density."""
     now, after = s.now.double(), s.after.double()
     std = after * s.renoise
     if s.renoise == 0:
-        raise ValueError(f"step {s.index} draws no noise, so it has no transition density: give it an eta above 0.")
+        raise ValueError(
+            f"step {s.index} draws no noise, so it has no transition density: give it an eta above 0."
+        )
     kept = after * math.sqrt(1 - s.renoise**2)  # q: of the noise that was
     return Transition(std, now * (1 - after) - (1 - now) * kept, 1 - after + kept)
 
 
 def loss_weight(t: Tensor, space: Space) -> Tensor:
-    """What a squared velocity error is multiplied by to be a squared error in `space`, at the same state."""
+    """What a squared velocity error is multiplied by to be a squared error in `space`, at the same
+    state."""
     if space == "clean":
         return t**2
     if space == "noise":

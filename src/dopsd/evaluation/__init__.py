@@ -1,1 +1,1 @@
-"""What a reader sees of a run: pages with pictures, curves and tables."""
+"""What a text encoder sees of a run: pages with images, curves and tables."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dopsd.diffusion.rollout import Velocity
 
-SHOWN = 8  # pictures of a topic that are kept for the page
+SHOWN = 8  # images of a topic that are kept for the page
 
 
 Kind = Literal["base", "floor", "teacher", "parent", "tuned"]
@@ -17,14 +17,16 @@ Kind = Literal["base", "floor", "teacher", "parent", "tuned"]
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """values: of each measure, one a question, [N], or [N, seeds]; pictures: some of each topic, uint8 [H, W, 3]."""
+    """values: of each measure, one a question, [N], or [N, seeds]; images: some of each topic,
+    uint8 [H, W, 3]."""
 
     values: Mapping[str, np.ndarray]
     images: Mapping[str, Sequence[Tensor]]
 
 
 class Benchmark(Protocol):
-    """What is asked. captions: of the pictures that are shown, by topic; truth: how they should look, where known."""
+    """What is asked. captions: of the images that are shown, by topic; truth: how they should look,
+    where known."""
 
     about: Any  # whatever the answers depend on besides the model, as JSON
     captions: Mapping[str, tuple[str, ...]]

@@ -1,4 +1,5 @@
-"""Pictures in the layouts that the scorers of GenEval and DPG-Bench read. The scorers themselves are not here."""
+"""Images in the layouts that the scorers of GenEval and DPG-Bench read. The scorers themselves are
+not here."""
 
 import json
 import shutil
@@ -14,8 +15,9 @@ from dopsd.images import open_image
 
 
 def geneval(image_set: ImageSet, questions: Sequence[EvaluationPrompt], folder: Path) -> None:
-    """`00000/metadata.jsonl`, the prompt's own row, and `00000/samples/0000.png` ... , as the README of
-    github.com/djghosh13/geneval asks for (its evaluation_metadata.jsonl is the prompts file)."""
+    """`00000/metadata.jsonl`, the prompt's own row, and `00000/samples/0000.png` ... , as the
+    README of github.com/djghosh13/geneval asks for (its evaluation_metadata.jsonl is the prompts
+    file)."""
     for row, question in enumerate(questions):
         place = folder / f"{row:05}"
         write_text(place / "metadata.jsonl", json.dumps(dict(question.row)) + "\n")
@@ -25,12 +27,15 @@ def geneval(image_set: ImageSet, questions: Sequence[EvaluationPrompt], folder: 
 
 
 def dpg(image_set: ImageSet, questions: Sequence[EvaluationPrompt], folder: Path) -> None:
-    """`<name of the prompt>.png`: four pictures as two rows of two, read from left to right, as dpg_bench/
-    compute_dpg_bench.py of github.com/TencentQQGYLab/ELLA cuts it (--resolution: one picture's side, --pic-num 4)."""
+    """`<name of the prompt>.png`: four images as two rows of two, read from left to right, as
+    dpg_bench/ compute_dpg_bench.py of github.com/TencentQQGYLab/ELLA cuts it (--resolution: one
+    image's side, --pic-num 4)."""
     for row, question in enumerate(questions):
         images = [open_image(p.path) for p in image_set.images if p.row == row][:4]
         if len(images) < 4 or images[0].width != images[0].height:
-            raise ValueError("DPG-Bench wants four square pictures a prompt: set --seeds 4, and equal sides.")
+            raise ValueError(
+                "DPG-Bench wants four square pictures a prompt: set --seeds 4, and equal sides."
+            )
         side = images[0].width
         sheet = Image.new("RGB", (2 * side, 2 * side))
         for place, image in enumerate(images):
@@ -39,4 +44,7 @@ def dpg(image_set: ImageSet, questions: Sequence[EvaluationPrompt], folder: Path
             sheet.save(temporary, format="PNG")
 
 
-LAYOUTS: Mapping[str, Callable[[ImageSet, Sequence[EvaluationPrompt], Path], None]] = {"geneval": geneval, "dpg": dpg}
+LAYOUTS: Mapping[str, Callable[[ImageSet, Sequence[EvaluationPrompt], Path], None]] = {
+    "geneval": geneval,
+    "dpg": dpg,
+}

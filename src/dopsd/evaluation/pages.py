@@ -1,6 +1,8 @@
-"""Pages that tell what happened: one of a run, one of a comparison. Self-contained HTML, no script, no network.
+"""Pages that tell what happened: one of a run, one of a comparison. Self-contained HTML, no script,
+no network.
 
-A page is a list of sections (words, table, panels of pictures, curves, text); page.html.jinja lays them out.
+A page is a list of sections (words, table, panels of images, curves, text); page.html.jinja lays
+them out.
 """
 
 import base64
@@ -15,21 +17,20 @@ from PIL import Image
 from dopsd.evaluation.plots import Curve
 from dopsd.files import write_text
 
-EXACT_SIDE = 256  # pixels; a larger picture is embedded as a JPEG copy of at most COPY_SIDE, or pages grow to 100 MB
+# Pixels; a larger image is embedded as a JPEG copy of at most COPY_SIDE, or pages grow to 100 MB
+EXACT_SIDE = 256
 COPY_SIDE = 640
-ENLARGED_SIDE = 128  # pixels; pictures up to here are enlarged without smoothing
+ENLARGED_SIDE = 128  # pixels; images up to here are enlarged without smoothing
 SHARED = "In a column every model got the same prompt and the same noise."
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A grid of pictures: a caption for each column, and rows of (label, pictures)."""
+    """A grid of images: a caption for each column, and rows of (label, images)."""
 
     title: str
     captions: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Image.Image, ...]], ...]
-
-
 
 
 def write_comparison(
@@ -41,7 +42,8 @@ def write_comparison(
     panels: Sequence[Panel],
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the page of a comparison. table: a row for each model, its name first and numbers after."""
+    """Write the page of a comparison. table: a row for each model, its name first and numbers
+    after."""
     sections = [
         _Section("HealthMetrics", header=header, rows=table),
         _Section("Pictures", words=[SHARED] if panels else [], panels=panels),
@@ -52,7 +54,8 @@ def write_comparison(
 
 @dataclass(frozen=True)
 class _Section:
-    """A part of a page, left out when it has nothing to show. With a header, the cells after the first are numbers."""
+    """A part of a page, left out when it has nothing to show. With a header, the cells after the
+    first are numbers."""
 
     title: str
     words: Sequence[str] = ()
@@ -63,13 +66,17 @@ class _Section:
     text: str = ""
 
 
-
-
 def _write_page(
     path: Path, title: str, intro: str, sections: Sequence[_Section], headline: Mapping[str, object]
 ) -> Path:
     loader = PackageLoader("dopsd.evaluation", "")
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     pages.filters["data_uri"] = _data_uri
     page = pages.get_template("page.html.jinja")
     write_text(
@@ -87,28 +94,10 @@ def _write_page(
 
 
 def _data_uri(image: Image.Image) -> str:
-    """The picture as PNG, or a copy of a large one as JPEG."""
+    """The image as PNG, or a copy of a large one as JPEG."""
     buffer, kind = io.BytesIO(), "png"
     if max(image.size) > EXACT_SIDE:
         image, kind = image.convert("RGB"), "jpeg"
         image.thumbnail((COPY_SIDE, COPY_SIDE))
     image.save(buffer, kind, quality=90)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -16,8 +16,9 @@ Metrics = Sequence[Mapping[str, float | None]]  # None: it was not finite
 
 @dataclass(frozen=True)
 class Curve:
-    """Lines over steps as (name, colour of CSS, points [N, 2]), points in the unit square, y downward. steps: at the
-    left and right end; values: at the bottom, in the middle and at the top."""
+    """Lines over steps as (name, colour of CSS, points [N, 2]), points in the unit square, y
+    downward. steps: at the left and right end; values: at the bottom, in the middle and at the top.
+    """
 
     title: str
     lines: Sequence[tuple[str, str, np.ndarray]]
@@ -26,23 +27,35 @@ class Curve:
 
 
 def curves_of(metrics: Metrics) -> list[Curve]:
-    """Loss, its parts at the steps of the walk, gradient norm, and whatever else the method reported."""
+    """Loss, its parts at the steps of the walk, gradient norm, and whatever else the method
+    reported."""
     names = dict.fromkeys(name for row in metrics for name in row)
-    parts = sorted((name for name in names if name.startswith("loss_at_")), key=lambda name: (len(name), name))
+    parts = sorted(
+        (name for name in names if name.startswith("loss_at_")), key=lambda name: (len(name), name)
+    )
     singles = ["grad_norm", *(name for name in names if name not in COLUMNS and name not in parts)]
     together = [curve_of("loss at each step of the walk", metrics, parts)] if parts else []
-    return [curve_of("loss", metrics, ["loss"]), *together, *(curve_of(name, metrics, [name]) for name in singles)]
+    return [
+        curve_of("loss", metrics, ["loss"]),
+        *together,
+        *(curve_of(name, metrics, [name]) for name in singles),
+    ]
 
 
 def curve_of(title: str, metrics: Metrics, names: Sequence[str]) -> Curve:
-    """One name: as measured, and smoothed. Several: smoothed only, from blue (first) to orange (last)."""
+    """One name: as measured, and smoothed. Several: smoothed only, from blue (first) to orange
+    (last)."""
     lines = []
     for index, name in enumerate(names):
-        points = _thinned(np.array([(row["step"], row[name]) for row in metrics if row.get(name) is not None]))
+        points = _thinned(
+            np.array([(row["step"], row[name]) for row in metrics if row.get(name) is not None])
+        )
         if len(names) == 1:
             lines.append(("as measured", "var(--faint)", points))
         hue = 220 + 170 * index / max(1, len(names) - 1)
-        lines.append(("smoothed" if len(names) == 1 else name, f"hsl({hue:.0f} 65% 52%)", _smoothed(points)))
+        lines.append(
+            ("smoothed" if len(names) == 1 else name, f"hsl({hue:.0f} 65% 52%)", _smoothed(points))
+        )
     everything = np.concatenate([points for _, _, points in lines])
     (left, low), (right, high) = everything.min(axis=0), everything.max(axis=0)
     logarithmic = low > 0 and high > WIDE * low
@@ -50,17 +63,28 @@ def curve_of(title: str, metrics: Metrics, names: Sequence[str]) -> Curve:
 
     def place(points: np.ndarray) -> np.ndarray:
         steps, values = points.T
-        risen = np.log(values / low) / np.log(high / low) if logarithmic else (values - low) / ((high - low) or 1)
+        risen = (
+            np.log(values / low) / np.log(high / low)
+            if logarithmic
+            else (values - low) / ((high - low) or 1)
+        )
         return np.stack([(steps - left) / ((right - left) or 1), 1 - risen], axis=1)
 
     middle = math.sqrt(low * high) if logarithmic else (low + high) / 2
     placed = [(name, colour, place(points)) for name, colour, points in lines]
-    return Curve(title + (" (logarithmic)" if logarithmic else ""), placed, (left, right), (low, middle, high))
+    return Curve(
+        title + (" (logarithmic)" if logarithmic else ""),
+        placed,
+        (left, right),
+        (low, middle, high),
+    )
 
 
 def _thinned(points: np.ndarray) -> np.ndarray:
     group = math.ceil(len(points) / POINTS)
-    return np.array([points[start : start + group].mean(axis=0) for start in range(0, len(points), group)])
+    return np.array(
+        [points[start : start + group].mean(axis=0) for start in range(0, len(points), group)]
+    )
 
 
 def _smoothed(points: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""Test prompts by the rule of D-OPSD's evaluation: of each picture its scene in other words, and four new scenes.
+"""Test prompts by the rule of D-OPSD's evaluation: of each image its scene in other words, and four
+new scenes.
 
-A vision-language model writes them; every prompt keeps the trigger, and what does not keep to the rule is refused.
+A vision-language model writes them; every prompt keeps the trigger, and what does not keep to the
+rule is refused.
 """
 
 import json
@@ -41,22 +43,29 @@ def write_test_prompts(
     class_word: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Ask about each (picture, caption), and write five rows a picture into a `.jsonl` of prompts; pictures that have
-    rows there already are not asked about again. class_word: what the thing is ("dog"): object prompts must not say
-    it, and text measures read it in the trigger's place. Returns the number of rows. Raises ValueError for an answer
-    that breaks the rule; what was written before stays."""
+    """Ask about each (image, caption), and write five rows an image into a `.jsonl` of prompts;
+    images that have rows there already are not asked about again. class_word: what the thing is
+    ("dog"): object prompts must not say it, and text measures read it in the trigger's place.
+    Returns the number of rows. Raises ValueError for an answer that breaks the rule; what was
+    written before stays."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     done = {json.loads(line)["target"] for line in lines}
     for number, (path, caption) in enumerate(images, start=1):
         target = os.path.relpath(path, file.parent)
         if target not in done:
             question = QUESTION.format(
-                caption=caption, trigger=trigger, meaning=MEANING[mode], rule=RULE[mode].format(trigger=trigger)
+                caption=caption,
+                trigger=trigger,
+                meaning=MEANING[mode],
+                rule=RULE[mode].format(trigger=trigger),
             )
             answer = ask(open_image(path), question)
-            prompts = prompts_in(answer, trigger, class_word if mode == "object" else None, path.name)
+            prompts = prompts_in(
+                answer, trigger, class_word if mode == "object" else None, path.name
+            )
             lines += [
-                json.dumps(_row(p, k, target, trigger, class_word), ensure_ascii=False) for k, p in enumerate(prompts)
+                json.dumps(_row(p, k, target, trigger, class_word), ensure_ascii=False)
+                for k, p in enumerate(prompts)
             ]
             write_text(file, "\n".join(lines) + "\n")
         if progress:
@@ -64,21 +73,29 @@ def write_test_prompts(
     return len(lines)
 
 
-def _row(prompt: str, place: int, target: str, trigger: str, class_word: str | None) -> dict[str, str]:
+def _row(
+    prompt: str, place: int, target: str, trigger: str, class_word: str | None
+) -> dict[str, str]:
     row = {"prompt": prompt, "target": target, "kind": "scene" if place else "rewrite"}
     return row | ({"scored_as": prompt.replace(trigger, class_word)} if class_word else {})
 
 
 def prompts_in(answer: str, trigger: str, forbidden: str | None, called: str) -> list[str]:
-    """The five prompts of an answer in the asked form. Raises ValueError for another form, a prompt without the
-    trigger, or one that says the forbidden word."""
-    form = r"\s*" + r"\s+".join(rf"{number}[.)]\s+(.+?)" for number in range(1, SCENES + 2)) + r"\s*"
+    """The five prompts of an answer in the asked form. Raises ValueError for another form, a prompt
+    without the trigger, or one that says the forbidden word."""
+    form = (
+        r"\s*" + r"\s+".join(rf"{number}[.)]\s+(.+?)" for number in range(1, SCENES + 2)) + r"\s*"
+    )
     found = re.fullmatch(form, answer, flags=re.DOTALL)
     if not found:
-        raise ValueError(f"the answer about {called} is not five numbered prompts: {brief(answer, 120)!r}.")
+        raise ValueError(
+            f"the answer about {called} is not five numbered prompts: {brief(answer, 120)!r}."
+        )
     for prompt in found.groups():
         if trigger not in prompt:
-            raise ValueError(f"a prompt about {called} lacks the trigger {trigger}: {brief(prompt, 120)!r}.")
+            raise ValueError(
+                f"a prompt about {called} lacks the trigger {trigger}: {brief(prompt, 120)!r}."
+            )
         if forbidden and re.search(rf"\b{re.escape(forbidden)}s?\b", prompt, flags=re.IGNORECASE):
             raise ValueError(
                 f"a prompt about {called} says {forbidden}, which gives the thing away: {brief(prompt, 120)!r}."

@@ -1,7 +1,8 @@
-"""Galleries under a measure: one model in memory at a time, and every score on disk as soon as it is known.
+"""Galleries under a measure: one model in memory at a time, and every score on disk as soon as it
+is known.
 
-A score is kept under the content of what made it (picture, prompt, target), so that a second call goes on where one
-ended, and a picture that was painted anew is measured anew.
+A score is kept under the content of what made it (image, prompt, target), so that a second call
+goes on where one ended, and an image that was generated anew is measured anew.
 """
 
 import hashlib
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dopsd.evaluation.image_sets import ImageSet, GeneratedImage, Progress
+from dopsd.evaluation.image_sets import GeneratedImage, ImageSet, Progress
 from dopsd.evaluation.metrics import Found
 from dopsd.evaluation.rewards import load_reward
 from dopsd.files import read_tensors, sha256_of, write_tensors, writing
 from dopsd.images import open_image
 
-AT_ONCE = 8  # pictures that a model looks at together
+AT_ONCE = 8  # images that a model looks at together
 
 
 class MetricUnavailable(ValueError):
@@ -31,7 +32,8 @@ class MetricUnavailable(ValueError):
 
 @dataclass(frozen=True)
 class Scored:
-    """values: [prompts, seeds], NaN where nothing was asked or nothing answered; asked, answered: pictures."""
+    """values: [prompts, seeds], NaN where nothing was asked or nothing answered; asked, answered:
+    images."""
 
     values: np.ndarray
     asked: int
@@ -49,14 +51,22 @@ class Scores:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         try:
             rows = [json.loads(line) for line in lines if line.endswith("}")]
-            self.values = {row["key"]: float("nan") if row["value"] is None else float(row["value"]) for row in rows}
+            self.values = {
+                row["key"]: float("nan") if row["value"] is None else float(row["value"])
+                for row in rows
+            }
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}): remove it, and measure again.") from error
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}): remove it, and measure again."
+            ) from error
         self.cut = bool(lines) and not path.read_bytes().endswith(b"\n")
 
     def add(self, found: Sequence[tuple[str, str, float]]) -> None:
-        """(key, file, value) of some pictures; NaN is null in the file."""
-        rows = [{"key": key, "file": file, "value": None if np.isnan(v) else v} for key, file, v in found]
+        """(key, file, value) of some images; NaN is null in the file."""
+        rows = [
+            {"key": key, "file": file, "value": None if np.isnan(v) else v}
+            for key, file, v in found
+        ]
         text = "\n" * self.cut + "".join(json.dumps(row) + "\n" for row in rows)
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +77,15 @@ class Scores:
 
 
 def score(
-    found: Found, image_sets: Sequence[ImageSet], folder: Path, device: torch.device, progress: Progress
+    found: Found,
+    image_sets: Sequence[ImageSet],
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> list[Scored]:
-    """Each gallery's scores; prompts that the measure is not about (`Measure.skips`, or no target) are not asked.
-    Raises Unmeasured where the measure's model cannot be had, and ValueError for a picture that cannot be read; what
-    was scored before is kept."""
+    """Each image set's scores; prompts that the measure is not about (`Measure.skips`, or no
+    target) are not asked. Raises Unmeasured where the measure's model cannot be had, and ValueError
+    for an image that cannot be read; what was scored before is kept."""
     store = Scores(_place(folder, found, "jsonl"))
     asked = [[p for p in image_set.images if _concerns(found, p)] for image_set in image_sets]
     content = cache(_content)
@@ -85,7 +99,9 @@ def score(
         done = 0
         for group, pixels in _groups(images):
             assert metric is not None
-            values = [v if np.isfinite(v) else float("nan") for v in metric(group, pixels.to(device))]
+            values = [
+                v if np.isfinite(v) else float("nan") for v in metric(group, pixels.to(device))
+            ]
             store.add([(keys[p], str(p.path), v) for p, v in zip(group, values, strict=True)])
             done += len(group)
             progress(f"{found.short} of {image_set.label}", done, len(images))
@@ -99,9 +115,13 @@ def score(
 
 
 def features(
-    found: Found, sets: Sequence[Sequence[Path]], folder: Path, device: torch.device, progress: Progress
+    found: Found,
+    sets: Sequence[Sequence[Path]],
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> list[Tensor]:
-    """Features [n, D] of each set of pictures, from disk where a call before made them."""
+    """Features [n, D] of each set of images, from disk where a call before made them."""
     network, answers = None, []
     for number, paths in enumerate(sets, start=1):
         content = hashlib.sha256("".join(map(_content, paths)).encode()).hexdigest()[:16]
@@ -131,8 +151,10 @@ def _concerns(found: Found, image: GeneratedImage) -> bool:
     return not (image.kind and image.kind == found.metric.skips)
 
 
-def _load(found: Found, device: torch.device) -> Callable[[Sequence[GeneratedImage], Tensor], list[float]]:
-    """What scores pictures of one target and one size: (pictures, their pixels [B, 3, H, W]) -> values."""
+def _load(
+    found: Found, device: torch.device
+) -> Callable[[Sequence[GeneratedImage], Tensor], list[float]]:
+    """What scores images of one target and one size: (images, their pixels [B, 3, H, W]) -> values."""
     if found.metric.needs == "target":
         compare = found.made(found.model, device)
 
@@ -146,8 +168,8 @@ def _load(found: Found, device: torch.device) -> Callable[[Sequence[GeneratedIma
 
 
 def _groups(images: Sequence[GeneratedImage]) -> Iterator[tuple[list[GeneratedImage], Tensor]]:
-    """Neighbours with one target and one size, AT_ONCE at most, and their pixels. Before a picture that cannot be read
-    is refused, those before it go out."""
+    """Neighbours with one target and one size, AT_ONCE at most, and their pixels. Before an image
+    that cannot be read is refused, those before it go out."""
     group: list[GeneratedImage] = []
     pixels: list[Tensor] = []
     for image in images:
@@ -157,7 +179,11 @@ def _groups(images: Sequence[GeneratedImage]) -> Iterator[tuple[list[GeneratedIm
             if group:
                 yield group, torch.stack(pixels)
             raise
-        if group and (len(group) == AT_ONCE or image.target != group[0].target or mine.shape != pixels[0].shape):
+        if group and (
+            len(group) == AT_ONCE
+            or image.target != group[0].target
+            or mine.shape != pixels[0].shape
+        ):
             yield group, torch.stack(pixels)
             group, pixels = [], []
         group.append(image)
@@ -168,7 +194,9 @@ def _groups(images: Sequence[GeneratedImage]) -> Iterator[tuple[list[GeneratedIm
 
 def _key(image: GeneratedImage, found: Found, content: Callable[[Path], str]) -> str:
     """Of all that a score depends on but the measure, whose file this is."""
-    beside = content(image.target) if found.metric.needs == "target" and image.target else image.prompt
+    beside = (
+        content(image.target) if found.metric.needs == "target" and image.target else image.prompt
+    )
     return hashlib.sha256(f"{content(image.path)} {beside}".encode()).hexdigest()[:24]
 
 

@@ -22,11 +22,13 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Mean of values [N], or [prompts, seeds] with a row a prompt, and its 95% interval. NaN is left out.
+    """Mean of values [N], or [prompts, seeds] with a row a prompt, and its 95% interval. NaN is
+    left out.
 
-    What is resampled are prompts, each with all its seeds: a prompt's mean already carries the noise of its seeds, and
-    resampling these as well would count it twice (docs/measures.md has the coverage of both). Of a single prompt the
-    seeds are resampled: the interval then says nothing of other prompts.
+    What is resampled are prompts, each with all its seeds: a prompt's mean already carries the
+    noise of its seeds, and resampling these as well would count it twice (docs/measures.md has the
+    coverage of both). Of a single prompt the seeds are resampled: the interval then says nothing of
+    other prompts.
     """
     table = np.asarray(values, dtype=float)
     if table.ndim == 2:
@@ -37,24 +39,28 @@ def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval
 
 
 def paired(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> Interval:
-    """Mean difference ours - theirs of values for the same prompts and noise, shapes as in `bootstrap`."""
+    """Mean difference ours - theirs of values for the same prompts and noise, shapes as in
+    `bootstrap`."""
     return bootstrap(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float), seed)
 
 
 def spearman(one: np.ndarray, other: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Rank correlation of two lists of N numbers, ties at their mean rank, with its interval over items."""
+    """Rank correlation of two lists of N numbers, ties at their mean rank, with its interval over
+    items."""
     pairs = np.stack([np.asarray(one, dtype=float), np.asarray(other, dtype=float)])
     pairs = pairs[:, ~np.isnan(pairs).any(0)]
     return resampled(lambda picks: _rank_correlation(pairs[:, picks]), pairs.shape[1], seed, draws)
 
 
-def resampled(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int = 0, draws: int = DRAWS) -> Interval:
-    """A statistic of `count` items and its interval. statistic: indices [draws, count] of items -> values [draws]; a
-    value that is NaN (nothing to correlate in that draw) has no vote.
+def resampled(
+    statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int = 0, draws: int = DRAWS
+) -> Interval:
+    """A statistic of `count` items and its interval. statistic: indices [draws, count] of items ->
+    values [draws]; a value that is NaN (nothing to correlate in that draw) has no vote.
 
-    The percentile interval with its percentiles moved outward as much as Student's t needs for so few items (the
-    expanded percentile interval of T. Hesterberg, "What teachers should know about the bootstrap", 2015): without
-    that, ten items are covered 90% of the time and not 95%.
+    The percentile interval with its percentiles moved outward as much as Student's t needs for so
+    few items (the expanded percentile interval of T. Hesterberg, "What teachers should know about
+    the bootstrap", 2015): without that, ten items are covered 90% of the time and not 95%.
     """
     if count < 1:
         return Interval(math.nan, math.nan, math.nan)
@@ -64,13 +70,17 @@ def resampled(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: i
     drawn = statistic(np.random.default_rng(seed).integers(count, size=(draws, count)))
     tail = 100 * NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student(count - 1))
     with np.errstate(invalid="ignore"):
-        low, high = np.nanpercentile(drawn, (tail, 100 - tail)) if not np.isnan(drawn).all() else (math.nan, math.nan)
+        low, high = (
+            np.nanpercentile(drawn, (tail, 100 - tail))
+            if not np.isnan(drawn).all()
+            else (math.nan, math.nan)
+        )
     return Interval(value, float(low), float(high))
 
 
 def _student(freedom: int) -> float:
-    """The 97.5% point of Student's t, by its expansion around the normal's (Abramowitz and Stegun 26.7.5); within 1%
-    from two degrees of freedom on, and 11% low at one."""
+    """The 97.5% point of Student's t, by its expansion around the normal's (Abramowitz and Stegun
+    26.7.5); within 1% from two degrees of freedom on, and 11% low at one."""
     z, v = NormalDist().inv_cdf(0.975), freedom
     return (
         z

@@ -1,4 +1,5 @@
-"""Measures of galleries as rows: value, paired difference to the base, noise floor, and what could not be measured."""
+"""Measures of image sets as rows: value, paired difference to the base, noise floor, and what could
+not be measured."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,17 +12,17 @@ import torch
 from dopsd.evaluation.image_sets import AGAIN, BASE, ImageSet, Progress
 from dopsd.evaluation.metrics import Found, find_metric, named_metric
 from dopsd.evaluation.metrics.fid import fid, kid
-from dopsd.evaluation.scores import Scored, MetricUnavailable, features, score
+from dopsd.evaluation.scores import MetricUnavailable, Scored, features, score
 from dopsd.evaluation.statistics import Interval, bootstrap, paired
 
-ENOUGH = 2048  # pictures, below which FID depends more on their number than on what they show
+ENOUGH = 2048  # images, below which FID depends more on their number than on what they show
 HEADER = ["measure", "images", "nfe", "value", "minus base", "noise floor", "note"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of one gallery. difference: to the base on the same prompts and noise; floor: how far the base is
-    from itself on other noise; a difference within it says nothing."""
+    """One measure of one image set. difference: to the base on the same prompts and noise; floor:
+    how far the base is from itself on other noise; a difference within it says nothing."""
 
     metric: str
     better: str  # higher or lower
@@ -37,7 +38,14 @@ class Row:
         shown = [_text(each) for each in (self.value, self.difference)]
         floor = "-" if self.floor is None else f"{self.floor:.3f}"
         arrow = {"higher": " ↑", "lower": " ↓", "": ""}[self.better]
-        return [self.metric + arrow, self.image_set or "-", str(self.nfe or "-"), *shown, floor, self.note]
+        return [
+            self.metric + arrow,
+            self.image_set or "-",
+            str(self.nfe or "-"),
+            *shown,
+            floor,
+            self.note,
+        ]
 
     def numbers(self) -> dict[str, Any]:
         """The same for JSON, which knows neither NaN nor infinity."""
@@ -62,8 +70,9 @@ def tabulate(
     device: torch.device,
     progress: Progress,
 ) -> list[Row]:
-    """Rows of each measure, one model in memory at a time; what it found lies under `folder/scores`. reference: the
-    pictures that FID and KID compare with. A measure whose model cannot be had is a row that says so."""
+    """Rows of each measure, one model in memory at a time; what it found lies under
+    `folder/scores`. reference: the images that FID and KID compare with. A measure whose model
+    cannot be had is a row that says so."""
     rows: list[Row] = []
     for name in metrics:
         short, _, metric = named_metric(name)
@@ -83,7 +92,12 @@ def tabulate(
 
 
 def _of_images(
-    found: Found, better: str, image_sets: Sequence[ImageSet], folder: Path, device: torch.device, progress: Progress
+    found: Found,
+    better: str,
+    image_sets: Sequence[ImageSet],
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> list[Row]:
     scored = dict(zip(image_sets, score(found, image_sets, folder, device, progress), strict=True))
     if not any(each.asked for each in scored.values()):
@@ -96,14 +110,30 @@ def _of_images(
         floor = _reach(paired(again.values, base.values)) if base and again else None
         note = "; ".join([*_remarks(found, mine), *_weight(difference, floor)])
         rows.append(
-            Row(found.short, better, image_set.name, image_set.nfe, bootstrap(mine.values), difference, floor, note)
+            Row(
+                found.short,
+                better,
+                image_set.name,
+                image_set.nfe,
+                bootstrap(mine.values),
+                difference,
+                floor,
+                note,
+            )
         )
     return rows
 
 
 def _beside(image_set: ImageSet, name: str, scored: Mapping[ImageSet, Any]) -> Any:
-    """What the gallery of that name at the same number of forwards scored."""
-    return next((each for other, each in scored.items() if other.name == name and other.nfe == image_set.nfe), None)
+    """What the image set of that name at the same number of forwards scored."""
+    return next(
+        (
+            each
+            for other, each in scored.items()
+            if other.name == name and other.nfe == image_set.nfe
+        ),
+        None,
+    )
 
 
 def _reach(interval: Interval) -> float:
@@ -113,7 +143,9 @@ def _reach(interval: Interval) -> float:
 
 def _weight(difference: Interval | None, floor: float | None) -> list[str]:
     """What to say of a difference that seeds alone would make."""
-    if difference is None or ((difference.low > 0 or difference.high < 0) and abs(difference.value) > (floor or 0)):
+    if difference is None or (
+        (difference.low > 0 or difference.high < 0) and abs(difference.value) > (floor or 0)
+    ):
         return []
     return ["no difference beyond noise"]
 
@@ -121,7 +153,9 @@ def _weight(difference: Interval | None, floor: float | None) -> list[str]:
 def _remarks(found: Found, scored: Scored) -> list[str]:
     remarks = []
     if scored.answered < scored.asked:
-        remarks.append(f"{scored.asked - scored.answered} of {scored.asked} pictures without an answer")
+        remarks.append(
+            f"{scored.asked - scored.answered} of {scored.asked} pictures without an answer"
+        )
     usual = Path(found.metric.model or "").name
     if usual and Path(found.model).name != usual:
         remarks.append(f"not comparable with numbers by {usual}")
@@ -140,7 +174,9 @@ def _of_sets(
     progress: Progress,
 ) -> list[Row]:
     if not reference:
-        raise MetricUnavailable("there are no target pictures: name them with --targets, or in the prompts.")
+        raise MetricUnavailable(
+            "there are no target pictures: name them with --targets, or in the prompts."
+        )
     sets = [reference, *([image.path for image in image_set.images] for image_set in image_sets)]
     theirs, *ours = features(found, sets, folder, device, progress)
     values, notes = {}, {}
@@ -161,7 +197,16 @@ def _of_sets(
         difference = _alone(value - base) if base is not None and image_set.name != BASE else None
         floor = abs(again - base) if base is not None and again is not None else None
         rows.append(
-            Row(found.short, better, image_set.name, image_set.nfe, _alone(value), difference, floor, notes[image_set])
+            Row(
+                found.short,
+                better,
+                image_set.name,
+                image_set.nfe,
+                _alone(value),
+                difference,
+                floor,
+                notes[image_set],
+            )
         )
     return rows
 

@@ -23,13 +23,25 @@ METHODS: dict[str, type[Method]] = {
 AnyMethod = Annotated[DOPSD | SFT | DreamBooth | PSO | PSOOnline | DPO, Field(discriminator="name")]
 
 __all__ = [
-    "DOPSD", "DPO", "METHODS", "PSO", "SFT", "AnyMethod", "DreamBooth", "Loss", "Method", "PSOOnline", "Roles",
-    "ToGenerate", "missing",
+    "DOPSD",
+    "DPO",
+    "METHODS",
+    "PSO",
+    "SFT",
+    "AnyMethod",
+    "DreamBooth",
+    "Loss",
+    "Method",
+    "PSOOnline",
+    "Roles",
+    "ToGenerate",
+    "missing",
 ]
 
 
 def missing(method: Method | type[Method], teacher_contexts: tuple[str, ...]) -> str | None:
-    """Why a family with these teacher contexts cannot run the method, as it is set or by default; None where it can."""
+    """Why a family with these teacher contexts cannot run the method, as it is set or by default;
+    None where it can."""
     settings = method if isinstance(method, Method) else method.model_construct()
     if "privileged" in settings.needs and not teacher_contexts:
         return "its encoders read no picture, so there is no teacher that sees the target"

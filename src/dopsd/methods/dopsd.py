@@ -1,12 +1,12 @@
 """D-OPSD, on-policy self-distillation (arXiv:2605.05204). The model is its own teacher.
 
-z_0 ~ noise;  for each step k of the student's own few-step walk:
+z_0 ~ noise;  for each step k of the student's own few-step rollout:
     u_s = student(z_k, t_k, prompt)                      with gradient
-    u_t = teacher(z_k, t_k, prompt and target picture)   without
+    u_t = teacher(z_k, t_k, prompt and target image)   without
     loss_k = w(t_k) |u_s - u_t|^2 / K                    eq. 7; w = 1 in velocity space
     z_{k+1} = the sampler's step from z_k along u_s, detached
-With retention > 0, the same on prompts that have nothing to do with the data, where the teacher is the untouched model
-with the same prompt: nothing is to be learned there, and nothing lost.
+With retention > 0, the same on prompts that have nothing to do with the data, where the teacher is
+the base model with the same prompt: nothing is to be learned there, and nothing lost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,29 +25,41 @@ Index = Annotated[int, Field(ge=0)]
 
 
 class DOPSD(Method):
-    """The defaults are the paper's; the other values of states, loss_steps and teacher_decay are its ablations."""
+    """The defaults are the paper's; the other values of states, loss_steps and teacher_decay are
+    its ablations."""
 
     name: Literal["dopsd"] = "dopsd"
     space: Literal["velocity", "clean"] = Field(
-        default="velocity", description="Where the error is measured: eq. 7, or the reference code's sigma^2."
+        default="velocity",
+        description="Where the error is measured: eq. 7, or the reference code's sigma^2.",
     )
     teacher_decay: float = Field(
-        default=0.9999, ge=0, le=1, description="0: a live copy, 1: the frozen start, between: average of the student."
+        default=0.9999,
+        ge=0,
+        le=1,
+        description="0: a live copy, 1: the frozen start, between: average of the student.",
     )
     states: Literal["student", "teacher", "data"] = Field(
-        default="student", description="Whose: the student's walk, the teacher's, or the noised pictures (off policy)."
+        default="student",
+        description="Whose: the student's walk, the teacher's, or the noised pictures (off policy).",
     )
     loss_steps: Literal["all"] | Annotated[int, Field(ge=1)] | tuple[Index, ...] = Field(
-        default="all", description="Steps of the walk that carry a loss: all, so many drawn at random, or a list."
+        default="all",
+        description="Steps of the walk that carry a loss: all, so many drawn at random, or a list.",
     )
     teacher_guidance: float = Field(
-        default=1.0, ge=0, description="Beyond 1 the teacher goes further from its text-only answer; costs a forward."
+        default=1.0,
+        ge=0,
+        description="Beyond 1 the teacher goes further from its text-only answer; costs a forward.",
     )
     teacher_sees: Literal["target", "another"] = Field(
-        default="target", description="The picture that is trained on, or the next one of the same folder."
+        default="target",
+        description="The picture that is trained on, or the next one of the same folder.",
     )
     retention: float = Field(
-        default=0.0, ge=0, description="Weight of staying as the untouched model is on data.replay's prompts."
+        default=0.0,
+        ge=0,
+        description="Weight of staying as the untouched model is on data.replay's prompts.",
     )
 
     @property
@@ -68,16 +80,32 @@ class DOPSD(Method):
     def refuse_nfe(self, nfe: int) -> None:
         steps = self.loss_steps
         if isinstance(steps, int) and steps > nfe:
-            raise ValueError(f"method.loss_steps asks for {steps} steps of a walk of {nfe}: ask for at most {nfe}.")
+            raise ValueError(
+                f"method.loss_steps asks for {steps} steps of a walk of {nfe}: ask for at most {nfe}."
+            )
         if isinstance(steps, tuple) and (late := [step for step in steps if step >= nfe]):
-            raise ValueError(f"method.loss_steps names step {late[0]}, and a walk of {nfe} has 0 to {nfe - 1}.")
+            raise ValueError(
+                f"method.loss_steps names step {late[0]}, and a walk of {nfe} has 0 to {nfe - 1}."
+            )
 
     def forwards(self, nfe: int) -> int:
         carried = self._carried(nfe, torch.Generator())
-        sample_in_chunks = 0 if self.states == "data" else nfe if isinstance(self.loss_steps, int) else carried[-1] + 1
-        student = 2 if self.states == "student" else 3  # backward, and where the walk is not its own, forward
+        sample_in_chunks = (
+            0
+            if self.states == "data"
+            else nfe
+            if isinstance(self.loss_steps, int)
+            else carried[-1] + 1
+        )
+        student = (
+            2 if self.states == "student" else 3
+        )  # backward, and where the walk is not its own, forward
         teacher = 1 if self.teacher_guidance == 1 else 2
-        return sample_in_chunks + len(carried) * (student + teacher) + (4 * nfe if self.retention else 0)
+        return (
+            sample_in_chunks
+            + len(carried) * (student + teacher)
+            + (4 * nfe if self.retention else 0)
+        )
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
@@ -95,7 +123,9 @@ class DOPSD(Method):
             yield Loss(error / len(carried), log, last=left == 0)
         if self.retention:
             assert batch.replay is not None, "the run must read the replay prompts"
-            for state in rollout(roles.student, noise_like(noise, rng), schedule, batch.replay, rng):
+            for state in rollout(
+                roles.student, noise_like(noise, rng), schedule, batch.replay, rng
+            ):
                 t = state.step.now.expand(len(noise)).to(noise.device)
                 target = roles.base(state.z, t, batch.replay)
                 moved = row_errors(state.velocity, target).mean() / schedule.nfe
@@ -123,7 +153,9 @@ class DOPSD(Method):
     ) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """The states that carry a loss, each with the student's velocity there and its graph."""
         if self.states == "student":
-            for state in rollout(roles.student, noise, schedule, batch.context, rng, graph_at=carried):
+            for state in rollout(
+                roles.student, noise, schedule, batch.context, rng, graph_at=carried
+            ):
                 if state.step.index in carried:
                     yield state.step, state.z, state.velocity
                 if state.step.index == carried[-1]:
@@ -139,7 +171,9 @@ class DOPSD(Method):
     ) -> Iterator[tuple[Step, Tensor]]:
         """States that are not the student's own, one a step: off policy."""
         if self.states == "teacher":
-            assert batch.privileged is not None, "the run must cache the teacher's contexts for D-OPSD"
+            assert batch.privileged is not None, (
+                "the run must cache the teacher's contexts for D-OPSD"
+            )
             for state in rollout(roles.teacher, noise, schedule, batch.privileged, rng):
                 yield state.step, state.z
         else:
@@ -148,7 +182,7 @@ class DOPSD(Method):
 
     @torch.no_grad()
     def _target(self, roles: Roles, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """Where the teacher would go; with guidance, further along what the picture told it."""
+        """Where the teacher would go; with guidance, further along what the image told it."""
         assert batch.privileged is not None, "the run must cache the teacher's contexts for D-OPSD"
         seeing = roles.teacher(z, t, batch.privileged)
         if self.teacher_guidance == 1:

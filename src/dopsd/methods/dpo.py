@@ -1,6 +1,6 @@
-"""Diffusion-DPO (arXiv:2311.12908) for flow models: of two pictures for a prompt, one was preferred.
+"""Diffusion-DPO (arXiv:2311.12908) for flow models: of two images for a prompt, one was preferred.
 
-t ~ times, one noise for both;  z = (1-t) picture + t noise;  wanted: noise - picture
+t ~ times, one noise for both;  z = (1-t) image + t noise;  wanted: noise - image
 margin = beta w(t) [ E(rejected) - E(chosen) ]                       E as in `preference`
 """
 
@@ -18,11 +18,15 @@ from dopsd.methods.preference import Preference, Term, pairwise_losses
 
 
 class DPO(DrawsTimes, Preference):
-    """Errors are means over latent elements, so beta does not depend on the picture's size."""
+    """Errors are means over latent elements, so beta does not depend on the image's size."""
 
     name: Literal["dpo"] = "dpo"
-    beta: float = Field(default=1000.0, gt=0, description="Multiplies the margin; codes with beta / 2 call it 2000.")
-    space: Space = Field(default="velocity", description="Where the error is measured: velocity, clean or noise.")
+    beta: float = Field(
+        default=1000.0, gt=0, description="Multiplies the margin; codes with beta / 2 call it 2000."
+    )
+    space: Space = Field(
+        default="velocity", description="Where the error is measured: velocity, clean or noise."
+    )
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -1,7 +1,7 @@
-"""DreamBooth with prior preservation (arXiv:2208.12242): SFT on the subject and, beside it, on pictures of its class
-that the untouched model painted before training.
+"""DreamBooth with prior preservation (arXiv:2208.12242): SFT on the subject and, beside it, on
+images of its class that the base model generated before training.
 
-loss = matching(pictures, prompts) + prior_weight matching(class pictures, class prompt)
+loss = matching(images, prompts) + prior_weight matching(class images, class prompt)
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,16 @@ from dopsd.methods.flow_matching import FlowMatching
 
 
 class DreamBooth(FlowMatching):
-    """The class pictures come from the model as it is deployed: few steps, no guidance."""
+    """The class images come from the model as it is deployed: few steps, no guidance."""
 
     name: Literal["dreambooth"] = "dreambooth"
-    class_prompt: str = Field(min_length=1, description="What the class pictures show.", examples=["a photo of a dog"])
+    class_prompt: str = Field(
+        min_length=1, description="What the class pictures show.", examples=["a photo of a dog"]
+    )
     class_images: int = Field(default=100, ge=1, description="How many the untouched model paints.")
-    prior_weight: float = Field(default=1.0, ge=0, description="Of the class pictures' loss; 0 is SFT.")
+    prior_weight: float = Field(
+        default=1.0, ge=0, description="Of the class pictures' loss; 0 is SFT."
+    )
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -1,4 +1,5 @@
-"""Flow matching on noised pictures: what SFT, DreamBooth and Diffusion-DPO share. How times are drawn and weighed.
+"""Flow matching on noised images: what SFT, DreamBooth and Diffusion-DPO share. How times are drawn
+and weighed.
 
 noisy at t:  z = (1-t) clean + t noise;  wanted there: noise - clean
 """
@@ -17,7 +18,7 @@ Times = Literal["uniform", "logit_normal", "shift", "own_steps"]
 
 
 class DrawsTimes(Method):
-    """A method that meets its pictures at drawn times."""
+    """A method that meets its images at drawn times."""
 
     times: Times = Field(
         default="shift",
@@ -27,8 +28,8 @@ class DrawsTimes(Method):
     shift: float = Field(default=3.0, gt=0, description="Of times: shift.")
 
     def draw_times(self, roles: Roles, clean: Tensor, rng: torch.Generator) -> Tensor:
-        """t: float32 [B], from 0 to where the sampler starts: 1, or below it where the network was trained on no more
-        noise than that."""
+        """t: float32 [B], from 0 to where the sampler starts: 1, or below it where the network was
+        trained on no more noise than that."""
         size, times = (len(clean),), roles.schedule(self.nfe, *clean.shape[-2:]).times
         if self.times == "own_steps":
             own = torch.randint(len(times) - 1, size, generator=rng, device=rng.device)
@@ -42,11 +43,15 @@ class DrawsTimes(Method):
 
 
 class FlowMatching(DrawsTimes):
-    """Regression on the pictures' own velocity."""
+    """Regression on the images' own velocity."""
 
-    space: Space = Field(default="velocity", description="Where the error is measured: velocity, clean or noise.")
+    space: Space = Field(
+        default="velocity", description="Where the error is measured: velocity, clean or noise."
+    )
     min_snr_gamma: float | None = Field(
-        default=None, gt=0, description="Min-SNR weighting of the noise error (arXiv:2303.09556); 5 is usual."
+        default=None,
+        gt=0,
+        description="Min-SNR weighting of the noise error (arXiv:2303.09556); 5 is usual.",
     )
 
     @model_validator(mode="after")
@@ -56,14 +61,17 @@ class FlowMatching(DrawsTimes):
         return self
 
     def time_weight(self, t: Tensor) -> Tensor:
-        """What the squared velocity error at t [B] counts. With min-SNR, (1-t)^2 min(SNR, gamma) / SNR for the signal
-        to noise ratio SNR = ((1-t)/t)^2, written without the division by 0 at t = 1."""
+        """What the squared velocity error at t [B] counts. With min-SNR, (1-t)^2 min(SNR, gamma) /
+        SNR for the signal to noise ratio SNR = ((1-t)/t)^2, written without the division by 0 at t
+        = 1."""
         if self.min_snr_gamma is None:
             return loss_weight(t, self.space)
         return torch.minimum((1 - t) ** 2, self.min_snr_gamma * t**2)
 
-    def matching_error(self, roles: Roles, batch: Batch, clean: Tensor, rng: torch.Generator) -> Tensor:
-        """The batch's loss, 0-d, with `clean` [B, C, h, w] in place of its pictures."""
+    def matching_error(
+        self, roles: Roles, batch: Batch, clean: Tensor, rng: torch.Generator
+    ) -> Tensor:
+        """The batch's loss, 0-d, with `clean` [B, C, h, w] in place of its images."""
         noise = noise_like(clean, rng)
         t = self.draw_times(roles, clean, rng)
         errors = row_errors(roles.student(noisy(clean, noise, t), t, batch.context), noise - clean)

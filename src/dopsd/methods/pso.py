@@ -1,9 +1,11 @@
-"""PSO, offline (arXiv:2410.03190): the data's pictures are preferred to what the few-step model paints for their
-prompts, step by step of its own sampler. The paper's loss is for noise predictions; its form for velocities is ours.
+"""PSO, offline (arXiv:2410.03190): the data's images are preferred to what the few-step model
+generates for their prompts, step by step of its own sampler. The paper's loss is for noise
+predictions; its form for velocities is ours.
 
-Winner, at every time t_k of the sampler: the picture, noised; wanted there is its own velocity, noise - picture.
-Loser, form "rollout": a walk of the model that draws fresh noise at every step (eta); wanted at each of its states is
-the velocity that its next state implies. Form "forward": a picture that the untouched model painted, noised likewise.
+Winner, at every time t_k of the sampler: the image, noised; wanted there is its own velocity, noise
+- image. Loser, form "rollout": a walk of the model that draws fresh noise at every step (eta);
+wanted at each of its states is the velocity that its next state implies. Form "forward": an image
+that the base model generated, noised likewise.
 margin = beta sum_k w_k [ E_k(loser) - E_k(winner) ]               E as in `preference`
 w_k    = slope^2 / (2 std^2) of the step as a Gaussian (`flow.transition`); normalised: divided by their mean
 """
@@ -23,8 +25,8 @@ from dopsd.methods.preference import Branch, Link, Preference, Term, normalised,
 
 
 class PSO(Preference):
-    """The customisation form of the paper's code is form: forward, link: hinge, reference: false, with a loser_prompt
-    of the class and a loser_share below 1."""
+    """The customisation form of the paper's code is form: forward, link: hinge, reference: false,
+    with a loser_prompt of the class and a loser_share below 1."""
 
     name: Literal["pso"] = "pso"
     form: Literal["rollout", "forward"] = Field(
@@ -32,21 +34,34 @@ class PSO(Preference):
         description="Losers: the student's own noisy walk, or pictures painted once, before training.",
     )
     eta: float = Field(
-        default=0.5, ge=0.01, le=1, description="Noise of the walk: r = sin(eta pi/2), 1 = all noise is drawn anew."
+        default=0.5,
+        ge=0.01,
+        le=1,
+        description="Noise of the walk: r = sin(eta pi/2), 1 = all noise is drawn anew.",
     )
     weights: Literal["normalised", "exact"] = Field(
-        default="normalised", description="exact: the likelihood's own, which spread over three orders of magnitude."
+        default="normalised",
+        description="exact: the likelihood's own, which spread over three orders of magnitude.",
     )
     last_step: Literal["noised", "left_out"] = Field(
-        default="noised", description="The last step has no density: noise both ends there, or leave it out (paper)."
+        default="noised",
+        description="The last step has no density: noise both ends there, or leave it out (paper).",
     )
-    link: Link = Field(default="logistic", description="Of the margin: -log sigmoid, or max(0, 1 - margin).")
-    reference: bool = Field(default=True, description="Measure errors relative to the untouched model.")
+    link: Link = Field(
+        default="logistic", description="Of the margin: -log sigmoid, or max(0, 1 - margin)."
+    )
+    reference: bool = Field(
+        default=True, description="Measure errors relative to the untouched model."
+    )
     losers: int = Field(default=4, ge=1, description="Of form forward: pictures painted a prompt.")
     loser_prompt: str | None = Field(
-        default=None, min_length=1, description="Of form forward: what is painted; default: each picture's caption."
+        default=None,
+        min_length=1,
+        description="Of form forward: what is painted; default: each picture's caption.",
     )
-    loser_share: float = Field(default=1.0, gt=0, le=1, description="Weight of the loser's errors in the margin.")
+    loser_share: float = Field(
+        default=1.0, gt=0, le=1, description="Weight of the loser's errors in the margin."
+    )
 
     @model_validator(mode="after")
     def _loser_prompt_is_of_the_forward_form(self) -> Self:
@@ -65,7 +80,11 @@ class PSO(Preference):
 
     @property
     def to_generate(self) -> ToGenerate | None:
-        return ToGenerate("rejected", self.losers, self.loser_prompt) if self.form == "forward" else None
+        return (
+            ToGenerate("rejected", self.losers, self.loser_prompt)
+            if self.form == "forward"
+            else None
+        )
 
     def refuse_nfe(self, nfe: int) -> None:
         if nfe == 1 and self.last_step == "left_out":
@@ -85,7 +104,15 @@ class PSO(Preference):
         weights = self._weights([transition(step).weight for step in moves])
         if self.form == "rollout":
             with torch.no_grad():
-                sample_in_chunks = list(rollout(roles.student, noise_like(batch.latents, rng), noisy_schedule, batch.context, rng))
+                sample_in_chunks = list(
+                    rollout(
+                        roles.student,
+                        noise_like(batch.latents, rng),
+                        noisy_schedule,
+                        batch.context,
+                        rng,
+                    )
+                )
             generated = sample_in_chunks[-1].z_next
         else:
             assert batch.rejected is not None, "the run must paint the losers"
@@ -98,10 +125,14 @@ class PSO(Preference):
                 state = sample_in_chunks[step.index]
                 wanted = transition(step).implied(state.z, state.z_next)
                 t = step.now.to(state.z).expand(len(state.z))
-                terms.append(Term("loser", step.index, state.z, t, wanted, weight * self.loser_share))
+                terms.append(
+                    Term("loser", step.index, state.z, t, wanted, weight * self.loser_share)
+                )
             else:
                 terms.append(_noised("loser", step, generated, noise, weight * self.loser_share))
-        yield from pairwise_losses(roles, batch.context, terms, self.beta, batch.weight, self.link, self.reference)
+        yield from pairwise_losses(
+            roles, batch.context, terms, self.beta, batch.weight, self.link, self.reference
+        )
 
     def _weights(self, own: list[Tensor]) -> list[Tensor]:
         """One a step; the last, which has no density of its own, takes its neighbour's."""

@@ -1,7 +1,9 @@
-"""PSO, online (arXiv:2410.03190): two walks of the student a prompt, and a judge says which picture is better.
+"""PSO, online (arXiv:2410.03190): two walks of the student a prompt, and a reward says which image
+is better.
 
-Some steps of the walks draw fresh noise (eta), the others are the sampler's own. At each of those, the velocity wanted
-is the one that the walk's next state implies; the better walk is the winner. The label holds for the whole pair.
+Some steps of the walks draw fresh noise (eta), the others are the sampler's own. At each of those,
+the velocity wanted is the one that the walk's next state implies; the better walk is the winner.
+The label holds for the whole pair.
 margin = beta sum_k w_k [ E_k(loser) - E_k(winner) ]               E as in `preference`, w_k as in `pso`, normalised
 """
 
@@ -23,7 +25,7 @@ Index = Annotated[int, Field(ge=0)]
 
 
 class PSOOnline(Preference):
-    """Pairs whose pictures score alike, or one of which has no score (NaN), are dropped."""
+    """Pairs whose images score alike, or one of which has no score (NaN), are dropped."""
 
     name: Literal["pso_online"] = "pso_online"
     reward: str = Field(
@@ -31,13 +33,17 @@ class PSOOnline(Preference):
         description="Scores pictures, higher is better: red, pickscore, clip, ... or package.module:callable.",
         examples=["pickscore"],
     )
-    eta: float = Field(default=0.5, ge=0.01, le=1, description="Noise of the steps below: r = sin(eta pi/2).")
+    eta: float = Field(
+        default=0.5, ge=0.01, le=1, description="Noise of the steps below: r = sin(eta pi/2)."
+    )
     start: Literal["shared", "own"] = Field(
         default="shared",
         description="Start and sampler's own noise: shared, so that the trained steps decide; own is the paper's code.",
     )
     stochastic_steps: tuple[Index, ...] | None = Field(
-        default=None, min_length=1, description="Steps that draw noise and are trained; default: the second and third."
+        default=None,
+        min_length=1,
+        description="Steps that draw noise and are trained; default: the second and third.",
     )
 
     @property
@@ -73,26 +79,40 @@ class PSOOnline(Preference):
         starts = (first, first if self.start == "shared" else noise_like(first, rng))
         drawn = Random(rng.initial_seed())  # no tensor: the forecast walks where none has a value
         seeds = [[drawn.getrandbits(62) for _ in range(schedule.nfe)] for _ in starts]
-        if self.start == "shared":  # what the sampler itself draws, at steps that are not trained, decides nothing
-            seeds[1] = [(own if k in chosen else other) for k, (other, own) in enumerate(zip(*seeds, strict=True))]
+        if (
+            self.start == "shared"
+        ):  # what the sampler itself draws, at steps that are not trained, decides nothing
+            seeds[1] = [
+                (own if k in chosen else other)
+                for k, (other, own) in enumerate(zip(*seeds, strict=True))
+            ]
         with torch.no_grad():
-            rollouts = [list(rollout(roles.student, start, schedule, batch.context, _drawing(own, rng)))
-                     for start, own in zip(starts, seeds, strict=True)]
+            rollouts = [
+                list(rollout(roles.student, start, schedule, batch.context, _drawing(own, rng)))
+                for start, own in zip(starts, seeds, strict=True)
+            ]
         ends = [sample[-1].z_next for sample in rollouts]
         scores = torch.stack([roles.score(end, batch.prompts).to(end) for end in ends])
         better = _better(scores)
         moves = [transition(step) for step in schedule.steps() if step.index in chosen]
         terms = []
-        for k, move, weight in zip(chosen, moves, normalised([move.weight for move in moves]), strict=True):
+        for k, move, weight in zip(
+            chosen, moves, normalised([move.weight for move in moves]), strict=True
+        ):
             first, second = (sample[k] for sample in rollouts)
             t = first.step.now.to(first.z).expand(len(first.z))
             sides: dict[Branch, Tensor] = {"winner": better > 0, "loser": better < 0}
             for branch, is_first in sides.items():
                 rows = is_first.view(-1, 1, 1, 1)
-                z, z_next = (torch.where(rows, a, b) for a, b in ((first.z, second.z), (first.z_next, second.z_next)))
+                z, z_next = (
+                    torch.where(rows, a, b)
+                    for a, b in ((first.z, second.z), (first.z_next, second.z_next))
+                )
                 terms.append(Term(branch, k, z, t, move.implied(z, z_next), weight))
         told = {"score": scores.nanmean(), "diversity": row_errors(*ends).sqrt().mean()}
-        yield from pairwise_losses(roles, batch.context, terms, self.beta, batch.weight * (better != 0), told=told)
+        yield from pairwise_losses(
+            roles, batch.context, terms, self.beta, batch.weight * (better != 0), told=told
+        )
 
 
 def _drawing(seeds: list[int], rng: torch.Generator) -> Callable[[Step], torch.Generator]:
@@ -101,5 +121,6 @@ def _drawing(seeds: list[int], rng: torch.Generator) -> Callable[[Step], torch.G
 
 
 def _better(scores: Tensor) -> Tensor:
-    """Of scores [2, B]: 1 where the first walk won, -1 where the second did, 0 for a tie or a missing score."""
+    """Of scores [2, B]: 1 where the first walk won, -1 where the second did, 0 for a tie or a
+    missing score."""
     return (scores[0] - scores[1]).sign().nan_to_num(0)

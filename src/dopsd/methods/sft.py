@@ -1,4 +1,5 @@
-"""SFT: plain flow matching on the pictures, what most tools do. The baseline that loses the few-step ability.
+"""SFT: plain flow matching on the images, what most tools do. The baseline that loses the few-step
+ability.
 
 loss = w(t) |student((1-t) clean + t noise, t, prompt) - (noise - clean)|^2,  t ~ times
 """
@@ -17,12 +18,13 @@ from dopsd.methods.flow_matching import FlowMatching
 
 
 class SFT(FlowMatching):
-    """samples: "data", the pictures themselves; "teacher", what the untouched model paints with the picture in its
-    context, an ablation of D-OPSD: the same knowledge, learned off policy."""
+    """samples: "data", the images themselves; "teacher", what the base model generates with the
+    image in its context, an ablation of D-OPSD: the same knowledge, learned off policy."""
 
     name: Literal["sft"] = "sft"
     samples: Literal["data", "teacher"] = Field(
-        default="data", description="Pictures learned from: the data's, or what the teacher paints when it sees them."
+        default="data",
+        description="Pictures learned from: the data's, or what the teacher paints when it sees them.",
     )
 
     @property

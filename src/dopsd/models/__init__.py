@@ -1,6 +1,8 @@
-"""The families, by the name of the pipeline class in a checkpoint's `model_index.json`. Nothing heavy is imported here.
+"""The families, by the name of the pipeline class in a checkpoint's `model_index.json`. Nothing
+heavy is imported here.
 
-`load_family` opens a local folder or a hub id; a family's module is imported only when it is asked for.
+`load_family` opens a local folder or a hub id; a family's module is imported only when it is asked
+for.
 """
 
 import json
@@ -18,7 +20,11 @@ FAMILIES = {
     "flux2_klein": "dopsd.models.flux2_klein:Flux2Klein",
     "sdxl": "dopsd.models.sdxl:SDXL",
 }
-PIPELINES = {"ZImagePipeline": "zimage", "Flux2KleinPipeline": "flux2_klein", "StableDiffusionXLPipeline": "sdxl"}
+PIPELINES = {
+    "ZImagePipeline": "zimage",
+    "Flux2KleinPipeline": "flux2_klein",
+    "StableDiffusionXLPipeline": "sdxl",
+}
 
 POCKET = Path(__file__).parents[1] / "pocket" / "checkpoint"  # what the name "pocket" stands for
 
@@ -30,13 +36,17 @@ def family_class(name: str) -> "type[Family]":
 
 
 def load_family(
-    name_or_path: str, revision: str | None = None, teacher_vision: "TeacherVision | None" = None, distilled_by: str | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    teacher_vision: "TeacherVision | None" = None,
+    distilled_by: str | None = None,
 ) -> "Family":
-    """Open a checkpoint: a local diffusers folder, a hub id, or "pocket". Only its index and configs are read.
+    """Open a checkpoint: a local diffusers folder, a hub id, or "pocket". Only its index and
+    configs are read.
 
-    distilled_by: a file that makes a base checkpoint a few-step one. Raises ValueError when the folder is missing,
-    incomplete, or of a family that is not here, where its teacher cannot see pictures as `sight` wants, and where it is
-    not to be distilled by a file.
+    distilled_by: a file that makes a base checkpoint a few-step one. Raises ValueError when the
+    folder is missing, incomplete, or of a family that is not here, where its teacher cannot see
+    images as `sight` wants, and where it is not to be distilled by a file.
     """
     checkpoint = Checkpoint(str(POCKET) if name_or_path == "pocket" else name_or_path, revision)
     index = _model_index(checkpoint)
@@ -51,7 +61,9 @@ def load_family(
             f"{kind.name} has no teacher context {teacher_vision.context}: model.teacher_context can be {possible}."
         )
     if distilled_by and not kind.distillable:
-        raise ValueError(f"{kind.name} takes no model.distilled_by: its few-step checkpoint is {kind.repo}.")
+        raise ValueError(
+            f"{kind.name} takes no model.distilled_by: its few-step checkpoint is {kind.repo}."
+        )
     further = {"distilled_by": distilled_by} if distilled_by else {}
     return kind(checkpoint, index, teacher_vision, **further)  # type: ignore[call-arg]
 
@@ -59,8 +71,12 @@ def load_family(
 def _model_index(checkpoint: Checkpoint) -> dict:
     file = checkpoint.folder / "model_index.json"
     if not file.is_file():
-        raise ValueError(f"{checkpoint.name} has no model_index.json: give a diffusers folder, a hub id, or `pocket`.")
+        raise ValueError(
+            f"{checkpoint.name} has no model_index.json: give a diffusers folder, a hub id, or `pocket`."
+        )
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")).items())
     except (ValueError, RecursionError, AttributeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): the checkpoint is damaged, fetch it again.") from error
+        raise ValueError(
+            f"{file} is not valid JSON ({error}): the checkpoint is damaged, fetch it again."
+        ) from error

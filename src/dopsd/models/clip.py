@@ -5,7 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+)
 
 from dopsd.diffusion.batch import Context
 from dopsd.files import brief
@@ -14,15 +19,17 @@ from dopsd.models.hub import Checkpoint, variant_of
 
 
 class ClipTextEncoders:
-    """Prompts padded to the limit: both encoders' penultimate states side by side, and the second one's pooled answer
-    as the extra `pooled`."""
+    """Prompts padded to the limit: both encoders' penultimate states side by side, and the second
+    one's pooled answer as the extra `pooled`."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.device, self.encoders, self.tokenizers = device, [], []
         for end, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
             part = checkpoint.part(f"text_encoder{end}")
             with checkpoint.reading(f"tokenizer{end}"):
-                self.tokenizers.append(AutoTokenizer.from_pretrained(checkpoint.folder / f"tokenizer{end}"))
+                self.tokenizers.append(
+                    AutoTokenizer.from_pretrained(checkpoint.folder / f"tokenizer{end}")
+                )
             with checkpoint.reading(f"text_encoder{end}"):
                 encoder = kind.from_pretrained(part, dtype=dtype, variant=variant_of(part))
             self.encoders.append(encoder.to(device).eval().requires_grad_(False))
@@ -41,7 +48,9 @@ class ClipTextEncoders:
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             count_tokens(tokenizer, prompts)
             limit = tokenizer.model_max_length
-            ids = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt").input_ids
+            ids = tokenizer(
+                list(prompts), padding="max_length", max_length=limit, return_tensors="pt"
+            ).input_ids
             answer = encoder(ids.to(self.device), output_hidden_states=True)
             states.append(answer.hidden_states[-2])
         tokens = torch.cat(states, dim=-1)
@@ -50,7 +59,9 @@ class ClipTextEncoders:
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
     """Tokens of each prompt. Raises ValueError for one that the pipeline would cut."""
-    lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]  # too long is said below
+    lengths = [
+        len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids
+    ]  # too long is said below
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > tokenizer.model_max_length:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""A file that makes a base SDXL a few-step model, `model.distilled_by`: a LoRA or a whole UNet, here or on the hub."""
+"""A file that makes a base SDXL a few-step model, `model.distilled_by`: a LoRA or a whole UNet,
+here or on the hub."""
 
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,9 @@ def address_of(name: str) -> tuple[str, str]:
 def refuse_no_distiller(name: str) -> None:
     """Raise ValueError for a file that cannot distil, as far as can be known without fetching it."""
     if not name.endswith(".safetensors"):
-        raise ValueError(f"{KEY} {name} is no .safetensors file: `dopsd import` turns a .bin into one.")
+        raise ValueError(
+            f"{KEY} {name} is no .safetensors file: `dopsd import` turns a .bin into one."
+        )
     if file := weights_here(name, KEY):
         kind_of(file)
 

@@ -1,7 +1,9 @@
-"""FLUX.2-klein, 4B and 9B: Qwen3 text, a transformer that takes pictures to edit as further tokens, patched KL latents.
+"""FLUX.2-klein, 4B and 9B: Qwen3 text, a transformer that takes images to edit as further tokens,
+patched KL latents.
 
-A picture is seen by the teacher as one more reference (`edit`), or by a Qwen3-VL whose language weights are replaced by
-the pipeline's text encoder (`vlm`). The network has no mask: padding is fed to it, and a batch has one layout.
+An image is seen by the teacher as one more reference (`edit`), or by a Qwen3-VL whose language
+weights are replaced by the pipeline's text encoder (`vlm`). The network has no mask: padding is fed
+to it, and a batch has one layout.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ from transformers import AutoConfig
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.models.base import TeacherVision, Size, Usage, plain_usage
+from dopsd.models.base import Size, TeacherVision, Usage, plain_usage
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import Pairs, diffusers_form
 from dopsd.models.qwen3 import QwenTextEncoder, Reading, count_tokens, with_suffix
@@ -43,11 +45,16 @@ READING = Reading(
 )  # as Flux2KleinPipeline.encode_prompt
 NFE = 4  # that klein was distilled for; the pipeline's default of 50 is the base models'
 CELLS = 128  # the pipeline's default_sample_size: cells of the autoencoder along a side
-# What Flux2ImageProcessor takes as a picture to edit: pixels, side, long side by short one.
+# What Flux2ImageProcessor takes as an image to edit: pixels, side, long side by short one.
 MOST_PIXELS, LEAST_SIDE, LONGEST = 1024 * 1024, 64, 8
-# Words after the caption in the `edit` teacher's prompt; the second where the caption edits pictures itself.
-SUFFIX = "Keep the subject, its details, the background and the composition of the reference picture."
-LAST_SUFFIX = "The last reference picture is the result that is wanted: paint it again as exactly as you can."
+# Words after the caption in the `edit` teacher's prompt; the second where the caption edits images
+# itself.
+SUFFIX = (
+    "Keep the subject, its details, the background and the composition of the reference picture."
+)
+LAST_SUFFIX = (
+    "The last reference picture is the result that is wanted: paint it again as exactly as you can."
+)
 
 
 @dataclass(frozen=True)
@@ -86,23 +93,34 @@ class Flux2Klein:
     unrelated_prompts: tuple[str, ...] = ()
     default_nfe = NFE
 
-    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], teacher_vision: TeacherVision | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        index: Mapping[str, Any],
+        teacher_vision: TeacherVision | None = None,
+    ):
         self.checkpoint, folder = checkpoint, checkpoint.folder
         checkpoint.refuse_missing(PARTS, index, "FLUX.2-klein")
-        self.distilled = bool(index.get("is_distilled", False))  # how the pipelines tell klein from its base models
+        self.distilled = bool(
+            index.get("is_distilled", False)
+        )  # how the pipelines tell klein from its base models
         with checkpoint.reading("scheduler"):
             self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         with checkpoint.reading("vae"):
             vae = AutoencoderKLFlux2.load_config(folder / "vae")
             scale = 2 ** (len(vae["block_out_channels"]) - 1)
-            self.vae_scale_factor = self.multiple = 2 * scale  # latents are patched before the network: 2 x 2 of the autoencoder's
+            self.vae_scale_factor = self.multiple = (
+                2 * scale
+            )  # latents are patched before the network: 2 x 2 of the autoencoder's
             self.channels: int = 4 * vae["latent_channels"]
             self.resolution = CELLS * scale
         with checkpoint.reading("text_encoder"):
             text = AutoConfig.from_pretrained(folder / "text_encoder")
             self._text_width, depth = text.hidden_size * len(LAYERS), text.num_hidden_layers
         with checkpoint.reading("transformer"):
-            wanted = Flux2Transformer2DModel.load_config(folder / "transformer")["joint_attention_dim"]
+            wanted = Flux2Transformer2DModel.load_config(folder / "transformer")[
+                "joint_attention_dim"
+            ]
         if depth < max(LAYERS):
             listed = ", ".join(map(str, LAYERS))
             raise ValueError(
@@ -131,9 +149,13 @@ class Flux2Klein:
         retrieve_timesteps(self._scheduler, nfe, sigmas=sigmas, mu=mu)  # type: ignore[arg-type] - numbers in a row
         return Schedule(self._scheduler.sigmas.float().clone(), (0.0,) * nfe)
 
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype, images: bool) -> "KleinTextEncoder":
+    def load_text_encoder(
+        self, device: torch.device, dtype: torch.dtype, images: bool
+    ) -> "KleinTextEncoder":
         seeing = images and self.teacher_context == "vlm"
-        text = QwenTextEncoder(self.checkpoint, READING, self.vlm if seeing else None, self.suffix or "", device, dtype)
+        text = QwenTextEncoder(
+            self.checkpoint, READING, self.vlm if seeing else None, self.suffix or "", device, dtype
+        )
         return KleinTextEncoder(self, text, self.load_vae(device, torch.float32))
 
     def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> "KleinVAE":
@@ -158,9 +180,13 @@ class Flux2Klein:
         default = LAST_SUFFIX if edits else SUFFIX
         return with_suffix(prompt, default if self.suffix is None else self.suffix)
 
-    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[Size] | None = None) -> list[int]:
+    def count_tokens(
+        self, prompts: Sequence[str], sizes: Sequence[Size] | None = None
+    ) -> list[int]:
         if sizes is not None and self.teacher_context == "edit":
-            return count_tokens(self.checkpoint, READING, [self.teachers_prompt(prompt, True) for prompt in prompts])
+            return count_tokens(
+                self.checkpoint, READING, [self.teachers_prompt(prompt, True) for prompt in prompts]
+            )
         return count_tokens(self.checkpoint, READING, prompts, self.suffix or "", self.vlm, sizes)
 
     def blank_context(
@@ -174,13 +200,19 @@ class Flux2Klein:
         if sizes is not None and self.teacher_context == "edit":
             shown.append(sizes[0])
         extras = {
-            _reference(i): torch.zeros(len(prompts), self.channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            _reference(i): torch.zeros(
+                len(prompts),
+                self.channels,
+                height // self.vae_scale_factor,
+                width // self.vae_scale_factor,
+            )
             for i, (width, height) in enumerate(shown)
         }
         return Context(torch.zeros(len(prompts), max(lengths), self._text_width), lengths, extras)
 
     def reference_size(self, size: Size) -> Size:
-        """By the pipeline's rule: its own aspect, at most MOST_PIXELS, sides cut down to whole cells."""
+        """By the pipeline's rule: its own aspect, at most MOST_PIXELS, sides cut down to whole
+        cells."""
         width, height = size
         if min(size) < LEAST_SIDE or max(size) > LONGEST * min(size):
             raise ValueError(
@@ -206,24 +238,35 @@ class Flux2Klein:
         pass  # the checkpoint says it itself
 
     def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By diffusers' conversion, which multiplies alpha in for kohya's names only, and knows no prefix but its own
-        and `diffusion_model.`."""
+        """By diffusers' conversion, which multiplies alpha in for kohya's names only, and knows no
+        prefix but its own and `diffusion_model.`."""
         if not any(name.startswith("lora_unet_") for name in tensors):
             tensors = _without_alpha(tensors)
         converted: Mapping[str, Tensor] = Flux2KleinPipeline.lora_state_dict(dict(tensors))  # type: ignore[assignment]
-        return {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in converted.items()}
+        return {
+            f"transformer.{name.removeprefix('transformer.')}": tensor
+            for name, tensor in converted.items()
+        }
 
     def lora_in_public_form(self, pairs: Pairs) -> dict[str, Tensor]:
         return diffusers_form(self.export_prefix, pairs)
 
 
 class KleinTextEncoder:
-    """Prompts as Flux2KleinPipeline reads them; pictures to edit, and the `edit` teacher's, as their latents."""
+    """Prompts as Flux2KleinPipeline reads them; images to edit, and the `edit` teacher's, as their
+    latents."""
 
     def __init__(self, family: Flux2Klein, text: QwenTextEncoder, vae: "KleinVAE"):
         self.family, self.text, self.vae = family, text, vae
         self.processor = Flux2ImageProcessor(vae_scale_factor=family.multiple)
-        marks = [text.fingerprint, vae.fingerprint, family.teacher_context, str(family.suffix), SUFFIX, LAST_SUFFIX]
+        marks = [
+            text.fingerprint,
+            vae.fingerprint,
+            family.teacher_context,
+            str(family.suffix),
+            SUFFIX,
+            LAST_SUFFIX,
+        ]
         self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]
 
     @torch.no_grad()
@@ -235,20 +278,28 @@ class KleinTextEncoder:
     ) -> Context:
         rows = [[self._fitted(each) for each in row] for row in references or [[]] * len(prompts)]
         if images is not None and self.family.teacher_context == "edit":
-            prompts = [self.family.teachers_prompt(p, bool(row)) for p, row in zip(prompts, rows, strict=True)]
-            rows = [[*row, self._pixels(image, image.size)] for row, image in zip(rows, images, strict=True)]
+            prompts = [
+                self.family.teachers_prompt(p, bool(row))
+                for p, row in zip(prompts, rows, strict=True)
+            ]
+            rows = [
+                [*row, self._pixels(image, image.size)]
+                for row, image in zip(rows, images, strict=True)
+            ]
             images = None
         columns = [torch.stack(column) for column in zip(*rows, strict=True)]
         extras = {_reference(i): self.vae.latents(pixels) for i, pixels in enumerate(columns)}
         return replace(self.text.context(prompts, images), extras=extras)
 
     def _fitted(self, image: Image.Image) -> Tensor:
-        """As the pipeline fits a picture to edit: [3, H, W] in [-1, 1]."""
+        """As the pipeline fits an image to edit: [3, H, W] in [-1, 1]."""
         size = self.family.reference_size(image.size)
         return self._pixels(self.processor._resize_if_exceeds_area(image, MOST_PIXELS), size)
 
     def _pixels(self, image: Image.Image, size: Size) -> Tensor:
-        return self.processor.preprocess(image, height=size[1], width=size[0], resize_mode="crop")[0]
+        return self.processor.preprocess(image, height=size[1], width=size[0], resize_mode="crop")[
+            0
+        ]
 
 
 class KleinDenoiser(Denoiser):
@@ -259,16 +310,22 @@ class KleinDenoiser(Denoiser):
         self.network = network
 
     def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
-        if len(set(context.lengths)) > 1:  # there is no mask that would hide what pads the shorter rows
+        if (
+            len(set(context.lengths)) > 1
+        ):  # there is no mask that would hide what pads the shorter rows
             rows = range(len(z))
             return torch.cat([self(z[i : i + 1], t[i : i + 1], context.row(i)) for i in rows])
         dtype, device = next(self.network.parameters()).dtype, z.device
         references = [context.extras[_reference(i)] for i in range(len(context.extras))]
         places = [Flux2KleinPipeline._prepare_latent_ids(z[:1])]
         if references:
-            places.append(Flux2KleinPipeline._prepare_image_ids([reference[:1] for reference in references]))
+            places.append(
+                Flux2KleinPipeline._prepare_image_ids([reference[:1] for reference in references])
+            )
         answer = self.network(
-            hidden_states=torch.cat([each.flatten(2).mT for each in (z, *references)], dim=1).to(dtype),
+            hidden_states=torch.cat([each.flatten(2).mT for each in (z, *references)], dim=1).to(
+                dtype
+            ),
             encoder_hidden_states=context.tokens.to(dtype),
             timestep=t.to(z),
             img_ids=torch.cat(places, dim=1).to(device),
@@ -280,16 +337,21 @@ class KleinDenoiser(Denoiser):
 
 
 class KleinVAE(KLVAE):
-    """AutoencoderKLFlux2, its latents in patches of 2 x 2 and brought to mean 0 and variance 1 by its batch norm."""
+    """AutoencoderKLFlux2, its latents in patches of 2 x 2 and brought to mean 0 and variance 1 by
+    its batch norm."""
 
     def __init__(self, vae: AutoencoderKLFlux2, tiled: bool = False):
         super().__init__(vae, tiled)
         self.vae_scale_factor *= 2
         self._mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
-        self._std = torch.sqrt(vae.bn.running_var.float().view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+        self._std = torch.sqrt(
+            vae.bn.running_var.float().view(1, -1, 1, 1) + vae.config.batch_norm_eps
+        )
 
     def latents(self, pixels: Tensor) -> Tensor:
-        return (Flux2KleinPipeline._patchify_latents(super().latents(pixels)) - self._mean) / self._std
+        return (
+            Flux2KleinPipeline._patchify_latents(super().latents(pixels)) - self._mean
+        ) / self._std
 
     def pixels(self, latents: Tensor) -> Tensor:
         raw = latents.to(self._mean) * self._std + self._mean
@@ -303,7 +365,12 @@ def _reference(index: int) -> str:
 
 def _without_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Dotted LoRA names in peft's words, every alpha multiplied into its B."""
-    words = {".lora_down.": ".lora_A.", ".lora_up.": ".lora_B.", "lora.down.": "lora_A.", "lora.up.": "lora_B."}
+    words = {
+        ".lora_down.": ".lora_A.",
+        ".lora_up.": ".lora_B.",
+        "lora.down.": "lora_A.",
+        "lora.up.": "lora_B.",
+    }
     named = {}
     for name, tensor in tensors.items():
         for theirs, ours in words.items():

@@ -1,6 +1,8 @@
-"""A whole model as a diffusers folder: a tuned network beside the parts of the checkpoint that it came from.
+"""A whole model as a diffusers folder: a tuned network beside the parts of the checkpoint that it
+came from.
 
-`dopsd.json` in it says how it was tuned, as a LoRA file's metadata do; what opens the folder needs no dopsd.
+`dopsd.json` in it says how it was tuned, as a LoRA file's metadata do; what opens the folder needs
+no dopsd.
 """
 
 import json
@@ -21,27 +23,36 @@ from dopsd.models.pipeline import deployed_on
 ABOUT, TUNED = "dopsd.json", "tuned"
 
 
-def write_model(folder: Path, network: nn.Module, family: Family, tuned: Mapping[str, str] | None = None) -> None:
-    """Write the network in place of the family's own, reopen the folder and compare every tensor with the live one.
+def write_model(
+    folder: Path, network: nn.Module, family: Family, tuned: Mapping[str, str] | None = None
+) -> None:
+    """Write the network in place of the family's own, reopen the folder and compare every tensor
+    with the live one.
 
-    tuned: what the folder says of its tuning. The folder appears whole or not at all, in place of an older one. Raises
-    ValueError when it does not hold the network.
+    tuned: what the folder says of its tuning. The folder appears whole or not at all, in place of
+    an older one. Raises ValueError when it does not hold the network.
     """
     with atomic_path(folder) as temporary:
         source = family.checkpoint.whole()
-        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*"))
+        shutil.copytree(
+            source, temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*")
+        )
         part = temporary / family.export_prefix
         try:
             network.save_pretrained(part)  # type: ignore[operator] - of every diffusers model
         except SafetensorError as error:  # how safetensors says "no space left"
             raise OSError(str(error)) from error
-        for file in temporary.glob("*/*.fp16.safetensors"):  # there alone, it is found under the plain name too
+        for file in temporary.glob(
+            "*/*.fp16.safetensors"
+        ):  # there alone, it is found under the plain name too
             plain = file.with_name(file.name.replace(".fp16.", "."))
             if not plain.exists():
                 file.rename(plain)
         family.settle(temporary)
         if tuned is not None:
-            (temporary / "README.md").unlink(missing_ok=True)  # the card of the untouched checkpoint
+            (temporary / "README.md").unlink(
+                missing_ok=True
+            )  # the card of the untouched checkpoint
             write_json(temporary / ABOUT, _about(temporary) | {TUNED: dict(tuned)})
         load_family(str(temporary))
         _refuse_other_tensors(part, network)
@@ -73,15 +84,26 @@ def _refuse_other_tensors(part: Path, network: nn.Module) -> None:
     for file in sorted(part.glob("*.safetensors")):
         for name, tensor in read_tensors(file).items():
             if name not in live or not torch.equal(tensor, live.pop(name).cpu()):
-                raise ValueError(f"{file}: {name} does not read back as trained; the folder is not to be trusted.")
+                raise ValueError(
+                    f"{file}: {name} does not read back as trained; the folder is not to be trusted."
+                )
     if live:
         raise ValueError(f"{part} lacks {next(iter(live))}; the folder is not to be trusted.")
 
 
-def fuse(name_or_path: str, lora: Path, folder: Path, strength: float = 1.0, distilled_by: str | None = None) -> None:
-    """Write the checkpoint as a diffusers folder with the LoRA added to its weights: what opens it needs no LoRA."""
+def fuse(
+    name_or_path: str,
+    lora: Path,
+    folder: Path,
+    strength: float = 1.0,
+    distilled_by: str | None = None,
+) -> None:
+    """Write the checkpoint as a diffusers folder with the LoRA added to its weights: what opens it
+    needs no LoRA."""
     if folder.exists():
-        raise ValueError(f"{folder} exists and is not overwritten: choose another folder with --out.")
+        raise ValueError(
+            f"{folder} exists and is not overwritten: choose another folder with --out."
+        )
     family = load_family(name_or_path, distilled_by=distilled_by)
     read_lora(lora, family)  # refused before gigabytes are loaded
     network = family.load_denoiser(*deployed_on()).network

@@ -1,7 +1,8 @@
-"""LoRA files: their names in public and in the house, and their deltas added to a network's weights.
+"""LoRA files: their names in public and in the house, and their deltas added to a network's
+weights.
 
-In the house a LoRA is (A [r, in], B [out, r]) by module path with the scale in B; each family says how its public
-files call the modules. Writing what a run has trained is left to `export`.
+In the house a LoRA is (A [r, in], B [out, r]) by module path with the scale in B; each family says
+how its public files call the modules. Writing what a run has trained is left to `export`.
 """
 
 import json
@@ -20,32 +21,49 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by modul
 
 
 def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA file's (A [r, in], B [out, r], scale in it) by module path, whichever tool wrote it; of a convolution
-    `in` counts its kernel's places. Raises ValueError for a file that is no LoRA of this family, or of a kind whose
-    deltas are not B @ A."""
+    """A LoRA file's (A [r, in], B [out, r], scale in it) by module path, whichever tool wrote it;
+    of a convolution `in` counts its kernel's places. Raises ValueError for a file that is no LoRA
+    of this family, or of a kind whose deltas are not B @ A."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is no .safetensors file; dopsd reads no other form of weights.")
     tensors, scale = read_tensors(path), _scale_in_metadata(path, family.export_prefix)
     refuse_other_kinds(path, tensors)
     try:
         own = family.lora_in_own_form(tensors)
-    except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:  # of diffusers, on any content
+    except (
+        ValueError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        IndexError,
+    ) as error:  # of diffusers, on any content
         raise ValueError(f"{path} is no LoRA that {family.name} can read ({error}).") from error
     pairs = _pairs(path, own, family.export_prefix)
     for module, (a, b) in pairs.items():
         if a.dtype not in DTYPES or b.dtype not in DTYPES:
-            raise ValueError(f"{path} holds {module} as {a.dtype}; dopsd reads float32, float16 and bfloat16.")
-        fits = a.ndim == b.ndim and a.ndim in (2, 4) and len(a) == b.shape[1] and b.numel() == len(b) * len(a)
+            raise ValueError(
+                f"{path} holds {module} as {a.dtype}; dopsd reads float32, float16 and bfloat16."
+            )
+        fits = (
+            a.ndim == b.ndim
+            and a.ndim in (2, 4)
+            and len(a) == b.shape[1]
+            and b.numel() == len(b) * len(a)
+        )
         if not fits:
-            raise ValueError(f"{path}: A {tuple(a.shape)} and B {tuple(b.shape)} of {module} do not make a LoRA.")
+            raise ValueError(
+                f"{path}: A {tuple(a.shape)} and B {tuple(b.shape)} of {module} do not make a LoRA."
+            )
         if not (a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"{path}: {module} holds numbers that are not finite; the training broke down.")
+            raise ValueError(
+                f"{path}: {module} holds numbers that are not finite; the training broke down."
+            )
     return {module: (a.flatten(1), b.flatten(1) * scale) for module, (a, b) in pairs.items()}
 
 
 def diffusers_form(prefix: str, pairs: Pairs) -> dict[str, Tensor]:
-    """`<prefix>.<diffusers module path>.lora_A.weight` / `.lora_B.weight`, no alpha: for transformers the one form that
-    diffusers and ComfyUI both read at strength 1."""
+    """`<prefix>.<diffusers module path>.lora_A.weight` / `.lora_B.weight`, no alpha: for
+    transformers the one form that diffusers and ComfyUI both read at strength 1."""
     a = {f"{prefix}.{module}.lora_A.weight": pair[0] for module, pair in pairs.items()}
     return a | {f"{prefix}.{module}.lora_B.weight": pair[1] for module, pair in pairs.items()}
 
@@ -68,7 +86,9 @@ def _scale_in_metadata(path: Path, prefix: str) -> float:
         raise ValueError(f"{path}: its lora_adapter_metadata cannot be read ({error}).") from error
 
 
-def _pairs(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(
+    path: Path, tensors: Mapping[str, Tensor], prefix: str
+) -> dict[str, tuple[Tensor, Tensor]]:
     left, pairs = dict(tensors), {}
     for name in tensors:
         partner = name.replace(".lora_A.weight", ".lora_B.weight")
@@ -77,7 +97,9 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, 
             pairs[module] = (left.pop(name), left.pop(partner))
     if left or not pairs:
         example = next(iter(left), "nothing")
-        raise ValueError(f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight (found {example}).")
+        raise ValueError(
+            f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight (found {example})."
+        )
     return pairs
 
 
@@ -89,7 +111,8 @@ def refuse_strength(strength: float) -> None:
 
 @torch.no_grad()
 def merge_lora(network: nn.Module, path: Path, family: Family, strength: float = 1.0) -> None:
-    """Add a LoRA file's deltas to the network's weights. Raises ValueError when a module or shape does not fit."""
+    """Add a LoRA file's deltas to the network's weights. Raises ValueError when a module or shape
+    does not fit."""
     refuse_strength(strength)
     for module, (a, b) in read_lora(path, family).items():
         weight = refuse_misfit(path, module, network, (len(b), a.shape[1]))
@@ -97,12 +120,19 @@ def merge_lora(network: nn.Module, path: Path, family: Family, strength: float =
         weight.copy_((weight.double().cpu() + delta).to(weight))
 
 
-def refuse_misfit(path: Path, module: str, network: nn.Module, size: tuple[int, int]) -> nn.Parameter:
-    """The weight that a delta of this size (out, in) is for. Raises ValueError when the network has no such weight."""
+def refuse_misfit(
+    path: Path, module: str, network: nn.Module, size: tuple[int, int]
+) -> nn.Parameter:
+    """The weight that a delta of this size (out, in) is for. Raises ValueError when the network has
+    no such weight."""
     try:
         weight = network.get_parameter(f"{module}.weight")
     except AttributeError as error:
-        raise ValueError(f"{path} adapts {module}, which this model does not have: another family?") from error
+        raise ValueError(
+            f"{path} adapts {module}, which this model does not have: another family?"
+        ) from error
     if weight.flatten(1).shape != size:
-        raise ValueError(f"{path} adapts {module} as {size[0]} x {size[1]}; here it is {tuple(weight.shape)}.")
+        raise ValueError(
+            f"{path} adapts {module} as {size[0]} x {size[1]}; here it is {tuple(weight.shape)}."
+        )
     return weight

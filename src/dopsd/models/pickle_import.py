@@ -1,5 +1,5 @@
-"""A pickled weights file (.bin), as older repositories hold them, as safetensors. Nothing in it is run: only tensors
-are taken, by torch's weights-only reader."""
+"""A pickled weights file (.bin), as older repositories hold them, as safetensors. Nothing in it is
+run: only tensors are taken, by torch's weights-only reader."""
 
 import pickle
 from pathlib import Path
@@ -11,8 +11,9 @@ from dopsd.files import brief, write_tensors
 
 
 def convert_pickle(source: Path, target: Path) -> int:
-    """Write the tensors of `source` to `target` under their names; how many there are. Raises ValueError, with nothing
-    left behind, where the target exists or the file holds anything but tensors by name."""
+    """Write the tensors of `source` to `target` under their names; how many there are. Raises
+    ValueError, with nothing left behind, where the target exists or the file holds anything but
+    tensors by name."""
     if target.suffix != ".safetensors":
         raise ValueError(f"{target} must end in .safetensors: choose another file with --out.")
     if target.exists():
@@ -29,6 +30,8 @@ def convert_pickle(source: Path, target: Path) -> int:
     for name, tensor in held.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.is_sparse:
             kind = type(tensor).__name__
-            raise ValueError(f"{source} holds {brief(name)} of type {kind}, not tensors by name alone.")
+            raise ValueError(
+                f"{source} holds {brief(name)} of type {kind}, not tensors by name alone."
+            )
     write_tensors(target, held, {"format": "pt"})
     return len(held)

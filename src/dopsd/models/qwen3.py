@@ -1,6 +1,7 @@
-"""Qwen3 and Qwen3-VL: prompts as the pipelines read them, and the twin that sees pictures.
+"""Qwen3 and Qwen3-VL: prompts as the pipelines read them, and the twin that sees images.
 
-Shared by the families whose text encoder is a Qwen3. Pictures go through the PIL processor: no torchvision is needed.
+Shared by the families whose text encoder is a Qwen3. Images go through the PIL processor: no
+torchvision is needed.
 """
 
 import hashlib
@@ -32,23 +33,34 @@ from dopsd.models.hub import Checkpoint
 
 log = logging.getLogger(__name__)
 
-TEXTS_AT_ONCE = 16  # their hidden states, of all layers, are in memory together: 2.5 GB of an 8 B encoder at 512 tokens
-PRIVILEGED_TOKENS = 1024  # of prompt and picture together, as D-OPSD's reference code
+# Their hidden states, of all layers, are in memory together: 2.5 GB of an 8 B encoder at 512 tokens
+TEXTS_AT_ONCE = 16
+PRIVILEGED_TOKENS = 1024  # of prompt and image together, as D-OPSD's reference code
 # What gives the language weights their shapes, in the configs of Qwen3 and of Qwen3-VL.
-SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "vocab_size")
-MOST_GAP = 0.05  # of the two ways to read a text alone; in bfloat16 rounding makes about a hundredth
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+MOST_GAP = (
+    0.05  # of the two ways to read a text alone; in bfloat16 rounding makes about a hundredth
+)
 CURE = "Set model.vlm to the Qwen3-VL of the same size, or use a method without a teacher that sees pictures."
-IMAGE_TOKENS = 576  # of the picture in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
+# Of the image in them at most: 768 x 768 pixels at Qwen3-VL's size, as the reference code
+IMAGE_TOKENS = 576
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a pipeline reads prompts with its Qwen3. layers: the hidden states that lie side by side in a token;
-    thinking: whether the template leaves room for thoughts; length: the pipeline's limit; padded: to that, the network
-    being fed what stands on the padding too."""
+    """How a pipeline reads prompts with its Qwen3. layers: the hidden states that lie side by side
+    in a token; thinking: whether the template leaves room for thoughts; length: the pipeline's
+    limit; padded: to that, the network being fed what stands on the padding too."""
 
     layers: tuple[int, ...]
     thinking: bool
@@ -57,7 +69,7 @@ class Reading:
 
 
 class QwenTextEncoder:
-    """Prompts as a pipeline reads them; with pictures, through the Qwen3-VL twin of its text encoder."""
+    """Prompts as a pipeline reads them; with images, through the Qwen3-VL twin of its text encoder."""
 
     def __init__(
         self,
@@ -68,7 +80,8 @@ class QwenTextEncoder:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        """vlm: what the teacher sees pictures with, None where nobody asks; suffix: of the teacher's prompt."""
+        """vlm: what the teacher sees images with, None where nobody asks; suffix: of the teacher's
+        prompt."""
         self.reading, self.suffix = reading, suffix
         part = checkpoint.part("text_encoder")
         with checkpoint.reading("tokenizer"):
@@ -81,7 +94,9 @@ class QwenTextEncoder:
         if vlm is not None:
             twin, theta = twin_of(vlm), self.encoder.config.rope_parameters["rope_theta"]
             seeing = load_vlm(Qwen3VLModel, twin, dtype, theta)
-            transplant(self.encoder, seeing, vlm)  # before the VLM moves, so that no second copy goes along
+            transplant(
+                self.encoder, seeing, vlm
+            )  # before the VLM moves, so that no second copy goes along
             self.vlm = seeing.to(device)
             self.processor = load_processor(twin)
             self.text_gap = self._text_gap()
@@ -91,7 +106,12 @@ class QwenTextEncoder:
                     f"the VLM {vlm} reads a text without a picture otherwise than the checkpoint's text encoder, by "
                     f"{self.text_gap:.0%}: its config differs in more than sizes. {CURE}"
                 )
-        marks = [fingerprint_of(self.encoder), str(dtype), self.tokenizer.chat_template or "", str(reading)]
+        marks = [
+            fingerprint_of(self.encoder),
+            str(dtype),
+            self.tokenizer.chat_template or "",
+            str(reading),
+        ]
         if self.vlm is not None:
             marks += [
                 suffix,
@@ -108,9 +128,13 @@ class QwenTextEncoder:
         images: Sequence[Image.Image] | None = None,
         references: Sequence[Sequence[Image.Image]] | None = None,
     ) -> Context:
-        assert references is None, "a family that takes references adds them to what this reader answers"
+        assert references is None, (
+            "a family that takes references adds them to what this reader answers"
+        )
         if images is not None:
-            return Context.stack([self._privileged(p, i) for p, i in zip(prompts, images, strict=True)])
+            return Context.stack(
+                [self._privileged(p, i) for p, i in zip(prompts, images, strict=True)]
+            )
         texts = [templated(self.tokenizer, prompt, self.reading.thinking) for prompt in prompts]
         rows = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
@@ -120,7 +144,10 @@ class QwenTextEncoder:
             tokens = tokens.to(self.encoder.device)
             mask = tokens.attention_mask.bool()
             answer = self.encoder(
-                input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+                input_ids=tokens.input_ids,
+                attention_mask=mask,
+                output_hidden_states=True,
+                use_cache=False,
             )
             fed = torch.ones_like(mask) if self.reading.padded else mask
             rows += [state[kept] for state, kept in zip(self._states(answer), fed, strict=True)]
@@ -129,23 +156,32 @@ class QwenTextEncoder:
     def _tokens(self, texts: Sequence[str], length: int) -> BatchEncoding:
         """Padded to `length` where the pipeline pads, else to the longest."""
         if self.reading.padded:
-            return self.tokenizer(list(texts), padding="max_length", max_length=length, return_tensors="pt")
+            return self.tokenizer(
+                list(texts), padding="max_length", max_length=length, return_tensors="pt"
+            )
         return self.tokenizer(list(texts), padding=True, return_tensors="pt")
 
     def _states(self, answer: ModelOutput) -> Tensor:
         return torch.cat([answer.hidden_states[layer] for layer in self.reading.layers], dim=-1)
 
     def _privileged(self, prompt: str, image: Image.Image) -> Context:
-        assert self.vlm is not None and self.processor is not None, "this reader was loaded without its VLM"
+        assert self.vlm is not None and self.processor is not None, (
+            "this reader was loaded without its VLM"
+        )
         patches = self.processor(images=[image], return_tensors="pt").to(self.vlm.device)
         count = image_tokens(self.processor, image.size)
-        text = with_image(self.tokenizer, with_suffix(prompt, self.suffix), count, self.reading.thinking)
+        text = with_image(
+            self.tokenizer, with_suffix(prompt, self.suffix), count, self.reading.thinking
+        )
         limit = _limit(self.reading, count)
         tokens = self._tokens([text], limit).to(self.vlm.device)
         ids = tokens.input_ids
-        _refuse_long([prompt], [int(tokens.attention_mask.sum())], limit, f", {count} of them the picture's")
+        _refuse_long(
+            [prompt], [int(tokens.attention_mask.sum())], limit, f", {count} of them the picture's"
+        )
         kinds = (ids == self.vlm.config.image_token_id).int()
-        # padding keeps its place after the prompt, as in the text encoder; by itself the VLM would put it at 0
+        # padding keeps its place after the prompt, as in the text encoder; by itself the VLM would
+        # put it at 0
         places, _ = self.vlm.get_rope_index(ids, kinds, patches["image_grid_thw"])
         states = self._states(
             self.vlm(
@@ -163,7 +199,8 @@ class QwenTextEncoder:
 
     @torch.no_grad()
     def _text_gap(self) -> float:
-        """Largest difference of the two text-only states as a share of the largest state: 0 but for rounding."""
+        """Largest difference of the two text-only states as a share of the largest state: 0 but for
+        rounding."""
         assert self.vlm is not None
         text = templated(self.tokenizer, "a picture of a red house", self.reading.thinking)
         ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.encoder.device)
@@ -175,7 +212,10 @@ class QwenTextEncoder:
 def templated(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> str:
     """One user turn and the start of an answer, as the pipelines write it."""
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        [{"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
     )
 
 
@@ -184,24 +224,27 @@ def with_suffix(prompt: str, suffix: str) -> str:
     return f"{prompt} {suffix}" if suffix else prompt
 
 
-def with_image(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, thinking: bool = True) -> str:
-    """One user turn, a picture of `count` tokens first, then the prompt; templated once. The picture's marks are
-    written here, as Qwen3-VL's template writes them: the text encoder's own template knows no pictures."""
+def with_image(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, thinking: bool = True
+) -> str:
+    """One user turn, an image of `count` tokens first, then the prompt; templated once. The image's
+    marks are written here, as Qwen3-VL's template writes them: the text encoder's own template
+    knows no images."""
     return templated(tokenizer, image_marks(count) + prompt, thinking)
 
 
 def image_marks(count: int) -> str:
-    """What stands in a prompt for a picture of `count` tokens."""
+    """What stands in a prompt for an image of `count` tokens."""
     return f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
 
 
 def image_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
-    """Of a picture of (width, height) pixels."""
+    """Of an image of (width, height) pixels."""
     return processor.get_number_of_image_patches(size[1], size[0]) // processor.merge_size**2
 
 
 def twin_of(vlm: str) -> Checkpoint:
-    """The VLM that the teacher sees pictures with."""
+    """The VLM that the teacher sees images with."""
     return Checkpoint(vlm, called=f"the teacher's VLM {vlm}")
 
 
@@ -213,8 +256,9 @@ def count_tokens(
     vlm: str = "",
     sizes: Sequence[Size] | None = None,
 ) -> list[int]:
-    """That QwenReader would answer for each prompt, or, with sizes, for each prompt with a picture of that size beside
-    it, suffix and all. Raises ValueError over the limit. Reads the tokenizer and configs, no weights."""
+    """That QwenReader would answer for each prompt, or, with sizes, for each prompt with an image
+    of that size beside it, suffix and all. Raises ValueError over the limit. Reads the tokenizer
+    and configs, no weights."""
     with checkpoint.reading("tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
     if sizes is None:
@@ -226,9 +270,14 @@ def count_tokens(
         processor = load_processor(twin)
         counts = [image_tokens(processor, size) for size in sizes]
         told = [with_suffix(prompt, suffix) for prompt in prompts]
-        texts = [with_image(tokenizer, *pair, reading.thinking) for pair in zip(told, counts, strict=True)]
+        texts = [
+            with_image(tokenizer, *pair, reading.thinking)
+            for pair in zip(told, counts, strict=True)
+        ]
         limits = [_limit(reading, count) for count in counts]
-    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]  # too long is said below
+    lengths = [
+        len(ids) for ids in tokenizer(texts, verbose=False).input_ids
+    ]  # too long is said below
     for prompt, length, limit in zip(prompts, lengths, limits, strict=True):
         _refuse_long([prompt], [length], limit)
     return limits if reading.padded else lengths
@@ -241,8 +290,8 @@ def text_width(checkpoint: Checkpoint) -> int:
 
 
 def refuse_other_size(checkpoint: Checkpoint, twin: Checkpoint) -> None:
-    """Raise ValueError where a VLM's language weights could not be replaced by the text encoder's, by their configs;
-    `transplant` looks at the weights themselves."""
+    """Raise ValueError where a VLM's language weights could not be replaced by the text encoder's,
+    by their configs; `transplant` looks at the weights themselves."""
     with checkpoint.reading("text_encoder"):
         mine = AutoConfig.from_pretrained(checkpoint.folder / "text_encoder").to_dict()
     with twin.reading("config.json"):
@@ -250,16 +299,23 @@ def refuse_other_size(checkpoint: Checkpoint, twin: Checkpoint) -> None:
     if theirs["model_type"] != "qwen3_vl":
         raise ValueError(f"{twin.name} is a {theirs['model_type']}, not a Qwen3-VL. {CURE}")
     language = theirs["text_config"]
-    if differing := [f"{key} {language[key]}, not {mine[key]}" for key in SIZES if language[key] != mine[key]]:
-        raise ValueError(f"{twin.name} does not match the checkpoint's text encoder: {', '.join(differing)}. {CURE}")
+    if differing := [
+        f"{key} {language[key]}, not {mine[key]}" for key in SIZES if language[key] != mine[key]
+    ]:
+        raise ValueError(
+            f"{twin.name} does not match the checkpoint's text encoder: {', '.join(differing)}. {CURE}"
+        )
 
 
 def _limit(reading: Reading, count: int) -> int:
-    """Tokens of prompt and picture together. What is padded keeps the pipeline's length beside the picture."""
+    """Tokens of prompt and image together. What is padded keeps the pipeline's length beside the
+    image."""
     return reading.length + count if reading.padded else PRIVILEGED_TOKENS
 
 
-def _refuse_long(prompts: Sequence[str], lengths: Sequence[int], limit: int, of_them: str = "") -> None:
+def _refuse_long(
+    prompts: Sequence[str], lengths: Sequence[int], limit: int, of_them: str = ""
+) -> None:
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > limit:
             raise ValueError(
@@ -267,10 +323,12 @@ def _refuse_long(prompts: Sequence[str], lengths: Sequence[int], limit: int, of_
             )
 
 
-def load_vlm(kind: type[Model], checkpoint: Checkpoint, dtype: torch.dtype, theta: float | None = None) -> Model:
-    """A Qwen3-VL of one of transformers' classes, frozen, on the CPU; theta: of the language model's rotary positions,
-    where they are to be other weights' (Qwen3 was trained at 1e6, Qwen3-VL at 5e6). Raises ValueError where there is
-    none."""
+def load_vlm(
+    kind: type[Model], checkpoint: Checkpoint, dtype: torch.dtype, theta: float | None = None
+) -> Model:
+    """A Qwen3-VL of one of transformers' classes, frozen, on the CPU; theta: of the language
+    model's rotary positions, where they are to be other weights' (Qwen3 was trained at 1e6,
+    Qwen3-VL at 5e6). Raises ValueError where there is none."""
     part = checkpoint.part()
     with checkpoint.reading("the model"):
         config = AutoConfig.from_pretrained(part)
@@ -280,7 +338,7 @@ def load_vlm(kind: type[Model], checkpoint: Checkpoint, dtype: torch.dtype, thet
 
 
 def load_processor(checkpoint: Checkpoint) -> Qwen2VLImageProcessorPil:
-    """The VLM's own picture processor, its largest picture limited to PICTURE_TOKENS."""
+    """The VLM's own image processor, its largest image limited to PICTURE_TOKENS."""
     with checkpoint.reading("preprocessor_config.json"):
         processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder)
         most = IMAGE_TOKENS * (processor.patch_size * processor.merge_size) ** 2
@@ -289,8 +347,9 @@ def load_processor(checkpoint: Checkpoint) -> Qwen2VLImageProcessorPil:
 
 
 def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
-    """Replace the VLM's language weights by the text encoder's. Raises ValueError, listing the first keys that differ
-    in name or shape: with one of them wrong the teacher would speak another language than the transformer learned."""
+    """Replace the VLM's language weights by the text encoder's. Raises ValueError, listing the
+    first keys that differ in name or shape: with one of them wrong the teacher would speak another
+    language than the transformer learned."""
     mine, theirs = encoder.state_dict(), vlm.language_model.state_dict()
     differing = [
         f"{key} ({'missing' if key not in source else 'shape'})"
@@ -299,6 +358,12 @@ def transplant(encoder: torch.nn.Module, vlm: Qwen3VLModel, name: str) -> None:
         if key not in source or mine[key].shape != theirs[key].shape
     ]
     if differing:
-        listed = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise ValueError(f"the VLM {name} does not match the checkpoint's text encoder in {listed}. {CURE}")
-    vlm.language_model.load_state_dict(mine, assign=True)  # shares the tensors: one copy in memory serves both
+        listed = ", ".join(differing[:5]) + (
+            f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        )
+        raise ValueError(
+            f"the VLM {name} does not match the checkpoint's text encoder in {listed}. {CURE}"
+        )
+    vlm.language_model.load_state_dict(
+        mine, assign=True
+    )  # shares the tensors: one copy in memory serves both

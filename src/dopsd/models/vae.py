@@ -1,4 +1,4 @@
-"""KL autoencoders: pixels to latents and back, for the families that paint through one."""
+"""KL autoencoders: pixels to latents and back, for the families that generate through one."""
 
 from functools import cached_property
 from typing import TypeVar
@@ -10,14 +10,18 @@ from torch import Tensor
 from dopsd.models.base import fingerprint_of
 from dopsd.models.hub import Checkpoint, variant_of
 
-PIXELS_AT_ONCE = 1024 * 1024  # that the autoencoder gets in one call: 2.8 GiB of activations in float32
-TILE = 512  # pixels of a tile's side, where pictures are decoded in tiles
+PIXELS_AT_ONCE = (
+    1024 * 1024
+)  # that the autoencoder gets in one call: 2.8 GiB of activations in float32
+TILE = 512  # pixels of a tile's side, where images are decoded in tiles
 
 
 Autoencoder = TypeVar("Autoencoder", AutoencoderKL, AutoencoderKLFlux2)
 
 
-def load_autoencoder(kind: type[Autoencoder], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+def load_autoencoder(
+    kind: type[Autoencoder], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> Autoencoder:
     """The checkpoint's part `vae`."""
     part = checkpoint.part("vae")
     with checkpoint.reading("vae"):
@@ -31,18 +35,24 @@ def empty_autoencoder(kind: type[Autoencoder], checkpoint: Checkpoint) -> Autoen
 
 
 class KLVAE:
-    """An autoencoder with scale and shift applied, where it has them. Encodes to the mode, and whole, so a picture has
-    one latent."""
+    """An autoencoder with scale and shift applied, where it has them. Encodes to the mode, and
+    whole, so an image has one latent."""
 
     def __init__(self, autoencoder: AutoencoderKL | AutoencoderKLFlux2, tiled: bool = False):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.tiled = tiled
-        shift, scale = autoencoder.config.get("shift_factor"), autoencoder.config.get("scaling_factor")
+        shift, scale = (
+            autoencoder.config.get("shift_factor"),
+            autoencoder.config.get("scaling_factor"),
+        )
         self.shift, self.scale = shift or 0.0, scale or 1.0
         self.vae_scale_factor = self._side = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         if tiled:
             side = min(TILE, autoencoder.config.sample_size)
-            autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = side, side // self._side
+            autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = (
+                side,
+                side // self._side,
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -53,14 +63,24 @@ class KLVAE:
     def latents(self, pixels: Tensor) -> Tensor:
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
         with torch.no_grad():
-            parts = [part.to(self.autoencoder.device, self.autoencoder.dtype) for part in pixels.split(at_once)]
-            mode = torch.cat([self.autoencoder.encode(part).latent_dist.mode().float() for part in parts])
+            parts = [
+                part.to(self.autoencoder.device, self.autoencoder.dtype)
+                for part in pixels.split(at_once)
+            ]
+            mode = torch.cat(
+                [self.autoencoder.encode(part).latent_dist.mode().float() for part in parts]
+            )
         return (mode - self.shift) * self.scale
 
     def pixels(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.autoencoder.device, self.autoencoder.dtype) / self.scale + self.shift
+        scaled = (
+            latents.to(self.autoencoder.device, self.autoencoder.dtype) / self.scale + self.shift
+        )
         at_once = max(1, PIXELS_AT_ONCE // (scaled.shape[-2] * scaled.shape[-1] * self._side**2))
         self.autoencoder.use_tiling = self.tiled
-        parts = [self.autoencoder.decode(part, return_dict=False)[0].float() for part in scaled.split(at_once)]
+        parts = [
+            self.autoencoder.decode(part, return_dict=False)[0].float()
+            for part in scaled.split(at_once)
+        ]
         self.autoencoder.use_tiling = False
         return torch.cat(parts)

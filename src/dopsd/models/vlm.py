@@ -1,4 +1,4 @@
-"""A Qwen3-VL that answers questions about pictures: captions, grades, test prompts."""
+"""A Qwen3-VL that answers questions about images: captions, grades, test prompts."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from dopsd.models.hub import Checkpoint
-from dopsd.models.qwen3 import load_processor, load_vlm, image_marks, image_tokens, templated
+from dopsd.models.qwen3 import image_marks, image_tokens, load_processor, load_vlm, templated
 
 
 class Captioner:
@@ -21,12 +21,12 @@ class Captioner:
         self.processor = load_processor(checkpoint)
 
     def caption(self, image: Image.Image, question: str, most_tokens: int) -> str:
-        """The answer to a question about a picture, on one line."""
+        """The answer to a question about an image, on one line."""
         return self.answer([image], question, most_tokens)
 
     @torch.no_grad()
     def answer(self, images: Sequence[Image.Image], question: str, most_tokens: int) -> str:
-        """The answer to a question about pictures that stand before it in the same turn, on one line."""
+        """The answer to a question about images that stand before it in the same turn, on one line."""
         patches = self.processor(images=list(images), return_tensors="pt").to(self.vlm.device)
         marks = "".join(image_marks(image_tokens(self.processor, image.size)) for image in images)
         text = templated(self.tokenizer, marks + question, thinking=True)

@@ -1,7 +1,9 @@
-"""Z-Image-Turbo (and pocket, the same classes small): Qwen3 text, Qwen3-VL teacher, flow transformer, KL autoencoder.
+"""Z-Image-Turbo (and pocket, the same classes small): Qwen3 text, Qwen3-VL teacher, flow
+transformer, KL autoencoder.
 
-Z-Image counts time from noise (0) to clean (1) and answers clean - noise; `ZImageDenoiser` turns both round. The
-teacher reads its picture through a Qwen3-VL whose language weights are replaced by the pipeline's text encoder.
+Z-Image counts time from noise (0) to clean (1) and answers clean - noise; `ZImageDenoiser` turns
+both round. The teacher reads its image through a Qwen3-VL whose language weights are replaced by
+the pipeline's text encoder.
 """
 
 import inspect
@@ -11,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from torch import Tensor
 
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.models.base import TeacherVision, Size, Usage, plain_usage
+from dopsd.models.base import Size, TeacherVision, Usage, plain_usage
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import Pairs, diffusers_form
 from dopsd.models.qwen3 import QwenTextEncoder, Reading, count_tokens, text_width
@@ -26,8 +33,10 @@ from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 LENGTH: int = inspect.signature(ZImagePipeline.__call__).parameters["max_sequence_length"].default
-READING = Reading(layers=(-2,), thinking=True, padded=False, length=LENGTH)  # as ZImagePipeline.encode_prompt
-# Of the reference code's Z-Image script: 4 pictures a step, 2000 steps.
+READING = Reading(
+    layers=(-2,), thinking=True, padded=False, length=LENGTH
+)  # as ZImagePipeline.encode_prompt
+# Of the reference code's Z-Image script: 4 images a step, 2000 steps.
 TURBO_STARTING_POINTS = {
     "lora.rank": 32,
     "train.max_steps": 2000,
@@ -52,14 +61,20 @@ class ZImage:
         r"(layers|noise_refiner|context_refiner)\.\d+\."
         r"(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     )
-    # The refiners, the embedders and the modulation stay: a seventh of the weights, and every token passes them first.
+    # The refiners, the embedders and the modulation stay: a seventh of the weights, and every token
+    # passes them first.
     quantizable = r"layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     export_prefix = "transformer"
     distillable = False
     base_version = "zimage"
     architecture = "Z-Image"
 
-    def __init__(self, checkpoint: Checkpoint, index: Mapping[str, Any], teacher_vision: TeacherVision | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        index: Mapping[str, Any],
+        teacher_vision: TeacherVision | None = None,
+    ):
         self.checkpoint, folder = checkpoint, checkpoint.folder
         checkpoint.refuse_missing(PARTS, index, "Z-Image")
         own = folder / "vlm"
@@ -76,12 +91,16 @@ class ZImage:
             self.vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
             self.multiple = 2 * self.vae_scale_factor  # the transformer's patches are 2 x 2 cells
             self.resolution: int = vae["sample_size"]
-        with checkpoint.reading("dopsd.json"):  # what a checkpoint that is not Turbo itself says of itself
+        with checkpoint.reading(
+            "dopsd.json"
+        ):  # what a checkpoint that is not Turbo itself says of itself
             about = folder / "dopsd.json"
             said = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
             self.default_nfe: int = said.get("nfe", 8)
             self.unrelated_prompts: tuple[str, ...] = tuple(said.get("unrelated_prompts", ()))
-            self._starting_points: dict[str, Any] = said.get("starting_points", TURBO_STARTING_POINTS)
+            self._starting_points: dict[str, Any] = said.get(
+                "starting_points", TURBO_STARTING_POINTS
+            )
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
         """ZImagePipeline's times: its scheduler, asked as the pipeline asks it."""
@@ -98,7 +117,9 @@ class ZImage:
         self._scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(nfe), mu=shift)
         return Schedule(self._scheduler.sigmas.float().clone(), (0.0,) * nfe)
 
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype, images: bool) -> QwenTextEncoder:
+    def load_text_encoder(
+        self, device: torch.device, dtype: torch.dtype, images: bool
+    ) -> QwenTextEncoder:
         twin = self.vlm if images else None
         return QwenTextEncoder(self.checkpoint, READING, twin, self.suffix, device, dtype)
 
@@ -113,7 +134,9 @@ class ZImage:
             config = ZImageTransformer2DModel.load_config(self.checkpoint.folder / "transformer")
             return ZImageDenoiser(ZImageTransformer2DModel.from_config(config))
 
-    def count_tokens(self, prompts: Sequence[str], sizes: Sequence[Size] | None = None) -> list[int]:
+    def count_tokens(
+        self, prompts: Sequence[str], sizes: Sequence[Size] | None = None
+    ) -> list[int]:
         return count_tokens(self.checkpoint, READING, prompts, self.suffix, self.vlm, sizes)
 
     def blank_context(
@@ -123,7 +146,9 @@ class ZImage:
         references: Sequence[Sequence[Size]] | None = None,
     ) -> Context:
         width, lengths = text_width(self.checkpoint), self.count_tokens(prompts, sizes)
-        return Context.stack([Context(torch.zeros(1, length, width), (length,)) for length in lengths])
+        return Context.stack(
+            [Context(torch.zeros(1, length, width), (length,)) for length in lengths]
+        )
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> "ZImageDenoiser":
         part = self.checkpoint.part("transformer")
@@ -143,9 +168,15 @@ class ZImage:
 
     def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By diffusers' conversion, which wants bare names; raw PEFT files and ours bring a prefix."""
-        bare = {name.removeprefix("base_model.model.").removeprefix("transformer."): t for name, t in tensors.items()}
+        bare = {
+            name.removeprefix("base_model.model.").removeprefix("transformer."): t
+            for name, t in tensors.items()
+        }
         converted: Mapping[str, Tensor] = ZImagePipeline.lora_state_dict(bare)  # type: ignore[assignment]
-        return {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in converted.items()}
+        return {
+            f"transformer.{name.removeprefix('transformer.')}": tensor
+            for name, tensor in converted.items()
+        }
 
     def lora_in_public_form(self, pairs: Pairs) -> dict[str, Tensor]:
         return diffusers_form(self.export_prefix, pairs)

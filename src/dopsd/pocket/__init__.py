@@ -1,1 +1,2 @@
-"""The pocket world: pictures that can be read, and a small few-step model of them on which methods are measured."""
+"""The pocket world: images that can be read, and a small few-step model of them on which methods
+are measured."""

@@ -7,16 +7,22 @@ import typer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
-Work = Annotated[Path, typer.Option(help="Folder for data and checkpoints; a stage resumes from it.")]
-Compiled = Annotated[bool, typer.Option(help="Use torch.compile (2x faster; needs a C++ compiler).")]
-StartFrom = Annotated[Path | None, typer.Option(help="Earlier checkpoint whose weights are trained further.")]
+Work = Annotated[
+    Path, typer.Option(help="Folder for data and checkpoints; a stage resumes from it.")
+]
+Compiled = Annotated[
+    bool, typer.Option(help="Use torch.compile (2x faster; needs a C++ compiler).")
+]
+StartFrom = Annotated[
+    Path | None, typer.Option(help="Earlier checkpoint whose weights are trained further.")
+]
 WORK = Path("runs/pocket")
 PACKAGED = Path(__file__).parent / "checkpoint"
 
 
 @app.command()
 def data(work: Work = WORK) -> None:
-    """Render the training pictures (2 minutes on two CPU cores)."""
+    """Render the training images (2 minutes on two CPU cores)."""
     from dopsd.pocket.build.corpus import make_data
 
     make_data(work)
@@ -24,7 +30,7 @@ def data(work: Work = WORK) -> None:
 
 @app.command()
 def vae(work: Work = WORK, steps: int = 3000) -> None:
-    """Train the autoencoder and encode the pictures (18 minutes)."""
+    """Train the autoencoder and encode the images (18 minutes)."""
     from dopsd.pocket.build import train
 
     train.train_vae(work, steps)
@@ -32,7 +38,9 @@ def vae(work: Work = WORK, steps: int = 3000) -> None:
 
 
 @app.command()
-def flow(work: Work = WORK, steps: int = 5000, compiled: Compiled = True, start_from: StartFrom = None) -> None:
+def flow(
+    work: Work = WORK, steps: int = 5000, compiled: Compiled = True, start_from: StartFrom = None
+) -> None:
     """Train transformer and VLM by flow matching: the undistilled parent (95 minutes)."""
     from dopsd.pocket.build import train
 
@@ -90,7 +98,9 @@ def parent(folder: Path) -> None:
         raise typer.BadParameter(f"{folder} exists and is not overwritten")
     with atomic_path(folder) as temporary:
         shutil.copytree(
-            PACKAGED, temporary, ignore=shutil.ignore_patterns("parent", "transformer", "*.md", "gates.json")
+            PACKAGED,
+            temporary,
+            ignore=shutil.ignore_patterns("parent", "transformer", "*.md", "gates.json"),
         )
         shutil.copytree(PACKAGED / "parent" / "transformer", temporary / "transformer")
 
@@ -102,12 +112,15 @@ def gates(checkpoint: Path = PACKAGED) -> None:
 
     for gate in measure_gates(checkpoint):
         mark = "passed" if gate.passed else "MISSED"
-        print(f"{mark}  {gate.name}: {gate.value:.3f} [{gate.low:.3f}, {gate.high:.3f}], wanted {gate.wanted}")
+        print(
+            f"{mark}  {gate.name}: {gate.value:.3f} [{gate.low:.3f}, {gate.high:.3f}], wanted {gate.wanted}"
+        )
 
 
 @app.command()
 def images(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = False) -> None:
-    """Draw `count` captioned pictures of a thing (or in a style) the pocket model never saw: data for a recipe."""
+    """Draw `count` captioned images of a thing (or in a style) the pocket model never saw: data for
+    a recipe."""
     from dopsd.pocket.benchmark import write_concept, write_style_concept
 
     if style:
@@ -118,7 +131,7 @@ def images(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = Fa
 
 @app.command()
 def pairs(folder: Path, seed: int = 0, count: int = 16) -> None:
-    """Draw `count` captioned pairs of a chosen and a rejected picture: data for Diffusion-DPO."""
+    """Draw `count` captioned pairs of a chosen and a rejected image: data for Diffusion-DPO."""
     from dopsd.pocket.benchmark import write_pairs
 
     write_pairs(folder, seed, count)

@@ -1,9 +1,10 @@
-"""The gates the pocket model must pass before any method is tried on it, measured once and then frozen.
+"""The gates the pocket model must pass before any method is tried on it, measured once and then
+frozen.
 
 parent at 32 steps: sharpness >= 0.95, attributes >= 0.90     it knows the world
 parent at 4 steps:  sharpness <= 0.80                         there is a few-step ability to lose
 pocket at 4 steps:  both >= 0.95 of the parent's at 32        the distillation gave that ability
-teacher (prompt and picture) against student (prompt), on held-out things:
+teacher (prompt and image) against student (prompt), on held-out things:
     thing_error lower by >= 5 noise floors, thing_hit >= 3 times the student's
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import noise_for, generate
+from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.statistics import bootstrap
 from dopsd.files import write_json
 from dopsd.models import POCKET, load_family
@@ -41,7 +42,8 @@ class Gate:
 
 
 def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[Gate]:
-    """Measure every gate (about 4 minutes on two CPU cores) and leave them in `<checkpoint>/gates.json`."""
+    """Measure every gate (about 4 minutes on two CPU cores) and leave them in
+    `<checkpoint>/gates.json`."""
     family = load_family(str(checkpoint))
     text_encoder = family.load_text_encoder(CPU, torch.float32, images=True)
     vae = family.load_vae(CPU, torch.float32)
@@ -79,14 +81,25 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
             again.append(sit(sheet, pocket, vae, schedule, latent_shape, noise_seed=HELD_OUT))
             teacher.append(sit(sheet, pocket, vae, schedule, latent_shape, seeing=True))
     error, error_again, error_seen = (
-        np.array([answers.thing_error.mean() for answers in rows]) for rows in (student, again, teacher)
+        np.array([answers.thing_error.mean() for answers in rows])
+        for rows in (student, again, teacher)
     )
     floor = float(np.abs(error - error_again).mean() / np.sqrt(THINGS))
-    hit, hit_seen = (float(np.mean([answers.thing_hit.mean() for answers in rows])) for rows in (student, teacher))
-    gates.append(
-        _gate("teacher nearer to the thing than the student, in thing_error", error - error_seen, 5 * floor, True)
+    hit, hit_seen = (
+        float(np.mean([answers.thing_hit.mean() for answers in rows]))
+        for rows in (student, teacher)
     )
-    gates.append(_gate("teacher's thing_hit", np.array([a.thing_hit.mean() for a in teacher]), 3 * hit, True))
+    gates.append(
+        _gate(
+            "teacher nearer to the thing than the student, in thing_error",
+            error - error_seen,
+            5 * floor,
+            True,
+        )
+    )
+    gates.append(
+        _gate("teacher's thing_hit", np.array([a.thing_hit.mean() for a in teacher]), 3 * hit, True)
+    )
     numbers = {
         "parent_guidance": GUIDANCE,
         "noise_floor_thing_error": floor,
@@ -96,8 +109,6 @@ def measure_gates(checkpoint: Path = POCKET, work: Path | None = None) -> list[G
     }
     write_json(checkpoint / "gates.json", numbers)
     return gates
-
-
 
 
 def _gate(name: str, values: np.ndarray, bound: float, above: bool) -> Gate:

@@ -13,7 +13,7 @@ from dopsd.config.recipe import Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.folder import Listing
 from dopsd.evaluation.rewards import find_reward
-from dopsd.images import Size, open_image, image_size
+from dopsd.images import Size, image_size, open_image
 from dopsd.models import load_family
 from dopsd.models.base import Family, fitted_size
 from dopsd.models.hub import Checkpoint
@@ -21,8 +21,8 @@ from dopsd.models.lora import read_lora, refuse_misfit
 from dopsd.runs.outputs.lora_export import refuse_unfit
 from dopsd.runs.outputs.trackers import refuse_missing
 from dopsd.runs.resolve import (
-    open_family,
     images_shown,
+    open_family,
     read_data,
     replay_prompts,
     resolutions_of,
@@ -32,7 +32,6 @@ from dopsd.training.adapters import Coverage, coverage, lora_sizes
 from dopsd.training.trainable import AllWeights
 
 log = logging.getLogger(__name__)
-
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,16 @@ class Checked:
     forwards_per_image: int  # network forwards, a backward counted as two
 
 
-
-
-
-
 def check(recipe: Recipe) -> Checked:
     """Everything that can be known, and refused, before a weight is loaded."""
     refuse_missing(recipe)
-    if (recipe.model.quantize or recipe.train.optimizer == "adamw_8bit") and find_spec("bitsandbytes") is None:
+    if (recipe.model.quantize or recipe.train.optimizer == "adamw_8bit") and find_spec(
+        "bitsandbytes"
+    ) is None:
         key = "model.quantize" if recipe.model.quantize else "train.optimizer: adamw_8bit"
-        raise ValueError(f"{key} needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'.")
+        raise ValueError(
+            f"{key} needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'."
+        )
     if model := recipe.health.text_model:
         Checkpoint(model, called=f"health.text_model {model}")
     if recipe.method.reward_name:
@@ -65,8 +64,12 @@ def check(recipe: Recipe) -> Checked:
     listing = read_data(recipe)
     _refuse_references(recipe, family, listing)
     shapes = [image_size(example.path) for example in listing.examples]
-    buckets_of = [bucket_sizes(resolution, family.multiple) for resolution in resolutions_of(recipe, family)]
-    cuts = [[nearest_bucket(*shape, sizes) for shape in shapes] for sizes in buckets_of]  # by resolution
+    buckets_of = [
+        bucket_sizes(resolution, family.multiple) for resolution in resolutions_of(recipe, family)
+    ]
+    cuts = [
+        [nearest_bucket(*shape, sizes) for shape in shapes] for sizes in buckets_of
+    ]  # by resolution
     with init_empty_weights():
         network = family.empty_denoiser().network
     targets = recipe.lora.targets or family.lora_targets
@@ -76,7 +79,9 @@ def check(recipe: Recipe) -> Checked:
         reach = coverage(network, targets, recipe.lora.rank)
     _refuse_other_weights(recipe, family, network)
     if start := recipe.lora.init_from:
-        refuse_unfit(start, read_lora(start, family), lora_sizes(network, targets, recipe.lora.rank))
+        refuse_unfit(
+            start, read_lora(start, family), lora_sizes(network, targets, recipe.lora.rank)
+        )
     _refuse_long(recipe, family, listing, cuts)
     nfe = recipe.method.nfe or family.default_nfe
     recipe.method.refuse_nfe(nfe)
@@ -99,7 +104,9 @@ def _refuse_other_weights(recipe: Recipe, family: Family, network: nn.Module) ->
         other = load_family(name)
         with init_empty_weights():
             its = other.empty_denoiser().network
-        shapes, wanted = ({n: p.shape for n, p in each.named_parameters()} for each in (its, network))
+        shapes, wanted = (
+            {n: p.shape for n, p in each.named_parameters()} for each in (its, network)
+        )
         if other.name != family.name or shapes != wanted:
             raise ValueError(
                 f"model.train_on {name} is of another architecture than {recipe.model.name_or_path}: a LoRA of one "
@@ -107,10 +114,14 @@ def _refuse_other_weights(recipe: Recipe, family: Family, network: nn.Module) ->
             )
 
 
-def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequence[Sequence[Size]]) -> None:
-    """Every caption and prompt must fit the student's context, and with a picture the teacher's. cuts: the examples'
-    sizes, by resolution."""
-    captions = [(text, index) for index, e in enumerate(listing.examples) for text in (e.caption, *e.also)]
+def _refuse_long(
+    recipe: Recipe, family: Family, listing: Listing, cuts: Sequence[Sequence[Size]]
+) -> None:
+    """Every caption and prompt must fit the student's context, and with an image the teacher's.
+    cuts: the examples' sizes, by resolution."""
+    captions = [
+        (text, index) for index, e in enumerate(listing.examples) for text in (e.caption, *e.also)
+    ]
     shown = [each.prompt for each in images_shown(recipe, family, listing)]
     other = list(unrelated_prompts(recipe, family))
     if "replay" in recipe.method.needs:
@@ -122,36 +133,16 @@ def _refuse_long(recipe: Recipe, family: Family, listing: Listing, cuts: Sequenc
         side = max(resolutions_of(recipe, family))
         family.count_tokens(shown, [(side, side)] * len(shown))
         for cut in cuts:
-            family.count_tokens([caption for caption, _ in captions], [cut[index] for _, index in captions])
+            family.count_tokens(
+                [caption for caption, _ in captions], [cut[index] for _, index in captions]
+            )
 
 
 def _refuse_references(recipe: Recipe, family: Family, listing: Listing) -> None:
-    """A picture to edit must be one that the family takes; in the data they are known to be pictures."""
+    """An image to edit must be one that the family takes; in the data they are known to be images."""
     for path in dict.fromkeys(path for example in listing.examples for path in example.references):
         fitted_size(family, path, image_size(path))
-    for path in dict.fromkeys(path for prompt in recipe.sample.prompts for path in prompt.references):
+    for path in dict.fromkeys(
+        path for prompt in recipe.sample.prompts for path in prompt.references
+    ):
         fitted_size(family, path, open_image(path).size)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

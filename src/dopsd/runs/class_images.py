@@ -1,7 +1,8 @@
-"""Pictures that the untouched model paints before training, as it is deployed: class pictures, or losers for pairs.
+"""Images that the base model generates before training, as it is deployed: class images, or losers
+for pairs.
 
-They become an ordinary folder of pictures and captions under the run's cache, found again by everything they depend on;
-one that was interrupted goes on where it stopped.
+They become an ordinary folder of images and captions under the run's cache, found again by
+everything they depend on; one that was interrupted goes on where it stopped.
 """
 
 import hashlib
@@ -15,43 +16,66 @@ import torch
 from dopsd.config.recipe import Recipe
 from dopsd.data.folder import METADATA, Example, Listing
 from dopsd.data.sources import one_caption_each
-from dopsd.diffusion.sampling import noise_for, generate
+from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.files import atomic_path, write_text
 from dopsd.images import to_pil
 from dopsd.models.base import Family, latent_size
 from dopsd.models.pipeline import deployed_on
 
-FIRST_SEED = 960_000  # far from previews and checkups
+FIRST_SEED = 960_000  # far from previews and health checks
 Progress = Callable[[int, int], None]
 
 
 def with_generated(
     recipe: Recipe, family: Family, listing: Listing, progress: Progress | None = None
 ) -> tuple[Listing, tuple[Example, ...]]:
-    """The listing with the losers that the method wants painted, and the class pictures that it wants beside."""
+    """The listing with the losers that the method wants generated, and the class images that it
+    wants beside."""
     wanted = recipe.method.to_generate
     if wanted is None:
         return listing, ()
     if wanted.what == "prior":
         assert wanted.prompt is not None, "class pictures have a prompt"
-        (generated,) = generate_ahead(recipe, family, [wanted.prompt], wanted.count, progress).values()
+        (generated,) = generate_ahead(
+            recipe, family, [wanted.prompt], wanted.count, progress
+        ).values()
         return listing, tuple(Example(path, wanted.prompt) for path in generated)
     if wanted.prompt is None:
         listing = one_caption_each(listing)
     prompt_of = [wanted.prompt or example.caption for example in listing.examples]
-    generated_for = generate_ahead(recipe, family, list(dict.fromkeys(prompt_of)), wanted.count, progress)
+    generated_for = generate_ahead(
+        recipe, family, list(dict.fromkeys(prompt_of)), wanted.count, progress
+    )
     pairs = zip(listing.examples, prompt_of, strict=True)
-    return replace(listing, examples=tuple(replace(e, rejected=tuple(generated_for[p])) for e, p in pairs)), ()
+    return replace(
+        listing, examples=tuple(replace(e, rejected=tuple(generated_for[p])) for e, p in pairs)
+    ), ()
 
 
 def generate_ahead(
-    recipe: Recipe, family: Family, prompts: Sequence[str], count: int, progress: Progress | None = None
+    recipe: Recipe,
+    family: Family,
+    prompts: Sequence[str],
+    count: int,
+    progress: Progress | None = None,
 ) -> dict[str, list[Path]]:
-    """`count` pictures of each prompt, painted unless they are there: the files by prompt. The networks are in memory
-    only meanwhile."""
+    """`count` images of each prompt, generated unless they are there: the files by prompt. The
+    networks are in memory only meanwhile."""
     side, nfe = max(recipe.data.resolution, default=family.resolution), family.default_nfe
-    key = [family.checkpoint.mark(recipe.model.distilled_by), sorted(prompts), count, side, nfe, FIRST_SEED]
-    folder = recipe.output_dir / "cache" / "generated" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    key = [
+        family.checkpoint.mark(recipe.model.distilled_by),
+        sorted(prompts),
+        count,
+        side,
+        nfe,
+        FIRST_SEED,
+    ]
+    folder = (
+        recipe.output_dir
+        / "cache"
+        / "generated"
+        / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    )
     wanted = [
         (prompt, folder / f"{place:04d}-{number:03d}.png", FIRST_SEED + place * count + number)
         for place, prompt in enumerate(sorted(prompts))
@@ -59,11 +83,17 @@ def generate_ahead(
     ]
     missing = [each for each in wanted if not each[1].is_file()]
     if missing:
-        lines = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, path, _ in wanted]
+        lines = [
+            json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False)
+            for prompt, path, _ in wanted
+        ]
         write_text(folder / METADATA[0], "\n".join(lines) + "\n")
         device, dtype = deployed_on()
         text_encoder = family.load_text_encoder(device, dtype, images=False)
-        contexts = {prompt: text_encoder.context([prompt]) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
+        contexts = {
+            prompt: text_encoder.context([prompt])
+            for prompt in dict.fromkeys(prompt for prompt, *_ in missing)
+        }
         del text_encoder  # gigabytes
         denoiser, vae = family.load_denoiser(device, dtype), family.load_vae(device, torch.float32)
         latent_shape = latent_size(family, side, side)

@@ -34,7 +34,10 @@ def _environment(found: Checked, session: Session) -> dict[str, Any]:
             "images": len(listing.examples),
             "edited": sum(1 for example in listing.examples if example.references),
             "source": listing.source if not session.recipe.data.more else "several folders",
-            "buckets": {f"{width} x {height}": count for (width, height), count in sorted(found.buckets.items())},
+            "buckets": {
+                f"{width} x {height}": count
+                for (width, height), count in sorted(found.buckets.items())
+            },
             "sha256": session.data["data_sha256"],
             "examples": [example.caption for example in listing.examples[:EXAMPLES]],
         },

@@ -1,4 +1,5 @@
-"""The student's health during a run: looked at every so often, written to health.jsonl, the last healthy LoRA kept."""
+"""The student's health during a run: looked at every so often, written to health.jsonl, the last
+healthy LoRA kept."""
 
 import logging
 from collections.abc import Sequence
@@ -12,10 +13,15 @@ log = logging.getLogger(__name__)
 
 
 class HealthMonitor:
-    """Checkups of one run. The untouched model's pictures are painted when the first is due."""
+    """Checkups of one run. The base model's images are generated when the first is due."""
 
     def __init__(
-        self, session: Session, unrelated: Context, prompts: Sequence[str], steps_done: int, trackers: Trackers
+        self,
+        session: Session,
+        unrelated: Context,
+        prompts: Sequence[str],
+        steps_done: int,
+        trackers: Trackers,
     ):
         """unrelated: what the prompts were read as."""
         recipe = session.recipe
@@ -36,7 +42,9 @@ class HealthMonitor:
         self._rows.append(found.as_row(step))
         values = {name: metric.value for name, metric in found.metrics.items()}
         self._trackers.numbers("health", values | {"healthy": found.healthy}, step)
-        log.log(logging.INFO if found.healthy else logging.WARNING, "step=%d health=%s", step, found)
+        log.log(
+            logging.INFO if found.healthy else logging.WARNING, "step=%d health=%s", step, found
+        )
         recipe = self._session.recipe
         if found.healthy:
             self._session.export(recipe.result("-healthy"), step)

@@ -1,4 +1,5 @@
-"""Why training ends early: SIGINT and SIGTERM (the step is finished and saved first), and lost health."""
+"""Why training ends early: SIGINT and SIGTERM (the step is finished and saved first), and lost
+health."""
 
 import signal
 import threading
@@ -8,7 +9,8 @@ from types import FrameType
 
 
 class Stopped(SystemExit):
-    """Training was asked to stop, and did after saving. code: 128 + the signal's number, as shells report it."""
+    """Training was asked to stop, and did after saving. code: 128 + the signal's number, as shells
+    report it."""
 
     def __init__(self, number: int, step: int):
         super().__init__(128 + number)
@@ -25,7 +27,8 @@ class Unhealthy(SystemExit):
 
 @contextmanager
 def noticing_signals() -> Iterator[Callable[[], int | None]]:
-    """Within the block a first SIGINT or SIGTERM is only noted: the function given tells its number, None before.
+    """Within the block a first SIGINT or SIGTERM is only noted: the function given tells its
+    number, None before.
 
     Python hands signals to the main thread alone; in another thread nothing is changed.
     """
@@ -38,7 +41,9 @@ def noticing_signals() -> Iterator[Callable[[], int | None]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: received[0] if received else None
     finally:

@@ -1,8 +1,10 @@
-"""Peak memory of training, known before a weight is loaded: one step on tensors that have shapes and no storage.
+"""Peak memory of training, known before a weight is loaded: one step on tensors that have shapes
+and no storage.
 
-Counted as benchmarks/step_cost.py counts a real step, in bytes of live tensor storage. What a device needs beside that
-(CUDA's own half a gigabyte, gaps between blocks) is not in it, nor are the encoders, which leave before training. Where
-a judge looks at pictures the autoencoder is in it, and the judge's own model is not.
+Counted as benchmarks/step_cost.py counts a real step, in bytes of live tensor storage. What a
+device needs beside that (CUDA's own half a gigabyte, gaps between blocks) is not in it, nor are the
+encoders, which leave before training. Where a reward looks at images the autoencoder is in it, and
+the reward's own model is not.
 """
 
 import logging
@@ -38,13 +40,15 @@ ITS_OWN = 2**30  # bytes of a device that tensors never get
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes. resident: weights, what trains, teacher and optimizer; peak: the most that is alive during a step."""
+    """Bytes. resident: weights, what trains, teacher and optimizer; peak: the most that is alive
+    during a step."""
 
     resident: int
     peak: int
 
     def fits(self, room: int) -> bool:
-        """Whether a device of so many bytes is enough: a tenth for gaps, and what it needs for itself."""
+        """Whether a device of so many bytes is enough: a tenth for gaps, and what it needs for
+        itself."""
         return self.peak * 1.1 + ITS_OWN <= room
 
 
@@ -76,8 +80,8 @@ def forecast(
     low_memory: bool,
     references: Sequence[Size] = (),
 ) -> Forecast:
-    """Of a recipe's steps at a picture size (width, height) in pixels with the longest of these captions, edited from
-    pictures of the sizes `references`; lean: with activations recomputed."""
+    """Of a recipe's steps at an image size (width, height) in pixels with the longest of these
+    captions, edited from images of the sizes `references`; lean: with activations recomputed."""
     count, (width, height) = recipe.train.batch_size, size
     edited = [references] * count if references else None
     prompts = sorted(captions, key=len)[-count:]
@@ -87,13 +91,23 @@ def forecast(
     method = recipe.method.model_copy(update={"nfe": nfe})
     schedule = family.schedule(nfe, *latent_shape)
     text = family.blank_context(prompts, references=edited)
-    seeing = family.blank_context(prompts, [size] * count, edited) if "privileged" in method.needs else None
+    seeing = (
+        family.blank_context(prompts, [size] * count, edited)
+        if "privileged" in method.needs
+        else None
+    )
     with torch.device("meta"):
         denoiser = family.empty_denoiser().to(dtype)
         kind = recipe.model.quantize
         saved = saved_bytes(denoiser.network, family.quantizable, kind) if kind else 0
         if recipe.adapter == "lora":
-            add_lora(denoiser.network, recipe.lora.targets or family.lora_targets, recipe.lora.rank, alpha=1, seed=0)
+            add_lora(
+                denoiser.network,
+                recipe.lora.targets or family.lora_targets,
+                recipe.lora.rank,
+                alpha=1,
+                seed=0,
+            )
     if low_memory:
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
@@ -102,8 +116,13 @@ def forecast(
         subject, teacher, away = _student_of(recipe, denoiser.network)
         student, saved = subject.weights, saved + away
         optimizer = torch.optim.AdamW(student.values())
-        roles = make_roles(denoiser, student, teacher, lambda nfe, h, w: schedule, score, subject.base)
-        latents, context = torch.zeros(count, family.channels, *latent_shape), _unstored(text, dtype)
+        roles = make_roles(
+            denoiser, student, teacher, lambda nfe, h, w: schedule, score, subject.base
+        )
+        latents, context = (
+            torch.zeros(count, family.channels, *latent_shape),
+            _unstored(text, dtype),
+        )
         plain = Batch(latents, context, tuple(prompts), torch.ones(count))
         batch = replace(
             plain,
@@ -119,7 +138,9 @@ def forecast(
         if recipe.train.gradient_accumulation_steps == 1:
             optimizer.zero_grad(set_to_none=True)
         if recipe.train.optimizer == "adamw_8bit":  # two bytes a number instead of eight
-            saved += sum(6 * parameter.numel() for parameter in student.values() if parameter.numel() >= 4096)
+            saved += sum(
+                6 * parameter.numel() for parameter in student.values() if parameter.numel() >= 4096
+            )
         meter.peak = resident = meter.now
         backward(roles, method, _Same(batch), _Alone(), plan, step=0)  # type: ignore[arg-type]
         torch.nn.utils.clip_grad_norm_(student.values(), plan.clip)
@@ -129,8 +150,8 @@ def forecast(
 
 
 def _fewest_steps(method: Method, nfe: int) -> int:
-    """Two steps need as much memory as all, for a walk's graphs are freed step by step. A method that names later steps
-    keeps its own number."""
+    """Two steps need as much memory as all, for a walk's graphs are freed step by step. A method
+    that names later steps keeps its own number."""
     try:
         method.refuse_nfe(2)
     except ValueError:
@@ -139,7 +160,8 @@ def _fewest_steps(method: Method, nfe: int) -> int:
 
 
 def _mean_score(vae: VAE) -> Score:
-    """A judge without memory, looking through the autoencoder, which stays in memory beside the step."""
+    """A reward without memory, looking through the autoencoder, which stays in memory beside the
+    step."""
 
     @torch.no_grad()
     def score(clean: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -154,11 +176,18 @@ def _student_of(recipe: Recipe, network: nn.Module) -> tuple[Student, Teacher, i
     if recipe.adapter == "full":
         student = full_student(network, home)
         teacher = Teacher(student.weights, recipe.method.decay, student.base, home)
-        frozen = {id(tensor): tensor.nbytes for tensor in (*student.base.values(), *teacher.state.values())}
+        frozen = {
+            id(tensor): tensor.nbytes
+            for tensor in (*student.base.values(), *teacher.state.values())
+        }
         return student, teacher, sum(frozen.values()) if recipe.model.offload else 0
     away = offload_blocks(network, home) if recipe.model.offload else 0
     weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    return Student(weights, base_tensors(dict(weights)), lambda: None), Teacher(weights, recipe.method.decay), away
+    return (
+        Student(weights, base_tensors(dict(weights)), lambda: None),
+        Teacher(weights, recipe.method.decay),
+        away,
+    )
 
 
 def _give_storage(module: nn.Module) -> None:
@@ -170,12 +199,16 @@ def _give_storage(module: nn.Module) -> None:
                 if tensor is not None and tensor.is_meta:
                     stored = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(stored, tensor.requires_grad) if is_parameter else stored
+                    tensors[name] = (
+                        nn.Parameter(stored, tensor.requires_grad) if is_parameter else stored
+                    )
 
 
 def _unstored(context: Context, dtype: torch.dtype) -> Context:
     """The same shapes in the mode that is active."""
-    extras = {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in context.extras.items()}
+    extras = {
+        name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in context.extras.items()
+    }
     return Context(torch.zeros(context.tokens.shape, dtype=dtype), context.lengths, extras)
 
 
@@ -185,6 +218,7 @@ def memory_of(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
 
+
 log = logging.getLogger(__name__)
 
 
@@ -193,25 +227,37 @@ def foresee(recipe: Recipe, found: Checked, dtype: torch.dtype, low_memory: bool
     examples = found.listing.examples
     size = max(found.buckets, key=lambda size: size[0] * size[1])
     captions = [caption for example in examples for caption in (example.caption, *example.also)]
-    edited = {e.references: [fitted_size(found.family, path, image_size(path)) for path in e.references]
-              for e in examples}
+    edited = {
+        e.references: [fitted_size(found.family, path, image_size(path)) for path in e.references]
+        for e in examples
+    }
     largest = max(edited.values(), key=lambda sizes: sum(width * height for width, height in sizes))
     return forecast(recipe, found.family, size, captions, dtype, low_memory, largest)
 
 
 def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, str]:
-    """Bytes, dtype and name of what a recipe would be trained on: a GPU of `card` GiB, or this machine."""
+    """Bytes, dtype and name of what a recipe would be trained on: a GPU of `card` GiB, or this
+    machine."""
     if card is not None:
         return int(card * 2**30), dtype_of(recipe, torch.device("cuda")), f"a card of {card:g} GiB"
     device = Accelerator().device
     room = memory_of(device)
-    return room, dtype_of(recipe, device), f"this machine's {device.type} with {room / 2**30:.0f} GiB"
+    return (
+        room,
+        dtype_of(recipe, device),
+        f"this machine's {device.type} with {room / 2**30:.0f} GiB",
+    )
 
 
 def refuse_too_large(recipe: Recipe, peak: Forecast, room: int, where: str) -> None:
-    """Raise ValueError where full fine-tuning's step, at the least memory that it can take, does not fit."""
+    """Raise ValueError where full fine-tuning's step, at the least memory that it can take, does
+    not fit."""
     if not peak.fits(room):
-        ways = [] if recipe.model.offload else ["model.offload: true (teacher and untouched model in main memory)"]
+        ways = (
+            []
+            if recipe.model.offload
+            else ["model.offload: true (teacher and untouched model in main memory)"]
+        )
         ways += [] if recipe.train.optimizer == "adamw_8bit" else ["train.optimizer: adamw_8bit"]
         raise ValueError(
             f"full fine-tuning takes {peak.peak / 2**30:.2f} GiB in a step at model.memory: low, and with a tenth and "
@@ -220,17 +266,26 @@ def refuse_too_large(recipe: Recipe, peak: Forecast, room: int, where: str) -> N
         )
 
 
-def choose_low_memory(recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to save memory: as the recipe says, or where the device is too small to do without. Raises ValueError
-    where full fine-tuning is too large for it all the same."""
+def choose_low_memory(
+    recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether to save memory: as the recipe says, or where the device is too small to do without.
+    Raises ValueError where full fine-tuning is too large for it all the same."""
     if recipe.adapter == "full":
         room, dtype, where = planned_for(recipe, None)
         refuse_too_large(recipe, foresee(recipe, found, dtype, low_memory=True), room, where)
     if recipe.model.offload:
-        return True  # or all copies of the weights would stay alive until the end of a backward pass
+        return (
+            True  # or all copies of the weights would stay alive until the end of a backward pass
+        )
     if recipe.model.memory != "auto":
         return recipe.model.memory == "low"
     peak, room = foresee(recipe, found, dtype, low_memory=False), memory_of(device)
     level = "high" if peak.fits(room) else "low"
-    log.info("memory=auto chosen=%s high_would_take=%.1f_GiB device=%.1f_GiB", level, peak.peak / 2**30, room / 2**30)
+    log.info(
+        "memory=auto chosen=%s high_would_take=%.1f_GiB device=%.1f_GiB",
+        level,
+        peak.peak / 2**30,
+        room / 2**30,
+    )
     return level == "low"

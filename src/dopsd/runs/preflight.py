@@ -1,7 +1,9 @@
-"""Before hours of training: does the teacher, with a training picture in its context, paint what the student cannot?
+"""Before hours of training: does the teacher, with a training image in its context, generate what
+the student cannot?
 
-D-OPSD learns what its teacher paints, no more. So both paint each caption on the same noise, the teacher beside the
-picture, and the share by which the teacher comes nearer says what there is to learn. One sentence for the set.
+D-OPSD learns what its teacher generates, no more. So both generate each caption on the same noise,
+the teacher beside the image, and the share by which the teacher comes nearer says what there is to
+learn. One sentence for the set.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from PIL import Image
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.sampling import noise_for, generate
+from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.image_distance import SIDE, distances, nearer
 from dopsd.evaluation.metrics import Found, find_metric
 from dopsd.evaluation.pages import Panel, write_comparison
@@ -28,18 +30,21 @@ from dopsd.models.pipeline import deployed_on
 from dopsd.runs.check import Checked, check
 from dopsd.runs.resolve import dtype_of, resolutions_of
 
-ENOUGH = 0.15  # share by which the teacher must be nearer; set on other things than those it is judged on
-MOST = 16  # pictures that are looked at where a set has more
+# Share by which the teacher must be nearer; set on other things than those it is judged on
+ENOUGH = 0.15
+MOST = 16  # images that are looked at where a set has more
 SEEDS = 4
-Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # pictures and their target, in [0, 1]
+Distance = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # images and their target, in [0, 1]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 HEADER = ["picture", "student's distance", "teacher's distance", "teacher nearer by", ""]
 
 
 @dataclass(frozen=True)
 class Look:
-    """One training picture as it is trained on, and what was painted from its caption: uint8 [S, H, W, 3] each, and
-    how far each is from it, [S]."""
+    """One training image as it is trained on, and what was generated from its caption: uint8 [S, H,
+    W, 3] each, and how far each is from it, [S]."""
 
     name: str
     caption: str
@@ -56,7 +61,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was seen, of how many pictures, and what follows. verdict: "can", "little" or "cannot"."""
+    """What was seen, of how many images, and what follows. verdict: "can", "little" or "cannot"."""
 
     looks: tuple[Look, ...]
     images: int
@@ -84,7 +89,7 @@ class Preflight:
         }
 
     def table(self) -> list[list[str]]:
-        """A row a picture, and the set."""
+        """A row an image, and the set."""
         rows = [
             [
                 look.name,
@@ -99,30 +104,47 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, report: Path, progress: Progress, seeds: int = SEEDS, most: int = MOST, metric: str | None = None
+    recipe: Recipe,
+    report: Path,
+    progress: Progress,
+    seeds: int = SEEDS,
+    most: int = MOST,
+    metric: str | None = None,
 ) -> Preflight:
-    """Look at up to `most` pictures of a recipe's data, on `seeds` noises each, and write the page. measure: the name
-    of a distance to a target picture, instead of that of reduced pixels. Raises ValueError for a measure that is none,
-    and for a recipe whose method has no teacher that sees pictures."""
+    """Look at up to `most` images of a recipe's data, on `seeds` noises each, and write the page.
+    measure: the name of a distance to a target image, instead of that of reduced pixels. Raises
+    ValueError for a measure that is none, and for a recipe whose method has no teacher that sees
+    images."""
     if "privileged" not in recipe.method.needs:
-        raise ValueError(f"{recipe.method.name} learns from the pictures themselves, not from a teacher who sees them: "
-                         "preflight has nothing to ask. Give it a recipe of dopsd.")
+        raise ValueError(
+            f"{recipe.method.name} learns from the pictures themselves, not from a teacher who sees them: "
+            "preflight has nothing to ask. Give it a recipe of dopsd."
+        )
     far = find_metric(metric) if metric else None
     if far and (far.metric.needs != "target" or far.metric.higher):
-        raise ValueError(f"{metric} is no distance to a target picture: preflight takes dino or lpips.")
+        raise ValueError(
+            f"{metric} is no distance to a target picture: preflight takes dino or lpips."
+        )
     found = check(recipe)
     looks = _look(recipe, found, seeds, most, far, progress)
-    total = nearer(np.stack([e.student_distance for e in looks]), np.stack([e.teacher_distance for e in looks]))
+    total = nearer(
+        np.stack([e.student_distance for e in looks]), np.stack([e.teacher_distance for e in looks])
+    )
     verdict = verdict_of(total)
     result = Preflight(
-        looks, len(found.listing.examples), total, verdict, _sentence(recipe, found.family, looks, total)
+        looks,
+        len(found.listing.examples),
+        total,
+        verdict,
+        _sentence(recipe, found.family, looks, total),
     )
     _write_page(report, recipe, result, seeds, metric)
     return result
 
 
 def verdict_of(found: Interval) -> str:
-    """ "cannot": not nearer beyond chance; "little": nearer, by less than ENOUGH; "can": by ENOUGH or more."""
+    """ "cannot": not nearer beyond chance; "little": nearer, by less than ENOUGH; "can": by ENOUGH
+    or more."""
     if found.low <= 0:
         return "cannot"
     return "can" if found.value >= ENOUGH else "little"
@@ -169,14 +191,23 @@ def _look(
         progress("painting", done, len(rows))
         width, height = row.size
         latent_shape = latent_size(family, height, width)
-        noise = noise_for(range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *latent_shape)
+        noise = noise_for(
+            range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *latent_shape
+        )
         schedule = family.schedule(recipe.sample.nfe or family.default_nfe, *latent_shape)
         assert row.privileged is not None
-        contexts = [Context.stack([read_context(path)] * seeds).to(device) for path in (row.context, row.privileged)]
-        student, teacher = (generate(denoiser, vae, schedule, context, noise) for context in contexts)
+        contexts = [
+            Context.stack([read_context(path)] * seeds).to(device)
+            for path in (row.context, row.privileged)
+        ]
+        student, teacher = (
+            generate(denoiser, vae, schedule, context, noise) for context in contexts
+        )
         target = cover_crop(open_image(row.example.path), row.size)
         apart = [_distances(distance, images, np.asarray(target)) for images in (student, teacher)]
-        looks.append(Look(row.example.path.name, row.example.caption, target, student, teacher, *apart))
+        looks.append(
+            Look(row.example.path.name, row.example.caption, target, student, teacher, *apart)
+        )
     progress("painting", len(rows), len(rows))
     return tuple(looks)
 
@@ -185,27 +216,41 @@ def _distances(distance: Distance | None, images: torch.Tensor, target: np.ndarr
     """By a measure, or of reduced pixels: uint8 [S, H, W, 3] and [H, W, 3] -> [S]."""
     if distance is None:
         return distances(images.numpy(), target)
-    replicate = [each.float().movedim(-1, -3) / 255 for each in (images, torch.from_numpy(target.copy()))]
+    replicate = [
+        each.float().movedim(-1, -3) / 255 for each in (images, torch.from_numpy(target.copy()))
+    ]
     return distance(*replicate).double().cpu().numpy()
 
 
 def _read(
-    recipe: Recipe, found: Checked, most: int, device: torch.device, dtype: torch.dtype, progress: Progress
+    recipe: Recipe,
+    found: Checked,
+    most: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> tuple[Row, ...]:
-    """Captions, and captions with their pictures, as training reads them and into the same cache; spread evenly over
-    the set where it has more than `most` pictures."""
+    """Captions, and captions with their images, as training reads them and into the same cache;
+    spread evenly over the set where it has more than `most` images."""
     family, examples = found.family, found.listing.examples
     count = min(most, len(examples))
     chosen = [examples[index * len(examples) // count] for index in range(count)]
     return prepare(
-        chosen, recipe.output_dir / "cache", family.load_text_encoder(device, dtype, images=True),
-        family.load_vae(device, torch.float32), resolution=max(resolutions_of(recipe, family)),
-        multiple=family.multiple, privileged=True, device=device,
+        chosen,
+        recipe.output_dir / "cache",
+        family.load_text_encoder(device, dtype, images=True),
+        family.load_vae(device, torch.float32),
+        resolution=max(resolutions_of(recipe, family)),
+        multiple=family.multiple,
+        privileged=True,
+        device=device,
         progress=lambda done, total: progress("reading", done, total),
     )
 
 
-def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int, metric: str | None) -> None:
+def _write_page(
+    path: Path, recipe: Recipe, result: Preflight, seeds: int, metric: str | None
+) -> None:
     columns = tuple(f"seed {recipe.sample.seed + index}" for index in range(seeds))
     panels = [
         Panel(
@@ -227,4 +272,12 @@ def _write_page(path: Path, recipe: Recipe, result: Preflight, seeds: int, metri
         f"At least {ENOUGH:.0%} nearer is called enough. The measure sees where which colours are; for the rest "
         "look at the pictures.",
     ]
-    write_comparison(path, f"Preflight of {recipe.run_name}", result.sentence, HEADER, result.table(), panels, notes)
+    write_comparison(
+        path,
+        f"Preflight of {recipe.run_name}",
+        result.sentence,
+        HEADER,
+        result.table(),
+        panels,
+        notes,
+    )

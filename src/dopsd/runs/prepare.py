@@ -12,7 +12,13 @@ from dopsd.diffusion.batch import Context
 from dopsd.models.base import Family
 from dopsd.runs.class_images import with_generated
 from dopsd.runs.outputs.previews import Preview, read_previews
-from dopsd.runs.resolve import PREVIEWS, images_shown, replay_prompts, resolutions_of, unrelated_prompts
+from dopsd.runs.resolve import (
+    PREVIEWS,
+    images_shown,
+    replay_prompts,
+    resolutions_of,
+    unrelated_prompts,
+)
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
@@ -22,7 +28,7 @@ class _Material:
     """What the encoders leave behind before they leave memory."""
 
     rows: tuple[Row, ...]
-    prior: tuple[Row, ...]  # class pictures, where the method wants them
+    prior: tuple[Row, ...]  # class images, where the method wants them
     previews: tuple[Preview, ...]
     unrelated: Context  # of the health prompts
     replay: Context | None  # of the prompts to stay the same on, where the method wants them
@@ -36,14 +42,17 @@ def _read_and_encode(
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> _Material:
-    """Cache latents and contexts, read the preview prompts; reader and painter are gone when this returns."""
+    """Cache latents and contexts, read the preview prompts; reader and VAE are gone when this
+    returns."""
     needs = recipe.method.needs
     privileged = "privileged" in needs
     listing, beside = with_generated(recipe, family, listing, _doing("painting", progress))
     text_encoder = family.load_text_encoder(device, dtype, images=privileged)
     vae = family.load_vae(device, torch.float32)
 
-    def encode(examples: Sequence[Example], resolution: int, privileged: bool, unconditional: bool) -> tuple[Row, ...]:
+    def encode(
+        examples: Sequence[Example], resolution: int, privileged: bool, unconditional: bool
+    ) -> tuple[Row, ...]:
         return prepare(
             examples,
             recipe.output_dir / "cache",
@@ -58,18 +67,28 @@ def _read_and_encode(
         )
 
     resolutions, unconditional = resolutions_of(recipe, family), recipe.data.caption_dropout > 0
-    rows = tuple(row for each in resolutions for row in encode(listing.examples, each, privileged, unconditional))
+    rows = tuple(
+        row
+        for each in resolutions
+        for row in encode(listing.examples, each, privileged, unconditional)
+    )
     previews = read_previews(
         images_shown(recipe, family, listing),
         text_encoder,
-        [shown_to_teacher(row) for row in list(dict.fromkeys(rows))[:PREVIEWS]] if privileged else [],
+        [shown_to_teacher(row) for row in list(dict.fromkeys(rows))[:PREVIEWS]]
+        if privileged
+        else [],
     )
     return _Material(
         rows,
-        prior=encode(beside, max(resolutions), privileged=False, unconditional=False) if beside else (),
+        prior=encode(beside, max(resolutions), privileged=False, unconditional=False)
+        if beside
+        else (),
         previews=previews,
         unrelated=text_encoder.context(list(unrelated_prompts(recipe, family))),
-        replay=text_encoder.context(list(replay_prompts(recipe, family))).to("cpu") if "replay" in needs else None,
+        replay=text_encoder.context(list(replay_prompts(recipe, family))).to("cpu")
+        if "replay" in needs
+        else None,
     )
 
 

@@ -17,7 +17,7 @@ from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import TextEncoder
 from dopsd.evaluation.health import PROMPTS
-from dopsd.images import Size, open_image, image_size
+from dopsd.images import Size, image_size, open_image
 from dopsd.methods import missing
 from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision, latent_size
@@ -25,8 +25,8 @@ from dopsd.models.base import Family, TeacherVision, latent_size
 
 @dataclass(frozen=True)
 class PreviewPrompt:
-    """A picture to show: its prompt, the seed of its noise, its latent size (channels, height, width), and the pictures
-    that the prompt edits."""
+    """An image to show: its prompt, the seed of its noise, its latent size (channels, height,
+    width), and the images that the prompt edits."""
 
     prompt: str
     seed: int
@@ -34,7 +34,7 @@ class PreviewPrompt:
     references: tuple[Path, ...] = ()
 
     def read(self, text_encoder: TextEncoder, seen: Image.Image | None = None) -> Context:
-        """What the student reads, or the teacher that sees a picture."""
+        """What the student reads, or the teacher that sees an image."""
         edited = [[open_image(path) for path in self.references]] if self.references else None
         return text_encoder.context([self.prompt], [seen] if seen else None, edited)
 
@@ -43,7 +43,7 @@ PREVIEWS = 4  # captions shown when the recipe names no prompts
 
 
 def family_of(recipe: Recipe) -> Family:
-    """The recipe's checkpoint, its teacher seeing pictures as the recipe says."""
+    """The recipe's checkpoint, its teacher seeing images as the recipe says."""
     model = recipe.model
     teacher_vision = TeacherVision(model.teacher_context, model.vlm, model.teacher_suffix)
     return load_family(model.name_or_path, model.revision, teacher_vision, model.distilled_by)
@@ -58,7 +58,9 @@ def open_family(recipe: Recipe) -> Family:
             f"{recipe.method.name} cannot run on {family.name}{so_set}: {reason}. `dopsd list` shows what can."
         )
     if not family.distilled and not recipe.model.allow_base:
-        by_file = ", or a file in model.distilled_by that makes it one" if family.distillable else ""
+        by_file = (
+            ", or a file in model.distilled_by that makes it one" if family.distillable else ""
+        )
         raise ValueError(
             f"{recipe.model.name_or_path} is a many-step base model, and few-step tuning needs a distilled one such as "
             f"{family.repo}{by_file}. Set model.allow_base: true to tune it all the same."
@@ -67,19 +69,29 @@ def open_family(recipe: Recipe) -> Family:
 
 
 def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
-    """Prompts that have nothing to do with the data: the recipe's, the checkpoint's own, or the built-in ones."""
+    """Prompts that have nothing to do with the data: the recipe's, the checkpoint's own, or the
+    built-in ones."""
     return recipe.health.prompts or family.unrelated_prompts or PROMPTS
 
 
 def images_shown(recipe: Recipe, family: Family, listing: Listing) -> list[PreviewPrompt]:
-    """What a run shows: the recipe's prompts, or the first captions, and some unrelated prompts. Raises ValueError for
-    a size that the family cannot paint."""
+    """What a run shows: the recipe's prompts, or the first captions, and some unrelated prompts.
+    Raises ValueError for a size that the family cannot generate."""
     sample, side = recipe.sample, max(resolutions_of(recipe, family))
     sizes = bucket_sizes(side, family.multiple)
-    examples = {(e.caption, e.references): e for e in reversed(listing.examples)}.values()  # the first of each
-    shown = () if sample.prompts else [_as_prompt(example, sizes) for example in list(reversed(examples))[:PREVIEWS]]
+    examples = {
+        (e.caption, e.references): e for e in reversed(listing.examples)
+    }.values()  # the first of each
+    shown = (
+        ()
+        if sample.prompts
+        else [_as_prompt(example, sizes) for example in list(reversed(examples))[:PREVIEWS]]
+    )
     unrelated = [{"prompt": text} for text in unrelated_prompts(recipe, family)[: sample.unrelated]]
-    prompts = [*sample.prompts, *(PromptSection.model_validate(each) for each in (*shown, *unrelated))]
+    prompts = [
+        *sample.prompts,
+        *(PromptSection.model_validate(each) for each in (*shown, *unrelated)),
+    ]
     wanted = []
     for index, each in enumerate(prompts):
         height, width = each.height or sample.height or side, each.width or sample.width or side
@@ -90,15 +102,20 @@ def images_shown(recipe: Recipe, family: Family, listing: Listing) -> list[Previ
 
 
 def _as_prompt(example: Example, sizes: Sequence[Size]) -> dict[str, Any]:
-    """What shows an example; an edited picture keeps the shape that it is trained in."""
+    """What shows an example; an edited image keeps the shape that it is trained in."""
     if not example.references:
         return {"prompt": example.caption}
     width, height = nearest_bucket(*image_size(example.path), sizes)
-    return {"prompt": example.caption, "references": example.references, "width": width, "height": height}
+    return {
+        "prompt": example.caption,
+        "references": example.references,
+        "width": width,
+        "height": height,
+    }
 
 
 def resolutions_of(recipe: Recipe, family: Family) -> tuple[int, ...]:
-    """The sides of the square buckets in pixels: every picture is trained on at each."""
+    """The sides of the square buckets in pixels: every image is trained on at each."""
     return recipe.data.resolution or (family.resolution,)
 
 
@@ -109,7 +126,8 @@ def read_data(recipe: Recipe) -> Listing:
             fill(s.folder, s.dataset, s.image_column, s.caption_column, s.split, s.rejected_column)
     data = recipe.data
     sources = [
-        Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight) for s in (data, *data.more)
+        Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight)
+        for s in (data, *data.more)
     ]
     listing = read_sources(sources, data.trigger, data.skip_bad)
     if recipe.method.teacher_sees_another:
@@ -130,8 +148,8 @@ def _refuse_unpaired(recipe: Recipe, listing: Listing) -> None:
 
 
 def replay_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
-    """Prompts on which a method with retention stays as it was: the recipe's, those of a file, or the health prompts.
-    Raises ValueError for a file without any."""
+    """Prompts on which a method with retention stays as it was: the recipe's, those of a file, or
+    the health prompts. Raises ValueError for a file without any."""
     prompts = recipe.data.replay
     if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
         prompts = tuple(question.prompt for question in read_prompts(Path(prompts[0])))

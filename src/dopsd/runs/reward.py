@@ -14,11 +14,14 @@ log = logging.getLogger(__name__)
 
 
 def latent_reward(recipe: Recipe, family: Family, device: torch.device, low_memory: bool) -> Score:
-    """The method's judge, looking at latents through the autoencoder; both stay in memory. Raises ValueError once it
-    has been without an answer for as many steps in a row as the recipe would skip."""
+    """The method's reward, looking at latents through the autoencoder; both stay in memory. Raises
+    ValueError once it has been without an answer for as many steps in a row as the recipe would
+    skip."""
     reward = load_reward(str(recipe.method.reward_name), device)
     vae = family.load_vae(device, torch.float32, tiled=low_memory)
-    most = 2 * recipe.train.max_skipped_steps * recipe.train.gradient_accumulation_steps  # two walks a batch
+    most = (
+        2 * recipe.train.max_skipped_steps * recipe.train.gradient_accumulation_steps
+    )  # two walks a batch
     silent_in_a_row, alike_in_a_row, before = 0, 0, None
 
     @torch.no_grad()
@@ -26,12 +29,15 @@ def latent_reward(recipe: Recipe, family: Family, device: torch.device, low_memo
         nonlocal silent_in_a_row, alike_in_a_row, before
         scores = reward((vae.pixels(clean) / 2 + 0.5).clamp(0, 1), prompts)
         silent_in_a_row = silent_in_a_row + 1 if scores.isnan().all() else 0
-        alike_in_a_row = alike_in_a_row + 1 if before is not None and torch.equal(scores, before) else 0
+        alike_in_a_row = (
+            alike_in_a_row + 1 if before is not None and torch.equal(scores, before) else 0
+        )
         before = scores
         if alike_in_a_row == most:
             log.warning(
                 "the judge %s gave the same scores to %d walks in a row: pairs of equal score teach nothing",
-                recipe.method.reward_name, most,
+                recipe.method.reward_name,
+                most,
             )
         if silent_in_a_row == most:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""One network under training: its adapter, teacher, optimizer and roles; how it is previewed and exported."""
+"""One network under training: its adapter, teacher, optimizer and roles; how it is previewed and
+exported."""
 
 import json
 import logging
@@ -15,9 +16,9 @@ from dopsd import __version__
 from dopsd.config.recipe import Recipe
 from dopsd.config.schema import LoraSection
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Denoiser, VAE
+from dopsd.diffusion.components import VAE, Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.evaluation.health import Agreement, HealthCheck, Health
+from dopsd.evaluation.health import Agreement, Health, HealthCheck
 from dopsd.files import sha256_of
 from dopsd.methods.base import Roles
 from dopsd.models import load_family
@@ -36,8 +37,6 @@ from dopsd.training.trainable import Student, full_student, lora_student
 log = logging.getLogger(__name__)
 
 
-
-
 @dataclass(frozen=True)
 class Session:
     """Network, weights and optimizer of one run."""
@@ -45,15 +44,18 @@ class Session:
     recipe: Recipe
     family: Family
     accelerator: Accelerator
-    low_memory: bool  # activations are recomputed, pictures decoded in tiles
-    data: Mapping[str, str]  # what a LoRA file says of the pictures it was tuned on
-    quantization_gap: float | None  # how far quantizing the base moved its first velocity; None: it was not
+    low_memory: bool  # activations are recomputed, images decoded in tiles
+    data: Mapping[str, str]  # what a LoRA file says of the images it was tuned on
+    quantization_gap: (
+        float | None
+    )  # how far quantizing the base moved its first velocity; None: it was not
     network: nn.Module
     student: Student
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     roles: Roles  # that train
-    shown: Roles  # as they are deployed, for previews and health: the same, unless training is on other weights
+    # As they are deployed, for previews and health: the same, unless training is on other weights
+    shown: Roles
 
     @classmethod
     def open(
@@ -66,14 +68,23 @@ class Session:
         data: Mapping[str, str],
         probe: Context,
     ) -> "Session":
-        """Load the denoiser, make a student of it, and the roles. probe: what a quantized base is compared on."""
+        """Load the denoiser, make a student of it, and the roles. probe: what a quantized base is
+        compared on."""
         kind, gap = recipe.model.quantize, None
         away = kind or (recipe.model.offload and recipe.adapter == "lora")
         starts_on = torch.device("cpu") if away else accelerator.device
         denoiser, deployed = _load(recipe, family, starts_on, dtype)
         if kind:
             start = family.schedule(family.default_nfe, 16, 16).times[:1]
-            gap = quantize(denoiser, family.quantizable, kind, accelerator.device, probe, family.channels, start)
+            gap = quantize(
+                denoiser,
+                family.quantizable,
+                kind,
+                accelerator.device,
+                probe,
+                family.channels,
+                start,
+            )
             log.info("quantize=%s first_velocity_moved_by=%.3f", kind, gap)
         if low_memory:
             denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator] - every diffusers model has it
@@ -84,11 +95,26 @@ class Session:
         def schedule(nfe: int | None, height: int, width: int) -> Schedule:
             return family.schedule(nfe or family.default_nfe, height, width)
 
-        score = latent_reward(recipe, family, accelerator.device, low_memory) if recipe.method.reward_name else None
+        score = (
+            latent_reward(recipe, family, accelerator.device, low_memory)
+            if recipe.method.reward_name
+            else None
+        )
         roles = make_roles(denoiser, student.weights, teacher, schedule, score, student.base)
         shown = as_deployed(roles, denoiser, student, teacher, deployed) if deployed else roles
         return cls(
-            recipe, family, accelerator, low_memory, data, gap, denoiser.network, student, teacher, optimizer, roles, shown
+            recipe,
+            family,
+            accelerator,
+            low_memory,
+            data,
+            gap,
+            denoiser.network,
+            student,
+            teacher,
+            optimizer,
+            roles,
+            shown,
         )
 
     @property
@@ -111,7 +137,8 @@ class Session:
         return self.family.load_vae(self.device, torch.float32, tiled=self.low_memory)
 
     def preview(self, previews: Sequence[Preview], folder: Path, step: int) -> Path:
-        """Paint the previews at the deployed NFE: `samples/step-N/`. The autoencoder is in memory only meanwhile."""
+        """Paint the previews at the deployed NFE: `samples/step-N/`. The autoencoder is in memory
+        only meanwhile."""
         path = folder / "samples" / f"step-{step:06d}"
         generate_previews(
             path,
@@ -124,11 +151,16 @@ class Session:
         return path
 
     def health_check(self, context: Context, prompts: Sequence[str]) -> HealthCheck:
-        """The untouched model's side of the health measures, painted on these prompts."""
+        """The base model's side of the health measures, generated on these prompts."""
         height, width = self._latent_size
         return HealthCheck(
-            self.shown.base, self.vae(), lambda nfe: self.family.schedule(nfe, height, width), self.deployed_nfe,
-            context.to(self.device), (self.family.channels, height, width), agreement=self._agreement(prompts),
+            self.shown.base,
+            self.vae(),
+            lambda nfe: self.family.schedule(nfe, height, width),
+            self.deployed_nfe,
+            context.to(self.device),
+            (self.family.channels, height, width),
+            agreement=self._agreement(prompts),
         )
 
     def _agreement(self, prompts: Sequence[str]) -> Agreement | None:
@@ -137,16 +169,23 @@ class Session:
         from dopsd.evaluation.metrics.clip import ClipScore
 
         reward = ClipScore(self.recipe.health.text_model, self.device, called="health.text_model")
-        return lambda images, in_a_row: reward(
-            torch.from_numpy(images).permute(0, 3, 1, 2), [prompt for prompt in prompts for _ in range(in_a_row)]
-        ).double().cpu().numpy()
+        return lambda images, in_a_row: (
+            reward(
+                torch.from_numpy(images).permute(0, 3, 1, 2),
+                [prompt for prompt in prompts for _ in range(in_a_row)],
+            )
+            .double()
+            .cpu()
+            .numpy()
+        )
 
     def health(self, health_check: HealthCheck) -> Health:
         """How the student is now."""
         return health_check.examine(self.shown.student, self.vae())
 
     def export(self, path: Path, step: int) -> None:
-        """The student after `step` steps as a LoRA file or the folder of a model, reopened and compared."""
+        """The student after `step` steps as a LoRA file or the folder of a model, reopened and
+        compared."""
         if self.recipe.adapter == "full":
             write_model(path, self.network, self.family, self.metadata(step))
         else:
@@ -155,8 +194,8 @@ class Session:
         log.info("saved=%s reopened_and_compared=yes", path)
 
     def metadata(self, step: int) -> dict[str, str]:
-        """What a LoRA file (or a model's folder) says of itself: modelspec, the keys that kohya's tools show, and ours.
-        No path of a machine, no caption."""
+        """What a LoRA file (or a model's folder) says of itself: modelspec, the keys that kohya's
+        tools show, and ours. No path of a machine, no caption."""
         recipe, family = self.recipe, self.family
         base = Path(recipe.model.name_or_path)
         metadata = {
@@ -178,10 +217,14 @@ class Session:
             "base_model": base.name if base.exists() else recipe.model.name_or_path,
             "method": recipe.method.name,
             "method_settings": recipe.method.model_dump_json(),
-            "teacher_context": str(family.teacher_context) if "privileged" in recipe.method.needs else "none",
+            "teacher_context": str(family.teacher_context)
+            if "privileged" in recipe.method.needs
+            else "none",
             **self.data,
             "nfe": str(self.deployed_nfe),
-            "sigmas": json.dumps(family.schedule(self.deployed_nfe, *self._latent_size).times.tolist()),
+            "sigmas": json.dumps(
+                family.schedule(self.deployed_nfe, *self._latent_size).times.tolist()
+            ),
         }
         if file := recipe.model.distilled_by:
             metadata["distilled_by"] = Path(file).name if Path(file).exists() else file
@@ -196,7 +239,9 @@ class Session:
         if recipe.model.quantize:
             metadata["base_while_training"] = recipe.model.quantize
         if trained_on := recipe.model.train_on:
-            metadata["trained_on"] = Path(trained_on).name if Path(trained_on).exists() else trained_on
+            metadata["trained_on"] = (
+                Path(trained_on).name if Path(trained_on).exists() else trained_on
+            )
         if recipe.model.training_adapter:
             metadata["training_adapter_sha256"] = sha256_of(recipe.model.training_adapter)
         if recipe.data.trigger:
@@ -212,7 +257,10 @@ class Session:
 
     @property
     def _latent_size(self) -> tuple[int, int]:
-        return self._side // self.family.vae_scale_factor, self._side // self.family.vae_scale_factor
+        return (
+            self._side // self.family.vae_scale_factor,
+            self._side // self.family.vae_scale_factor,
+        )
 
 
 def _load(
@@ -232,15 +280,22 @@ def _load(
     return denoiser, deployed
 
 
-def prepare(recipe: Recipe, family: Family, network: nn.Module, device: torch.device) -> tuple[Student, Teacher]:
-    """Student and teacher on a network, as the recipe says; `model.offload` keeps what is frozen in main memory."""
+def prepare(
+    recipe: Recipe, family: Family, network: nn.Module, device: torch.device
+) -> tuple[Student, Teacher]:
+    """Student and teacher on a network, as the recipe says; `model.offload` keeps what is frozen in
+    main memory."""
     home = torch.device("cpu") if recipe.model.offload else device
     if recipe.adapter == "full":
         student = full_student(network, home)
         return student, Teacher(student.weights, recipe.method.decay, student.base, home)
     lora = recipe.lora
     student = lora_student(
-        network, lora.targets or family.lora_targets, lora.rank, lora.alpha or lora.rank, recipe.train.seed
+        network,
+        lora.targets or family.lora_targets,
+        lora.rank,
+        lora.alpha or lora.rank,
+        recipe.train.seed,
     )
     if recipe.model.offload:
         away = offload_blocks(network, device)
@@ -251,10 +306,16 @@ def prepare(recipe: Recipe, family: Family, network: nn.Module, device: torch.de
 
 
 def _optimizer_of(recipe: Recipe, student: Student) -> torch.optim.Optimizer:
-    weights, rate, decay = student.weights.values(), recipe.train.learning_rate, recipe.train.weight_decay
+    weights, rate, decay = (
+        student.weights.values(),
+        recipe.train.learning_rate,
+        recipe.train.weight_decay,
+    )
     if recipe.train.optimizer == "adamw_8bit":
         return adamw_8bit(weights, rate, decay)
-    all_at_once = None if recipe.adapter == "lora" else False  # which would take a further copy of all weights
+    all_at_once = (
+        None if recipe.adapter == "lora" else False
+    )  # which would take a further copy of all weights
     return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, foreach=all_at_once)
 
 

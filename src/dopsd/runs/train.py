@@ -1,4 +1,5 @@
-"""One run: a recipe becomes a LoRA. Assembles the rooms and keeps house (log, preview, save); computes nothing itself.
+"""One run: a recipe becomes a LoRA. Assembles the rooms and keeps house (log, preview, save);
+computes nothing itself.
 
 The only room that knows all others; only `cli`, `compare` and the package's face import it.
 """
@@ -32,17 +33,18 @@ from dopsd.training.loop import Plan, StepReport, steps
 log = logging.getLogger(__name__)
 
 
-
-
-
 def train(
-    recipe: Recipe, resume: str | None = None, progress: Progress | None = None, checked: Checked | None = None
+    recipe: Recipe,
+    resume: str | None = None,
+    progress: Progress | None = None,
+    checked: Checked | None = None,
 ) -> Iterator[StepReport]:
     """Run a recipe: a generator of optimizer steps that logs, previews and saves between them.
 
-    resume: "latest", a checkpoint folder, or None for a new run. checked: what `check` found, if asked before. Leaves
-    `<run_name>.safetensors` and `report.html` in the run folder. Raises ValueError for bad input, before anything is
-    trained where it can be known; after a SIGINT or SIGTERM, `Stopped` once the step that was under way is saved.
+    resume: "latest", a checkpoint folder, or None for a new run. checked: what `check` found, if
+    asked before. Leaves `<run_name>.safetensors` and `report.html` in the run folder. Raises
+    ValueError for bad input, before anything is trained where it can be known; after a SIGINT or
+    SIGTERM, `Stopped` once the step that was under way is saved.
     """
     found = checked or check(recipe)
     with claimed(recipe, resume) as states:
@@ -57,21 +59,39 @@ def train(
 
 
 def _train(
-    session: Session, material: _Material, start: int, noticed: Callable[[], int | None], trackers: Trackers
+    session: Session,
+    material: _Material,
+    start: int,
+    noticed: Callable[[], int | None],
+    trackers: Trackers,
 ) -> Iterator[StepReport]:
     """The steps from `start` on, with what is written between them."""
     recipe, folder = session.recipe, session.recipe.run_folder
     metrics, plan = Metrics(folder / "metrics.jsonl", start), _plan(recipe.train)
     loader = Loader(
-        material.rows, recipe.train.batch_size, recipe.train.seed, recipe.data.caption_dropout, material.prior,
+        material.rows,
+        recipe.train.batch_size,
+        recipe.train.seed,
+        recipe.data.caption_dropout,
+        material.prior,
         material.replay,
     )
     prompts = unrelated_prompts(recipe, session.family)
     monitor = HealthMonitor(session, material.unrelated, prompts, start, trackers)
-    spent, enough = sum(row["seconds"] for row in read_rows(metrics.path)), recipe.train.max_seconds or math.inf
+    spent, enough = (
+        sum(row["seconds"] for row in read_rows(metrics.path)),
+        recipe.train.max_seconds or math.inf,
+    )
     for report in steps(
-        session.roles, recipe.method, loader, session.trainable, session.optimizer, session.teacher,
-        session.accelerator, plan, start,
+        session.roles,
+        recipe.method,
+        loader,
+        session.trainable,
+        session.optimizer,
+        session.teacher,
+        session.accelerator,
+        plan,
+        start,
     ):
         metrics.add(report)
         about = ("grad_norm", "learning_rate", "images", "seconds", "skipped")
@@ -83,16 +103,24 @@ def _train(
         if done or _due(report.step, recipe.sample.every):
             _preview(session, material, report.step, trackers)
         illness = monitor.state(report.step, done)
-        if done:  # before the last checkpoint: a run killed in between does its last steps again and exports
+        # Before the last checkpoint: a run killed in between does its last steps again and exports
+        if done:
             session.export(recipe.result(), report.step)
-            write_card(recipe, session.family.usage(session.deployed_nfe), session.metadata(report.step), report.step)
+            write_card(
+                recipe,
+                session.family.usage(session.deployed_nfe),
+                session.metadata(report.step),
+                report.step,
+            )
             write_report(folder)
         elif due:
             session.export(recipe.result(f"-step{report.step:06d}"), report.step)
             _keep_last_models(recipe)
         if done or due or signal or illness:
             keep = recipe.save.keep_last
-            save_checkpoint(folder, report.step, session.trainable, session.teacher, session.optimizer, keep)
+            save_checkpoint(
+                folder, report.step, session.trainable, session.teacher, session.optimizer, keep
+            )
         yield report
         if signal and not done:
             raise Stopped(signal, report.step)
@@ -105,12 +133,10 @@ def _train(
 def _keep_last_models(recipe: Recipe) -> None:
     """LoRA files are small and all kept; of whole models as many as of checkpoints."""
     if recipe.adapter == "full" and recipe.save.keep_last:
-        for old in sorted(recipe.run_folder.glob(f"{recipe.run_name}-step*"))[: -recipe.save.keep_last]:
+        for old in sorted(recipe.run_folder.glob(f"{recipe.run_name}-step*"))[
+            : -recipe.save.keep_last
+        ]:
             shutil.rmtree(old)
-
-
-
-
 
 
 def _preview(session: Session, material: _Material, step: int, trackers: Trackers) -> None:
@@ -119,7 +145,8 @@ def _preview(session: Session, material: _Material, step: int, trackers: Tracker
 
 
 def _restore(session: Session, states: Sequence[Path]) -> int:
-    """Put back the first state that is whole; the steps it had done. Raises ValueError when none is."""
+    """Put back the first state that is whole; the steps it had done. Raises ValueError when none
+    is."""
     for index, state in enumerate(states):
         try:
             done = load_checkpoint(state, session.trainable, session.teacher, session.optimizer)
@@ -128,7 +155,12 @@ def _restore(session: Session, states: Sequence[Path]) -> int:
         except ValueError as error:
             if index == len(states) - 1:
                 raise
-            log.warning("checkpoint=%s unusable=%s going_back_to=%s", state.name, error, states[index + 1].name)
+            log.warning(
+                "checkpoint=%s unusable=%s going_back_to=%s",
+                state.name,
+                error,
+                states[index + 1].name,
+            )
     return 0
 
 
@@ -145,10 +177,6 @@ def _plan(settings: TrainSection) -> Plan:
     )
 
 
-
-
-
-
 def _load(recipe: Recipe, found: Checked, progress: Progress | None) -> tuple[_Material, Session]:
     """Encode, let the encoders go, and load the network."""
     accelerator = Accelerator()
@@ -156,13 +184,9 @@ def _load(recipe: Recipe, found: Checked, progress: Progress | None) -> tuple[_M
     material = _read_and_encode(recipe, found.family, found.listing, device, dtype, progress)
     low_memory, images = choose_low_memory(recipe, found, device, dtype), found.listing
     data = {"images": str(len(images.examples)), "data_sha256": images.fingerprint()}
-    return material, Session.open(recipe, found.family, accelerator, dtype, low_memory, data, material.previews[0].context)
-
-
-
-
-
-
+    return material, Session.open(
+        recipe, found.family, accelerator, dtype, low_memory, data, material.previews[0].context
+    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,7 +1,9 @@
-"""A de-distill adapter: a LoRA that has learned what plain fine-tuning does to a few-step model anyway.
+"""A de-distill adapter: a LoRA that has learned what plain fine-tuning does to a few-step model
+anyway.
 
-SFT on pictures that the model itself painted, at its own few steps: there is nothing to learn in them but to answer
-with means. Merged into the weights while another LoRA is tuned, and off afterwards (`model.training_adapter`).
+SFT on images that the model itself generated, at its own few steps: there is nothing to learn in
+them but to answer with means. Merged into the weights while another LoRA is tuned, and off
+afterwards (`model.training_adapter`).
 """
 
 from collections.abc import Sequence
@@ -14,19 +16,30 @@ from dopsd.runs.resolve import open_family
 
 
 def adapter_recipe(
-    model: str, prompts: Sequence[str], images: int, changes: dict[str, Any], progress: Progress | None = None
+    model: str,
+    prompts: Sequence[str],
+    images: int,
+    changes: dict[str, Any],
+    progress: Progress | None = None,
 ) -> Recipe:
-    """Paint `pictures` of each prompt with the model, unless they are there, and say the recipe that tunes on them.
-    changes: keys of the recipe, `run_name` among them, sections as mappings; others start where the model's SFT does.
+    """Paint `images` of each prompt with the model, unless they are there, and say the recipe that
+    tunes on them. changes: keys of the recipe, `run_name` among them, sections as mappings; others
+    start where the model's SFT does.
     """
-    tree: dict[str, Any] = {"model": {"name_or_path": model}, "data": {"folder": "."}, "method": {"name": "sft"}}
+    tree: dict[str, Any] = {
+        "model": {"name_or_path": model},
+        "data": {"folder": "."},
+        "method": {"name": "sft"},
+    }
     family = open_family(parse_recipe(tree | {"run_name": "adapter"}, "the adapter"))
     for place, value in family.starting_points("sft").items():
         section, _, key = place.partition(".")
         tree.setdefault(section, {})[key] = value
     for section, value in changes.items():
         tree[section] = {**tree.get(section, {}), **value} if isinstance(value, dict) else value
-    generated = generate_ahead(parse_recipe(tree, "the adapter"), family, list(dict.fromkeys(prompts)), images, progress)
+    generated = generate_ahead(
+        parse_recipe(tree, "the adapter"), family, list(dict.fromkeys(prompts)), images, progress
+    )
     folder = next(iter(generated.values()))[0].parent
     return parse_recipe(tree | {"data": {**tree["data"], "folder": str(folder)}}, "the adapter")
 

@@ -12,7 +12,8 @@ ADAPTER = "student"
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the adapters reach: adapted and all linear layers inside the network's blocks, and their weights."""
+    """What the adapters reach: adapted and all linear layers inside the network's blocks, and their
+    weights."""
 
     adapted: int
     linears: int
@@ -29,9 +30,14 @@ class Coverage:
 
 
 def coverage(network: nn.Module, targets: str, rank: int) -> Coverage:
-    """What LoRA of this rank on `targets` (a regular expression over module names) would reach. Works on meta
-    tensors too. A block linear is one inside a module list. Raises ValueError when the targets match nothing."""
-    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and re.search(r"\.\d+\.", n)}
+    """What LoRA of this rank on `targets` (a regular expression over module names) would reach.
+    Works on meta tensors too. A block linear is one inside a module list. Raises ValueError when
+    the targets match nothing."""
+    linears = {
+        n: m
+        for n, m in network.named_modules()
+        if isinstance(m, nn.Linear) and re.search(r"\.\d+\.", n)
+    }
     adapted = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
     if not adapted:
         raise ValueError(
@@ -46,16 +52,26 @@ def coverage(network: nn.Module, targets: str, rank: int) -> Coverage:
     )
 
 
-def lora_sizes(network: nn.Module, targets: str, rank: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def lora_sizes(
+    network: nn.Module, targets: str, rank: int
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Sizes of A and B that LoRA would have on each target. Works on meta tensors too."""
-    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)}
+    linears = {
+        n: m
+        for n, m in network.named_modules()
+        if isinstance(m, nn.Linear) and re.fullmatch(targets, n)
+    }
     return {name: ((rank, m.in_features), (m.out_features, rank)) for name, m in linears.items()}
 
 
-def add_lora(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
-    """Put LoRA on the targets, freeze everything else, and return the trainable parameters by name (float32).
+def add_lora(
+    network: nn.Module, targets: str, rank: int, alpha: float, seed: int
+) -> dict[str, nn.Parameter]:
+    """Put LoRA on the targets, freeze everything else, and return the trainable parameters by name
+    (float32).
 
-    A is drawn from `seed`, B is zero, so the network starts unchanged. Raises ValueError when nothing matches.
+    A is drawn from `seed`, B is zero, so the network starts unchanged. Raises ValueError when
+    nothing matches.
     """
     coverage(network, targets, rank)
     network.requires_grad_(False)

@@ -1,6 +1,8 @@
-"""A run's state on disk: student, teacher and optimizer as safetensors, the step as JSON, in one atomic folder.
+"""A run's state on disk: student, teacher and optimizer as safetensors, the step as JSON, in one
+atomic folder.
 
-Batches, noise and learning rate are functions of the step, so nothing else needs saving for a bit-equal resume.
+Batches, noise and learning rate are functions of the step, so nothing else needs saving for a
+bit-equal resume.
 """
 
 import json
@@ -42,11 +44,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep_last: int | None = None,
 ) -> Path:
-    """Write the state after `step` steps; the folder appears whole or not at all. Then all but the last `keep_last`
-    checkpoints are removed (None: none is)."""
+    """Write the state after `step` steps; the folder appears whole or not at all. Then all but the
+    last `keep_last` checkpoints are removed (None: none is)."""
     path = checkpoint_path(run, step)
     with atomic_path(path) as temporary:
-        state = {"student": student, "teacher": teacher.state, "optimizer": optimizer_tensors(optimizer)}
+        state = {
+            "student": student,
+            "teacher": teacher.state,
+            "optimizer": optimizer_tensors(optimizer),
+        }
         files = [temporary / f"{name}.safetensors" for name, tensors in state.items() if tensors]
         for file in files:
             write_tensors(file, state[file.stem])
@@ -58,22 +64,31 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, student: Mapping[str, nn.Parameter], teacher: Teacher, optimizer: torch.optim.Optimizer
+    path: Path,
+    student: Mapping[str, nn.Parameter],
+    teacher: Teacher,
+    optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Put the state back; returns the number of steps done. Raises ValueError when the folder is damaged or its
-    adapters are not those of this run."""
+    """Put the state back; returns the number of steps done. Raises ValueError when the folder is
+    damaged or its adapters are not those of this run."""
     state = path / "state.json"
     try:
         found = json.loads(state.read_text(encoding="utf-8"))
-        damaged = [name for name, wanted in found["sha256"].items() if sha256_of(path / name) != wanted]
+        damaged = [
+            name for name, wanted in found["sha256"].items() if sha256_of(path / name) != wanted
+        ]
         step = int(found["step"])
         if step < 0:
             raise ValueError(f"it says step {step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {brief(str(error))}"
-        raise ValueError(f"{path} is no whole checkpoint of dopsd (state.json: {reason}).") from error
+        raise ValueError(
+            f"{path} is no whole checkpoint of dopsd (state.json: {reason})."
+        ) from error
     if damaged:
-        raise ValueError(f"{path} is damaged: the bytes of {', '.join(damaged)} are not those that were written.")
+        raise ValueError(
+            f"{path} is damaged: the bytes of {', '.join(damaged)} are not those that were written."
+        )
     _put(path / "student.safetensors", student)
     if teacher.state:
         _put(path / "teacher.safetensors", teacher.state)
@@ -85,8 +100,12 @@ def load_checkpoint(
 def _put(path: Path, target: Mapping[str, Tensor]) -> None:
     saved = read_tensors(path)
     if differing := sorted(saved.keys() ^ target.keys()):
-        raise ValueError(f"{path} has other adapters than this run (first: {differing[0]}): was lora.targets changed?")
+        raise ValueError(
+            f"{path} has other adapters than this run (first: {differing[0]}): was lora.targets changed?"
+        )
     for name, tensor in target.items():
         if saved[name].shape != tensor.shape:
-            raise ValueError(f"{path} has {name} of shape {tuple(saved[name].shape)}: was lora.rank changed?")
+            raise ValueError(
+                f"{path} has {name} of shape {tuple(saved[name].shape)}: was lora.rank changed?"
+            )
         tensor.copy_(saved[name])

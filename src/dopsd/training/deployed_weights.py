@@ -1,7 +1,8 @@
-"""Training on other weights than the ones that are deployed: a many-step parent, or a LoRA merged in meanwhile.
+"""Training on other weights than the ones that are deployed: a many-step parent, or a LoRA merged
+in meanwhile.
 
-The network holds the weights that train; those that are deployed stay in main memory and are lent where a run shows
-what its users will get.
+The network holds the weights that train; those that are deployed stay in main memory and are lent
+where a run shows what its users will get.
 """
 
 from collections.abc import Mapping
@@ -21,11 +22,17 @@ def kept(network: nn.Module) -> dict[str, Tensor]:
 
 
 def as_deployed(
-    roles: Roles, denoiser: Denoiser, student: Student, teacher: Teacher, deployed: Mapping[str, Tensor]
+    roles: Roles,
+    denoiser: Denoiser,
+    student: Student,
+    teacher: Teacher,
+    deployed: Mapping[str, Tensor],
 ) -> Roles:
-    """The roles with the deployed weights under the adapters. deployed: by the names that they have without adapters;
-    whatever it lacks is the network's own."""
-    names = {name.replace(".base_layer.", "."): name for name, _ in denoiser.network.named_parameters()}
+    """The roles with the deployed weights under the adapters. deployed: by the names that they have
+    without adapters; whatever it lacks is the network's own."""
+    names = {
+        name.replace(".base_layer.", "."): name for name, _ in denoiser.network.named_parameters()
+    }
     own = {names[name]: tensor for name, tensor in deployed.items()}
     return replace(
         roles,

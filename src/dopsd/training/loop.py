@@ -1,6 +1,8 @@
-"""The loop: a generator of optimizer steps. Whoever runs it logs, samples and saves between two steps.
+"""The loop: a generator of optimizer steps. Whoever runs it logs, samples and saves between two
+steps.
 
-Randomness is a function of (seed, index of the micro-batch), so a resumed run repeats the straight one.
+Randomness is a function of (seed, index of the micro-batch), so a resumed run repeats the straight
+one.
 """
 
 import math
@@ -51,8 +53,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step: how many are done, what the method reported (mean over micro-batches), what it took; skipped:
-    its loss or gradient was not finite, and nothing of it was applied."""
+    """One optimizer step: how many are done, what the method reported (mean over micro-batches),
+    what it took; skipped: its loss or gradient was not finite, and nothing of it was applied."""
 
     step: int
     log: Mapping[str, float]
@@ -81,8 +83,9 @@ def steps(
 ) -> Iterator[StepReport]:
     """Train from optimizer step `start` to `plan.max_steps`, yielding after each.
 
-    A step whose loss or gradient is not finite is skipped. Raises ValueError when `plan.most_skipped` in a row are, or
-    when an adapter has not moved after the very first update, or nothing has.
+    A step whose loss or gradient is not finite is skipped. Raises ValueError when
+    `plan.most_skipped` in a row are, or when an adapter has not moved after the very first update,
+    or nothing has.
     """
     skipped_in_a_row, untried = 0, start == 0
     for step in range(start, plan.max_steps):
@@ -104,7 +107,9 @@ def steps(
             optimizer.step()
             teacher.follow()
         optimizer.zero_grad(set_to_none=True)
-        idle = skipped or log.get("pairs") == 0  # where every pair was dropped there is nothing to move by
+        idle = (
+            skipped or log.get("pairs") == 0
+        )  # where every pair was dropped there is nothing to move by
         if untried and not idle:
             _refuse_unmoved(trainable, grad_norm)
         untried = untried and idle
@@ -115,7 +120,11 @@ def steps(
 def _refuse_unmoved(trainable: Mapping[str, nn.Parameter], grad_norm: float) -> None:
     still = unmoved(dict(trainable))
     if still or grad_norm == 0:
-        which = f"{len(still)} adapters have not moved (first: {still[0]})" if still else "no weight has moved"
+        which = (
+            f"{len(still)} adapters have not moved (first: {still[0]})"
+            if still
+            else "no weight has moved"
+        )
         raise ValueError(
             f"after the first update {which}: the gradient is exactly zero, so training would teach nothing. Check "
             "lora.targets and the method's contexts."
@@ -125,8 +134,8 @@ def _refuse_unmoved(trainable: Mapping[str, nn.Parameter], grad_norm: float) -> 
 def backward(
     roles: Roles, method: Method, batches: Batches, accelerator: Accelerator, plan: Plan, step: int
 ) -> tuple[dict[str, Tensor], int]:
-    """The gradient of one optimizer step, piece by piece: what the pieces told (mean over micro-batches), and the
-    number of pictures."""
+    """The gradient of one optimizer step, piece by piece: what the pieces told (mean over
+    micro-batches), and the number of images."""
     told: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
     images = 0
     for micro in range(plan.accumulate):

@@ -1,4 +1,5 @@
-"""Peak memory of a stretch of code, counted in live tensor storage: the same number on every machine and run."""
+"""Peak memory of a stretch of code, counted in live tensor storage: the same number on every
+machine and run."""
 
 import weakref
 from typing import Any, Self
@@ -9,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the storage that tensor operations create and that is still alive; `peak` is its maximum
-    in bytes. Storage that existed before does not count."""
+    """While active, counts the storage that tensor operations create and that is still alive;
+    `peak` is its maximum in bytes. Storage that existed before does not count."""
 
     def __init__(self) -> None:
         super().__init__()

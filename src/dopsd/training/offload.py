@@ -1,8 +1,10 @@
-"""Frozen weights of the blocks stay in main memory; each block is lent a copy on the device while it works.
+"""Frozen weights of the blocks stay in main memory; each block is lent a copy on the device while
+it works.
 
-A block is what diffusers compiles and checkpoints as one: an instance of the classes in a network's `_repeated_blocks`.
-With gradient checkpointing a block is run again before its backward pass, which lends the weights again; autograd lets
-go of them when that block is done. Without it, all copies would stay alive until the end of the backward pass.
+A block is what diffusers compiles and checkpoints as one: an instance of the classes in a network's
+`_repeated_blocks`. With gradient checkpointing a block is run again before its backward pass, which
+lends the weights again; autograd lets go of them when that block is done. Without it, all copies
+would stay alive until the end of the backward pass.
 """
 
 from typing import Any
@@ -13,8 +15,8 @@ from torch.func import functional_call
 
 
 def offload_blocks(network: nn.Module, device: torch.device) -> int:
-    """Keep what is frozen in the blocks where it is, put everything else on the device, and let every block borrow.
-    Returns the bytes that stay away from the device."""
+    """Keep what is frozen in the blocks where it is, put everything else on the device, and let
+    every block borrow. Returns the bytes that stay away from the device."""
     away: dict[int, Tensor] = {}
     names: list[str] = network._repeated_blocks  # type: ignore[assignment] - of every diffusers transformer and UNet
     for block in [module for module in network.modules() if type(module).__name__ in names]:
@@ -44,7 +46,10 @@ def _borrow(block: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
     call = _Call(block)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        lent = {f"block.{name}": p.to(device, copy=True, non_blocking=True) for name, p in frozen.items()}
+        lent = {
+            f"block.{name}": p.to(device, copy=True, non_blocking=True)
+            for name, p in frozen.items()
+        }
         return functional_call(call, lent, args, kwargs)
 
     block.forward = forward

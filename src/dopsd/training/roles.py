@@ -1,7 +1,8 @@
 """Student, teacher and base: one network under three sets of tensors.
 
-Nothing is ever switched: the teacher and the base run by `functional_call` with tensors of their own, so the
-student stays active and trainable whatever happens, and a checkpointed block recomputes with the right weights.
+Nothing is ever switched: the teacher and the base run by `functional_call` with tensors of their
+own, so the student stays active and trainable whatever happens, and a checkpointed block recomputes
+with the right weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,8 +20,8 @@ from dopsd.training.adapters import base_tensors
 
 
 class Teacher:
-    """The teacher's tensors, float32: an exponential average of the student's. decay 1 = the frozen start, 0 = the
-    student itself (the tensors are then the student's own)."""
+    """The teacher's tensors, float32: an exponential average of the student's. decay 1 = the frozen
+    start, 0 = the student itself (the tensors are then the student's own)."""
 
     def __init__(
         self,
@@ -29,8 +30,8 @@ class Teacher:
         start: Mapping[str, Tensor] | None = None,
         home: torch.device | None = None,
     ):
-        """start: a frozen copy of the student as it begins, where there is one: then decay 1 makes no other. home:
-        where the average stays; default: beside the student."""
+        """start: a frozen copy of the student as it begins, where there is one: then decay 1 makes
+        no other. home: where the average stays; default: beside the student."""
         self.decay = decay
         self._student, self._start = student, start
         if decay == 0:
@@ -38,11 +39,15 @@ class Teacher:
         elif decay == 1 and start is not None:
             self.tensors = start
         else:
-            self.tensors = {n: p.detach().to(home or p.device, torch.float32, copy=True) for n, p in student.items()}
+            self.tensors = {
+                n: p.detach().to(home or p.device, torch.float32, copy=True)
+                for n, p in student.items()
+            }
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint must hold of it: nothing, where it is a whole model that is held already."""
+        """What a checkpoint must hold of it: nothing, where it is a whole model that is held
+        already."""
         return self.tensors if 0 < self.decay < 1 or self._start is None else {}
 
     @torch.no_grad()
@@ -62,8 +67,8 @@ def make_roles(
     score: Score | None = None,
     base: Mapping[str, Tensor] | None = None,
 ) -> Roles:
-    """The roles over a denoiser whose network trains `student` (by name in the network). base: tensors under which it
-    is the untouched model; default: those of LoRA, every B zero."""
+    """The roles over a denoiser whose network trains `student` (by name in the network). base:
+    tensors under which it is the base model; default: those of LoRA, every B zero."""
 
     def trained(z: Tensor, t: Tensor, context: Context) -> Tensor:
         return denoiser(z, t, context)
@@ -78,8 +83,8 @@ def make_roles(
 
 
 def velocity_under(denoiser: Denoiser, tensors: Mapping[str, Tensor]) -> Velocity:
-    """The denoiser's velocity, without gradient, with these tensors in place of its network's own, lent in the dtype
-    and on the device of those."""
+    """The denoiser's velocity, without gradient, with these tensors in place of its network's own,
+    lent in the dtype and on the device of those."""
     own = dict(denoiser.network.named_parameters())
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
-"""What trains: LoRA, or every weight of the network, with the frozen tensors that make the network the untouched model.
+"""What trains: LoRA, or every weight of the network, with the frozen tensors that make the network
+the base model.
 
-Weights are float32 whatever the network computes in. Under full fine-tuning of a bf16 network they are masters beside
-it: an update below a 512th of a bf16 weight would be rounded away, in its master it adds up.
+Weights are float32 whatever the network computes in. Under full fine-tuning of a bf16 network they
+are masters beside it: an update below a 512th of a bf16 weight would be rounded away, in its master
+it adds up.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +18,9 @@ from dopsd.training.adapters import add_lora, base_tensors
 
 @dataclass(frozen=True)
 class Student:
-    """weights: what trains, float32, by name in the network; optimizer, checkpoint and teacher see these. base: tensors
-    under which the network is the untouched model. publish: to be called when weights have changed, so that the network
-    computes with them."""
+    """weights: what trains, float32, by name in the network; optimizer, checkpoint and teacher see
+    these. base: tensors under which the network is the base model. publish: to be called when
+    weights have changed, so that the network computes with them."""
 
     weights: dict[str, nn.Parameter]
     base: Mapping[str, Tensor]
@@ -44,8 +46,8 @@ def lora_student(network: nn.Module, targets: str, rank: int, alpha: float, seed
 def full_student(network: nn.Module, home: torch.device) -> Student:
     """Every parameter of the network trains; a frozen copy of them stays at `home`.
 
-    A float32 parameter is its own master. Of any other the master is a copy, to which its gradient moves as soon as
-    backward has it, so that pieces and micro-batches add up in float32 too.
+    A float32 parameter is its own master. Of any other the master is a copy, to which its gradient
+    moves as soon as backward has it, so that pieces and micro-batches add up in float32 too.
     """
     network.requires_grad_(True)
     working = dict(network.named_parameters())

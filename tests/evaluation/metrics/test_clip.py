@@ -1,4 +1,5 @@
-"""A tiny random CLIP as judge: the library's own cosine and logit, a head written out by hand, a run's health."""
+"""A tiny random CLIP as reward: the library's own cosine and logit, a head written out by hand, a
+run's health."""
 
 import json
 import shutil
@@ -26,7 +27,12 @@ SCALE = 3.0  # of the logits, as its logarithm
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     words = len(AutoTokenizer.from_pretrained(POCKET / "tokenizer"))
     text = small | {"vocab_size": words, "max_position_embeddings": 32, "eos_token_id": words - 1}
     torch.manual_seed(0)
@@ -56,18 +62,30 @@ PROMPTS = ("a red star", "a big blue tree at the left on night in inked style")
 
 @torch.no_grad()
 def asked_directly(clip: Path, image: torch.Tensor, prompt: str) -> tuple[float, torch.Tensor]:
-    """(logit, picture embedding) by one call of the library for one picture and one prompt."""
-    model, tokenizer = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(clip)
+    """(logit, image embedding) by one call of the library for one image and one prompt."""
+    model, tokenizer = (
+        CLIPModel.from_pretrained(clip, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(clip),
+    )
     image = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-    pixels = CLIPImageProcessorPil.from_pretrained(clip)([image], return_tensors="pt")["pixel_values"]
+    pixels = CLIPImageProcessorPil.from_pretrained(clip)([image], return_tensors="pt")[
+        "pixel_values"
+    ]
     words = tokenizer([prompt], return_tensors="pt")
-    answer = model(input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=pixels)
+    answer = model(
+        input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=pixels
+    )
     return answer.logits_per_image.item(), answer.image_embeds[0]
 
 
 def test_clip_s_is_the_librarys_cosine_and_pickscore_its_logit(clip, images):
-    wanted = [asked_directly(clip, image, prompt)[0] for image, prompt in zip(images, PROMPTS, strict=True)]
-    cosines, logits = (load_reward(f"{name}={clip}", CPU)(images, PROMPTS) for name in ("clip", "pickscore"))
+    wanted = [
+        asked_directly(clip, image, prompt)[0]
+        for image, prompt in zip(images, PROMPTS, strict=True)
+    ]
+    cosines, logits = (
+        load_reward(f"{name}={clip}", CPU)(images, PROMPTS) for name in ("clip", "pickscore")
+    )
     assert logits.tolist() == pytest.approx(wanted, abs=1e-4)
     assert cosines.tolist() == pytest.approx([logit / np.exp(SCALE) for logit in wanted], abs=1e-5)
     assert abs(wanted[0] - wanted[1]) > 1e-3
@@ -84,7 +102,10 @@ def test_the_aesthetic_head_is_a_product_of_matrices(widths, clip, images, tmp_p
     folder = tmp_path / "aesthetic"
     shutil.copytree(clip, folder)
     rng = np.random.default_rng(0)
-    layers = {f"layers.{2 * k}": rng.normal(size=(after, before)) for k, (before, after) in enumerate(pairwise(widths))}
+    layers = {
+        f"layers.{2 * k}": rng.normal(size=(after, before))
+        for k, (before, after) in enumerate(pairwise(widths))
+    }
     tensors = {f"{name}.weight": torch.tensor(w, dtype=torch.float32) for name, w in layers.items()}
     tensors |= {f"{name}.bias": torch.full((len(w),), 0.5) for name, w in layers.items()}
     save_file(tensors, folder / HEAD)

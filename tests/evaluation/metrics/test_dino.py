@@ -19,9 +19,17 @@ from transformers import (
 from dopsd.evaluation.metrics.dino import DinoDistance
 
 CPU = torch.device("cpu")
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+}
 MODELS = {
-    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**SMALL, image_size=64, num_register_tokens=4)),
+    "dinov3": lambda: DINOv3ViTModel(
+        DINOv3ViTConfig(**SMALL, image_size=64, num_register_tokens=4)
+    ),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SMALL, image_size=64)),
     "dinov2 with registers": lambda: Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**SMALL, image_size=64, num_register_tokens=4)
@@ -47,7 +55,9 @@ def test_it_is_one_minus_the_cosine_of_mean_patch_tokens(name, tmp_path):
     def tokens(image: torch.Tensor) -> np.ndarray:
         array = image.permute(1, 2, 0).numpy()
         pixels = (array - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
-        answer = model(pixel_values=torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
+        answer = model(
+            pixel_values=torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+        )
         return answer.last_hidden_state[0, BEFORE[name] :].mean(0).double().numpy()
 
     for image, value in zip(images, distance(images, target), strict=True):

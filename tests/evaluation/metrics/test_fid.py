@@ -1,4 +1,5 @@
-"""FID and KID against the closed form of normal distributions and against sums written out one by one."""
+"""FID and KID against the closed form of normal distributions and against sums written out one by
+one."""
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ def test_fid_is_the_closed_form_for_normal_distributions():
 
 def test_fid_where_covariances_commute_is_a_sum_of_squares():
     s, t = np.array([1.0, 2.0, 3.0]), np.array([4.0, 0.5, 3.0])
-    found = fid(normal(40, np.zeros(3), np.diag(s), 1), normal(40, np.array([1.0, 0, 0]), np.diag(t), 2))
+    found = fid(
+        normal(40, np.zeros(3), np.diag(s), 1), normal(40, np.array([1.0, 0, 0]), np.diag(t), 2)
+    )
     assert found == pytest.approx(1 + np.square(s - t).sum(), rel=1e-9)
 
 
@@ -44,7 +47,9 @@ def test_fid_of_fewer_pictures_than_dimensions_is_finite_and_zero_for_itself():
     one, two = (np.cov(each.T.numpy()) for each in (features, other))
     shared = np.sqrt(np.maximum(np.linalg.eigvals(one @ two).real, 0)).sum()
     gap = (features.mean(0) - other.mean(0)).square().sum().item()
-    assert fid(features, other) == pytest.approx(gap + np.trace(one) + np.trace(two) - 2 * shared, rel=1e-6)
+    assert fid(features, other) == pytest.approx(
+        gap + np.trace(one) + np.trace(two) - 2 * shared, rel=1e-6
+    )
 
 
 def kid_by_hand(x: np.ndarray, y: np.ndarray) -> float:
@@ -67,11 +72,15 @@ def test_kid_of_sets_within_one_subset_is_the_sum_written_out():
 def test_kid_is_unbiased_and_its_subsets_spread():
     rng = np.random.default_rng(0)
     same = [
-        kid(torch.from_numpy(rng.normal(size=(20, 4))), torch.from_numpy(rng.normal(size=(25, 4))))[0]
+        kid(torch.from_numpy(rng.normal(size=(20, 4))), torch.from_numpy(rng.normal(size=(25, 4))))[
+            0
+        ]
         for _ in range(60)
     ]
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(len(same))
-    value, spread = kid(torch.from_numpy(rng.normal(size=(20, 4))), torch.from_numpy(rng.normal(size=(60, 4)) + 1))
+    value, spread = kid(
+        torch.from_numpy(rng.normal(size=(20, 4))), torch.from_numpy(rng.normal(size=(60, 4)) + 1)
+    )
     assert value > 0 and spread > 0
 
 

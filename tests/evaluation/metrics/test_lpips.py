@@ -1,4 +1,5 @@
-"""LPIPS-D against a VGG16 of torch.nn and, where it is installed, the authors' package; both on random weights."""
+"""LPIPS-D against a VGG16 of torch.nn and, where it is installed, the authors' package; both on
+random weights."""
 
 from pathlib import Path
 
@@ -13,7 +14,8 @@ CPU = torch.device("cpu")
 
 
 def vgg(widths: tuple[int, ...]) -> nn.Sequential:
-    """VGG16's features as torchvision builds them, from their published list (D of arXiv:1409.1556)."""
+    """VGG16's features as torchvision builds them, from their published list (D of
+    arXiv:1409.1556)."""
     layers: list[nn.Module] = []
     channels = 3
     for width, count in zip(widths, (2, 2, 3, 3, 3), strict=True):
@@ -35,15 +37,21 @@ def written(folder: Path, widths: tuple[int, ...]) -> tuple[nn.Sequential, list[
 
 
 @torch.no_grad()
-def plainly(network: nn.Sequential, heads: list[torch.Tensor], one: torch.Tensor, other: torch.Tensor) -> float:
-    """The distance of two pictures, layer by layer; ReLUs 3, 8, 15, 22, 29 are LPIPS' five."""
+def plainly(
+    network: nn.Sequential, heads: list[torch.Tensor], one: torch.Tensor, other: torch.Tensor
+) -> float:
+    """The distance of two images, layer by layer; ReLUs 3, 8, 15, 22, 29 are LPIPS' five."""
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    pair = [((2 * p.permute(1, 2, 0) - 1 - shift) / scale).permute(2, 0, 1)[None] for p in (one, other)]
+    pair = [
+        ((2 * p.permute(1, 2, 0) - 1 - shift) / scale).permute(2, 0, 1)[None] for p in (one, other)
+    ]
     total, stage = 0.0, 0
     for index, layer in enumerate(network):
         pair = [layer(z) for z in pair]
         if index in (3, 8, 15, 22, 29):
-            replicate = [z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10) for z in pair]
+            replicate = [
+                z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + 1e-10) for z in pair
+            ]
             total += ((replicate[0] - replicate[1]) ** 2 * heads[stage]).sum(1).mean().item()
             stage += 1
     return total
@@ -54,16 +62,22 @@ def test_it_is_the_weighted_distance_of_unit_activations(tmp_path):
     distance = Lpips(str(tmp_path), CPU)
     images, target = torch.rand(3, 3, 32, 48), torch.rand(3, 32, 48)
     found = distance(images, target)
-    assert found.tolist() == pytest.approx([plainly(network, heads, p, target) for p in images], rel=1e-4)
+    assert found.tolist() == pytest.approx(
+        [plainly(network, heads, p, target) for p in images], rel=1e-4
+    )
     assert found.min() > 1e-3 and distance(target[None], target).item() == 0
 
 
 def test_the_authors_package_says_the_same_where_it_is_installed(tmp_path):
-    lpips = pytest.importorskip("lpips", reason="the lpips package (and torchvision) is not installed")
+    lpips = pytest.importorskip(
+        "lpips", reason="the lpips package (and torchvision) is not installed"
+    )
     network, heads = written(tmp_path, (64, 128, 256, 512, 512))
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False)
     convolutions = [m for m in theirs.net.modules() if isinstance(m, nn.Conv2d)]
-    for mine, other in zip((m for m in network if isinstance(m, nn.Conv2d)), convolutions, strict=True):
+    for mine, other in zip(
+        (m for m in network if isinstance(m, nn.Conv2d)), convolutions, strict=True
+    ):
         other.load_state_dict(mine.state_dict())
     for head, line in zip(heads, theirs.lins, strict=True):
         line.model[-1].weight.data = head
@@ -80,15 +94,23 @@ def test_a_target_of_another_shape_is_cut_about_its_middle():
     assert fit(torch.rand(1, 3, 40, 120), 20, 20).shape == (1, 3, 20, 20)
 
 
-@pytest.mark.parametrize(("fault", "said"), [("none", "holds no .safetensors"), ("other", "is missing: VGG16"),
-                                             ("cut", r"has no lin4\.model\.1\.weight")])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("none", "holds no .safetensors"),
+        ("other", "is missing: VGG16"),
+        ("cut", r"has no lin4\.model\.1\.weight"),
+    ],
+)
 def test_weights_that_are_not_there_are_one_sentence(fault, said, tmp_path):
     if fault == "other":
         save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     if fault == "cut":
         network, heads = written(tmp_path, (4, 4, 4, 4, 4))
         tensors = {f"features.{name}": tensor for name, tensor in network.state_dict().items()}
-        save_file(tensors | {f"lin{k}.model.1.weight": heads[k] for k in range(4)}, tmp_path / WEIGHTS)
+        save_file(
+            tensors | {f"lin{k}.model.1.weight": heads[k] for k in range(4)}, tmp_path / WEIGHTS
+        )
     with pytest.raises(ValueError, match=said):
         Lpips(str(tmp_path), CPU)
 

@@ -1,4 +1,4 @@
-"""VLM-J: only an answer in the asked form is a grade; the pictures are asked about in pairs."""
+"""VLM-J: only an answer in the asked form is a grade; the images are asked about in pairs."""
 
 import math
 
@@ -14,16 +14,49 @@ from dopsd.models.qwen3 import load_processor
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("answer", "grade"), [("4", 4), ("1", 1), (" 3 ", 3), ("2.", 2), ("2\n", 2)])
+@pytest.mark.parametrize(
+    ("answer", "grade"), [("4", 4), ("1", 1), (" 3 ", 3), ("2.", 2), ("2\n", 2)]
+)
 def test_one_digit_is_a_grade(answer, grade):
     assert grade_of(answer) == grade
 
 
 @pytest.mark.parametrize(
     "answer",
-    ["", " ", "0", "5", "44", "4 4", "4/4", "4, 3", "3.5", "-2", "+2", "4:", "4 out of 4", "The grade is 4", "four",
-     "4 it is the very same one", "Grade: 3", "**4**", "`4`", "[4]", '{"grade": 4}', "³", "４", "٤", "4..", "N/A",
-     "4\n3", "<think>4</think>", "I cannot compare these pictures.", "Same instance", "4\x00", "nan"],
+    [
+        "",
+        " ",
+        "0",
+        "5",
+        "44",
+        "4 4",
+        "4/4",
+        "4, 3",
+        "3.5",
+        "-2",
+        "+2",
+        "4:",
+        "4 out of 4",
+        "The grade is 4",
+        "four",
+        "4 it is the very same one",
+        "Grade: 3",
+        "**4**",
+        "`4`",
+        "[4]",
+        '{"grade": 4}',
+        "³",
+        "４",
+        "٤",
+        "4..",
+        "N/A",
+        "4\n3",
+        "<think>4</think>",
+        "I cannot compare these pictures.",
+        "Same instance",
+        "4\x00",
+        "nan",
+    ],
 )
 def test_anything_else_is_none_and_is_logged(answer, caplog):
     assert math.isnan(grade_of(answer))
@@ -45,11 +78,15 @@ def test_the_target_stands_first_in_the_question_and_the_answer_is_the_models_ow
     patches = processor(images=images, return_tensors="pt")
     marks = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": marks + marks + reward.question}], tokenize=False, add_generation_prompt=True,
+        [{"role": "user", "content": marks + marks + reward.question}],
+        tokenize=False,
+        add_generation_prompt=True,
         enable_thinking=True,
     )
     ids = tokenizer([text], return_tensors="pt").input_ids
     kinds = (ids == model.config.image_token_id).int()
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **patches).logits
+    logits = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **patches
+    ).logits
     first = tokenizer.decode(logits[0, -1:].argmax(-1), skip_special_tokens=True)
     assert reward.captioner.answer(images, reward.question, 1) == " ".join(first.split())

@@ -1,4 +1,5 @@
-"""The training code of the pocket model: equal to the library where it takes a short cut, resumable, well posed."""
+"""The training code of the pocket model: equal to the library where it takes a short cut,
+resumable, well posed."""
 
 import numpy as np
 import pytest
@@ -7,8 +8,7 @@ from PIL import Image
 from torch import nn
 
 from dopsd.pocket.build import architecture as parts
-from dopsd.pocket.build import corpus, stages, train
-from dopsd.pocket.build import network
+from dopsd.pocket.build import corpus, network, stages, train
 from dopsd.pocket.world.captions import caption_of, stated_of, vocabulary
 from dopsd.pocket.world.outlines import OUTLINES
 from dopsd.pocket.world.scenes import Thing, draw_scene, edit_pair, render, render_domain
@@ -25,7 +25,9 @@ def prompts(privileged: bool) -> torch.Tensor:
     make = corpus.privileged_prompt if privileged else corpus.plain_prompt
     length = parts.PRIVILEGED_TOKENS if privileged else parts.CAPTION_TOKENS
     texts = [make("a star"), make("a big red heart at the left on night in striped style")]
-    return parts.make_tokenizer()(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+    return parts.make_tokenizer()(
+        texts, padding="max_length", max_length=length, return_tensors="pt"
+    ).input_ids
 
 
 def random_images() -> np.ndarray:
@@ -35,7 +37,11 @@ def random_images() -> np.ndarray:
 @pytest.mark.parametrize("privileged", [False, True])
 def test_velocity_on_equal_lengths_is_the_librarys_forward(untrained, privileged):
     length = parts.PRIVILEGED_TOKENS if privileged else parts.CAPTION_TOKENS
-    z, t, context = torch.randn(2, 8, 16, 16), torch.tensor([0.3, 0.9]), torch.randn(2, length, parts.WIDTH)
+    z, t, context = (
+        torch.randn(2, 8, 16, 16),
+        torch.tensor([0.3, 0.9]),
+        torch.randn(2, length, parts.WIDTH),
+    )
     mask = torch.arange(length)[None] < torch.tensor([[length - 9], [length - 2]])
     ragged = [tokens[keep] for tokens, keep in zip(context, mask, strict=True)]
     theirs = untrained.transformer(list(z.unsqueeze(2).unbind(0)), t, ragged, return_dict=False)[0]
@@ -45,8 +51,12 @@ def test_velocity_on_equal_lengths_is_the_librarys_forward(untrained, privileged
 
 def test_patches_are_the_picture_processors():
     images = random_images()
-    theirs = parts.make_image_processor()(images=[Image.fromarray(p) for p in images], return_tensors="pt")
-    torch.testing.assert_close(network.vlm_patches(torch.from_numpy(images)), theirs["pixel_values"])
+    theirs = parts.make_image_processor()(
+        images=[Image.fromarray(p) for p in images], return_tensors="pt"
+    )
+    torch.testing.assert_close(
+        network.vlm_patches(torch.from_numpy(images)), theirs["pixel_values"]
+    )
 
 
 def test_privileged_contexts_are_the_vlms_own(untrained):
@@ -54,8 +64,12 @@ def test_privileged_contexts_are_the_vlms_own(untrained):
     mine, mask = untrained.privileged(ids, images)
     image = parts.make_tokenizer().convert_tokens_to_ids("<|image_pad|>")
     theirs = untrained.vlm(
-        input_ids=ids, attention_mask=mask, pixel_values=network.vlm_patches(images),
-        image_grid_thw=torch.tensor([[1, 8, 8]] * 2), mm_token_type_ids=(ids == image).int(), output_hidden_states=True,
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=network.vlm_patches(images),
+        image_grid_thw=torch.tensor([[1, 8, 8]] * 2),
+        mm_token_type_ids=(ids == image).int(),
+        output_hidden_states=True,
     ).hidden_states[-2]
     torch.testing.assert_close(mine[mask], theirs[mask], atol=1e-5, rtol=1e-5)
 
@@ -104,7 +118,9 @@ def test_captions_fit_their_contexts_and_leave_two_attributes_unsaid_on_average(
             unsaid.append(ATTRIBUTES - len(stated) + (vague and "noun" in stated))
         caption = caption_of(stated, thing is not None, False, "zib")
         assert len(tokenizer(corpus.plain_prompt(caption)).input_ids) <= parts.CAPTION_TOKENS
-        assert len(tokenizer(corpus.privileged_prompt(caption)).input_ids) <= parts.PRIVILEGED_TOKENS
+        assert (
+            len(tokenizer(corpus.privileged_prompt(caption)).input_ids) <= parts.PRIVILEGED_TOKENS
+        )
     assert np.mean(unsaid) >= 2
 
 
@@ -117,7 +133,11 @@ def test_edit_pairs_change_one_thing():
     rng = np.random.default_rng(0)
     for _ in range(50):
         before, after, words = edit_pair(rng)
-        changed = [name for name in ("colour", "place", "noun") if getattr(before, name) != getattr(after, name)]
+        changed = [
+            name
+            for name in ("colour", "place", "noun")
+            if getattr(before, name) != getattr(after, name)
+        ]
         assert len(changed) == 1 and getattr(after, changed[0]) in words
         assert before.jitter == after.jitter and (render(before) != render(after)).any()
 
@@ -131,22 +151,29 @@ def test_whitening_leaves_pictures_and_decorrelates_latents():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     vae = parts.make_vae()
-    pixels = corpus.to_unit(torch.from_numpy(np.stack([render(draw_scene(rng)) for _ in range(64)])))
+    pixels = corpus.to_unit(
+        torch.from_numpy(np.stack([render(draw_scene(rng)) for _ in range(64)]))
+    )
     with torch.no_grad():
         before = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        vae.encoder.conv_out.bias[8:] -= 12  # no posterior noise to speak of, so that the latents alone are whitened
+        vae.encoder.conv_out.bias[8:] -= (
+            12  # no posterior noise to speak of, so that the latents alone are whitened
+        )
         train.whiten(vae, pixels)
         latents = vae.encode(pixels).latent_dist.mode()
         after = vae.decode(latents).sample
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     covariance = torch.cov(scaled.permute(1, 0, 2, 3).flatten(1))
-    scale = covariance.diagonal().mean()  # not 1 where the channels' means differ: one scale serves all of them
+    scale = (
+        covariance.diagonal().mean()
+    )  # not 1 where the channels' means differ: one scale serves all of them
     torch.testing.assert_close(covariance / scale, torch.eye(8), atol=0.01, rtol=0)
 
 
 def test_training_pads_each_context_as_the_library_does(monkeypatch):
-    """To the next multiple of 32 tokens; a batch that is padded further trains the teacher on inputs it never gets."""
+    """To the next multiple of 32 tokens; a batch that is padded further trains the teacher on
+    inputs it never gets."""
     monkeypatch.setattr(corpus, "NAMED", 3)
     short, long = "a toy", "a zib small toy in the middle on beach"
     captions = [[short, long, short, short]] * 9
@@ -154,12 +181,17 @@ def test_training_pads_each_context_as_the_library_does(monkeypatch):
 
     def ids(make, length):
         flat = [make(caption) for row in captions for caption in row]
-        tokens = tokenizer(flat, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        tokens = tokenizer(
+            flat, padding="max_length", max_length=length, return_tensors="pt"
+        ).input_ids
         return tokens.view(9, corpus.CAPTIONS, length)
 
     data = corpus.Corpus(
-        torch.zeros(9, 8, 16, 16), torch.zeros(9, 64, 64, 3), ids(corpus.plain_prompt, parts.CAPTION_TOKENS),
-        ids(corpus.privileged_prompt, parts.PRIVILEGED_TOKENS), torch.zeros(parts.CAPTION_TOKENS, dtype=torch.long),
+        torch.zeros(9, 8, 16, 16),
+        torch.zeros(9, 64, 64, 3),
+        ids(corpus.plain_prompt, parts.CAPTION_TOKENS),
+        ids(corpus.privileged_prompt, parts.PRIVILEGED_TOKENS),
+        torch.zeros(parts.CAPTION_TOKENS, dtype=torch.long),
     )
     seen = []
     for step in range(60):

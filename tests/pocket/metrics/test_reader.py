@@ -1,4 +1,4 @@
-"""The reader of pictures must be right on pictures whose truth we drew, before it may judge a model's."""
+"""The reader of images must be right on images whose truth we drew, before it may reward a model's."""
 
 import numpy as np
 import pytest
@@ -23,17 +23,25 @@ DISTRACTORS = range(5000, 5063)
 def drawn(
     count: int, seed: int, thing: bool = False, style: bool = False
 ) -> tuple[list[Scene], np.ndarray, list[Stated]]:
-    """Scenes with drawn jitter, their pictures and what their captions state."""
+    """Scenes with drawn jitter, their images and what their captions state."""
     rng = np.random.default_rng(seed)
     scenes = [
-        draw_scene(rng, Thing.from_seed(2000 + k) if thing else None, unnamed_style(2000 + k) if style else None)
+        draw_scene(
+            rng,
+            Thing.from_seed(2000 + k) if thing else None,
+            unnamed_style(2000 + k) if style else None,
+        )
         for k in range(count)
     ]
-    return scenes, np.stack([render(scene) for scene in scenes]), [stated_of(scene, rng) for scene in scenes]
+    return (
+        scenes,
+        np.stack([render(scene) for scene in scenes]),
+        [stated_of(scene, rng) for scene in scenes],
+    )
 
 
 def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
-    """Pictures under a Gaussian of sigma pixels, written apart from the reader's own."""
+    """Images under a Gaussian of sigma pixels, written apart from the text encoder's own."""
     taps = np.arange(-8, 9)
     weights = np.exp(-0.5 * (taps / sigma) ** 2)
     soft = images.astype(float)
@@ -65,7 +73,9 @@ def test_true_pictures_show_what_was_stated(true_measures):
 
 
 def test_the_search_finds_renderings_about_as_near_as_the_truth(true_measures):
-    excess = np.array([reading.rmse for reading in true_measures.readings])  # the truth's own RMSE is 0
+    excess = np.array(
+        [reading.rmse for reading in true_measures.readings]
+    )  # the truth's own RMSE is 0
     assert np.median(excess) < 0.003
     assert np.percentile(excess, 98) < 0.01
     assert excess.max() < 0.02
@@ -116,7 +126,9 @@ def test_a_stated_search_returns_only_consistent_scenes(named):
     stated = {"noun": "tree", "colour": "blue", "place": "top", "background": "mint"}
     for reading in read(images[:8], [stated] * 8):
         assert reading.scene.noun in CLASSES["tree"]
-        assert all(getattr(reading.scene, key) == stated[key] for key in ("colour", "place", "background"))
+        assert all(
+            getattr(reading.scene, key) == stated[key] for key in ("colour", "place", "background")
+        )
 
 
 def test_a_consistent_rendering_is_never_nearer_than_the_nearest(named, true_measures):
@@ -129,7 +141,9 @@ def test_a_consistent_rendering_is_never_nearer_than_the_nearest(named, true_mea
 def test_sharpness_is_one_on_true_pictures_and_falls_with_the_blur(named, true_measures):
     _, images, stated = named
     assert true_measures.sharpness.mean() > 0.98
-    falling = [sharpness(blurred(images[:24], sigma), stated[:24]).mean() for sigma in (0.7, 1.2, 2.0)]
+    falling = [
+        sharpness(blurred(images[:24], sigma), stated[:24]).mean() for sigma in (0.7, 1.2, 2.0)
+    ]
     assert 0.93 > falling[0] > falling[1] + 0.1 > falling[2] + 0.2
 
 
@@ -156,6 +170,9 @@ def test_a_true_thing_hits_and_a_random_one_hits_by_chance():
     scenes, images, _ = drawn(24, seed=4, thing=True)
     assert thing_hit(images, scenes, DISTRACTORS).all()
     assert thing_hit(blurred(images, 1.2), scenes, DISTRACTORS).mean() > 0.9
-    others = [Scene(**{**vars(scene), "thing": Thing.from_seed(9000 + k)}) for k, scene in enumerate(scenes * 3)]
+    others = [
+        Scene(**{**vars(scene), "thing": Thing.from_seed(9000 + k)})
+        for k, scene in enumerate(scenes * 3)
+    ]
     hits = thing_hit(np.stack([render(scene) for scene in others]), scenes * 3, DISTRACTORS)
-    assert hits.sum() <= 6  # 1/64 expected of 72 pictures; more than 6 hits have a chance below 1e-4
+    assert hits.sum() <= 6  # 1/64 expected of 72 images; more than 6 hits have a chance below 1e-4

@@ -1,4 +1,5 @@
-"""Things out of the pocket world are what their kind says, by pixels, and lessons and exams take them by their seed."""
+"""Things out of the pocket world are what their kind says, by pixels, and concept datasets and
+exams take them by their seed."""
 
 import json
 
@@ -13,14 +14,22 @@ SEEDS = range(OUT_OF_WORLD, OUT_OF_WORLD + len(KINDS))
 
 
 def test_things_of_the_world_stay_as_they_are():
-    assert thing_of(1_000_003) == Thing.from_seed(1_000_003) and kind_of(1_000_003) == "of the world"
+    assert (
+        thing_of(1_000_003) == Thing.from_seed(1_000_003) and kind_of(1_000_003) == "of the world"
+    )
 
 
 def test_a_rim_is_wider_for_its_grade_and_in_a_third_colour():
     inked = [layers(Scene(thing=thing_of(seed)))[2].sum() for seed in SEEDS[:3]]
     assert 0 < inked[0] < inked[1] < inked[2]
     look = thing_of(SEEDS[0]).look
-    assert min(np.linalg.norm(np.subtract(look.ink, c)) for c in (thing_of(SEEDS[0]).colour, look.second)) >= 0.5
+    assert (
+        min(
+            np.linalg.norm(np.subtract(look.ink, c))
+            for c in (thing_of(SEEDS[0]).colour, look.second)
+        )
+        >= 0.5
+    )
 
 
 def test_stars_have_as_many_corners_as_they_say():
@@ -38,5 +47,9 @@ def test_letters_differ_and_fill_about_half_of_their_square():
 
 def test_a_lesson_of_such_a_thing_is_drawn_and_known_again(tmp_path):
     write_concept(tmp_path, SEEDS[8])
-    assert concept_of(tmp_path) == SEEDS[8] == json.loads((tmp_path / CONCEPT_FILE).read_text())["thing"]
+    assert (
+        concept_of(tmp_path)
+        == SEEDS[8]
+        == json.loads((tmp_path / CONCEPT_FILE).read_text())["thing"]
+    )
     assert Image.open(tmp_path / "3.png").size == (64, 64)

@@ -1,4 +1,5 @@
-"""Recipes side by side, on a pocket lesson (measured) and on pictures that nothing can be measured of."""
+"""Recipes side by side, on a pocket concept dataset (measured) and on images that nothing can be
+measured of."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ from dopsd.runs.comparison.compare import _tuned, compare
 from dopsd.runs.comparison.table import KEPT, METRICS
 from dopsd.runs.outputs.folder import read_rows
 
-THING = 1_000_100  # of conftest.lesson
+THING = 1_000_100  # of conftest.concept dataset
 
 
 def short(recipe: Recipe) -> Recipe:
@@ -46,7 +47,9 @@ def test_a_lesson_is_examined_and_the_teacher_has_no_kept_measures(recipes, tmp_
             score = found["nfe"]["4"][metric]
             assert (score is None) == (name == "teacher" and metric in KEPT)
             if score and metric != "bleed":
-                assert score["difference"]["value"] == pytest.approx(score["value"] - base[metric]["value"], abs=1e-9)
+                assert score["difference"]["value"] == pytest.approx(
+                    score["value"] - base[metric]["value"], abs=1e-9
+                )
     assert base["bleed"]["value"] == 0
     json.dumps(outcome.numbers)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -54,17 +57,21 @@ def test_a_lesson_is_examined_and_the_teacher_has_no_kept_measures(recipes, tmp_
     answers = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "answers").iterdir()}
     assert len(answers) == 5
     assert compare(recipes, tmp_path / "page.html", silent).numbers == outcome.numbers
-    assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "answers").iterdir()}
+    assert answers == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "answers").iterdir()
+    }
 
 
 @pytest.fixture()
 def unavailable(recipes) -> list[Recipe]:
-    """The same recipes on pictures that are no lesson."""
+    """The same recipes on images that are no concept dataset."""
     (recipes[0].data.folder / CONCEPT_FILE).unlink()
     return recipes
 
 
-def test_pictures_without_a_lesson_are_shown_and_finished_runs_are_not_trained_again(unavailable, tmp_path):
+def test_pictures_without_a_lesson_are_shown_and_finished_runs_are_not_trained_again(
+    unavailable, tmp_path
+):
     first = compare(unavailable, tmp_path / "page.html", silent, nfes=(1, 2))
     files = [recipe.run_folder / f"{recipe.run_name}.safetensors" for recipe in unavailable]
     stamps = [file.stat().st_mtime_ns for file in files]
@@ -73,20 +80,31 @@ def test_pictures_without_a_lesson_are_shown_and_finished_runs_are_not_trained_a
     assert [row[:2] for row in first.table[:2]] == [["base", "1"], ["base", "2"]]
     assert again.numbers == first.numbers
     assert stamps == [file.stat().st_mtime_ns for file in files]
-    assert first.numbers["dopsd"]["forwards"] == 4 * 16 and first.numbers["sft"]["forwards"] == 4 * 3
+    assert (
+        first.numbers["dopsd"]["forwards"] == 4 * 16 and first.numbers["sft"]["forwards"] == 4 * 3
+    )
 
 
-def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_pictures(unavailable, tmp_path, pocket):
+def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_pictures(
+    unavailable, tmp_path, pocket
+):
     recipe = unavailable[0]
     outcome = compare([recipe], tmp_path / "page.html", silent)
     lora = recipe.run_folder / f"{recipe.run_name}.safetensors"
-    targets = [np.asarray(Image.open(path)) / 255 for path in sorted(recipe.data.folder.glob("*.png"))]
+    targets = [
+        np.asarray(Image.open(path)) / 255 for path in sorted(recipe.data.folder.glob("*.png"))
+    ]
 
     def nearest(tuned: Path | None) -> float:
         far = []
         for prompt in pocket.unrelated_prompts:
             for image in sample("pocket", [prompt] * 2, tuned, seed=960_000):
-                far.append(min(np.sqrt(np.mean((np.asarray(image) / 255 - target) ** 2)) for target in targets))
+                far.append(
+                    min(
+                        np.sqrt(np.mean((np.asarray(image) / 255 - target) ** 2))
+                        for target in targets
+                    )
+                )
         return float(np.mean(far))
 
     found = outcome.numbers["dopsd"]["nfe"]["4"]["bleed"]
@@ -109,7 +127,9 @@ def test_others_are_trained_on_the_first_recipes_budget(unavailable, tmp_path, r
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(unavailable, tmp_path):
     page, (one, two) = tmp_path / "page.html", unavailable
-    cosine = parse_recipe(two.model_dump() | {"train": two.model_dump()["train"] | {"lr_schedule": "cosine"}})
+    cosine = parse_recipe(
+        two.model_dump() | {"train": two.model_dump()["train"] | {"lr_schedule": "cosine"}}
+    )
     with pytest.raises(ValueError, match="no pocket lesson"):
         compare(unavailable, page, silent, replicates=2)
     with pytest.raises(ValueError, match="dopsd is there twice"):
@@ -124,13 +144,18 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(unavailab
 
 def test_units_are_further_lessons_each_with_trainings_of_its_own(recipes, tmp_path):
     tuned = _tuned(recipes[1:], None, 2, 4, silent)
-    assert [candidate.lora.parent.name for candidate in tuned[0].candidates] == ["sft", f"sft-{THING + 1}"]
+    assert [candidate.lora.parent.name for candidate in tuned[0].candidates] == [
+        "sft",
+        f"sft-{THING + 1}",
+    ]
     folder = tmp_path / "runs" / "lessons" / str(THING + 1)
     assert concept_of(folder) == THING + 1 and len(list(folder.glob("*.png"))) == 4
     assert tuned[0].cost["images"] == 4
 
 
-def test_lora_files_stand_beside_the_recipes_and_are_read_before_anything_is_trained(recipes, tmp_path):
+def test_lora_files_stand_beside_the_recipes_and_are_read_before_anything_is_trained(
+    recipes, tmp_path
+):
     (recipes[0].data.folder / CONCEPT_FILE).unlink()
     compare(recipes[:1], tmp_path / "page.html", silent, nfes=(1,))
     file = recipes[0].run_folder / f"{recipes[0].run_name}.safetensors"
@@ -168,7 +193,10 @@ def test_the_demo_is_what_the_pocket_identity_recipes_say(method, tmp_path):
         (["--nfe", "0"], "--nfe 0: give numbers of forwards from 1"),
         (["--nfe", "1,,4"], "--nfe 1,,4: give numbers"),
         (["--nfe", "many"], "--nfe many: give numbers"),
-        (["--equal", "effort"], "--equal effort is no budget: give one of pictures, seconds, forwards."),
+        (
+            ["--equal", "effort"],
+            "--equal effort is no budget: give one of pictures, seconds, forwards.",
+        ),
     ],
 )
 def test_bad_options_are_one_sentence(option, sentence):

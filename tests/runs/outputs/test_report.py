@@ -1,4 +1,5 @@
-"""The pages of a run and of a comparison, made from real small files and read back as a browser would."""
+"""The pages of a run and of a comparison, made from real small files and read back as a browser
+would."""
 
 import base64
 import io
@@ -57,7 +58,9 @@ class Page(HTMLParser):
 
     def images(self) -> list[Image.Image]:
         sources = [image["src"].partition(";base64,")[2] for image in self.all("img")]
-        return [Image.open(io.BytesIO(base64.b64decode(source, validate=True))) for source in sources]
+        return [
+            Image.open(io.BytesIO(base64.b64decode(source, validate=True))) for source in sources
+        ]
 
 
 def page_of(path: Path) -> Page:
@@ -79,18 +82,31 @@ def write_preview(
         for index in range(len(PROMPTS)):
             scene(step + 10 * row + index, side).save(folder / f"{role}_{index}_{7 + index}.png")
     sigmas = [1.0, 0.7, 0.30000001192092896, 0.0]
-    images = [{"prompt": prompt, "seed": 7 + index, "sigmas": sigmas} for index, prompt in enumerate(PROMPTS)]
+    images = [
+        {"prompt": prompt, "seed": 7 + index, "sigmas": sigmas}
+        for index, prompt in enumerate(PROMPTS)
+    ]
     said = {"rows": roles, "images": images}
     (folder / "preview.json").write_text(json.dumps(said), encoding="utf-8")
 
 
 def write_metrics(run: Path, steps: int) -> None:
     rows = [
-        {"step": step, "loss": 1 / step, "loss_at_0": 2 / step, "loss_at_1": 0.5 / step, "grad_norm": 0.1 * step,
-         "learning_rate": 1e-4, "images": 4, "seconds": 0.5}
+        {
+            "step": step,
+            "loss": 1 / step,
+            "loss_at_0": 2 / step,
+            "loss_at_1": 0.5 / step,
+            "grad_norm": 0.1 * step,
+            "learning_rate": 1e-4,
+            "images": 4,
+            "seconds": 0.5,
+        }
         for step in range(1, steps + 1)
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 @pytest.fixture()
@@ -111,12 +127,24 @@ def run(bare_run: Path) -> Path:
     for step in (0, 15, 30):
         write_preview(bare_run, step)
     refused = [["broken.png", f"{FOLDER}/broken.png cannot be decoded."]]
-    environment = {"torch": "2.13", "device": "cpu (2)", "licence_of_base": "Apache-2.0", "images": 4}
+    environment = {
+        "torch": "2.13",
+        "device": "cpu (2)",
+        "licence_of_base": "Apache-2.0",
+        "images": 4,
+    }
     for index in range(2):
         scene(70 + index).save(bare_run / "samples" / f"data-{index}.png")
-    environment["data"] = {"images": 4, "source": ".txt files", "buckets": {"64 x 64": 4}, "sha256": "0" * 64,
-                           "examples": ["a zib at the left", "a big zib"]}
-    (bare_run / "env.json").write_text(json.dumps(environment | {"refused": refused}), encoding="utf-8")
+    environment["data"] = {
+        "images": 4,
+        "source": ".txt files",
+        "buckets": {"64 x 64": 4},
+        "sha256": "0" * 64,
+        "examples": ["a zib at the left", "a big zib"],
+    }
+    (bare_run / "env.json").write_text(
+        json.dumps(environment | {"refused": refused}), encoding="utf-8"
+    )
     return bare_run
 
 
@@ -135,9 +163,13 @@ def test_report_shows_the_preview_pictures_pixel_for_pixel(run: Path):
 def test_before_and_after_stand_under_their_prompt_and_seed(run: Path):
     page = page_of(write_report(run))
     alts = [image["alt"] for image in page.all("img")]
-    assert alts[:3] == [f"{PROMPTS[0]} (seed 7): before, step 0, {role}" for role in ("base", "student", "teacher")]
+    assert alts[:3] == [
+        f"{PROMPTS[0]} (seed 7): before, step 0, {role}" for role in ("base", "student", "teacher")
+    ]
     assert alts[3] == f"{PROMPTS[0]} (seed 7): after, step 30, base"
-    assert page.images()[4].tobytes() == scene(30 + 20).tobytes()  # the student's, third in preview.json's rows
+    assert (
+        page.images()[4].tobytes() == scene(30 + 20).tobytes()
+    )  # the student's, third in preview.json's rows
 
 
 def test_prompts_are_escaped(run: Path):
@@ -154,7 +186,11 @@ def test_report_needs_no_network_and_names_no_folder_of_the_machine(run: Path):
 
 
 def test_a_recipe_without_absolute_folders_is_shown_as_it_is(run: Path):
-    config = (run / "config.yaml").read_text(encoding="utf-8").replace(FOLDER, "pictures  # four of them")
+    config = (
+        (run / "config.yaml")
+        .read_text(encoding="utf-8")
+        .replace(FOLDER, "pictures  # four of them")
+    )
     (run / "config.yaml").write_text(config, encoding="utf-8")
     assert config in page_of(write_report(run)).words
 
@@ -177,13 +213,18 @@ def test_headline_adds_up_the_metrics(run: Path):
 
 def test_report_tells_the_walk_of_the_sampler(run: Path):
     words = page_of(write_report(run)).words
-    assert "3 forwards of the network for a picture, at these shares of noise: 1 → 0.7 → 0.3 → 0." in words
+    assert (
+        "3 forwards of the network for a picture, at these shares of noise: 1 → 0.7 → 0.3 → 0."
+        in words
+    )
 
 
 def test_curves_have_a_point_for_each_step(run: Path):
     page = page_of(write_report(run))
     assert len(page.all("svg")) == 3
-    assert points_of(page) == [30] * 6  # loss and gradient norm: measured and smoothed; two steps of the walk
+    assert (
+        points_of(page) == [30] * 6
+    )  # loss and gradient norm: measured and smoothed; two steps of the walk
 
 
 def test_a_curve_of_a_long_run_is_thinned_and_says_so(run: Path):
@@ -254,15 +295,25 @@ def test_comparison_shows_its_table_pictures_and_notes(tmp_path: Path):
     ]
     table = [["base", "0.9", "-"], ["dopsd", "0.1 [0.0, 0.2]", "60"]]
     path = write_comparison(
-        tmp_path / "page" / "compare.html", "A & B", "Same data.", ["model", "error", "s"], table, panels, ["One seed."]
+        tmp_path / "page" / "compare.html",
+        "A & B",
+        "Same data.",
+        ["model", "error", "s"],
+        table,
+        panels,
+        ["One seed."],
     )
     page = page_of(path)
     assert [image.tobytes() for image in page.images()] == [image.tobytes() for image in images]
     assert len(page.all("tr")) == (1 + 2) + (1 + 2) + (1 + 1)
     assert all(cell in page.words for row in table for cell in row)
-    assert all(words in page.words for words in ("A & B", "Same data.", "New <scenes>", "One seed."))
+    assert all(
+        words in page.words for words in ("A & B", "Same data.", "New <scenes>", "One seed.")
+    )
 
 
 def test_comparison_without_pictures_has_no_place_for_them(tmp_path: Path):
-    page = page_of(write_comparison(tmp_path / "compare.html", "A", "B", ["model", "s"], [["base", "1"]], []))
+    page = page_of(
+        write_comparison(tmp_path / "compare.html", "A", "B", ["model", "s"], [["base", "1"]], [])
+    )
     assert "In a column" not in page.words and page.all("figure") == []

@@ -1,4 +1,5 @@
-"""Trackers: a run with each of them, their own files read back, and a resumed run that goes on in the same place."""
+"""Trackers: a run with each of them, their own files read back, and a resumed run that goes on in
+the same place."""
 
 import json
 import struct
@@ -18,7 +19,9 @@ STEPS = 5
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing leaves the test's folder."""
     for name, value in {
-        "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "true",
         "TRACKIO_DIR": str(tmp_path / "trackio"),
     }.items():
         monkeypatch.setenv(name, value)
@@ -78,7 +81,10 @@ def test_after_a_resume_tensorboard_shows_each_step_once(concept, tmp_path):
     run.close()
     for _ in train(recipe, resume="latest"):  # from step 2: step 3 is told again
         pass
-    told = [(event.step, event.value) for event in told_to_tensorboard(recipe.run_folder).Scalars("train/loss")]
+    told = [
+        (event.step, event.value)
+        for event in told_to_tensorboard(recipe.run_folder).Scalars("train/loss")
+    ]
     assert [step for step, _ in told] == [1, 2, 3, 4, 5]
     assert dict(told) == pytest.approx(losses(recipe.run_folder))
 
@@ -97,8 +103,9 @@ def test_trackio_holds_the_losses_and_the_previews(concept, tmp_path):
 
 
 def wandb_history(file: Path) -> Iterator[dict]:
-    """The history rows of an offline run: protobuf records in LevelDB's log format (blocks of 32 KiB; a header is crc,
-    length and kind: 1 whole, 2 first, 3 middle, 4 last) after seven bytes of wandb's own."""
+    """The history rows of an offline run: protobuf records in LevelDB's log format (blocks of 32
+    KiB; a header is crc, length and kind: 1 whole, 2 first, 3 middle, 4 last) after seven bytes of
+    wandb's own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole = file.read_bytes(), 7, b""
@@ -114,7 +121,10 @@ def wandb_history(file: Path) -> Iterator[dict]:
             whole = b""
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
-                yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+                yield {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
 
 
 def test_wandb_holds_the_losses_and_the_previews(concept, tmp_path):
@@ -128,9 +138,13 @@ def test_wandb_holds_the_losses_and_the_previews(concept, tmp_path):
     assert [row["_step"] for row in rows if any("previews" in key for key in row)] == [0, 2, 4, 5]
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(concept, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(
+    concept, tmp_path, monkeypatch
+):
     monkeypatch.setattr("dopsd.runs.outputs.trackers.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"wandb, which is not installed: pip install 'dopsd\[wandb\]'"):
+    with pytest.raises(
+        ValueError, match=r"wandb, which is not installed: pip install 'dopsd\[wandb\]'"
+    ):
         check(recipe_for(concept, tmp_path, "wandb"))
 
 

@@ -1,4 +1,5 @@
-"""CLIP and what was made from it: agreement of picture and prompt, PickScore's preference, LAION's aesthetic head."""
+"""CLIP and what was made from it: agreement of image and prompt, PickScore's preference, LAION's
+aesthetic head."""
 
 import re
 from collections.abc import Sequence
@@ -23,30 +24,43 @@ class Clip:
         checkpoint = Checkpoint(model, called=f"{called} {model}")
         self.folder = checkpoint.part()
         with checkpoint.reading("the model"):
-            self.model = CLIPModel.from_pretrained(self.folder, dtype=torch.float32).to(device).eval()
+            self.model = (
+                CLIPModel.from_pretrained(self.folder, dtype=torch.float32).to(device).eval()
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
             self.processor = CLIPImageProcessorPil.from_pretrained(self.folder)
         self.most_tokens = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def see(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of length 1 of pictures [B, 3, H, W] in [0, 1]."""
+        """Embeddings [B, D] of length 1 of images [B, 3, H, W] in [0, 1]."""
         pil_images = [Image.fromarray(image) for image in as_bytes(images).numpy()]
-        pixels = self.processor(pil_images, return_tensors="pt")["pixel_values"].to(self.model.device)
-        return normalize(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
+        pixels = self.processor(pil_images, return_tensors="pt")["pixel_values"].to(
+            self.model.device
+        )
+        return normalize(
+            self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        )
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D] of length 1 of prompts; what is beyond CLIP's own limit (77 tokens) it does not see."""
+        """Embeddings [B, D] of length 1 of prompts; what is beyond CLIP's own limit (77 tokens) it
+        does not see."""
         words = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.most_tokens, return_tensors="pt"
+            list(prompts),
+            padding=True,
+            truncation=True,
+            max_length=self.most_tokens,
+            return_tensors="pt",
         ).to(self.model.device)
-        answer = self.model.text_model(input_ids=words.input_ids, attention_mask=words.attention_mask)
+        answer = self.model.text_model(
+            input_ids=words.input_ids, attention_mask=words.attention_mask
+        )
         return normalize(self.model.text_projection(answer.pooler_output))
 
 
 class ClipScore:
-    """CLIP-S: the cosine of each picture and its prompt, [B] in [-1, 1]."""
+    """CLIP-S: the cosine of each image and its prompt, [B] in [-1, 1]."""
 
     def __init__(self, model: str, device: torch.device, called: str = "the CLIP"):
         self.clip = Clip(model, device, called)
@@ -56,7 +70,8 @@ class ClipScore:
 
 
 class PickScore:
-    """PickScore (arXiv:2305.01569): a CLIP tuned on people's choices; cosine times its own scale, about 16 ... 25."""
+    """PickScore (arXiv:2305.01569): a CLIP tuned on people's choices; cosine times its own scale,
+    about 16 ... 25."""
 
     def __init__(self, model: str, device: torch.device):
         self.score = ClipScore(model, device, "PickScore's CLIP")
@@ -67,14 +82,19 @@ class PickScore:
 
 
 class Aesthetic:
-    """LAION's aesthetic predictor, about 1 ... 10: linears without nonlinearities on the embedding of CLIP ViT-L/14."""
+    """LAION's aesthetic predictor, about 1 ... 10: linears without nonlinearities on the embedding
+    of CLIP ViT-L/14."""
 
     def __init__(self, model: str, device: torch.device):
         self.clip = Clip(model, device, "the aesthetic judge's CLIP")
         file = self.clip.folder / HEAD
         if not file.is_file():
-            raise ValueError(f"{file} is missing: the aesthetic head, as safetensors (docs/measures.md says how).")
-        self.linears = _linears(read_tensors(file), self.clip.model.config.projection_dim, str(file), device)
+            raise ValueError(
+                f"{file} is missing: the aesthetic head, as safetensors (docs/measures.md says how)."
+            )
+        self.linears = _linears(
+            read_tensors(file), self.clip.model.config.projection_dim, str(file), device
+        )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         answer = self.clip.see(images)
@@ -83,8 +103,11 @@ class Aesthetic:
         return answer[:, 0]
 
 
-def _linears(tensors: dict[str, Tensor], width: int, file: str, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each linear, in order of the numbers in their names (`layers.0.weight`, ...)."""
+def _linears(
+    tensors: dict[str, Tensor], width: int, file: str, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of each linear, in order of the numbers in their names (`layers.0.weight`,
+    ...)."""
     weights = (name for name in tensors if name.endswith("weight"))
     names = sorted(weights, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     biases = [name.removesuffix("weight") + "bias" for name in names]
@@ -93,5 +116,10 @@ def _linears(tensors: dict[str, Tensor], width: int, file: str, device: torch.de
     shapes = [tuple(tensors[name].shape) for name in names]
     outputs = [shape[0] for shape in shapes]
     if shapes != list(zip(outputs, [width, *outputs], strict=False)) or outputs[-1:] != [1]:
-        raise ValueError(f"{file} is no head from {width} numbers to one: its weights are {shapes}.")
-    return [(tensors[w].float().to(device), tensors[b].float().to(device)) for w, b in zip(names, biases, strict=True)]
+        raise ValueError(
+            f"{file} is no head from {width} numbers to one: its weights are {shapes}."
+        )
+    return [
+        (tensors[w].float().to(device), tensors[b].float().to(device))
+        for w, b in zip(names, biases, strict=True)
+    ]

@@ -1,9 +1,10 @@
 """What FID and KID look at: the pooled features of the Inception-V3 that FID was defined with.
 
-Written out here, so that no torchvision is needed. It is Inception-V3 of arXiv:1512.00567 with TensorFlow's average
-pooling (padding is not counted) and a max pooling in the last block, as the weights of 2015-12-05 want it. Weights:
-`inception_fid.safetensors`, see docs/measures.md. Pictures are resized by Pillow's antialiased bicubic, in floats, as
-arXiv:2104.11222 ("clean-fid") shows to matter.
+Written out here, so that no torchvision is needed. It is Inception-V3 of arXiv:1512.00567 with
+TensorFlow's average pooling (padding is not counted) and a max pooling in the last block, as the
+weights of 2015-12-05 want it. Weights: `inception_fid.safetensors`, see docs/measures.md. Images
+are resized by Pillow's antialiased bicubic, in floats, as arXiv:2104.11222 ("clean-fid") shows to
+matter.
 """
 
 from collections.abc import Sequence
@@ -33,17 +34,25 @@ class Spec(NamedTuple):
     stride: int = 1
 
 
-Branch = Sequence[Sequence[Spec]]  # stages one after the other; the convolutions of a stage stand side by side
+Branch = Sequence[
+    Sequence[Spec]
+]  # stages one after the other; the convolutions of a stage stand side by side
 
 
 class Inception:
-    """Pictures to features; the same picture gives the same features whatever is beside it."""
+    """Images to features; the same image gives the same features whatever is beside it."""
 
     def __init__(self, model: str, device: torch.device):
         file = Checkpoint(model, called=f"the model of fid and kid, {model},").part() / WEIGHTS
         if not file.is_file():
-            raise ValueError(f"{file} is missing: FID's Inception-V3 (docs/measures.md says how to make it).")
-        tensors = {name: t for name, t in read_tensors(file).items() if not name.startswith(("fc.", "AuxLogits."))}
+            raise ValueError(
+                f"{file} is missing: FID's Inception-V3 (docs/measures.md says how to make it)."
+            )
+        tensors = {
+            name: t
+            for name, t in read_tensors(file).items()
+            if not name.startswith(("fc.", "AuxLogits."))
+        }
         with torch.device("meta"):
             self.network = InceptionV3().eval()
         try:
@@ -56,22 +65,34 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] -> float32 [B, 2048] on the CPU."""
+        """Images [B, 3, H, W] in [0, 1] -> float32 [B, 2048] on the CPU."""
         resized = np.stack([_resized(image) for image in as_bytes(images).numpy()])
-        pixels = (torch.from_numpy(resized).permute(0, 3, 1, 2) - 128) / 128  # as the network was trained
+        pixels = (
+            torch.from_numpy(resized).permute(0, 3, 1, 2) - 128
+        ) / 128  # as the network was trained
         return self.network(pixels.to(next(self.network.parameters()).device)).cpu()
 
 
 def _resized(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] as float32 [299, 299, 3] in about [0, 255]; between floats nothing is rounded or cut."""
+    """uint8 [H, W, 3] as float32 [299, 299, 3] in about [0, 255]; between floats nothing is rounded
+    or cut."""
     channels = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(3)]
-    return np.stack([np.asarray(c.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for c in channels], axis=-1)
+    return np.stack(
+        [np.asarray(c.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for c in channels], axis=-1
+    )
 
 
 class Convolution(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, channels: int, kernel: tuple[int, int], stride: int, padding: tuple[int, int]):
+    def __init__(
+        self,
+        inputs: int,
+        channels: int,
+        kernel: tuple[int, int],
+        stride: int,
+        padding: tuple[int, int],
+    ):
         super().__init__()
         self.conv = nn.Conv2d(inputs, channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(channels, eps=1e-3)
@@ -81,12 +102,16 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side, their channels in a row, and last a pooling. pooled: channels that a convolution makes of
-    it; 0: there is none, and the block halves the size."""
+    """Branches side by side, their channels in a row, and last a pooling. pooled: channels that a
+    convolution makes of it; 0: there is none, and the block halves the size."""
 
     def __init__(self, inputs: int, branches: Sequence[Branch], pooled: int, pool: str = "mean"):
         super().__init__()
-        self.chains, self.pool, self.pooled = [[[s.name for s in st] for st in b] for b in branches], pool, pooled
+        self.chains, self.pool, self.pooled = (
+            [[[s.name for s in st] for st in b] for b in branches],
+            pool,
+            pooled,
+        )
         for branch in branches:
             channels = inputs
             for stage in branch:
@@ -106,12 +131,17 @@ class Block(nn.Module):
             answers.append(y)
         if not self.pooled:
             return torch.cat([*answers, max_pool2d(z, 3, stride=2)], dim=1)
-        around = avg_pool2d(z, 3, 1, 1, count_include_pad=False) if self.pool == "mean" else max_pool2d(z, 3, 1, 1)
+        around = (
+            avg_pool2d(z, 3, 1, 1, count_include_pad=False)
+            if self.pool == "mean"
+            else max_pool2d(z, 3, 1, 1)
+        )
         return torch.cat([*answers, self.branch_pool(around)], dim=1)
 
 
 class InceptionV3(nn.Module):
-    """float [B, 3, 299, 299] in [-1, 1] -> [B, 2048]. Names are torchvision's, so that its weights' files fit."""
+    """float [B, 3, 299, 299] in [-1, 1] -> [B, 2048]. Names are torchvision's, so that its weights'
+    files fit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +152,12 @@ class InceptionV3(nn.Module):
         self.Conv2d_4a_3x3 = Convolution(80, 192, (3, 3), 1, (0, 0))
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _a(192, 32), _a(256, 64), _a(288, 64)
         self.Mixed_6a = _b(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = _c(128), _c(160), _c(160), _c(192)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            _c(128),
+            _c(160),
+            _c(160),
+            _c(192),
+        )
         self.Mixed_7a = _d(768)
         self.Mixed_7b, self.Mixed_7c = _e(1280, "mean"), _e(2048, "max")
 
@@ -135,7 +170,8 @@ class InceptionV3(nn.Module):
 
 
 def _chain(name: str, *convolutions: tuple) -> Branch:
-    """`<name>_1`, `<name>_2`, ... one after the other; (channels, kernel) or (channels, kernel, stride) of each."""
+    """`<name>_1`, `<name>_2`, ... one after the other; (channels, kernel) or (channels, kernel,
+    stride) of each."""
     return [[Spec(f"{name}_{place}", *rest)] for place, rest in enumerate(convolutions, start=1)]
 
 
@@ -156,7 +192,9 @@ def _b(inputs: int) -> Block:
 
 def _c(width: int) -> Block:
     once = _chain("branch7x7", (width, (1, 1)), (width, ROW), (192, COLUMN))
-    twice = _chain("branch7x7dbl", (width, (1, 1)), (width, COLUMN), (width, ROW), (width, COLUMN), (192, ROW))
+    twice = _chain(
+        "branch7x7dbl", (width, (1, 1)), (width, COLUMN), (width, ROW), (width, COLUMN), (192, ROW)
+    )
     return Block(768, [_alone("branch1x1", 192, (1, 1)), once, twice], 192)
 
 

@@ -1,6 +1,8 @@
-"""LPIPS-D: perceptual distance by the layers of a VGG16, weighted by what people saw (arXiv:1801.03924, version 0.1).
+"""LPIPS-D: perceptual distance by the layers of a VGG16, weighted by what people saw
+(arXiv:1801.03924, version 0.1).
 
-VGG16 is written out here, so that no torchvision is needed. Weights: `lpips_vgg16.safetensors`, see docs/measures.md.
+VGG16 is written out here, so that no torchvision is needed. Weights: `lpips_vgg16.safetensors`, see
+docs/measures.md.
 """
 
 import torch
@@ -11,36 +13,55 @@ from dopsd.files import read_tensors
 from dopsd.models.hub import Checkpoint
 
 WEIGHTS = "lpips_vgg16.safetensors"
-STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers of VGG16's convolutions
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own, of pictures in [-1, 1]
+STAGES = (
+    (0, 2),
+    (5, 7),
+    (10, 12, 14),
+    (17, 19, 21),
+    (24, 26, 28),
+)  # torchvision's numbers of VGG16's convolutions
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own, of images in [-1, 1]
 SHORTEST = 16  # pixels: a side that four poolings leave one of
 EPSILON = 1e-10  # beside a length, as in the authors' code
 
 
 class Lpips:
-    """The VGG variant: 0 = the same picture. The target is scaled and cut about its middle to the pictures' size."""
+    """The VGG variant: 0 = the same image. The target is scaled and cut about its middle to the
+    images' size."""
 
     def __init__(self, model: str, device: torch.device):
         file = Checkpoint(model, called=f"the model of lpips, {model},").part() / WEIGHTS
         if not file.is_file():
-            raise ValueError(f"{file} is missing: VGG16 with LPIPS' weights (docs/measures.md says how to make it).")
-        self.weights = {name: tensor.float().to(device) for name, tensor in read_tensors(file).items()}
-        wanted = [f"features.{n}.{kind}" for stage in STAGES for n in stage for kind in ("weight", "bias")]
+            raise ValueError(
+                f"{file} is missing: VGG16 with LPIPS' weights (docs/measures.md says how to make it)."
+            )
+        self.weights = {
+            name: tensor.float().to(device) for name, tensor in read_tensors(file).items()
+        }
+        wanted = [
+            f"features.{n}.{kind}" for stage in STAGES for n in stage for kind in ("weight", "bias")
+        ]
         wanted += [f"lin{index}.model.1.weight" for index in range(len(STAGES))]
         if lacking := [name for name in wanted if name not in self.weights]:
             raise ValueError(f"{file} has no {lacking[0]}: it is not VGG16 with LPIPS' weights.")
-        self.shift, self.scale = (torch.tensor(each, device=device)[:, None, None] for each in (SHIFT, SCALE))
+        self.shift, self.scale = (
+            torch.tensor(each, device=device)[:, None, None] for each in (SHIFT, SCALE)
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, target: Tensor) -> Tensor:
-        """pictures [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B]."""
+        """images [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B]."""
         height, width = images.shape[2:]
         if min(height, width) < SHORTEST:
-            raise ValueError(f"lpips needs pictures of {SHORTEST} pixels a side; these are {width} x {height}.")
+            raise ValueError(
+                f"lpips needs pictures of {SHORTEST} pixels a side; these are {width} x {height}."
+            )
         fitted = fit(target[None].float(), height, width)
         pairs = zip(self._layers(images.float()), self._layers(fitted), strict=True)
         distances = [
-            conv2d((one - other).square(), self.weights[f"lin{index}.model.1.weight"]).mean((1, 2, 3))
+            conv2d((one - other).square(), self.weights[f"lin{index}.model.1.weight"]).mean(
+                (1, 2, 3)
+            )
             for index, (one, other) in enumerate(pairs)
         ]
         return torch.stack(distances).sum(0)
@@ -54,7 +75,10 @@ class Lpips:
             for number in stage:
                 z = relu(
                     conv2d(
-                        z, self.weights[f"features.{number}.weight"], self.weights[f"features.{number}.bias"], padding=1
+                        z,
+                        self.weights[f"features.{number}.weight"],
+                        self.weights[f"features.{number}.bias"],
+                        padding=1,
                     )
                 )
             found.append(z / (z.square().sum(1, keepdim=True).sqrt() + EPSILON))
@@ -62,7 +86,8 @@ class Lpips:
 
 
 def fit(images: Tensor, height: int, width: int) -> Tensor:
-    """Pictures [B, 3, h, w] scaled to cover height x width and cut about the middle, as training cuts its crops."""
+    """Images [B, 3, h, w] scaled to cover height x width and cut about the middle, as training cuts
+    its crops."""
     scale = max(height / images.shape[2], width / images.shape[3])
     size = (max(height, round(images.shape[2] * scale)), max(width, round(images.shape[3] * scale)))
     if tuple(images.shape[2:]) != size:

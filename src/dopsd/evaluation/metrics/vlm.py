@@ -1,4 +1,5 @@
-"""VLM-J: a Qwen3-VL says how much of a target picture's thing, or of its style, another picture shows: 4 ... 1.
+"""VLM-J: a Qwen3-VL says how much of a target image's thing, or of its style, another image shows:
+4 ... 1.
 
 The levels are those of D-OPSD's evaluation; the questions are our own words.
 """
@@ -33,15 +34,17 @@ STYLE = (
 
 
 class VlmReward:
-    """Asks about each picture beside the target; an answer that is no grade is NaN, and is logged."""
+    """Asks about each image beside the target; an answer that is no grade is NaN, and is logged."""
 
     question: str
 
     def __init__(self, model: str, device: torch.device):
-        self.captioner = Captioner(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.captioner = Captioner(
+            model, device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
 
     def __call__(self, images: Tensor, target: Tensor) -> Tensor:
-        """pictures [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B] in 1 ... 4."""
+        """images [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B] in 1 ... 4."""
         first = to_pil(as_bytes(target[None]))[0]
         answers = [
             self.captioner.answer([first, image], self.question, MOST_TOKENS)
@@ -59,8 +62,8 @@ class StyleReward(VlmReward):
 
 
 def grade_of(answer: str) -> float:
-    """The grade in an answer: one digit of 1 to 4, with blanks or a full stop at most. Anything else is NaN: a judge
-    that does not keep to its form is not guessed at."""
+    """The grade in an answer: one digit of 1 to 4, with blanks or a full stop at most. Anything
+    else is NaN: a reward that does not keep to its form is not guessed at."""
     if found := re.fullmatch(r"\s*([1-4])\.?\s*", answer, flags=re.ASCII):
         return float(found[1])
     log.warning("vlm_judge answer=%r grade=none", answer[:80])

@@ -1,8 +1,9 @@
-"""The pocket checkpoint's parts: a Z-Image-Turbo at pocket size, in the real diffusers folder layout.
+"""The pocket checkpoint's parts: a Z-Image-Turbo at pocket size, in the real diffusers folder
+layout.
 
-Nothing here trains; train.py does. The folder holds what `ZImagePipeline.from_pretrained` opens (`transformer`, `vae`,
-`text_encoder`, `tokenizer`, `scheduler`), the Qwen3-VL twin of the text encoder in `vlm`, and the undistilled
-transformer in `parent`.
+Nothing here trains; train.py does. The folder holds what `ZImagePipeline.from_pretrained` opens
+(`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), the Qwen3-VL twin of the text
+encoder in `vlm`, and the undistilled transformer in `parent`.
 """
 
 from pathlib import Path
@@ -25,21 +26,47 @@ WIDTH = 128  # of the text encoder and of the transformer
 LATENT_CHANNELS = 8
 SHIFT = 3.0  # as Z-Image-Turbo
 NFE = 4
-STARTING_POINTS = {"model.memory": "high", "lora.rank": 16, "train.max_steps": 240,
-                   "train.batch_size": 4, "train.learning_rate": 1e-3}
+STARTING_POINTS = {
+    "model.memory": "high",
+    "lora.rank": 16,
+    "train.max_steps": 240,
+    "train.batch_size": 4,
+    "train.learning_rate": 1e-3,
+}
 UNRELATED_PROMPTS = (
-    "a big red star on night", "a small blue hut at the left", "a green tree on beach", "a cross in inked style",
-    "a big yellow moon on slate", "a purple circle at the top on paper", "a heart in striped style", "a cyan tower",
+    "a big red star on night",
+    "a small blue hut at the left",
+    "a green tree on beach",
+    "a cross in inked style",
+    "a big yellow moon on slate",
+    "a purple circle at the top on paper",
+    "a heart in striped style",
+    "a cyan tower",
 )
-GUIDANCE = 3.0  # classifier-free, of the undistilled parent: empty caption + 3 x (caption - empty caption)
+GUIDANCE = (
+    3.0  # classifier-free, of the undistilled parent: empty caption + 3 x (caption - empty caption)
+)
 IMAGE = 64  # pixels
-IMAGE_TOKENS = 16  # of one picture in the VLM's context
-CAPTION_TOKENS, PRIVILEGED_TOKENS = 32, 64  # limits of the templated caption, without and with a picture
+IMAGE_TOKENS = 16  # of one image in the VLM's context
+CAPTION_TOKENS, PRIVILEGED_TOKENS = (
+    32,
+    64,
+)  # limits of the templated caption, without and with an image
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>", "<think>", "</think>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<think>",
+    "</think>",
+)
 
-# Qwen's chat template, reduced to what text-to-image models use: turns, pictures, and Qwen3's `enable_thinking`.
+# Qwen's chat template, reduced to what text-to-image models use: turns, images, and Qwen3's
+# `enable_thinking`.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
@@ -56,7 +83,8 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose merges make every caption word one token; any other text falls to bytes."""
+    """A byte-level BPE tokenizer whose merges make every caption word one token; any other text
+    falls to bytes."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -80,7 +108,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLModel:
-    """A Qwen3-VL of 0.8 M parameters. The third text layer is never read (hidden state -2), as in the big model."""
+    """A Qwen3-VL of 0.8 M parameters. The third text layer is never read (hidden state -2), as in
+    the big model."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen3VLModel(
         Qwen3VLConfig(
@@ -114,7 +143,8 @@ def make_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLModel:
 
 
 def text_encoder_of(vlm: Qwen3VLModel) -> Qwen3Model:
-    """The VLM's language part as the plain Qwen3 that the pipeline reads prompts with: same weights, same rope."""
+    """The VLM's language part as the plain Qwen3 that the pipeline reads prompts with: same
+    weights, same rope."""
     config = Qwen3Config(
         **_text_settings(vlm.config.text_config.vocab_size),
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -139,7 +169,7 @@ def _text_settings(vocab_size: int) -> dict:
 
 
 def make_vae() -> AutoencoderKL:
-    """64 x 64 pixels to 8 x 16 x 16 latents. No attention: pictures of other sizes work as well."""
+    """64 x 64 pixels to 8 x 16 x 16 latents. No attention: images of other sizes work as well."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -155,7 +185,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_transformer() -> ZImageTransformer2DModel:
-    """Z-Image's transformer with 2.0 M parameters: 64 picture tokens of 32 numbers through width 128."""
+    """Z-Image's transformer with 2.0 M parameters: 64 image tokens of 32 numbers through width 128."""
     return ZImageTransformer2DModel(
         in_channels=LATENT_CHANNELS,
         dim=WIDTH,
@@ -171,11 +201,13 @@ def make_transformer() -> ZImageTransformer2DModel:
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Z-Image-Turbo's scheduler."""
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False)
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False
+    )
 
 
 def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """The VLM's picture processor: every picture becomes 64 x 64 pixels, 16 tokens."""
+    """The VLM's image processor: every image becomes 64 x 64 pixels, 16 tokens."""
     return Qwen2VLImageProcessorPil(
         patch_size=8,
         merge_size=2,
@@ -191,7 +223,8 @@ def save_pipeline(
     vlm: Qwen3VLModel,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Write the diffusers folder and, in `vlm`, the Qwen3-VL with its tokenizer and picture processor."""
+    """Write the diffusers folder and, in `vlm`, the Qwen3-VL with its tokenizer and image
+    processor."""
     transformer.save_pretrained(folder / "transformer")
     vae.save_pretrained(folder / "vae")
     text_encoder_of(vlm).to(vlm.dtype).save_pretrained(folder / "text_encoder")

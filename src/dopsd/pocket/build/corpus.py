@@ -1,4 +1,5 @@
-"""The pocket model's training data: rendered scenes, their captions as tokens, and how a step draws from them."""
+"""The pocket model's training data: rendered scenes, their captions as tokens, and how a step draws
+from them."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +16,11 @@ from dopsd.pocket.world.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.world.scenes import Thing, draw_scene, render, unnamed_style
 
 SEED = 20261120
-NAMED, THINGS, STYLES = 48_000, 12_000, 5_000  # scenes of named parts; things and styles, GROUP scenes each
+NAMED, THINGS, STYLES = (
+    48_000,
+    12_000,
+    5_000,
+)  # scenes of named parts; things and styles, GROUP scenes each
 GROUP = 3
 CAPTIONS = 4  # drawn for each scene, each leaving other attributes out
 
@@ -26,10 +31,11 @@ def rng_at(stage: str, step: int) -> np.random.Generator:
 
 
 def make_data(folder: Path) -> None:
-    """Render the training pictures and tokenize their captions into `data.safetensors` (about 1 GB, 2 minutes).
+    """Render the training images and tokenize their captions into `data.safetensors` (about 1 GB, 2
+    minutes).
 
-    Rows are NAMED scenes, then THINGS groups of GROUP scenes, then STYLES groups. Things and styles are those of seeds
-    0..N-1; everything held out has seeds from 1,000,000.
+    Rows are NAMED scenes, then THINGS groups of GROUP scenes, then STYLES groups. Things and styles
+    are those of seeds 0..N-1; everything held out has seeds from 1,000,000.
     """
     tokenizer = parts.make_tokenizer()
     rng = np.random.default_rng([SEED, 1])
@@ -70,7 +76,7 @@ def plain_prompt(caption: str) -> str:
 
 
 def privileged_prompt(caption: str) -> str:
-    """What the teacher reads: the picture's tokens first, then the caption."""
+    """What the teacher reads: the image's tokens first, then the caption."""
     image = "<|vision_start|>" + "<|image_pad|>" * parts.IMAGE_TOKENS + "<|vision_end|>"
     return plain_prompt(image + caption)
 
@@ -82,29 +88,45 @@ def to_unit(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rendered training data: latents, pictures for the teacher's context, captions as tokens."""
+    """The rendered training data: latents, images for the teacher's context, captions as tokens."""
 
     latents: Tensor
     images: Tensor
     plain_ids: Tensor
     privileged_ids: Tensor
-    unconditional_ids: Tensor  # of the empty caption, which classifier-free guidance leads away from
+    unconditional_ids: (
+        Tensor  # of the empty caption, which classifier-free guidance leads away from
+    )
 
     @staticmethod
     def read(folder: Path) -> "Corpus":
         data = read_tensors(folder / "data.safetensors")
         latents = read_tensors(folder / "latents.safetensors")["latents"]
-        unconditional = parts.make_tokenizer()(plain_prompt(""), padding="max_length", max_length=parts.CAPTION_TOKENS)
-        return Corpus(latents, data["pictures"], data["plain"], data["privileged"], torch.tensor(unconditional.input_ids))
+        unconditional = parts.make_tokenizer()(
+            plain_prompt(""), padding="max_length", max_length=parts.CAPTION_TOKENS
+        )
+        return Corpus(
+            latents,
+            data["pictures"],
+            data["plain"],
+            data["privileged"],
+            torch.tensor(unconditional.input_ids),
+        )
 
     def draw(
-        self, rng: np.random.Generator, size: int, named_share: float = 0.9, unconditional_share: float = 0.0
+        self,
+        rng: np.random.Generator,
+        size: int,
+        named_share: float = 0.9,
+        unconditional_share: float = 0.0,
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | None]]:
-        """Two halves: (rows, tokens, None) from captions alone, and (rows, tokens, pictures) with another picture
-        of the same thing or style beside the caption. `untold_share` of the first half get the empty caption.
+        """Two halves: (rows, tokens, None) from captions alone, and (rows, tokens, images) with
+        another image of the same thing or style beside the caption. `untold_share` of the first
+        half get the empty caption.
 
-        The transformer pads each context to a multiple of 32 tokens, so the second half holds only captions that need
-        32, or only captions that need 64, in their true proportion over many draws.
+        The transformer pads each context to a multiple of 32 tokens, so the second half holds only
+        captions that need 32, or only captions that need 64, in their true proportion over many
+        draws.
         """
         caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
         named = rng.integers(0, NAMED, round(size * named_share))
@@ -114,7 +136,9 @@ class Corpus:
         tokens[torch.from_numpy(rng.random(size) < unconditional_share)] = self.unconditional_ids
         yield rows, tokens, None
         short, long = self._by_padding
-        length, pairs = (32, short) if rng.random() < len(short) / (len(short) + len(long)) else (64, long)
+        length, pairs = (
+            (32, short) if rng.random() < len(short) / (len(short) + len(long)) else (64, long)
+        )
         rows, captions = np.divmod(pairs[rng.integers(len(pairs), size=size)], CAPTIONS)
         group = (rows - NAMED) // GROUP * GROUP + NAMED
         partner = group + (rows - group + rng.integers(1, GROUP, size)) % GROUP
@@ -122,9 +146,11 @@ class Corpus:
 
     @functools.cached_property
     def _by_padding(self) -> tuple[np.ndarray, np.ndarray]:
-        """Things' and styles' captions that fit 32 tokens with their picture, and those that need 64, as
-        row * CAPTIONS + caption."""
-        fits = (self.privileged_ids[..., 32:] == 0).all(-1).flatten().numpy()  # 0 = <|endoftext|>, the padding
+        """Things' and styles' captions that fit 32 tokens with their image, and those that need 64,
+        as row * CAPTIONS + caption."""
+        fits = (
+            (self.privileged_ids[..., 32:] == 0).all(-1).flatten().numpy()
+        )  # 0 = <|endoftext|>, the padding
         pairs = np.arange(NAMED * CAPTIONS, len(self.latents) * CAPTIONS)
         return pairs[fits[pairs]], pairs[~fits[pairs]]
 

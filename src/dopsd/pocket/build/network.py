@@ -1,4 +1,5 @@
-"""Transformer and VLM together, on stacked tensors: what the pocket model's training runs instead of ragged lists."""
+"""Transformer and VLM together, on stacked tensors: what the pocket model's training runs instead
+of ragged lists."""
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -12,8 +13,9 @@ from dopsd.pocket.build.corpus import SEED
 class Network(nn.Module):
     """Transformer and VLM together, for batches whose captions all have the same padded length.
 
-    The library's forward takes ragged lists, whose backward is quadratic in the batch; on equal lengths the same
-    arithmetic on stacked tensors is 2.2 times faster here (tests/pocket/test_pocket_train.py holds the two equal).
+    The library's forward takes ragged lists, whose backward is quadratic in the batch; on equal
+    lengths the same arithmetic on stacked tensors is 2.2 times faster here
+    (tests/pocket/test_pocket_train.py holds the two equal).
     """
 
     def __init__(self, transformer: ZImageTransformer2DModel, vlm: Qwen3VLModel):
@@ -25,11 +27,13 @@ class Network(nn.Module):
     def plain(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, 32] -> (context [B, 32, 128], its mask)."""
         mask = ids != self.pad_id
-        states = self.vlm.language_model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        states = self.vlm.language_model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        )
         return states.hidden_states[-2], mask
 
     def privileged(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, 64] and pictures uint8 [B, 64, 64, 3] -> (context [B, 64, 128], its mask)."""
+        """Tokens [B, 64] and images uint8 [B, 64, 64, 3] -> (context [B, 64, 128], its mask)."""
         mask = ids != self.pad_id
         states = self.vlm(
             input_ids=ids,
@@ -48,11 +52,14 @@ class Network(nn.Module):
 
 
 def _positions(length: int) -> Tensor:
-    """Qwen3-VL's three rotary positions [3, 1, length] for a prompt that opens with one 4 x 4 picture."""
-    before, side = 4, 4  # tokens before the picture; picture tokens a side
+    """Qwen3-VL's three rotary positions [3, 1, length] for a prompt that opens with one 4 x 4
+    image."""
+    before, side = 4, 4  # tokens before the image; image tokens a side
     positions = torch.arange(length).repeat(3, 1)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    grid = torch.stack([torch.zeros(side * side, dtype=torch.long), rows.flatten(), columns.flatten()])
+    grid = torch.stack(
+        [torch.zeros(side * side, dtype=torch.long), rows.flatten(), columns.flatten()]
+    )
     positions[:, before : before + side * side] = grid + before
     after = before + side * side
     positions[:, after:] = torch.arange(length - after) + before + side
@@ -60,25 +67,36 @@ def _positions(length: int) -> Tensor:
 
 
 def vlm_patches(images: Tensor) -> Tensor:
-    """What the picture processor makes of 64 x 64 pictures: [B * 64, 3 * 2 * 8 * 8] normalised patches."""
+    """What the image processor makes of 64 x 64 images: [B * 64, 3 * 2 * 8 * 8] normalised patches."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's, the processor's own
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     pixels = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     patches = pixels.reshape(len(images), 3, 4, 2, 8, 4, 2, 8).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    return patches.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(len(images) * 64, 384)
+    return (
+        patches.unsqueeze(6)
+        .expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+        .reshape(len(images) * 64, 384)
+    )
 
 
 def velocity_on_equal_lengths(
     model: ZImageTransformer2DModel, z: Tensor, time: Tensor, context: Tensor, mask: Tensor
 ) -> Tensor:
-    """`ZImageTransformer2DModel.forward` where every context has the same padded length. time: 1 = clean."""
+    """`ZImageTransformer2DModel.forward` where every context has the same padded length. time: 1 =
+    clean."""
     batch, channels, height, width = z.shape
     length = context.shape[1]
     rows, columns = height // 2, width // 2
     emb = model.t_embedder(time * model.t_scale).type_as(z)
-    x = z.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+    x = (
+        z.reshape(batch, channels, rows, 2, columns, 2)
+        .permute(0, 2, 4, 3, 5, 1)
+        .reshape(batch, rows * columns, -1)
+    )
     x = model.all_x_embedder["2-1"](x)
-    image_ids = model.create_coordinate_grid((1, rows, columns), (length + 1, 0, 0), z.device).flatten(0, 2)
+    image_ids = model.create_coordinate_grid(
+        (1, rows, columns), (length + 1, 0, 0), z.device
+    ).flatten(0, 2)
     caption_ids = model.create_coordinate_grid((length, 1, 1), (1, 0, 0), z.device).flatten(0, 2)
     x_rope, c_rope = model.rope_embedder(image_ids)[None], model.rope_embedder(caption_ids)[None]
     for layer in model.noise_refiner:
@@ -95,7 +113,8 @@ def velocity_on_equal_lengths(
 
 
 def fresh_network(compiled: bool) -> Network:
-    """Untrained parts, seeded; with `compiled`, the transformer runs through torch.compile (needs a C++ compiler)."""
+    """Untrained parts, seeded; with `compiled`, the transformer runs through torch.compile (needs a
+    C++ compiler)."""
     torch.manual_seed(SEED)
     network = Network(parts.make_transformer(), parts.make_vlm(parts.make_tokenizer()))
     if compiled:

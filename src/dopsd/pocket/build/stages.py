@@ -1,4 +1,5 @@
-"""A resumable training loop for the pocket model's stages: AdamW or Muon, a running average of the weights."""
+"""A resumable training loop for the pocket model's stages: AdamW or Muon, a running average of the
+weights."""
 
 import re
 import time
@@ -15,7 +16,8 @@ from dopsd.files import load_optimizer_tensors, optimizer_tensors, read_tensors,
 
 @dataclass(frozen=True)
 class Stage:
-    """A training loop's settings. `minutes` in the comments of the commands are those of two CPU cores."""
+    """A training loop's settings. `minutes` in the comments of the commands are those of two CPU
+    cores."""
 
     name: str
     steps: int
@@ -29,10 +31,11 @@ class Stage:
 def optimise(
     stage: Stage, folder: Path, modules: Mapping[str, nn.Module], loss_at: Callable[[int], Tensor]
 ) -> dict[str, Tensor]:
-    """Minimise `loss_at(step)` with AdamW (or Muon), linear warm-up and decay; resume where the folder left off.
+    """Minimise `loss_at(step)` with AdamW (or Muon), linear warm-up and decay; resume where the
+    folder left off.
 
-    Returns the averaged weights (the plain ones without average) under `<module>.<parameter>`, which are also left in
-    `<folder>/<stage>.safetensors`.
+    Returns the averaged weights (the plain ones without average) under `<module>.<parameter>`,
+    which are also left in `<folder>/<stage>.safetensors`.
     """
     named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
     optimizers = _optimizers(stage, named)
@@ -45,7 +48,9 @@ def optimise(
     began, shown = time.perf_counter(), []
     for step in range(start, stage.steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = stage.learning_rate * min((step + 1) / stage.warm_up, 1) * (1 - step / stage.steps)
+            group["lr"] = (
+                stage.learning_rate * min((step + 1) / stage.warm_up, 1) * (1 - step / stage.steps)
+            )
         loss = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(named.values(), 1.0)
@@ -75,20 +80,31 @@ def optimise(
 
 
 def _optimizers(stage: Stage, named: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    inner = {n: p for n, p in named.items() if stage.muon and p.ndim == 2 and re.search(r"\.\d+\.", n)}
+    inner = {
+        n: p for n, p in named.items() if stage.muon and p.ndim == 2 and re.search(r"\.\d+\.", n)
+    }
     outer = [p for n, p in named.items() if n not in inner]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(outer, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     ]
     if inner:
         optimizers.append(
-            torch.optim.Muon(inner.values(), lr=stage.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(
+                inner.values(),
+                lr=stage.learning_rate,
+                weight_decay=0.01,
+                adjust_lr_fn="match_rms_adamw",
+            )
         )
     return optimizers
 
 
 def _save_state(
-    path: Path, step: int, named: Mapping, average: Mapping, optimizers: Sequence[torch.optim.Optimizer]
+    path: Path,
+    step: int,
+    named: Mapping,
+    average: Mapping,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     tensors = {f"weight:{n}": p for n, p in named.items()}
     tensors |= {f"average:{n}": p for n, p in average.items()}
@@ -97,7 +113,9 @@ def _save_state(
     write_tensors(path, tensors | {"step": torch.tensor(step)})
 
 
-def _load_state(path: Path, named: Mapping, average: Mapping, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+def _load_state(
+    path: Path, named: Mapping, average: Mapping, optimizers: Sequence[torch.optim.Optimizer]
+) -> int:
     tensors = read_tensors(path)
     with torch.no_grad():
         for name, parameter in named.items():

@@ -1,7 +1,8 @@
-"""How the pocket model was trained: autoencoder, flow matching, step distillation. One function a stage.
+"""How the pocket model was trained: autoencoder, flow matching, step distillation. One function a
+stage.
 
-Run by `python -m dopsd.pocket STAGE`. A stage is killed and resumed at will: its randomness is a function of (seed,
-step), and its state (weights, average, optimizer) is saved every few minutes.
+Run by `python -m dopsd.pocket STAGE`. A stage is killed and resumed at will: its randomness is a
+function of (seed, step), and its state (weights, average, optimizer) is saved every few minutes.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,14 +24,16 @@ from dopsd.pocket.build.corpus import SEED, Corpus, noise_of, rng_at, to_unit
 from dopsd.pocket.build.network import Network, fresh_network
 from dopsd.pocket.build.stages import Stage, optimise
 
-# --- autoencoder ------------------------------------------------------------------------------------------------------
+# --- autoencoder
+# ------------------------------------------------------------------------------------------------------
 
 
 def train_vae(folder: Path, steps: int = 3000) -> AutoencoderKL:
-    """Squared and absolute error and a KL term; then whitened on 2,000 pictures. About 15 minutes.
+    """Squared and absolute error and a KL term; then whitened on 2,000 images. About 15 minutes.
 
-    The KL weight leaves noise of a few percent on the latents that carry outlines and more on the rest, so that near
-    latents mean near pictures: with 1e-4 the model's small errors showed as speckle (docs/experiments.md).
+    The KL weight leaves noise of a few percent on the latents that carry outlines and more on the
+    rest, so that near latents mean near images: with 1e-4 the model's small errors showed as
+    speckle (docs/experiments.md).
     """
     torch.manual_seed(SEED)
     vae = parts.make_vae()
@@ -39,9 +42,13 @@ def train_vae(folder: Path, steps: int = 3000) -> AutoencoderKL:
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("vae", step)
-        pixels = to_unit(images[rng.integers(0, len(images), 16)]).contiguous(memory_format=torch.channels_last)
+        pixels = to_unit(images[rng.integers(0, len(images), 16)]).contiguous(
+            memory_format=torch.channels_last
+        )
         posterior = vae.encode(pixels).latent_dist
-        rebuilt = vae.decode(posterior.mean + posterior.std * noise_of(rng, posterior.mean.shape)).sample
+        rebuilt = vae.decode(
+            posterior.mean + posterior.std * noise_of(rng, posterior.mean.shape)
+        ).sample
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return F.mse_loss(rebuilt, pixels) + 0.25 * F.l1_loss(rebuilt, pixels) + 2e-3 * divergence
 
@@ -53,12 +60,14 @@ def train_vae(folder: Path, steps: int = 3000) -> AutoencoderKL:
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Decorrelate the latent channels: fold the whitening matrix into the encoder's last convolution and its inverse
-    into the decoder's first. Pictures are rebuilt as before; scale and shift in the config are set for the new latents.
+    """Decorrelate the latent channels: fold the whitening matrix into the encoder's last
+    convolution and its inverse into the decoder's first. Images are rebuilt as before; scale and
+    shift in the config are set for the new latents.
 
-    Without it the channels' principal deviations spanned 0.27 to 3.3: under isotropic noise the small ones, which
-    hold outlines, are buried until the very end of the walk (docs/experiments.md). The covariance is that of latents
-    with the posterior's noise, so that a channel that holds nothing is not blown up.
+    Without it the channels' principal deviations spanned 0.27 to 3.3: under isotropic noise the
+    small ones, which hold outlines, are buried until the very end of the walk
+    (docs/experiments.md). The covariance is that of latents with the posterior's noise, so that a
+    channel that holds nothing is not blown up.
     """
     count = vae.config.latent_channels
     posteriors = [vae.encode(part).latent_dist for part in pixels.split(100)]
@@ -66,7 +75,10 @@ def whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
     spread = torch.cov(latents.double().permute(1, 0, 2, 3).flatten(1))
     spread += torch.diag(torch.cat([p.var for p in posteriors]).double().mean((0, 2, 3)))
     variances, axes = torch.linalg.eigh(spread)
-    print(f"stage=whiten principal_deviations={[round(v, 2) for v in variances.sqrt().tolist()]}", flush=True)
+    print(
+        f"stage=whiten principal_deviations={[round(v, 2) for v in variances.sqrt().tolist()]}",
+        flush=True,
+    )
     forth, back = (axes / variances.sqrt()) @ axes.T, (axes * variances.sqrt()) @ axes.T
     last, first = vae.encoder.conv_out, vae.decoder.conv_in
     assert last.bias is not None
@@ -74,35 +86,42 @@ def whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
     last.bias[:count] = (forth @ last.bias[:count].double()).float()
     first.weight.copy_(torch.einsum("oikl,ij->ojkl", first.weight.double(), back))
     latents = torch.einsum("ij,njkl->nikl", forth.float(), latents)
-    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    vae.register_to_config(
+        scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
+    )
 
 
 def sharpen_decoder(folder: Path, steps: int = 1000) -> AutoencoderKL:
-    """Train the decoder further on the fixed latents of what `train_vae` left, noised by up to 0.2: it learns to paint
-    plain fills plain where a walk ends a little off. About 5 minutes.
+    """Train the decoder further on the fixed latents of what `train_vae` left, noised by up to 0.2:
+    it learns to generate plain fills plain where a walk ends a little off. About 5 minutes.
 
-    Only pictures get cleaner; latents, and so every model trained on them, stay valid.
+    Only images get cleaner; latents, and so every model trained on them, stay valid.
     """
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
     images = read_tensors(folder / "data.safetensors")["pictures"]
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("decoder", step)
-        pixels = to_unit(images[rng.integers(0, len(images), 16)]).contiguous(memory_format=torch.channels_last)
+        pixels = to_unit(images[rng.integers(0, len(images), 16)]).contiguous(
+            memory_format=torch.channels_last
+        )
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.mode()
         amount = torch.from_numpy(rng.uniform(0, 0.2, (16, 1, 1, 1))).float()
         rebuilt = vae.decode(latents + amount * noise_of(rng, latents.shape)).sample
         return F.mse_loss(rebuilt, pixels) + 0.25 * F.l1_loss(rebuilt, pixels)
 
-    optimise(Stage("decoder", steps, 2e-3, average_decay=0.99), folder, {"decoder": vae.decoder}, loss_at)
+    optimise(
+        Stage("decoder", steps, 2e-3, average_decay=0.99), folder, {"decoder": vae.decoder}, loss_at
+    )
     vae.save_pretrained(folder / "vae-sharp")
     return vae
 
 
 @torch.no_grad()
 def encode_data(folder: Path) -> None:
-    """All training pictures as scaled latents, `latents.safetensors` (float16 [N, 8, 16, 16]); about 3 minutes."""
+    """All training images as scaled latents, `latents.safetensors` (float16 [N, 8, 16, 16]); about
+    3 minutes."""
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
     images = read_tensors(folder / "data.safetensors")["pictures"]
     latents = []
@@ -114,27 +133,37 @@ def encode_data(folder: Path) -> None:
     write_tensors(folder / "latents.safetensors", {"latents": torch.cat(latents)})
 
 
-# --- flow matching ----------------------------------------------------------------------------------------------------
+# --- flow matching
+# ----------------------------------------------------------------------------------------------------
 
 
 def training_times(rng: np.random.Generator, size: int) -> Tensor:
-    """Flow-matching times in (0, 1), 1 = noise: half logit-normal and shifted toward noise as the sampler's grid is,
-    half uniform, because the shifted half puts only 14% below 0.5, where plain fills become plain."""
+    """Flow-matching times in (0, 1), 1 = noise: half logit-normal and shifted toward noise as the
+    sampler's grid is, half uniform, because the shifted half puts only 14% below 0.5, where plain
+    fills become plain."""
     u = 1 / (1 + np.exp(-rng.normal(size=size)))
     shifted = parts.SHIFT * u / (1 + (parts.SHIFT - 1) * u)
     return torch.from_numpy(np.where(rng.random(size) < 0.5, shifted, rng.random(size))).float()
 
 
 def train_flow(
-    folder: Path, steps: int = 5000, compiled: bool = True, half_batch: int = 64, start_from: Path | None = None
+    folder: Path,
+    steps: int = 5000,
+    compiled: bool = True,
+    half_batch: int = 64,
+    start_from: Path | None = None,
 ) -> Network:
-    """Flow matching of transformer and VLM together; half of the contexts hold a picture. About 95 minutes.
+    """Flow matching of transformer and VLM together; half of the contexts hold an image. About 95
+    minutes.
 
-    start_from: an earlier checkpoint, whose parent's and VLM's weights are trained further (on this folder's latents).
+    start_from: an earlier checkpoint, whose parent's and VLM's weights are trained further (on this
+    folder's latents).
     """
     corpus, network = Corpus.read(folder), fresh_network(compiled)
     if start_from:
-        transformer = ZImageTransformer2DModel.from_pretrained(start_from / "parent", subfolder="transformer")
+        transformer = ZImageTransformer2DModel.from_pretrained(
+            start_from / "parent", subfolder="transformer"
+        )
         network.transformer.load_state_dict(transformer.state_dict())
         network.vlm.load_state_dict(Qwen3VLModel.from_pretrained(start_from / "vlm").state_dict())
     stage = Stage("flow", steps, 1.5e-3, average_decay=0.998, muon=True)
@@ -143,7 +172,9 @@ def train_flow(
         rng = rng_at("flow", step)
         losses = []
         for rows, tokens, images in corpus.draw(rng, half_batch, unconditional_share=0.1):
-            context, mask = network.plain(tokens) if images is None else network.privileged(tokens, images)
+            context, mask = (
+                network.plain(tokens) if images is None else network.privileged(tokens, images)
+            )
             clean = corpus.latents[rows].float()
             noise, t = noise_of(rng, clean.shape), training_times(rng, len(rows))
             z = torch.lerp(clean, noise, t.view(-1, 1, 1, 1))
@@ -154,7 +185,8 @@ def train_flow(
     return network
 
 
-# --- step distillation ------------------------------------------------------------------------------------------------
+# --- step distillation
+# ------------------------------------------------------------------------------------------------
 
 
 def sampler_times(nfe: int) -> Tensor:
@@ -172,15 +204,22 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor
 
 
 def distill(
-    folder: Path, rounds: int = 8, updates: int = 24, compiled: bool = True, substeps: int = 6, size: int = 64
+    folder: Path,
+    rounds: int = 8,
+    updates: int = 24,
+    compiled: bool = True,
+    substeps: int = 6,
+    size: int = 64,
 ) -> Network:
-    """Teach the model to take the parent's `substeps` Euler steps of each sampler interval in one. About 8 minutes.
+    """Teach the model to take the parent's `substeps` Euler steps of each sampler interval in one.
+    About 8 minutes.
 
-    Regression on chords: at a state that the *student's own* 4-step walk visits, the parent's many small steps, with
-    classifier-free guidance, say where the interval ends; the student's velocity there is pulled to the chord's slope,
-    so that guidance is folded in, as in the big few-step models. Contexts with a picture take no guidance: it made
-    the things worse (docs/experiments.md). The VLM stays as it is.
-    Chords of all rounds so far are trained on; a resumed stage collects them anew.
+    Regression on chords: at a state that the *student's own* 4-step walk visits, the parent's many
+    small steps, with classifier-free guidance, say where the interval ends; the student's velocity
+    there is pulled to the chord's slope, so that guidance is folded in, as in the big few-step
+    models. Contexts with an image take no guidance: it made the things worse (docs/experiments.md).
+    The VLM stays as it is. Chords of all rounds so far are trained on; a resumed stage collects
+    them anew.
     """
     parent = fresh_network(compiled)
     parent.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "network."))
@@ -192,18 +231,29 @@ def distill(
     fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in pairwise(times)]
     memory: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
-        unconditional, unconditional_mask = parent.plain(corpus.unconditional_ids[None].expand(size, -1).long())
+        unconditional, unconditional_mask = parent.plain(
+            corpus.unconditional_ids[None].expand(size, -1).long()
+        )
 
     @torch.no_grad()
     def chords(round_: int) -> list[tuple[Tensor, ...]]:
-        """(state, time, slope, context, mask) batches at the student's own states: one batch a context kind a step."""
+        """(state, time, slope, context, mask) batches at the student's own states: one batch a
+        context kind a step."""
         rng, found = rng_at("chords", round_), []
         for _ in range(2):
             for rows, tokens, images in corpus.draw(rng, size):
-                context, mask = parent.plain(tokens) if images is None else parent.privileged(tokens, images)
+                context, mask = (
+                    parent.plain(tokens) if images is None else parent.privileged(tokens, images)
+                )
 
-                def guided(z: Tensor, t: Tensor, context: Tensor = context, mask: Tensor = mask) -> Tensor:
-                    return torch.lerp(parent(z, t, unconditional, unconditional_mask), parent(z, t, context, mask), parts.GUIDANCE)
+                def guided(
+                    z: Tensor, t: Tensor, context: Tensor = context, mask: Tensor = mask
+                ) -> Tensor:
+                    return torch.lerp(
+                        parent(z, t, unconditional, unconditional_mask),
+                        parent(z, t, context, mask),
+                        parts.GUIDANCE,
+                    )
 
                 seeing = partial(parent, context=context, mask=mask)
                 velocity = guided if images is None else seeing
@@ -219,14 +269,16 @@ def distill(
             memory.append(chords(step // updates))
         rng = rng_at("distill", step)
         losses = []
-        for kind in range(2):  # one batch with text contexts, one with pictures: their lengths differ
+        for kind in range(2):  # one batch with text contexts, one with images: their lengths differ
             batch = memory[rng.integers(len(memory))]
             place = rng.integers(len(batch) // (2 * parts.NFE)) * 2 * parts.NFE + kind * parts.NFE
             z, t, slope, context, mask = batch[place + rng.integers(parts.NFE)]
             losses.append(F.mse_loss(student(z, t.expand(len(z)), context, mask), slope))
         return sum(losses[1:], losses[0]) / len(losses)
 
-    stage = Stage("distill", rounds * updates, 6e-4, warm_up=20, average_decay=0.98, save_every=updates)
+    stage = Stage(
+        "distill", rounds * updates, 6e-4, warm_up=20, average_decay=0.98, save_every=updates
+    )
     optimise(stage, folder, {"transformer": student.transformer}, loss_at)
     return student
 
@@ -235,17 +287,25 @@ def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-# --- the folder -------------------------------------------------------------------------------------------------------
+# --- the folder
+# -------------------------------------------------------------------------------------------------------
 
 
 def assemble(folder: Path, target: Path) -> None:
-    """Write the trained parts as the pocket checkpoint: bfloat16 weights, the parent's transformer beside them."""
+    """Write the trained parts as the pocket checkpoint: bfloat16 weights, the parent's transformer
+    beside them."""
     trained = _strip(read_tensors(folder / "flow.safetensors"), "network.")
     network = fresh_network(compiled=False)
     network.load_state_dict(trained)
     network.to(torch.bfloat16).transformer.save_pretrained(target / "parent" / "transformer")
     transformer = parts.make_transformer()
-    transformer.load_state_dict(_strip(read_tensors(folder / "distill.safetensors"), "transformer."))
+    transformer.load_state_dict(
+        _strip(read_tensors(folder / "distill.safetensors"), "transformer.")
+    )
     vae = AutoencoderKL.from_pretrained(folder / "vae-sharp").to(torch.bfloat16)
-    parts.save_pipeline(target, transformer.to(torch.bfloat16), vae, network.vlm, parts.make_tokenizer())
-    write_text(target / "README.md", (Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    parts.save_pipeline(
+        target, transformer.to(torch.bfloat16), vae, network.vlm, parts.make_tokenizer()
+    )
+    write_text(
+        target / "README.md", (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    )

@@ -1,7 +1,8 @@
-"""Reads from pixels alone what a pocket picture shows: its attributes, its sharpness, its things. No network.
+"""Reads from pixels alone what a pocket image shows: its attributes, its sharpness, its things. No
+network.
 
-A picture is read as its nearest rendering over all named scenes and jitters, which search.py finds. Pictures
-everywhere: uint8 [N, 64, 64, 3].
+An image is read as its nearest rendering over all named scenes and jitters, which search.py finds.
+Images everywhere: uint8 [N, 64, 64, 3].
 """
 
 from collections.abc import Sequence
@@ -41,20 +42,22 @@ from dopsd.pocket.world.scenes import (
     render,
 )
 
-BATCH = 8  # pictures whose tables of objects are in memory at once
+BATCH = 8  # images whose tables of objects are in memory at once
 VISIBLE = 0.12  # RGB distance from the background beyond which a pixel belongs to the object
-THING_RADIUS = 16.2  # pixels, the farthest point of a thing from its middle: small < 14.8, big > 17.4 (400 seeds)
+# Pixels, the farthest point of a thing from its middle: small < 14.8, big > 17.4 (400 seeds)
+THING_RADIUS = 16.2
 CONTOUR = 2  # pixels along the outline that may be ink and have no vote on the colour
 NOT_A_NOUN = 0.1  # share of a silhouette's area by which it may differ from a named outline
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """How far pictures show what was stated of them.
+    """How far images show what was stated of them.
 
-    share: of the stated attributes that read right, over all pictures. all_right: share of the pictures that state
-    anything and show all of it. chance: expected `share` of a uniform guesser. right and chances [N, 6], in the order
-    of VALUES: 1 or 0 and the guesser's probability, NaN where unstated.
+    share: of the stated attributes that read right, over all images. all_right: share of the images
+    that state anything and show all of it. chance: expected `share` of a uniform guesser. right and
+    chances [N, 6], in the order of VALUES: 1 or 0 and the guesser's probability, NaN where
+    unstated.
     """
 
     share: float
@@ -65,7 +68,7 @@ class Attributes:
 
     @property
     def per_image(self) -> np.ndarray:
-        """Share of its stated attributes that each picture shows, [N]; NaN where nothing is stated."""
+        """Share of its stated attributes that each image shows, [N]; NaN where nothing is stated."""
         stated = ~np.isnan(self.right)
         with np.errstate(invalid="ignore"):
             return np.nansum(self.right, axis=1) / stated.sum(1)
@@ -73,7 +76,8 @@ class Attributes:
 
 @dataclass(frozen=True)
 class ImageMeasures:
-    """All that one search gives. readings are free of the statements; sharpness and speckle are [N]."""
+    """All that one search gives. readings are free of the statements; sharpness and speckle are
+    [N]."""
 
     attributes: Attributes
     sharpness: np.ndarray
@@ -82,10 +86,11 @@ class ImageMeasures:
 
 
 def read(images: np.ndarray, stated: Sequence[Stated] | None = None) -> list[Reading]:
-    """The nearest rendering of each picture; with `stated`, the nearest among scenes consistent with it.
+    """The nearest rendering of each image; with `stated`, the nearest among scenes consistent with
+    it.
 
-    Nearest in RMSE after the rendering is blurred as much as the picture (BLURS): an unsharp picture would else be
-    read in duller colours. `rmse` itself is that of the sharp rendering.
+    Nearest in RMSE after the rendering is blurred as much as the image (BLURS): an unsharp image
+    would else be read in duller colours. `rmse` itself is that of the sharp rendering.
     """
     statements = [{}] * len(images) if stated is None else stated
     readings: list[Reading] = []
@@ -102,7 +107,8 @@ def read(images: np.ndarray, stated: Sequence[Stated] | None = None) -> list[Rea
 
 
 def measure(images: np.ndarray, stated: Sequence[Stated]) -> ImageMeasures:
-    """Readings, attributes, sharpness and speckle in one search (a second one only where the reading is wrong)."""
+    """Readings, attributes, sharpness and speckle in one search (a second one only where the
+    reading is wrong)."""
     readings = read(images, None)
     consistent = list(readings)
     wrong = [k for k, r in enumerate(readings) if not _is_consistent(r.scene, stated[k])]
@@ -114,44 +120,59 @@ def measure(images: np.ndarray, stated: Sequence[Stated]) -> ImageMeasures:
 
 
 def attributes(images: np.ndarray, stated: Sequence[Stated]) -> Attributes:
-    """Which stated attributes the pictures show. A class noun ("tree") is right when the kind belongs to it."""
+    """Which stated attributes the images show. A class noun ("tree") is right when the kind belongs
+    to it."""
     return _attributes(images, read(images), stated)
 
 
 def sharpness(images: np.ndarray, stated: Sequence[Stated]) -> np.ndarray:
-    """Edge strength relative to the nearest consistent rendering, [N] in [0, 1]: min(1, G95 / G95 of the rendering).
+    """Edge strength relative to the nearest consistent rendering, [N] in [0, 1]: min(1, G95 / G95
+    of the rendering).
 
-    G95: the 95th percentile of the gradient (central differences, norm over x, y and RGB) within 2 pixels of that
-    rendering's strong edges.
+    G95: the 95th percentile of the gradient (central differences, norm over x, y and RGB) within 2
+    pixels of that rendering's strong edges.
     """
     return measure(images, stated).sharpness
 
 
 def speckle(images: np.ndarray, stated: Sequence[Stated]) -> np.ndarray:
-    """Mean |Laplacian| of the RGB mean where the nearest consistent rendering is flat (3 pixels from edges), [N]."""
+    """Mean |Laplacian| of the RGB mean where the nearest consistent rendering is flat (3 pixels
+    from edges), [N]."""
     return measure(images, stated).speckle
 
 
 def thing_error(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
-    """RMSE in [0, 1], [N], between each picture and its true scene inside the object's mask grown by 2 pixels.
+    """RMSE in [0, 1], [N], between each image and its true scene inside the object's mask grown by
+    2 pixels.
 
-    The least over shifts of the picture by up to 2 pixels each way: where a thing stands is not what it is.
+    The least over shifts of the image by up to 2 pixels each way: where a thing stands is not what
+    it is.
     """
     return np.array(
-        [_shifted_errors(p, render(s)[None], _objects_mask([s]))[0] for p, s in zip(images, scenes, strict=True)]
+        [
+            _shifted_errors(p, render(s)[None], _objects_mask([s]))[0]
+            for p, s in zip(images, scenes, strict=True)
+        ]
     )
 
 
-def thing_hit(images: np.ndarray, scenes: Sequence[Scene], distractor_seeds: Sequence[int]) -> np.ndarray:
-    """Whether each picture is nearer to its scene's thing than to every distractor `Thing.from_seed`, bool [N].
+def thing_hit(
+    images: np.ndarray, scenes: Sequence[Scene], distractor_seeds: Sequence[int]
+) -> np.ndarray:
+    """Whether each image is nearer to its scene's thing than to every distractor `Thing.from_seed`,
+    bool [N].
 
-    The error is thing_error's, but over one mask for all candidates, the union of theirs: every candidate answers for
-    the same pixels, so that a small one does not win by answering for few. The union treats all candidates alike;
-    a picture of another random thing therefore hits with probability 1 / (1 + distractors).
+    The error is thing_error's, but over one mask for all candidates, the union of theirs: every
+    candidate answers for the same pixels, so that a small one does not win by answering for few.
+    The union treats all candidates alike; an image of another random thing therefore hits with
+    probability 1 / (1 + distractors).
     """
     hits = []
     for image, scene in zip(images, scenes, strict=True):
-        rivals = [scene, *(replace(scene, thing=Thing.from_seed(seed)) for seed in distractor_seeds)]
+        rivals = [
+            scene,
+            *(replace(scene, thing=Thing.from_seed(seed)) for seed in distractor_seeds),
+        ]
         mask = _objects_mask(rivals)
         errors = _shifted_errors(image, np.stack([render(rival) for rival in rivals]), mask)
         hits.append(errors[0] < errors[1:].min())
@@ -162,7 +183,9 @@ def _is_consistent(scene: Scene, stated: Stated) -> bool:
     return all(getattr(scene, attribute) in allowed(attribute, stated) for attribute in stated)
 
 
-def _attributes(images: np.ndarray, readings: Sequence[Reading], stated: Sequence[Stated]) -> Attributes:
+def _attributes(
+    images: np.ndarray, readings: Sequence[Reading], stated: Sequence[Stated]
+) -> Attributes:
     right = np.full((len(readings), len(VALUES)), np.nan)
     chances = right.copy()
     for k, (reading, said) in enumerate(zip(readings, stated, strict=True)):
@@ -175,7 +198,11 @@ def _attributes(images: np.ndarray, readings: Sequence[Reading], stated: Sequenc
     states_any = ~np.isnan(right).all(1)
     all_right = (right[states_any] != 0).all(1)
     return Attributes(
-        _mean(right[~np.isnan(right)]), _mean(all_right), _mean(chances[~np.isnan(right)]), right, chances
+        _mean(right[~np.isnan(right)]),
+        _mean(all_right),
+        _mean(chances[~np.isnan(right)]),
+        right,
+        chances,
     )
 
 
@@ -185,14 +212,17 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _shown(image: np.ndarray, reading: Reading) -> Scene:
-    """The scene whose attributes the picture shows: its reading, or what its silhouette says if that is far off."""
+    """The scene whose attributes the image shows: its reading, or what its silhouette says if that
+    is far off."""
     nearest = blurred(render(reading.scene) / np.float32(255), reading.blur)
     if rmse(image, nearest) < UNLIKE:
         return reading.scene
     visible = _visible(image, reading.scene)
     if not visible.any():
         return reading.scene
-    small = torch.from_numpy(visible.reshape(SIZE // 2, 2, SIZE // 2, 2).mean((1, 3), dtype=np.float32)).flatten()
+    small = torch.from_numpy(
+        visible.reshape(SIZE // 2, 2, SIZE // 2, 2).mean((1, 3), dtype=np.float32)
+    ).flatten()
     rows, products = bank()
     area = products["oo"].sum(0)
     unlike = area - 2 * rows[0] @ small + small.square().sum()
@@ -201,15 +231,20 @@ def _shown(image: np.ndarray, reading: Reading) -> Scene:
     noun, size, place, _ = (int(k) for k in np.unravel_index(best, sizes))
     y, x = np.nonzero(visible)
     radius = np.hypot(y - y.mean(), x - x.mean()).max()
-    if unlike[best] > NOT_A_NOUN * area[best]:  # no outline that has a name: things are told by their extent
+    if (
+        unlike[best] > NOT_A_NOUN * area[best]
+    ):  # no outline that has a name: things are told by their extent
         size = list(SIZES).index("big" if radius > THING_RADIUS else "small")
     named = {a: VALUES[a][k] for a, k in (("noun", noun), ("size", size), ("place", place))}
     inside = ~grown(~visible, CONTOUR)
-    return replace(reading.scene, colour=_commonest_colour(image[inside if inside.any() else visible]), **named)
+    return replace(
+        reading.scene, colour=_commonest_colour(image[inside if inside.any() else visible]), **named
+    )
 
 
 def _visible(image: np.ndarray, scene: Scene) -> np.ndarray:
-    """Pixels unlike the scene's background, bool [64, 64]. Any blend of its halves is background near the horizon."""
+    """Pixels unlike the scene's background, bool [64, 64]. Any blend of its halves is background
+    near the horizon."""
     behind = backdrop(scene.background) * scene.jitter.shade_behind
     upper, across = behind[0, 0], behind[-1, 0] - behind[0, 0]
     rows = slice(HORIZON - 4, HORIZON + 4)
@@ -227,12 +262,14 @@ def _commonest_colour(pixels: np.ndarray) -> str:
 
 
 def _crispness(image: np.ndarray, rendering: np.ndarray) -> tuple[float, float]:
-    """(sharpness, speckle) of a picture beside a rendering, both uint8 [64, 64, 3]."""
+    """(sharpness, speckle) of an image beside a rendering, both uint8 [64, 64, 3]."""
     ours, ideal = gradient(image / 255.0), gradient(rendering / 255.0)
     near = grown(ideal > 0.25 * ideal.max(), 2)
     sharp = min(1.0, float(np.percentile(ours[near], 95) / np.percentile(ideal[near], 95)))
     grey = image.mean(2) / 255.0
-    laplacian = grey[2:, 1:-1] + grey[:-2, 1:-1] + grey[1:-1, 2:] + grey[1:-1, :-2] - 4 * grey[1:-1, 1:-1]
+    laplacian = (
+        grey[2:, 1:-1] + grey[:-2, 1:-1] + grey[1:-1, 2:] + grey[1:-1, :-2] - 4 * grey[1:-1, 1:-1]
+    )
     flat = ~grown(ideal > 0.02, 3)
     flat[[0, 1, -2, -1]] = flat[:, [0, 1, -2, -1]] = False
     return sharp, float(np.abs(laplacian)[flat[1:-1, 1:-1]].mean())
@@ -244,9 +281,12 @@ def _objects_mask(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def _shifted_errors(image: np.ndarray, renderings: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """RMSE inside the mask of a picture to renderings [R, 64, 64, 3], least over shifts up to 2 pixels, [R]."""
+    """RMSE inside the mask of an image to renderings [R, 64, 64, 3], least over shifts up to 2
+    pixels, [R]."""
     padded = np.pad(image / 255.0, ((2, 2), (2, 2), (0, 0)), mode="edge")
-    shifted = [padded[dy : dy + SIZE, dx : dx + SIZE][mask].ravel() for dy in range(5) for dx in range(5)]
+    shifted = [
+        padded[dy : dy + SIZE, dx : dx + SIZE][mask].ravel() for dy in range(5) for dx in range(5)
+    ]
     ideals = (renderings[:, mask] / 255.0).reshape(len(renderings), -1)
     moved = np.stack(shifted)
     squared = np.square(moved).sum(1)[:, None] - 2 * moved @ ideals.T + np.square(ideals).sum(1)

@@ -1,7 +1,8 @@
-"""The nearest rendering of a picture over all named scenes and jitters.
+"""The nearest rendering of an image over all named scenes and jitters.
 
-The search is factorised: background first, then every object at half resolution in closed form (inner products with a
-bank of coverage layers), then a few candidates at full resolution with the real renderer.
+The search is factorised: background first, then every object at half resolution in closed form
+(inner products with a bank of coverage layers), then a few candidates at full resolution with the
+real renderer.
 """
 
 import functools
@@ -29,7 +30,8 @@ from dopsd.pocket.world.scenes import (
     render,
 )
 
-# What can be stated, and its values. All but the background are the axes of the table of objects, in this order.
+# What can be stated, and its values. All but the background are the axes of the table of objects,
+# in this order.
 VALUES: dict[str, tuple[str, ...]] = {
     "noun": tuple(OUTLINES),
     "size": tuple(SIZES),
@@ -39,22 +41,31 @@ VALUES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
 }
 OBJECT_AXES = tuple(VALUES)[:5]
-# The ranges of world.draw_jitter, in the order of Jitter's fields: dx, dy, scale, turn, shade, shade_behind.
+# The ranges of world.draw_jitter, in the order of Jitter's fields: dx, dy, scale, turn, shade,
+# shade_behind.
 LOWEST = np.array((-3.0, -3.0, 0.9, -0.12, 0.88, 0.9))
 HIGHEST = np.array((3.0, 3.0, 1.1, 0.12, 1.06, 1.06))
-SCALES, TURNS, SHIFTS = (0.93, 1.0, 1.07), (-0.08, 0.0, 0.08), (-2, 0, 2)  # the bank's grid; shifts in pixels
-GRID = [Jitter(x, y, scale, turn) for y in SHIFTS for x in SHIFTS for scale in SCALES for turn in TURNS]
+SCALES, TURNS, SHIFTS = (
+    (0.93, 1.0, 1.07),
+    (-0.08, 0.0, 0.08),
+    (-2, 0, 2),
+)  # the bank's grid; shifts in pixels
+GRID = [
+    Jitter(x, y, scale, turn) for y in SHIFTS for x in SHIFTS for scale in SCALES for turn in TURNS
+]
 POLISH = (0.1, 0.1, 0.006, 0.03)  # steps of the last coordinate descent: dx, dy, scale, turn
 BLURS = (0.0, 0.8, 1.6)  # Gaussian sigmas in pixels that a reading forgives
 PIXELS = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)  # their middles along one side
 CANDIDATES = 6
 ALIKE = 0.004  # below this RMSE a fit needs no polish
-UNLIKE = 0.03  # a picture further than this (RMSE, blur forgiven) from every named scene shows something nameless
+# An image further than this (RMSE, blur forgiven) from every named scene shows something nameless
+UNLIKE = 0.03
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The nearest rendering's scene, jitter included; its RMSE in [0, 1]; the blur (pixels) that was forgiven."""
+    """The nearest rendering's scene, jitter included; its RMSE in [0, 1]; the blur (pixels) that
+    was forgiven."""
 
     scene: Scene
     rmse: float
@@ -71,11 +82,15 @@ def allowed(attribute: str, stated: Stated) -> tuple[str, ...]:
 @functools.cache
 def _backdrops() -> torch.Tensor:
     """Every background at half resolution, [6, 3, 1024] in [0, 1]."""
-    return torch.tensor(np.stack([backdrop(name)[::2, ::2].reshape(-1, 3).T for name in BACKGROUNDS])).float()
+    return torch.tensor(
+        np.stack([backdrop(name)[::2, ::2].reshape(-1, 3).T for name in BACKGROUNDS])
+    ).float()
 
 
-def backgrounds(small: torch.Tensor, stated: Sequence[Stated]) -> tuple[list[str], list[float], torch.Tensor]:
-    """Name, shade and half-resolution pixels [N, 3, 1024] of each picture's background.
+def backgrounds(
+    small: torch.Tensor, stated: Sequence[Stated]
+) -> tuple[list[str], list[float], torch.Tensor]:
+    """Name, shade and half-resolution pixels [N, 3, 1024] of each image's background.
 
     By the error of the nearest 60% of the pixels: an object covers less than 40%.
     """
@@ -97,16 +112,21 @@ def backgrounds(small: torch.Tensor, stated: Sequence[Stated]) -> tuple[list[str
 
 @functools.cache
 def bank() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Coverage at half resolution of every noun, size, place and jitter of GRID (G of them, in this order).
+    """Coverage at half resolution of every noun, size, place and jitter of GRID (G of them, in this
+    order).
 
-    rows [3, G, 1024]: the whole object, its second colour when striped, its ink when inked. And the inner products
-    of these layers by their initials, [2, G]: above the horizon and below.
+    rows [3, G, 1024]: the whole object, its second colour when striped, its ink when inked. And the
+    inner products of these layers by their initials, [2, G]: above the horizon and below.
     """
     margin = 14
     windows = []
     for noun in OUTLINES:
         for size in SIZES:
-            shapes = [_shape_layers(Scene(noun, size=size, jitter=Jitter(0, 0, s, t))) for s in SCALES for t in TURNS]
+            shapes = [
+                _shape_layers(Scene(noun, size=size, jitter=Jitter(0, 0, s, t)))
+                for s in SCALES
+                for t in TURNS
+            ]
             padded = np.pad(np.stack(shapes), ((0, 0), (0, 0), (margin, margin), (margin, margin)))
             for x, y in PLACES.values():
                 for top in (margin + (SIZE // 2 - y - shift) // 2 for shift in SHIFTS):
@@ -114,9 +134,17 @@ def bank() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                         window = padded[..., top : top + SIZE // 2, left : left + SIZE // 2]
                         windows.append(window.reshape(len(shapes), 3, -1))
     rows = torch.from_numpy(np.concatenate(windows)).permute(1, 0, 2).contiguous()
-    initials, halves = "osi", rows.split([HORIZON // 2 * SIZE // 2, (SIZE - HORIZON) // 2 * SIZE // 2], dim=2)
-    pairs = {a + b: (initials.index(a), initials.index(b)) for a, b in ("oo", "os", "oi", "ss", "ii")}
-    return rows, {k: torch.stack([(half[a] * half[b]).sum(1) for half in halves]) for k, (a, b) in pairs.items()}
+    initials, halves = (
+        "osi",
+        rows.split([HORIZON // 2 * SIZE // 2, (SIZE - HORIZON) // 2 * SIZE // 2], dim=2),
+    )
+    pairs = {
+        a + b: (initials.index(a), initials.index(b)) for a, b in ("oo", "os", "oi", "ss", "ii")
+    }
+    return rows, {
+        k: torch.stack([(half[a] * half[b]).sum(1) for half in halves])
+        for k, (a, b) in pairs.items()
+    }
 
 
 def _shape_layers(scene: Scene) -> np.ndarray:
@@ -128,12 +156,14 @@ def _shape_layers(scene: Scene) -> np.ndarray:
 
 
 def object_table(small: torch.Tensor, behind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared error of every object on the given background, best over GRID and shade, and which of GRID that is.
+    """Squared error of every object on the given background, best over GRID and shade, and which of
+    GRID that is.
 
-    With p the picture, b the background, o s i the layers and f = o - s - i the first colour's, a rendering is
-    b (1 - o) + i ink + shade (f colour + s second). So |p - rendering|^2 = |q|^2 - 2 shade <q, x> + shade^2 <x, x>
-    for q = p - b (1 - o) - i ink and x = f colour + s second: inner products of p with the bank are all it takes.
-    Both results [N, noun, size, place, colour, style]. b is constant above and below the horizon.
+    With p the image, b the background, o s i the layers and f = o - s - i the first colour's, a
+    rendering is b (1 - o) + i ink + shade (f colour + s second). So |p - rendering|^2 = |q|^2 - 2
+    shade <q, x> + shade^2 <x, x> for q = p - b (1 - o) - i ink and x = f colour + s second: inner
+    products of p with the bank are all it takes. Both results [N, noun, size, place, colour,
+    style]. b is constant above and below the horizon.
     """
     rows, products = bank()
     rest = small - behind
@@ -142,20 +172,31 @@ def object_table(small: torch.Tensor, behind: torch.Tensor) -> tuple[torch.Tenso
     halves = behind[:, :, [0, -1]]
     over = {pair: halves @ product for pair, product in products.items()}  # <a b, b> [N, 3, G]
     plain = {pair: product.sum(0) for pair, product in products.items()}  # <a, b> [G]
-    uncovered = rest.square().sum((1, 2))[:, None] + 2 * dots[:, 3, 0] + halves.square().sum(1) @ products["oo"]
+    uncovered = (
+        rest.square().sum((1, 2))[:, None]
+        + 2 * dots[:, 3, 0]
+        + halves.square().sum(1) @ products["oo"]
+    )
     colours = torch.tensor(list(COLOURS.values()))
     errors, jitters = [], []
     for look in STYLES.values():
         s, i = float(look.pattern != "plain"), float(look.ink_width > 0)  # no named style has both
         second, ink = torch.tensor(look.second), torch.tensor(look.ink)
-        q_first = dots[:, :3, 0] + over["oo"] - s * (dots[:, :3, 1] + over["os"]) - i * (dots[:, :3, 2] + over["oi"])
+        q_first = (
+            dots[:, :3, 0]
+            + over["oo"]
+            - s * (dots[:, :3, 1] + over["os"])
+            - i * (dots[:, :3, 2] + over["oi"])
+        )
         q_first -= i * ink[:, None] * (plain["oi"] - plain["ii"])
         q_second = s * torch.einsum("ncg,c->ng", dots[:, :3, 1] + over["os"], second)
         qq = uncovered + i * (ink.square().sum() * plain["ii"])
         qq -= 2 * i * torch.einsum("ncg,c->ng", dots[:, :3, 2] + over["oi"], ink)
         qx = torch.einsum("ncg,kc->ngk", q_first, colours) + q_second[..., None]
         ff = plain["oo"] - s * (2 * plain["os"] - plain["ss"]) - i * (2 * plain["oi"] - plain["ii"])
-        xx = ff[:, None] * colours.square().sum(1) + s * plain["ss"][:, None] * second.square().sum()
+        xx = (
+            ff[:, None] * colours.square().sum(1) + s * plain["ss"][:, None] * second.square().sum()
+        )
         xx += 2 * s * (plain["os"] - plain["ss"])[:, None] * (colours @ second)
         shade = (qx / xx.clamp_min(1e-6)).clamp(LOWEST[4], HIGHEST[4])
         error = qq[..., None] + shade * (shade * xx - 2 * qx)
@@ -167,12 +208,17 @@ def object_table(small: torch.Tensor, behind: torch.Tensor) -> tuple[torch.Tenso
 
 
 def candidates(
-    errors: torch.Tensor, jitters: torch.Tensor, stated: Stated, background: str, shade_behind: float
+    errors: torch.Tensor,
+    jitters: torch.Tensor,
+    stated: Stated,
+    background: str,
+    shade_behind: float,
 ) -> list[Scene]:
-    """The scenes of a picture's table that agree with the statement and come nearest, at most CANDIDATES.
+    """The scenes of an image's table that agree with the statement and come nearest, at most
+    CANDIDATES.
 
-    Those with twice the least squared error are left out (on 300 pictures the true scene never had more than 1.2 times
-    the least under a blur of 1.2 pixels, and was always first without).
+    Those with twice the least squared error are left out (on 300 images the true scene never had
+    more than 1.2 times the least under a blur of 1.2 pixels, and was always first without).
     """
     free = torch.zeros_like(errors, dtype=torch.bool)
     free[np.ix_(*([VALUES[a].index(v) for v in allowed(a, stated)] for a in OBJECT_AXES))] = True
@@ -187,7 +233,8 @@ def candidates(
 
 
 def nearest(image: np.ndarray, scenes: Sequence[Scene]) -> Reading:
-    """The candidate that comes nearest to the picture [64, 64, 3] in [0, 1] after its jitter is refined."""
+    """The candidate that comes nearest to the image [64, 64, 3] in [0, 1] after its jitter is
+    refined."""
     found = []
     for rough in scenes:
         scene, _ = _refined(image, rough, 0.0, steps=2)
@@ -201,7 +248,8 @@ def nearest(image: np.ndarray, scenes: Sequence[Scene]) -> Reading:
 
 
 def _refined(image: np.ndarray, scene: Scene, blur: float, steps: int) -> tuple[Scene, float]:
-    """The scene with its jitter fitted by Gauss-Newton steps, and its RMSE. A step that does not help is shortened."""
+    """The scene with its jitter fitted by Gauss-Newton steps, and its RMSE. A step that does not
+    help is shortened."""
     cover, drawn = _drawn(scene, blur)
     error = rmse(image, drawn)
     for _ in range(steps):
@@ -224,8 +272,8 @@ def _refined(image: np.ndarray, scene: Scene, blur: float, steps: int) -> tuple[
 
 
 def _polished(image: np.ndarray, scene: Scene, error: float) -> Scene:
-    """The scene after coordinate descent on offset, scale and turn: outlines are drawn on whole subpixels, so that a
-    sharp picture has hollows that slopes do not see."""
+    """The scene after coordinate descent on offset, scale and turn: outlines are drawn on whole
+    subpixels, so that a sharp image has hollows that slopes do not see."""
     for share in (1.0, 0.4):
         for step in (*np.diag(POLISH[:4]), *-np.diag(POLISH[:4])):
             values = np.array(astuple(scene.jitter))
@@ -242,7 +290,9 @@ def _generates(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     look, jitter = STYLES[scene.style], scene.jitter
     front = np.array((COLOURS[scene.colour], look.second, look.ink), dtype=np.float32)
     front[:2] *= jitter.shade
-    return front, (backdrop(scene.background) * jitter.shade_behind).astype(np.float32).reshape(-1, 3)
+    return front, (backdrop(scene.background) * jitter.shade_behind).astype(np.float32).reshape(
+        -1, 3
+    )
 
 
 def _drawn(scene: Scene, blur: float) -> tuple[np.ndarray, np.ndarray]:
@@ -254,7 +304,8 @@ def _drawn(scene: Scene, blur: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _slopes(scene: Scene, cover: np.ndarray, blur: float) -> np.ndarray:
-    """Derivatives of the blurred drawing along the six jitters, [6, 12288], the layers taken as moving rigidly."""
+    """Derivatives of the blurred drawing along the six jitters, [6, 12288], the layers taken as
+    moving rigidly."""
     front, behind = _generates(scene)
     jitter = scene.jitter
     down = np.asarray(np.gradient(cover.reshape(3, SIZE, SIZE), axis=1))
@@ -262,7 +313,9 @@ def _slopes(scene: Scene, cover: np.ndarray, blur: float) -> np.ndarray:
     centre_x, centre_y = PLACES[scene.place]
     x = PIXELS - np.float32(centre_x + jitter.dx)
     y = (PIXELS - np.float32(centre_y + jitter.dy))[:, None]
-    moves = np.stack([-right, -down, -(x * right + y * down) / np.float32(jitter.scale), y * right - x * down])
+    moves = np.stack(
+        [-right, -down, -(x * right + y * down) / np.float32(jitter.scale), y * right - x * down]
+    )
     slopes = np.empty((6, SIZE * SIZE, 3), dtype=np.float32)
     moves = moves.reshape(4, 3, -1)
     slopes[:4] = moves.transpose(0, 2, 1) @ front - behind * moves.sum(1)[..., None]

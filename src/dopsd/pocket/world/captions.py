@@ -1,7 +1,8 @@
-"""Captions of pocket scenes. A caption leaves attributes out, so that no prompt fixes the picture.
+"""Captions of pocket scenes. A caption leaves attributes out, so that no prompt fixes the image.
 
-Six things could be said of a scene (size, colour, noun, place, background, style). Each optional one is said with
-probability SAID; the noun is sometimes only its class ("tree") or "shape". On average 2.4 of the six stay unsaid.
+Six things could be said of a scene (size, colour, noun, place, background, style). Each optional
+one is said with probability SAID; the noun is sometimes only its class ("tree") or "shape". On
+average 2.4 of the six stay unsaid.
 """
 
 from collections.abc import Mapping
@@ -14,20 +15,49 @@ from dopsd.pocket.world.scenes import BACKGROUNDS, COLOURS, PLACES, SIZES, STYLE
 SAID = 0.58
 NOUN_SAID = 0.7
 
-# Names a person might give to a thing or a style. They mean nothing: in training each is drawn at random.
-NAMES = ("zib", "mox", "tuva", "kelp", "orli", "dax", "fenn", "gorm", "hux", "ivo", "jass", "lumo", "nerf", "pim",
-         "quon", "rilo", "sib", "tarn", "ulo", "vex", "wim", "yort", "zann", "brug")
+# Names a person might give to a thing or a style. They mean nothing: in training each is drawn at
+# random.
+NAMES = (
+    "zib",
+    "mox",
+    "tuva",
+    "kelp",
+    "orli",
+    "dax",
+    "fenn",
+    "gorm",
+    "hux",
+    "ivo",
+    "jass",
+    "lumo",
+    "nerf",
+    "pim",
+    "quon",
+    "rilo",
+    "sib",
+    "tarn",
+    "ulo",
+    "vex",
+    "wim",
+    "yort",
+    "zann",
+    "brug",
+)
 
 _PLACE_WORDS = {place: ("in the " if place == "middle" else "at the ") + place for place in PLACES}
 
-Stated = Mapping[str, str]  # attribute -> the value a caption states; a noun may be a class ("tree")
+Stated = Mapping[
+    str, str
+]  # attribute -> the value a caption states; a noun may be a class ("tree")
 
 
 def stated_of(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     """Draw which attributes of a scene its caption states."""
     stated: dict[str, str] = {}
     for attribute in ("size", "colour", "place", "background", "style"):
-        hidden_by_look = (scene.thing and attribute in ("colour", "style")) or (scene.look and attribute == "style")
+        hidden_by_look = (scene.thing and attribute in ("colour", "style")) or (
+            scene.look and attribute == "style"
+        )
         if rng.random() < SAID and not hidden_by_look:
             stated[attribute] = getattr(scene, attribute)
     if scene.thing is None:
@@ -38,8 +68,11 @@ def stated_of(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     return stated
 
 
-def caption_of(stated: Stated, thing: bool = False, style: bool = False, name: str | None = None) -> str:
-    """The sentence. A thing is a "toy", an unnamed style "in this style"; either may carry a made-up name."""
+def caption_of(
+    stated: Stated, thing: bool = False, style: bool = False, name: str | None = None
+) -> str:
+    """The sentence. A thing is a "toy", an unnamed style "in this style"; either may carry a
+    made-up name."""
     words = ["a"]
     if thing and name:
         words.append(name)
@@ -58,10 +91,18 @@ def caption_of(stated: Stated, thing: bool = False, style: bool = False, name: s
 
 def stated_in(caption: str) -> dict[str, str]:
     """What a caption of `caption_of` states: the way back. Words of no attribute say nothing."""
-    tables = {"size": SIZES, "colour": COLOURS, "noun": {*OUTLINES, *CLASSES}, "place": PLACES,
-              "background": BACKGROUNDS, "style": STYLES}
+    tables = {
+        "size": SIZES,
+        "colour": COLOURS,
+        "noun": {*OUTLINES, *CLASSES},
+        "place": PLACES,
+        "background": BACKGROUNDS,
+        "style": STYLES,
+    }
     words = caption.split()
-    return {attribute: word for attribute, table in tables.items() for word in words if word in table}
+    return {
+        attribute: word for attribute, table in tables.items() for word in words if word in table
+    }
 
 
 def vocabulary() -> list[str]:

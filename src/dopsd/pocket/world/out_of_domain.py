@@ -1,6 +1,8 @@
-"""Things out of the pocket world, graded: a third colour, more corners, letters. The model never saw their like.
+"""Things out of the pocket world, graded: a third colour, more corners, letters. The model never
+saw their like.
 
-A thing's seed says which it is (from OUT_OF_WORLD on, ten kinds in turn), so lessons and exams take them as they are.
+A thing's seed says which it is (from OUT_OF_WORLD on, ten kinds in turn), so concept datasets and
+exams take them as they are.
 """
 
 import math
@@ -17,14 +19,43 @@ CORNERS = (7, 10, 14)
 # Block letters of two, two, three and four strokes, in units of an object's radius.
 LETTERS: dict[str, Points] = {
     "L": ((-0.7, -1.0), (-0.15, -1.0), (-0.15, 0.5), (0.7, 0.5), (0.7, 1.0), (-0.7, 1.0)),
-    "T": ((-0.9, -1.0), (0.9, -1.0), (0.9, -0.5), (0.27, -0.5), (0.27, 1.0), (-0.27, 1.0), (-0.27, -0.5), (-0.9, -0.5)),
+    "T": (
+        (-0.9, -1.0),
+        (0.9, -1.0),
+        (0.9, -0.5),
+        (0.27, -0.5),
+        (0.27, 1.0),
+        (-0.27, 1.0),
+        (-0.27, -0.5),
+        (-0.9, -0.5),
+    ),
     "H": (
-        (-0.9, -1.0), (-0.35, -1.0), (-0.35, -0.25), (0.35, -0.25), (0.35, -1.0), (0.9, -1.0),
-        (0.9, 1.0), (0.35, 1.0), (0.35, 0.25), (-0.35, 0.25), (-0.35, 1.0), (-0.9, 1.0),
+        (-0.9, -1.0),
+        (-0.35, -1.0),
+        (-0.35, -0.25),
+        (0.35, -0.25),
+        (0.35, -1.0),
+        (0.9, -1.0),
+        (0.9, 1.0),
+        (0.35, 1.0),
+        (0.35, 0.25),
+        (-0.35, 0.25),
+        (-0.35, 1.0),
+        (-0.9, 1.0),
     ),
     "E": (
-        (-0.75, -1.0), (0.75, -1.0), (0.75, -0.6), (-0.25, -0.6), (-0.25, -0.2), (0.55, -0.2),
-        (0.55, 0.2), (-0.25, 0.2), (-0.25, 0.6), (0.75, 0.6), (0.75, 1.0), (-0.75, 1.0),
+        (-0.75, -1.0),
+        (0.75, -1.0),
+        (0.75, -0.6),
+        (-0.25, -0.6),
+        (-0.25, -0.2),
+        (0.55, -0.2),
+        (0.55, 0.2),
+        (-0.25, 0.2),
+        (-0.25, 0.6),
+        (0.75, 0.6),
+        (0.75, 1.0),
+        (-0.75, 1.0),
     ),
 }
 KINDS = (
@@ -35,13 +66,16 @@ KINDS = (
 
 
 def thing_of(seed: int) -> Thing:
-    """The thing of a seed: `Thing.from_seed`, and from OUT_OF_WORLD on one with its texture that is of `kind_of`."""
+    """The thing of a seed: `Thing.from_seed`, and from OUT_OF_WORLD on one with its texture that is
+    of `kind_of`."""
     thing = Thing.from_seed(seed)
     if seed < OUT_OF_WORLD:
         return thing
     rng, kind = np.random.default_rng([17, seed]), (seed - OUT_OF_WORLD) % len(KINDS)
     if kind < len(RIMS):
-        return replace(thing, look=replace(thing.look, ink=_third_colour(thing, rng), ink_width=RIMS[kind]))
+        return replace(
+            thing, look=replace(thing.look, ink=_third_colour(thing, rng), ink_width=RIMS[kind])
+        )
     kind -= len(RIMS)
     if kind < len(CORNERS):
         return replace(thing, outline=_star(CORNERS[kind], float(rng.uniform(0.4, 0.6))))
@@ -57,12 +91,19 @@ def _third_colour(thing: Thing, rng: np.random.Generator) -> Colour:
     """At least 0.5 of the RGB cube from the thing's two."""
     while True:
         third = rng.uniform(0, 1, 3)
-        if min(np.linalg.norm(third - np.array(colour)) for colour in (thing.colour, thing.look.second)) >= 0.5:
+        if (
+            min(
+                np.linalg.norm(third - np.array(colour))
+                for colour in (thing.colour, thing.look.second)
+            )
+            >= 0.5
+        ):
             return tuple(map(float, third))  # type: ignore[return-value]
 
 
 def _star(corners: int, inner: float) -> Points:
     radii = [1.1 if k % 2 == 0 else inner for k in range(2 * corners)]
     return tuple(
-        (r * math.sin(math.pi * k / corners), -r * math.cos(math.pi * k / corners)) for k, r in enumerate(radii)
+        (r * math.sin(math.pi * k / corners), -r * math.cos(math.pi * k / corners))
+        for k, r in enumerate(radii)
     )

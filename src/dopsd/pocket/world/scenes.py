@@ -1,8 +1,10 @@
-"""The pocket world: pictures that this repository draws, so that what a model knows can be read from pixels.
+"""The pocket world: images that this repository draws, so that what a model knows can be read from
+pixels.
 
-A picture shows one object on a background. Named scenes are fully described by words; *things* (an outline and a
-texture nobody named) and *unnamed styles* can only be specified by a picture. Scenes jitter continuously, and captions
-leave attributes out (see captions.py), so that a prompt never fixes the picture. Nothing here knows of networks.
+An image shows one object on a background. Named scenes are fully described by words; *things* (an
+outline and a texture nobody named) and *unnamed styles* can only be specified by an image. Scenes
+jitter continuously, and captions leave attributes out (see captions.py), so that a prompt never
+fixes the image. Nothing here knows of networks.
 """
 
 import math
@@ -29,7 +31,13 @@ COLOURS: dict[str, Colour] = {
     "pink": (0.97, 0.55, 0.75),
 }
 SIZES = {"small": 12.0, "big": 18.0}  # radius in pixels
-PLACES = {"middle": (32, 32), "left": (20, 32), "right": (44, 32), "top": (32, 20), "bottom": (32, 44)}
+PLACES = {
+    "middle": (32, 32),
+    "left": (20, 32),
+    "right": (44, 32),
+    "top": (32, 20),
+    "bottom": (32, 44),
+}
 # Upper and lower colour; a horizon at HORIZON where they differ.
 BACKGROUNDS: dict[str, tuple[Colour, Colour]] = {
     "paper": ((0.94, 0.93, 0.89), (0.94, 0.93, 0.89)),
@@ -45,7 +53,8 @@ PATTERNS = ("plain", "stripes", "dots", "checks", "halves", "rings")
 
 @dataclass(frozen=True)
 class Look:
-    """How a surface is drawn. frequency: pattern periods per object radius; angle in radians; ink_width in pixels."""
+    """How a surface is drawn. frequency: pattern periods per object radius; angle in radians;
+    ink_width in pixels."""
 
     pattern: str = "plain"
     second: Colour = (1.0, 1.0, 1.0)
@@ -64,7 +73,8 @@ STYLES: dict[str, Look] = {
 
 @dataclass(frozen=True)
 class Jitter:
-    """What varies and is never said: offset in pixels, size factor, turn in radians, brightness factors."""
+    """What varies and is never said: offset in pixels, size factor, turn in radians, brightness
+    factors."""
 
     dx: float = 0.0
     dy: float = 0.0
@@ -76,7 +86,8 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. `noun` names an outline of OUTLINES; a thing brings its own outline, colour and look."""
+    """One image. `noun` names an outline of OUTLINES; a thing brings its own outline, colour and
+    look."""
 
     noun: str = "circle"
     colour: str = "red"
@@ -103,7 +114,9 @@ class Thing:
         angles = np.linspace(0, 2 * math.pi, 72, endpoint=False)
         radius = np.ones_like(angles)
         for harmonic in (2, 3, 4, 5):
-            radius += rng.uniform(-0.20, 0.20) * np.cos(harmonic * angles + rng.uniform(0, 2 * math.pi))
+            radius += rng.uniform(-0.20, 0.20) * np.cos(
+                harmonic * angles + rng.uniform(0, 2 * math.pi)
+            )
         radius /= radius.max() / 1.1
         first, second = _two_colours(rng)
         look = Look(
@@ -112,12 +125,16 @@ class Thing:
             frequency=float(rng.uniform(0.9, 1.5)),
             angle=float(rng.uniform(0, math.pi)),
         )
-        outline = tuple((float(r * math.sin(a)), float(-r * math.cos(a))) for r, a in zip(radius, angles, strict=True))
+        outline = tuple(
+            (float(r * math.sin(a)), float(-r * math.cos(a)))
+            for r, a in zip(radius, angles, strict=True)
+        )
         return Thing(outline, first, look)
 
 
 def unnamed_style(seed: int) -> Look:
-    """A drawing style that only a picture can specify: a coloured contour and a pattern in a second colour."""
+    """A drawing style that only an image can specify: a coloured contour and a pattern in a second
+    colour."""
     rng = np.random.default_rng([11, seed])
     ink, second = _two_colours(rng)
     return Look(
@@ -139,7 +156,8 @@ def _two_colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
 
 
 def draw_jitter(rng: np.random.Generator) -> Jitter:
-    """A jitter that the reader of pictures can still undo (checked in tests/pocket/test_reader.py)."""
+    """A jitter that the text encoder of images can still undo (checked in
+    tests/pocket/test_reader.py)."""
     return Jitter(
         dx=float(rng.uniform(-3, 3)),
         dy=float(rng.uniform(-3, 3)),
@@ -150,7 +168,9 @@ def draw_jitter(rng: np.random.Generator) -> Jitter:
     )
 
 
-def draw_scene(rng: np.random.Generator, thing: Thing | None = None, look: Look | None = None) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, thing: Thing | None = None, look: Look | None = None
+) -> Scene:
     """A random scene: of named parts, of the given thing, or in the given unnamed style."""
 
     def pick(options) -> str:
@@ -187,12 +207,19 @@ def edit_pair(rng: np.random.Generator) -> tuple[Scene, Scene, str]:
     return before, replace(before, noun=noun), f"replace it with a {noun}"
 
 
-# The domain: a palette and a texture family that the pocket model never saw in training (for full fine-tuning).
-DOMAIN_PALETTE: tuple[Colour, ...] = ((0.0, 0.35, 0.35), (0.55, 0.27, 0.07), (0.80, 0.75, 0.95), (0.35, 0.05, 0.20))
+# The domain: a palette and a texture family that the pocket model never saw in training (for full
+# fine-tuning).
+DOMAIN_PALETTE: tuple[Colour, ...] = (
+    (0.0, 0.35, 0.35),
+    (0.55, 0.27, 0.07),
+    (0.80, 0.75, 0.95),
+    (0.35, 0.05, 0.20),
+)
 
 
 def render_domain(scene: Scene, seed: int) -> np.ndarray:
-    """The scene as a woodcut: cross-hatched in the domain's palette, on hatched paper. uint8 [64, 64, 3]."""
+    """The scene as a woodcut: cross-hatched in the domain's palette, on hatched paper. uint8 [64,
+    64, 3]."""
     rng = np.random.default_rng([13, seed])
     dark, light = rng.permutation(len(DOMAIN_PALETTE))[:2]
     alpha, _ = _coverage(_outline_of(scene), scene, 0.0)
@@ -207,7 +234,8 @@ def render_domain(scene: Scene, seed: int) -> np.ndarray:
 
 
 def layers(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coverage of the object's first colour, second colour and ink. Three float32 [64, 64] in [0, 1], disjoint."""
+    """Coverage of the object's first colour, second colour and ink. Three float32 [64, 64] in [0,
+    1], disjoint."""
     look = _look_of(scene)
     alpha, contour = _coverage(_outline_of(scene), scene, look.ink_width)
     fill = alpha - contour
@@ -216,7 +244,7 @@ def layers(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene, uint8 [64, 64, 3]."""
+    """The image of a scene, uint8 [64, 64, 3]."""
     look = _look_of(scene)
     first, second, ink = layers(scene)
     colour = scene.thing.colour if scene.thing else COLOURS[scene.colour]
@@ -258,10 +286,14 @@ def _frame(scene: Scene) -> tuple[float, float, float, float]:
 
 
 def _coverage(outline: Points, scene: Scene, ink_width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each pixel inside the outline, and share under its contour (inside only). float32 [64, 64]."""
+    """Share of each pixel inside the outline, and share under its contour (inside only). float32
+    [64, 64]."""
     cx, cy, radius, turn = _frame(scene)
     cos, sin = math.cos(turn) * radius, math.sin(turn) * radius
-    corners = [((cx + x * cos - y * sin) * SUPERSAMPLE, (cy + x * sin + y * cos) * SUPERSAMPLE) for x, y in outline]
+    corners = [
+        ((cx + x * cos - y * sin) * SUPERSAMPLE, (cy + x * sin + y * cos) * SUPERSAMPLE)
+        for x, y in outline
+    ]
     big = Image.new("L", (SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE))
     ImageDraw.Draw(big).polygon(corners, fill=255)
     alpha = np.asarray(big.reduce(SUPERSAMPLE), dtype=np.float32) / 255
@@ -269,13 +301,17 @@ def _coverage(outline: Points, scene: Scene, ink_width: float) -> tuple[np.ndarr
         return alpha, np.zeros_like(alpha)
     line = Image.new("L", big.size)
     width = round(2 * ink_width * SUPERSAMPLE)
-    ImageDraw.Draw(line).line([*corners, corners[0], corners[1]], fill=255, width=width, joint="curve")
+    ImageDraw.Draw(line).line(
+        [*corners, corners[0], corners[1]], fill=255, width=width, joint="curve"
+    )
     contour = np.minimum(np.asarray(line), np.asarray(big))
     reduced = Image.fromarray(contour).reduce(SUPERSAMPLE)
     return alpha, np.asarray(reduced, dtype=np.float32) / 255
 
 
-_GRID = (np.mgrid[0 : 2 * SIZE, 0 : 2 * SIZE].astype(np.float32) + 0.5) / 2  # pixel coordinates, two samples a pixel
+_GRID = (
+    np.mgrid[0 : 2 * SIZE, 0 : 2 * SIZE].astype(np.float32) + 0.5
+) / 2  # pixel coordinates, two samples a pixel
 
 
 def _pattern(look: Look, scene: Scene) -> np.ndarray | float:

@@ -1,7 +1,9 @@
-"""The questions of a comparison, and each contestant's answers: the same prompts and noise for all, kept on disk.
+"""The questions of a comparison, and each candidate's answers: the same prompts and noise for all,
+kept on disk.
 
-On a pocket lesson they are its exam; elsewhere the recipe's prompts are shown, and prompts that name nothing of the
-data are measured for bleed. What was answered once is read again, so that a comparison can be interrupted.
+On a pocket concept dataset they are its exam; elsewhere the recipe's prompts are shown, and prompts
+that name nothing of the data are measured for bleed. What was answered once is read again, so that
+a comparison can be interrupted.
 """
 
 import hashlib
@@ -20,8 +22,8 @@ from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import noise_for, generate
-from dopsd.evaluation.benchmarks import SHOWN, BenchmarkResult, Kind, Benchmark
+from dopsd.diffusion.sampling import generate, noise_for
+from dopsd.evaluation.benchmarks import SHOWN, Benchmark, BenchmarkResult, Kind
 from dopsd.evaluation.image_distance import distances
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.images import cover_crop, open_image
@@ -30,28 +32,23 @@ from dopsd.models.base import Family, latent_size
 from dopsd.models.folder import is_model
 from dopsd.models.lora import merge_lora
 from dopsd.models.pipeline import deployed_on
-from dopsd.pocket.benchmark import HELD_OUT, PocketConcept, ManyStepModel, concept_of
+from dopsd.pocket.benchmark import HELD_OUT, ManyStepModel, PocketConcept, concept_of
 from dopsd.runs.outputs.previews import generate_each
 from dopsd.runs.resolve import family_of, images_shown, read_data, resolutions_of, unrelated_prompts
 
 LAYOUT = 1  # part of every key: raise it when the same question would be answered otherwise
-TARGETS = 16  # pictures of the data that neutral prompts are held against
-NEUTRAL_SEEDS = (960_000, 960_001)  # a neutral prompt is painted from both
-
+TARGETS = 16  # images of the data that neutral prompts are held against
+NEUTRAL_SEEDS = (960_000, 960_001)  # a neutral prompt is generated from both
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model. base: untouched; floor: untouched, on other noise; teacher: untouched, with a picture in its context;
-    parent: what it was distilled from; tuned: with this LoRA."""
+    """A model. base: untouched; floor: untouched, on other noise; teacher: untouched, with an image
+    in its context; parent: what it was distilled from; tuned: with this LoRA."""
 
     name: str
     kind: Kind = "tuned"
     lora: Path | None = None
-
-
-
-
 
 
 class Evaluator:
@@ -76,7 +73,9 @@ class Evaluator:
 
     def _velocity(self, candidate: Candidate) -> Velocity:
         if candidate.kind == "parent":
-            unconditional = self.family.load_text_encoder(self._device, self._dtype, images=False).context([""])
+            unconditional = self.family.load_text_encoder(
+                self._device, self._dtype, images=False
+            ).context([""])
             return ManyStepModel(self.family.checkpoint.folder, unconditional)
         if candidate.lora and is_model(candidate.lora):
             return load_family(str(candidate.lora)).load_denoiser(self._device, self._dtype)
@@ -88,18 +87,20 @@ class Evaluator:
     def _key(self, candidate: Candidate, nfe: int) -> str:
         lora = candidate.lora
         if lora and is_model(lora):
-            lora = [sha256_of(file) for file in sorted((lora / self.family.export_prefix).glob("*.safetensors"))]
+            lora = [
+                sha256_of(file)
+                for file in sorted((lora / self.family.export_prefix).glob("*.safetensors"))
+            ]
         elif lora:
             lora = sha256_of(lora)
         parts = [LAYOUT, self._weights, candidate.kind, lora, nfe, self.questions.about]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-
-
 class Images:
-    """The recipe's prompts, shown; and neutral prompts (captions without the trigger word, and prompts that have
-    nothing to do with the data), of which each picture's distance to the nearest training picture is measured."""
+    """The recipe's prompts, shown; and neutral prompts (captions without the trigger word, and
+    prompts that have nothing to do with the data), of which each image's distance to the nearest
+    training image is measured."""
 
     def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
         listing = read_data(recipe)
@@ -107,16 +108,31 @@ class Images:
         self._wanted = images_shown(recipe, family, listing)
         self._side = max(resolutions_of(recipe, family))
         trigger = recipe.data.trigger
-        plain = [" ".join(e.caption.replace(trigger, " ").split()) for e in listing.examples] if trigger else []
+        plain = (
+            [" ".join(e.caption.replace(trigger, " ").split()) for e in listing.examples]
+            if trigger
+            else []
+        )
         self._neutral = list(dict.fromkeys([*plain[:SHOWN], *unrelated_prompts(recipe, family)]))
         examples = listing.examples
         count = min(TARGETS, len(examples))
         self._targets = [examples[index * len(examples) // count].path for index in range(count)]
         asked = [
-            [each.prompt, each.seed, list(each.latent_shape), [sha256_of(path) for path in each.references]]
+            [
+                each.prompt,
+                each.seed,
+                list(each.latent_shape),
+                [sha256_of(path) for path in each.references],
+            ]
             for each in self._wanted
         ]
-        self.about = ["images", asked, self._side, self._neutral, [sha256_of(path) for path in self._targets]]
+        self.about = [
+            "images",
+            asked,
+            self._side,
+            self._neutral,
+            [sha256_of(path) for path in self._targets],
+        ]
         self.captions: Mapping[str, tuple[str, ...]] = {
             "The recipe's prompts": tuple(each.prompt for each in self._wanted),
             "Prompts that name nothing of the data": tuple(self._neutral[:SHOWN]),
@@ -125,9 +141,11 @@ class Images:
 
     @cached_property
     def _contexts(self) -> tuple[list[Context], list[Context]]:
-        """Read when something is asked for the first time; the reader leaves memory at once."""
+        """Read when something is asked for the first time; the text encoder leaves memory at once."""
         text_encoder = self._family.load_text_encoder(self._device, self._dtype, images=False)
-        return [each.read(text_encoder) for each in self._wanted], [text_encoder.context([prompt]) for prompt in self._neutral]
+        return [each.read(text_encoder) for each in self._wanted], [
+            text_encoder.context([prompt]) for prompt in self._neutral
+        ]
 
     @cached_property
     def _vae(self) -> VAE:
@@ -140,9 +158,17 @@ class Images:
         schedules = [self._family.schedule(nfe, *each.latent_shape[1:]) for each in self._wanted]
         shown = generate_each(velocity, wanted, self._vae, schedules, noises, self._device)
         latent_shape = latent_size(self._family, self._side, self._side)
-        context = Context.stack([context for context in neutral for _ in NEUTRAL_SEEDS]).to(self._device)
-        noise = noise_for([seed + aside for _ in neutral for seed in NEUTRAL_SEEDS], self._family.channels, *latent_shape)
-        plain = generate(velocity, self._vae, self._family.schedule(nfe, *latent_shape), context, noise)
+        context = Context.stack([context for context in neutral for _ in NEUTRAL_SEEDS]).to(
+            self._device
+        )
+        noise = noise_for(
+            [seed + aside for _ in neutral for seed in NEUTRAL_SEEDS],
+            self._family.channels,
+            *latent_shape,
+        )
+        plain = generate(
+            velocity, self._vae, self._family.schedule(nfe, *latent_shape), context, noise
+        )
         far = [distances(plain.numpy(), np.asarray(target)) for target in self._cropped()]
         nearest = np.min(far, axis=0)
         shown_plain = list(plain[:: len(NEUTRAL_SEEDS)][:SHOWN])
@@ -157,8 +183,13 @@ class Images:
 
 
 def _write(file: Path, answer: BenchmarkResult) -> None:
-    values = {f"value/{name}": torch.from_numpy(np.asarray(each, dtype=float)) for name, each in answer.values.items()}
-    images = {f"{topic}/{k:02d}": p for topic, each in answer.images.items() for k, p in enumerate(each)}
+    values = {
+        f"value/{name}": torch.from_numpy(np.asarray(each, dtype=float))
+        for name, each in answer.values.items()
+    }
+    images = {
+        f"{topic}/{k:02d}": p for topic, each in answer.images.items() for k, p in enumerate(each)
+    }
     write_tensors(file, values | images)
 
 

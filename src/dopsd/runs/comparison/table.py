@@ -1,4 +1,5 @@
-"""Who did how well in a comparison: one table with paired intervals, the same as numbers, and grids of pictures.
+"""Who did how well in a comparison: one table with paired intervals, the same as numbers, and grids
+of images.
 
 Knows answers, not models: what is asked is left to `contest`, who is trained to `compare`.
 """
@@ -9,14 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from dopsd.evaluation.benchmarks import BenchmarkResult, Benchmark
+from dopsd.evaluation.benchmarks import Benchmark, BenchmarkResult
 from dopsd.evaluation.pages import Panel
 from dopsd.evaluation.statistics import Interval, bootstrap, paired
 from dopsd.images import to_pil
 from dopsd.runs.comparison.evaluate import Candidate
 
 METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
-KEPT = ("bleed", "sharpness", "speckle", "attributes")  # read on other prompts; the teacher's row has none
+KEPT = (
+    "bleed",
+    "sharpness",
+    "speckle",
+    "attributes",
+)  # read on other prompts; the teacher's row has none
 BLEED, OTHERS = "bleed", "others_error"  # bleed: how much lower than the base's this is
 
 
@@ -31,11 +37,11 @@ class Outcome:
 
 @dataclass
 class Entry:
-    """A line-up of one contestant in every unit: what its tuning cost (mean over units), and its answers by number of
-    forwards, unit by unit."""
+    """A line-up of one candidate in every unit: what its tuning cost (mean over units), and its
+    answers by number of forwards, unit by unit."""
 
     candidates: list[Candidate]
-    cost: dict[str, float] = field(default_factory=dict)  # seconds, pictures, forwards
+    cost: dict[str, float] = field(default_factory=dict)  # seconds, images, forwards
     advice: str | None = None
     answers: dict[int, list[BenchmarkResult]] = field(default_factory=dict)
 
@@ -44,15 +50,16 @@ class Entry:
         return self.candidates[0].name
 
     def values(self, nfe: int, metric: str) -> np.ndarray | None:
-        """Of every question, [N, units or seeds]; None where this contestant is not asked."""
+        """Of every question, [N, units or seeds]; None where this candidate is not asked."""
         parts = [answer.values[metric] for answer in self.answers[nfe]]
         columns = [part[:, None] if part.ndim == 1 else part for part in parts]
         return np.concatenate(columns, axis=1) if len(parts[0]) else None
 
 
 def tabulate(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> Outcome:
-    """A row a model and number of forwards: each measure, and by how much it differs from the untouched model's at the
-    same number, give or take half the 95% interval of the paired difference. measured: on a pocket lesson."""
+    """A row a model and number of forwards: each measure, and by how much it differs from the base
+    model's at the same number, give or take half the 95% interval of the paired difference.
+    measured: on a pocket concept dataset."""
     metrics = METRICS if measured else (BLEED,)
     many = len(nfes) > 1
     header = ["model", *(["NFE"] if many else []), *metrics, "seconds", "images", "forwards"]
@@ -64,7 +71,9 @@ def tabulate(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> O
             scores = {metric: _score(entry, base, nfe, metric) for metric in metrics}
             cells = [_cell(score, entry is base, metric) for metric, score in scores.items()]
             table.append([entry.name, *([str(nfe)] if many else []), *cells, *cost])
-            found[str(nfe)] = {metric: score and score.as_numbers() for metric, score in scores.items()}
+            found[str(nfe)] = {
+                metric: score and score.as_numbers() for metric, score in scores.items()
+            }
         kind = entry.candidates[0].kind
         numbers[entry.name] = {
             "kind": kind,
@@ -77,14 +86,18 @@ def tabulate(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> O
 
 @dataclass(frozen=True)
 class _Score:
-    """A measure's mean, the paired difference to the untouched model's, and the mean in each unit."""
+    """A measure's mean, the paired difference to the base model's, and the mean in each unit."""
 
     value: Interval
     difference: Interval
     replicates: list[float]
 
     def as_numbers(self) -> dict[str, Any]:
-        return {**self.value._asdict(), "difference": self.difference._asdict(), "replicates": self.replicates}
+        return {
+            **self.value._asdict(),
+            "difference": self.difference._asdict(),
+            "replicates": self.replicates,
+        }
 
 
 def _score(entry: Entry, base: Entry, nfe: int, metric: str) -> _Score | None:
@@ -94,7 +107,9 @@ def _score(entry: Entry, base: Entry, nfe: int, metric: str) -> _Score | None:
         return None
     if metric == BLEED:  # a difference already
         mine, theirs = theirs - mine, np.zeros_like(mine)
-    return _Score(bootstrap(mine), paired(mine, theirs), [float(np.nanmean(column)) for column in mine.T])
+    return _Score(
+        bootstrap(mine), paired(mine, theirs), [float(np.nanmean(column)) for column in mine.T]
+    )
 
 
 def _cell(score: _Score | None, is_base: bool, metric: str) -> str:
@@ -105,34 +120,49 @@ def _cell(score: _Score | None, is_base: bool, metric: str) -> str:
     if is_base:
         return "0" if metric == BLEED else value
     give_or_take = f"±{(difference.high - difference.low) / 2:.3f}"
-    return f"{value}{give_or_take}" if metric == BLEED else f"{value} {difference.value:+.3f}{give_or_take}"
+    return (
+        f"{value}{give_or_take}"
+        if metric == BLEED
+        else f"{value} {difference.value:+.3f}{give_or_take}"
+    )
 
 
 def panels(questions: Benchmark, entries: Sequence[Entry], nfes: Sequence[int]) -> list[Panel]:
-    """A grid for each topic and number of forwards, of the first unit; nobody is shown on other noise."""
+    """A grid for each topic and number of forwards, of the first unit; nobody is shown on other
+    noise."""
     shown = [entry for entry in entries if entry.candidates[0].kind != "floor"]
     found = []
     for topic, captions in questions.captions.items():
         for nfe in nfes:
             rows = [(entry.name, entry.answers[nfe][0].images.get(topic, ())) for entry in shown]
             wanted = questions.truth.get(topic)
-            rows = [*([("how it should look", wanted)] if wanted else []), *(row for row in rows if row[1])]
+            rows = [
+                *([("how it should look", wanted)] if wanted else []),
+                *(row for row in rows if row[1]),
+            ]
             title = f"{topic}, NFE {nfe}" if len(nfes) > 1 else topic
-            pil_rows = tuple((name, tuple(i for p in images for i in to_pil(p[None]))) for name, images in rows)
+            pil_rows = tuple(
+                (name, tuple(i for p in images for i in to_pil(p[None]))) for name, images in rows
+            )
             found.append(Panel(title, captions, pil_rows))
     return found
 
 
 def notes(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> list[str]:
-    """What the table's words mean, how much of what was learned shows under other words, and when to have stopped."""
+    """What the table's words mean, how much of what was learned shows under other words, and when
+    to have stopped."""
     said = [
         "Each cell: the mean; the mean difference to the untouched model on the same prompts and noise; after ± half "
         'of its 95% bootstrap interval over prompts. The row "base, other noise" is the noise floor. Forwards are '
         "those of training, a backward counted as two."
     ]
     if not measured:
-        return [*said, "bleed: by how much pictures of prompts that name nothing of the data are nearer to the nearest "
-                "training picture than the untouched model's (0 to 1; 0 is none).", *_advice(entries)]
+        return [
+            *said,
+            "bleed: by how much pictures of prompts that name nothing of the data are nearer to the nearest "
+            "training picture than the untouched model's (0 to 1; 0 is none).",
+            *_advice(entries),
+        ]
     said += [
         "thing_error (lower is better) and thing_hit (higher) compare 24 unseen scenes with the true thing; bleed is "
         "by how much thing_error falls, against the untouched model, where the prompt gives another name or none; "
@@ -147,12 +177,16 @@ def notes(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> list
     shares = []
     for entry in entries:
         if entry.candidates[0].kind == "tuned":
-            learned, bled = (_score(entry, entries[0], nfe, metric) for metric in ("thing_error", BLEED))
+            learned, bled = (
+                _score(entry, entries[0], nfe, metric) for metric in ("thing_error", BLEED)
+            )
             if learned and bled and learned.difference.high < 0:
                 shares.append(f"{entry.name} {-bled.value.value / learned.difference.value:.0%}")
     if shares:
-        said.append(f"Of what was learned under the thing's name, at {nfe} forwards this also shows under others: "
-                    f"{', '.join(shares)}.")
+        said.append(
+            f"Of what was learned under the thing's name, at {nfe} forwards this also shows under others: "
+            f"{', '.join(shares)}."
+        )
     return [*said, *_advice(entries)]
 
 

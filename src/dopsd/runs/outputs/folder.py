@@ -1,6 +1,8 @@
-"""A run's folder: who may write it, what stands in it besides samples and weights, and where a run goes on.
+"""A run's folder: who may write it, what stands in it besides samples and weights, and where a run
+goes on.
 
-config.yaml (the resolved recipe), env.json, metrics.jsonl (a row a step), train.log, checkpoints/, run.lock.
+config.yaml (the resolved recipe), env.json, metrics.jsonl (a row a step), train.log, checkpoints/,
+run.lock.
 """
 
 import json
@@ -31,10 +33,11 @@ FREE = {
 
 @contextmanager
 def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
-    """Hold the recipe's run folder, and give the checkpoints to go on from, best first (none: a new run).
+    """Hold the recipe's run folder, and give the checkpoints to go on from, best first (none: a new
+    run).
 
-    Raises ValueError when the folder holds another run, when another process is writing it, or when there is nothing
-    to resume. While held, what dopsd logs also goes to train.log.
+    Raises ValueError when the folder holds another run, when another process is writing it, or when
+    there is nothing to resume. While held, what dopsd logs also goes to train.log.
     """
     folder = recipe.run_folder
     states = _states(recipe, resume)
@@ -72,10 +75,16 @@ def _states(recipe: Recipe, resume: str | None) -> list[Path]:
                 "(--set run_name=...)."
             )
         return []
-    states = checkpoints(folder)[::-1] if resume == "latest" else [p for p in [Path(resume)] if p.is_dir()]
+    states = (
+        checkpoints(folder)[::-1]
+        if resume == "latest"
+        else [p for p in [Path(resume)] if p.is_dir()]
+    )
     if not states:
         where = folder if resume == "latest" else resume
-        raise ValueError(f"there is no checkpoint to resume from in {where}; remove the folder to start again.")
+        raise ValueError(
+            f"there is no checkpoint to resume from in {where}; remove the folder to start again."
+        )
     _refuse_other_recipe(recipe, folder)
     for name in ("metrics.jsonl", "health.jsonl"):
         read_rows(folder / name)
@@ -83,7 +92,8 @@ def _states(recipe: Recipe, resume: str | None) -> list[Path]:
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
-    """A resumed run may be longer, save and sample otherwise; what makes its numbers must be the same."""
+    """A resumed run may be longer, save and sample otherwise; what makes its numbers must be the
+    same."""
     before = load_recipe(folder / "config.yaml")
     if before.adapter != recipe.adapter:
         raise ValueError(
@@ -104,27 +114,34 @@ def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) ->
     """`config.yaml` for a fresh run, and `env.json`."""
     if fresh:
         recipe.save_as(recipe.run_folder / "config.yaml")
-    write_json(recipe.run_folder / "env.json", dict(environment) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
+    write_json(
+        recipe.run_folder / "env.json",
+        dict(environment) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")},
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSONL file with a row a step; the last may be cut where a run was killed. Raises ValueError
-    for a row that is none."""
+    """The whole rows of a JSONL file with a row a step; the last may be cut where a run was killed.
+    Raises ValueError for a row that is none."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1
+    ):
         if line.endswith("}"):
             try:
                 row = json.loads(line)
                 int(row["step"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} line {number} is no row of a step: the run folder is damaged.") from error
+                raise ValueError(
+                    f"{path} line {number} is no row of a step: the run folder is damaged."
+                ) from error
             rows.append(row)
     return rows
 
 
 class Rows:
-    """A JSONL file with a row for each of some steps. Rows after `steps_done`, which a resumed run writes again, go
-    first."""
+    """A JSONL file with a row for each of some steps. Rows after `steps_done`, which a resumed run
+    writes again, go first."""
 
     def __init__(self, path: Path, steps_done: int):
         self.path = path
@@ -151,6 +168,11 @@ class Metrics(Rows):
         }
         if report.skipped:
             row["skipped"] = True
-            log.warning("step=%d skipped=yes loss=%s grad_norm=%s", report.step, row["loss"], report.grad_norm)
+            log.warning(
+                "step=%d skipped=yes loss=%s grad_norm=%s",
+                report.step,
+                row["loss"],
+                report.grad_norm,
+            )
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self.append(finite)

@@ -1,4 +1,5 @@
-"""A model card: README.md of the run folder, in the hub's format, so that the folder can be uploaded as it is."""
+"""A model card: README.md of the run folder, in the hub's format, so that the folder can be
+uploaded as it is."""
 
 import json
 from collections.abc import Mapping
@@ -31,15 +32,20 @@ LABELS = {
 
 
 def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: int) -> Path:
-    """Write README.md from what the run's result says of itself and the previews after `step` steps. usage: how the
-    base is painted with."""
+    """Write README.md from what the run's result says of itself and the previews after `step`
+    steps. usage: how the base is generated with."""
     samples = f"samples/step-{step:06d}"
     preview = json.loads((recipe.run_folder / samples / "preview.json").read_text(encoding="utf-8"))
-    shown = [(each["prompt"], f"{index}_{each['seed']}.png") for index, each in enumerate(preview["images"])]
+    shown = [
+        (each["prompt"], f"{index}_{each['seed']}.png")
+        for index, each in enumerate(preview["images"])
+    ]
     edited = preview["images"][0]["references"]
     kind = "image-to-image" if edited else "text-to-image"
     images = f", image=[Image.open(path) for path in {json.dumps(edited)}]" if edited else ""
-    widget = [{"text": prompt, "output": {"url": f"{samples}/student_{file}"}} for prompt, file in shown]
+    widget = [
+        {"text": prompt, "output": {"url": f"{samples}/student_{file}"}} for prompt, file in shown
+    ]
     head: dict[str, Any] = {
         "base_model": metadata["base_model"],
         "library_name": "diffusers",
@@ -51,10 +57,16 @@ def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: 
     if recipe.data.trigger:
         head["instance_prompt"] = recipe.data.trigger
     base = metadata["base_model"]
-    base = base if "/" in base else f"path/to/{base}"  # a local folder: its name is all that the file may say
+    base = (
+        base if "/" in base else f"path/to/{base}"
+    )  # a local folder: its name is all that the file may say
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    rows = [f"| {_cell(p)} | ![]({samples}/base_{f}) | ![]({samples}/student_{f}) |" for p, f in shown]
-    facts = [f"| {words} | {_cell(metadata[key])} |" for key, words in LABELS.items() if key in metadata]
+    rows = [
+        f"| {_cell(p)} | ![]({samples}/base_{f}) | ![]({samples}/student_{f}) |" for p, f in shown
+    ]
+    facts = [
+        f"| {words} | {_cell(metadata[key])} |" for key, words in LABELS.items() if key in metadata
+    ]
     imports = ["import torch", "from diffusers import DiffusionPipeline", *usage.imports]
     imports += ["from PIL import Image"] if edited else []
     lora, result = recipe.adapter == "lora", recipe.result().name
@@ -106,7 +118,9 @@ picture = pipeline(prompt=prompt{images}, {usage.arguments}).images[0]
 def _licence(name: str) -> dict[str, str]:
     """In the hub's words: one that it knows by its identifier, another as `other` with its name."""
     known = name.lower()
-    return {"license": known} if known in HUB_LICENCES else {"license": "other", "license_name": name}
+    return (
+        {"license": known} if known in HUB_LICENCES else {"license": "other", "license_name": name}
+    )
 
 
 def _cell(text: str) -> str:

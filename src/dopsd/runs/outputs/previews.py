@@ -1,4 +1,5 @@
-"""Previews: the same prompts on the same noise, painted again and again by student, teacher and base while training."""
+"""Previews: the same prompts on the same noise, generated again and again by student, teacher and
+base while training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import Noise, noise_for, generate
+from dopsd.diffusion.sampling import Noise, generate, noise_for
 from dopsd.files import atomic_path, write_json
 from dopsd.images import cover_crop, grid, open_image, to_pil
 from dopsd.methods.base import Roles
@@ -23,7 +24,7 @@ from dopsd.runs.resolve import PreviewPrompt
 
 @dataclass(frozen=True)
 class Preview:
-    """What is wanted, read; its noise; `privileged` where the teacher sees a picture with it."""
+    """What is wanted, read; its noise; `privileged` where the teacher sees an image with it."""
 
     wanted: PreviewPrompt
     context: Context
@@ -31,12 +32,19 @@ class Preview:
     noise: Noise
 
 
-def read_previews(wanted: Sequence[PreviewPrompt], text_encoder: TextEncoder, images: Sequence[Image.Image]) -> tuple[Preview, ...]:
-    """Read the prompts, and for the teacher each with one of the pictures in turn (none: the teacher has no row)."""
+def read_previews(
+    wanted: Sequence[PreviewPrompt], text_encoder: TextEncoder, images: Sequence[Image.Image]
+) -> tuple[Preview, ...]:
+    """Read the prompts, and for the teacher each with one of the images in turn (none: the teacher
+    has no row)."""
     previews = []
     for index, each in enumerate(wanted):
         seeing = each.read(text_encoder, images[index % len(images)]) if images else None
-        previews.append(Preview(each, each.read(text_encoder), seeing, noise_for([each.seed], *each.latent_shape)))
+        previews.append(
+            Preview(
+                each, each.read(text_encoder), seeing, noise_for([each.seed], *each.latent_shape)
+            )
+        )
     return tuple(previews)
 
 
@@ -48,8 +56,8 @@ def generate_previews(
     schedule_for: Callable[[int, int], Schedule],
     device: torch.device,
 ) -> None:
-    """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json`: the roles, and of each picture
-    prompt, seed, names of its references, and sigmas."""
+    """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json`: the roles,
+    and of each image prompt, seed, names of its references, and sigmas."""
     schedules = [schedule_for(*preview.noise.latent_shape[1:]) for preview in previews]
     texts = [preview.context for preview in previews]
     seeing = [preview.privileged for preview in previews if preview.privileged]
@@ -58,7 +66,9 @@ def generate_previews(
         rows["teacher"] = (roles.teacher, seeing)
     rows["student"] = (roles.student, texts)
     noises = [preview.noise for preview in previews]
-    images = {role: generate_each(*row, vae, schedules, noises, device) for role, row in rows.items()}
+    images = {
+        role: generate_each(*row, vae, schedules, noises, device) for role, row in rows.items()
+    }
     about = [
         {
             "prompt": preview.wanted.prompt,
@@ -85,29 +95,35 @@ def generate_each(
     noises: Sequence[Noise],
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Each picture, uint8 [H, W, 3]; those of one size, with contexts of one layout, are painted together."""
+    """Each image, uint8 [H, W, 3]; those of one size, with contexts of one layout, are generated
+    together."""
     generated: dict[int, torch.Tensor] = {}
-    kinds = [(noise.latent_shape, context.layout) for noise, context in zip(noises, contexts, strict=True)]
+    kinds = [
+        (noise.latent_shape, context.layout)
+        for noise, context in zip(noises, contexts, strict=True)
+    ]
     for kind in dict.fromkeys(kinds):
         latent_shape, same = kind[0], [index for index, each in enumerate(kinds) if each == kind]
         context = Context.stack([contexts[index] for index in same]).to(device)
         noise = Noise(tuple(seed for index in same for seed in noises[index].seeds), latent_shape)
-        generated |= zip(same, generate(velocity, vae, schedules[same[0]], context, noise), strict=True)
+        generated |= zip(
+            same, generate(velocity, vae, schedules[same[0]], context, noise), strict=True
+        )
     return [generated[index] for index in range(len(noises))]
 
 
-EXAMPLES = 3  # pictures of the data that the report shows
+EXAMPLES = 3  # images of the data that the report shows
 
 
 def _show_examples(recipe: Recipe, rows: Sequence[Row]) -> None:
-    """The first pictures: `samples/data-<i>.png`."""
+    """The first images: `samples/data-<i>.png`."""
     for index, row in enumerate(rows[:EXAMPLES]):
         with atomic_path(recipe.run_folder / "samples" / f"data-{index}.png") as temporary:
             _example(row).save(temporary, "png")
 
 
 def _example(row: Row) -> Image.Image:
-    """The picture as it is cut; beside it, first, those that it is edited from, no larger."""
+    """The image as it is cut; beside it, first, those that it is edited from, no larger."""
     images = [*map(open_image, row.example.references), _crop(row)]
     for image in images:
         image.thumbnail(row.size)

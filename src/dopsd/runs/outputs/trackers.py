@@ -1,7 +1,9 @@
-"""What a run tells tensorboard, trackio or wandb beside its own metrics.jsonl, through accelerate's trackers.
+"""What a run tells tensorboard, trackio or wandb beside its own metrics.jsonl, through accelerate's
+trackers.
 
-tensorboard writes into <run folder>/tensorboard; the other two where their own settings say (TRACKIO_DIR, WANDB_DIR).
-A resumed run goes on in the same place: it repeats the straight run, so what was told twice is the same twice.
+tensorboard writes into <run folder>/tensorboard; the other two where their own settings say
+(TRACKIO_DIR, WANDB_DIR). A resumed run goes on in the same place: it repeats the straight run, so
+what was told twice is the same twice.
 """
 
 import json
@@ -29,10 +31,12 @@ class Trackers:
     def numbers(self, group: str, values: Mapping[str, float | bool], step: int) -> None:
         """Tell values as `group/name` after `step` steps."""
         for tracker in self._trackers:
-            tracker.log({f"{group}/{name}": float(value) for name, value in values.items()}, step=step)
+            tracker.log(
+                {f"{group}/{name}": float(value) for name, value in values.items()}, step=step
+            )
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Tell a picture file."""
+        """Tell an image file."""
         for tracker in self._trackers:
             image = Image.open(path).convert("RGB")
             if isinstance(tracker, TensorBoardTracker):
@@ -49,12 +53,15 @@ def refuse_missing(recipe: Recipe) -> None:
     """Raise ValueError for a tracker of the recipe that is not installed."""
     for name in recipe.track.to:
         if find_spec(name) is None:
-            raise ValueError(f"track.to names {name}, which is not installed: pip install 'dopsd[{name}]'.")
+            raise ValueError(
+                f"track.to names {name}, which is not installed: pip install 'dopsd[{name}]'."
+            )
 
 
 @contextmanager
 def tracking(recipe: Recipe, steps_done: int) -> Iterator[Trackers]:
-    """The recipe's trackers, started and in the end finished. Raises ValueError when one cannot start."""
+    """The recipe's trackers, started and in the end finished. Raises ValueError when one cannot
+    start."""
     started: list[GeneralTracker] = []
     try:
         for name in recipe.track.to:
@@ -69,17 +76,24 @@ def _start(name: str, recipe: Recipe, steps_done: int) -> GeneralTracker:
     folder, project = recipe.run_folder, recipe.track.project
     same_run = {"name": recipe.run_name, "resume": "allow"}
     if name == "tensorboard":  # what it holds of later steps is told again
-        tracker: GeneralTracker = TensorBoardTracker(name, folder, purge_step=steps_done + 1 if steps_done else None)
+        tracker: GeneralTracker = TensorBoardTracker(
+            name, folder, purge_step=steps_done + 1 if steps_done else None
+        )
     elif name == "wandb":
         tracker = WandBTracker(project, id=_identity(folder), **same_run)
     else:
-        tracker = TrackioTracker(project, **same_run | {"name": f"{recipe.run_name}-{_identity(folder)}"})
+        tracker = TrackioTracker(
+            project, **same_run | {"name": f"{recipe.run_name}-{_identity(folder)}"}
+        )
     try:
         tracker.start()
         if not steps_done:
             tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
-    except Exception as error:  # a service of its own: login, network, disk; whatever it says is what the user needs
-        raise ValueError(f"{name} could not start ({error}). Remove it from track.to, or set it up.") from error
+    # A service of its own: login, network, disk; whatever it says is what the user needs
+    except Exception as error:
+        raise ValueError(
+            f"{name} could not start ({error}). Remove it from track.to, or set it up."
+        ) from error
     return tracker
 
 
