@@ -101,11 +101,11 @@ def sweep_unit(replicate: Unit) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(replicate.thing, Path(folder))
         method: Method = DOPSD() if replicate.method == "dopsd" else SFT()
-        replicates = DOPSD().forwards(bench.family.default_nfe) / method.forwards(
+        cost_ratio = DOPSD().forwards(bench.family.default_nfe) / method.forwards(
             bench.family.default_nfe
         )
         *_, (_, seconds, velocity) = bench.train(
-            method, replicate.rate, replicate.seed, round(STEPS * replicates)
+            method, replicate.rate, replicate.seed, round(STEPS * cost_ratio)
         )
         return bench.exam(velocity) | {
             "method": replicate.method,

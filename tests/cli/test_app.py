@@ -51,7 +51,7 @@ def no_captions():
 
 
 def truncated_image():
-    file = Path("pictures/0.png")
+    file = Path("images/0.png")
     file.write_bytes(file.read_bytes()[:200])
 
 
@@ -93,7 +93,7 @@ def vlm_of_another_size():
 
 
 def long_caption():
-    Path("pictures/0.txt").write_text("star " * 2000)
+    Path("images/0.txt").write_text("star " * 2000)
 
 
 def folder_with_another_run():
@@ -186,8 +186,8 @@ def test_a_malformed_set_is_refused(desk, change):
 
 
 def test_check_prints_counts_examples_buckets_and_coverage(desk):
-    Image.new("RGB", (200, 100), "red").save("pictures/wide.png")
-    Path("pictures/wide.txt").write_text("a wide one")
+    Image.new("RGB", (200, 100), "red").save("images/wide.png")
+    Path("images/wide.txt").write_text("a wide one")
     printed = CliRunner().invoke(app, ["check", "recipe.yaml"]).output
     assert "pictures   5, captions from" in printed
     assert ("4 at 64 x 64" in printed and "1 at 88 x 48" in printed) or "1 at 96 x 48" in printed

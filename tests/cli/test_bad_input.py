@@ -388,7 +388,7 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
         "late! text_encoder",
     ),
     "vocabulary missing": (model(remove(WORDS)), LOADED, "./model"),
-    "caption over the limit": (write("pictures/0.txt", STARS), TRAIN, LIMIT),
+    "caption over the limit": (write("images/0.txt", STARS), TRAIN, LIMIT),
     "preview of an odd size": (
         nothing,
         (*TRAIN, "--set", "sample.width=65"),

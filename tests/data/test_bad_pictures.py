@@ -144,7 +144,7 @@ ROWS: dict[
     ),
     "file nested": ({"file_name": {"path": "a.png"}, "text": "x"}, "which is not a file name"),
     "file empty": ({"file_name": "", "text": "x"}, "with '', which is not a file name"),
-    "file absolute": ({"file_name": "/pictures/a.png", "text": "x"}, "which is outside the folder"),
+    "file absolute": ({"file_name": "/images/a.png", "text": "x"}, "which is outside the folder"),
     "file above": (
         {"file_name": "../a.png", "text": "x"},
         "names ../a.png, which is outside the folder",

@@ -28,7 +28,7 @@ def reference(tmp_path: Path) -> Path:
     rows = [
         {
             "class_name": "corgi",
-            "local_path_list": ["pictures/a.png"],
+            "local_path_list": ["images/a.png"],
             "h*w": "832*1264",
             "short_en": "[V] outdoors",
             "medium_en": "[V] sitting outdoors",
@@ -36,7 +36,7 @@ def reference(tmp_path: Path) -> Path:
         },
         {
             "class_name": "corgi",
-            "image_path": "pictures/b.png",
+            "image_path": "images/b.png",
             "short_en": "[V] asleep",
             "medium_en": "",
         },

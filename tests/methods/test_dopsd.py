@@ -97,7 +97,7 @@ class Counted:
 def test_the_announced_cost_is_what_is_computed(states, loss_steps, guidance):
     method = DOPSD(states=states, loss_steps=loss_steps, teacher_guidance=guidance, retention=0.1)
     student, teacher, base = Counted(Plain(0)), Counted(Plain(1)), Counted(Plain(2))
-    without = lambda velocity: torch.no_grad()(velocity)  # noqa: E731
+    without = lambda velocity: torch.no_grad()(velocity)
     data = batch(privileged=context(3), replay=context(4))
     list(method.losses(roles(student, without(teacher), without(base)), data, torch.Generator()))
     assert student.replicates + teacher.replicates + base.replicates == method.forwards(4)
@@ -181,7 +181,7 @@ def test_retention_is_measured_on_the_students_own_walk():
 def test_off_policy_states_are_the_noised_pictures():
     student, teacher, data = Plain(0), Plain(1), seeing()
     reached = []
-    watched = lambda z, t, c: (reached.append(z), student(z, t, c))[1]  # noqa: E731
+    watched = lambda z, t, c: (reached.append(z), student(z, t, c))[1]
     list(
         DOPSD(states="data").losses(roles(watched, teacher), data, torch.Generator().manual_seed(7))
     )

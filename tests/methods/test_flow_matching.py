@@ -91,7 +91,7 @@ def test_invariant_22_with_the_subject_as_its_own_class_dreambooth_is_twice_sft_
 def test_invariant_22_the_class_pictures_never_meet_the_subjects_prompt():
     seen = []
     student = Plain(0)
-    watched = lambda z, t, c: (seen.append((z, c)), student(z, t, c))[1]  # noqa: E731
+    watched = lambda z, t, c: (seen.append((z, c)), student(z, t, c))[1]
     data = batch(prior=class_batch())
     pieces = list(DreamBooth(class_prompt="p").losses(roles(watched), data, torch.Generator()))
     assert [

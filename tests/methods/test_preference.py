@@ -72,7 +72,7 @@ def flat_pso(
     `flow.transition`."""
     rng = torch.Generator().manual_seed(7)
     r = math.sin(eta * math.pi / 2)
-    draw = lambda: torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)  # noqa: E731
+    draw = lambda: torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     sample_in_chunks, generated = [], data.rejected
     if form == "rollout":
         z = draw()
@@ -85,7 +85,7 @@ def flat_pso(
                 break
             fresh = draw()
             std = after * r
-            mean_at = lambda v, z=z, now=now, after=after: (  # noqa: E731
+            mean_at = lambda v, z=z, now=now, after=after: (
                 (1 - after) * (z - now * v) + after * math.sqrt(1 - r * r) * (z + (1 - now) * v)
             )
             z_next = mean_at(u) + std * fresh
@@ -227,7 +227,7 @@ def test_invariant_5_a_small_beta_leaves_the_difference_of_two_fine_tunings():
     rng = torch.Generator().manual_seed(7)
     noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     t = DPO().draw_times(roles(student), data.latents, rng)
-    error = lambda clean: (  # noqa: E731
+    error = lambda clean: (
         (student(noisy(clean, noise, t), t, data.context) - noise + clean) ** 2
     ).mean((1, 2, 3))
     (data.weight * (error(data.latents) - error(data.rejected))).mean().backward()
@@ -251,9 +251,9 @@ def test_invariant_5_beta_times_c_with_weights_over_c_is_the_same():
 def test_invariant_6_tiling_the_latents_leaves_the_loss_alone():
     """Errors are means: a velocity that works pixel by pixel gives the same margin on four copies
     side by side."""
-    pixelwise = lambda z, t, c: 0.3 * z  # noqa: E731
-    other = lambda z, t, c: 0.1 * z  # noqa: E731
-    tiled = lambda x: x.repeat(1, 1, 2, 2)  # noqa: E731
+    pixelwise = lambda z, t, c: 0.3 * z
+    other = lambda z, t, c: 0.1 * z
+    tiled = lambda x: x.repeat(1, 1, 2, 2)
     told = []
     for change in (lambda x: x, tiled):
         terms = [
@@ -351,7 +351,7 @@ def test_invariant_8_a_larger_error_on_the_loser_lowers_the_loss():
     for shift in (0.0, 0.5, 1.0):
         moved = lambda z, t, c, shift=shift: (
             student(z, t, c) + (shift * away if z is terms[1].z else 0)
-        )  # noqa: E731
+        )
         *_, piece = pairwise_losses(roles(moved, base=base), text, terms, 1.0, weight)
         losses.append(piece.log["loss"].item())
     assert losses[0] > losses[1] > losses[2]
@@ -388,7 +388,7 @@ def test_invariant_14_every_state_in_a_likelihood_drew_noise():
 
 def test_invariant_15_every_time_of_the_sampler_is_trained_and_no_other():
     seen = []
-    watched = lambda z, t, c: (seen.append(t), Plain()(z, t, c))[1]  # noqa: E731
+    watched = lambda z, t, c: (seen.append(t), Plain()(z, t, c))[1]
     for method in (PSO(), PSO(form="forward")):
         seen.clear()
         for piece in method.losses(roles(watched), offline(), torch.Generator().manual_seed(0)):
@@ -621,7 +621,7 @@ def test_invariant_26_the_loss_is_finite_for_huge_margins():
 
 
 def test_invariant_26_velocities_in_bfloat16_move_the_margin_by_less_than_two_percent():
-    rounded = lambda model: lambda z, t, c: model(z, t, c).bfloat16().double()  # noqa: E731
+    rounded = lambda model: lambda z, t, c: model(z, t, c).bfloat16().double()
     student, base, weight = Plain(0), Plain(1), torch.ones(3, dtype=torch.float64)
     exact, rough = (
         list(pairwise_losses(roles(a, base=b), context(2), terms_of(student), 2.0, weight))[-1]

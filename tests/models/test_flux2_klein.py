@@ -373,7 +373,7 @@ def test_rows_of_several_lengths_are_not_mixed_with_padding(by_vlm, klein, denoi
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("sight", [TeacherVision("edit"), TeacherVision("vlm")])
+@pytest.mark.parametrize("teacher_vision", [TeacherVision("edit"), TeacherVision("vlm")])
 @pytest.mark.parametrize("shown", [(), REFERENCES])
 def test_blank_contexts_have_the_shapes_of_real_ones(
     folder, text_encoder, by_vlm, teacher_vision, shown

@@ -74,7 +74,7 @@ def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_mode
     session = opened(
         recipe_for(concept, tmp_path, train_on=str(parent)), pocket, pocket_text_encoder
     )
-    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)  # noqa: E731
+    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)
     theirs, own = (
         each.load_denoiser(CPU, torch.float32) for each in (load_family(str(parent)), pocket)
     )
@@ -105,7 +105,7 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
     session = opened(
         recipe_for(concept, tmp_path, training_adapter=str(adapter)), pocket, pocket_text_encoder
     )
-    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)  # noqa: E731
+    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)
     torch.testing.assert_close(
         ask(session.roles.base), ask(with_lora(pocket, adapter)), atol=1e-5, rtol=0
     )

@@ -25,7 +25,7 @@ class Setup:
             self.denoiser.network.enable_gradient_checkpointing()
         self.student = add_lora(self.denoiser.network, pocket.lora_targets, rank=4, alpha=8, seed=0)
         self.teacher = Teacher(self.student, decay)
-        schedule = lambda nfe, h, w: pocket.schedule(nfe or 4, h, w)  # noqa: E731
+        schedule = lambda nfe, h, w: pocket.schedule(nfe or 4, h, w)
         self.roles = make_roles(self.denoiser, self.student, self.teacher, schedule)
         from PIL import Image
 

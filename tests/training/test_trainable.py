@@ -64,7 +64,7 @@ def train_by_hand(dtype, method, steps, rate=1e-2, decay=None):
     denoiser = Plain(dtype)
     student = full_student(denoiser.network, CPU)
     teacher = Teacher(student.weights, method.decay if decay is None else decay, student.base, CPU)
-    schedule = lambda nfe, h, w: Schedule(torch.tensor([1.0, 0.5, 0.0]), (0.0, 0.0))  # noqa: E731
+    schedule = lambda nfe, h, w: Schedule(torch.tensor([1.0, 0.5, 0.0]), (0.0, 0.0))
     roles = make_roles(denoiser, student.weights, teacher, schedule, base=student.base)
     optimizer = torch.optim.SGD(student.weights.values(), lr=rate)
     history = []

@@ -84,7 +84,7 @@ def test_kid_is_unbiased_and_its_subsets_spread():
     assert value > 0 and spread > 0
 
 
-@pytest.mark.parametrize("measure", [fid, kid])
+@pytest.mark.parametrize("metric", [fid, kid])
 def test_a_single_picture_is_no_set(metric):
     with pytest.raises(ValueError, match="each needs at least 2"):
         metric(torch.zeros(1, 4), torch.zeros(5, 4))

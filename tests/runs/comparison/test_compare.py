@@ -195,7 +195,7 @@ def test_the_demo_is_what_the_pocket_identity_recipes_say(method, tmp_path):
         (["--nfe", "many"], "--nfe many: give numbers"),
         (
             ["--equal", "effort"],
-            "--equal effort is no budget: give one of pictures, seconds, forwards.",
+            "--equal effort is no budget: give one of images, seconds, forwards.",
         ),
     ],
 )

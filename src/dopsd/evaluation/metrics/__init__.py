@@ -50,10 +50,10 @@ METRICS = {
     ),
     "lpips": Metric(f"{HERE}.lpips:Lpips", "", "target", False, "scene"),
     "vlm_object": Metric(
-        f"{HERE}.vlm:ObjectJudge", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"
+        f"{HERE}.vlm:ObjectReward", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"
     ),
     "vlm_style": Metric(
-        f"{HERE}.vlm:StyleJudge", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"
+        f"{HERE}.vlm:StyleReward", "Qwen/Qwen3-VL-8B-Instruct", "target", skips="rewrite"
     ),
     "fid": Metric(f"{HERE}.inception:Inception", "", "set", False),
     "kid": Metric(f"{HERE}.inception:Inception", "", "set", False),
