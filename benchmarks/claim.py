@@ -4,7 +4,7 @@
     python benchmarks/claim.py run        # 10 things x 1 seed and 2 things x 3 seeds, at the swept rates
     python benchmarks/claim.py write      # docs/results.md from the numbers
 
-Numbers go to docs/results.json as they come; a unit that is there is not measured again. D-OPSD trains STEPS steps of
+Numbers go to benchmarks/results/claim.json as they come; a unit that is there is not measured again. D-OPSD trains STEPS steps of
 BATCH pictures. SFT is looked at after equally many pictures, after equal wall time, and at its first evaluation whose
 thing_error is D-OPSD's or less (cap: 4 times D-OPSD's wall time, else "never").
 """
@@ -35,7 +35,7 @@ THINGS = tuple(range(HELD_OUT + 200, HELD_OUT + 210))
 REPEATED, SEEDS = THINGS[:2], (0, 1, 2)
 LOOK_EVERY = 40  # SFT steps between two looks at thing_error
 CAP = 4  # times D-OPSD's wall time
-RESULTS, PAGE = Path("docs/results.json"), Path("docs/results.md")
+RESULTS, PAGE = Path("benchmarks/results/claim.json"), Path("docs/results.md")
 MEASURES = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -205,7 +205,7 @@ def _claim_lines(results: dict[str, Any], first: list[dict[str, Any]]) -> list[s
     return [
         "## Set-up",
         "",
-        "Numbers are in `docs/results.json`; measure again with `python benchmarks/claim.py sweep` and `run`.",
+        "Numbers are in `benchmarks/results/claim.json`; measure again with `python benchmarks/claim.py sweep` and `run`.",
         f"Machine: 2 CPU cores, one training a core. {len(first)} held-out things, 1 seed each"
         f" ({len(results['claim'])} trainings of each method in all). Intervals: 95% bootstrap over things.",
         f"Trainings: LoRA rank {RANK}, batch {BATCH}, {STEPS} steps of D-OPSD, constant rate after a warm-up of 10.",

@@ -3,7 +3,7 @@
     python benchmarks/long_run.py         # recipes/pocket-identity-*.yaml on one thing, LONGER times; an hour on a core
 
 Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the recipe's own length,
-and of the end. Numbers go to docs/long_run.json; a run or an exam that is finished is not done again.
+and of the end. Numbers go to benchmarks/results/long_run.json; a run or an exam that is finished is not done again.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from dopsd.training.checkpoint import checkpoints
 THING = 1_000_700
 LONGER = {"sft": 10, "dopsd": 5}  # times the recipe's steps
 LOOK = {"sft": 100, "dopsd": 50}
-RESULTS = Path("docs/long_run.json")
+RESULTS = Path("benchmarks/results/long_run.json")
 
 
 def main(folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = Path("runs/long")) -> None:

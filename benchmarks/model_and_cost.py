@@ -2,7 +2,7 @@
 
     python benchmarks/model_and_cost.py   # needs no training; says of each table by which command it was measured
 
-A number that is not in a JSON file of docs/ is not on the page; tests/test_pages.py holds the two equal.
+Every number on the page is in a JSON file of benchmarks/results; tests/test_docs.py compares the two.
 """
 
 import json
@@ -18,8 +18,8 @@ from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_text
 from dopsd.runs.comparison.table import KEPT, MEASURES
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "model_and_cost.md"
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "model_and_cost.md"
 HEAD = """# Does D-OPSD depend on the model, and what does it cost?
 
 Written by `python benchmarks/model_and_cost.py` from JSON files in this folder; no number is typed in. All of it is
@@ -36,7 +36,7 @@ TRAINING = """## What does training cost?
 One batch, forward and backward. Forwards: of the network, a backward counted as two. One backward for all steps is what
 D-OPSD's reference code does; here each step has its own. A judge costs what it costs, and is not in the rows. Seconds:
 the median of a few batches, to be read as ratios. By `python
-benchmarks/step_cost.py --threads 1 --repeats 3 --json docs/step_cost.json`.
+benchmarks/step_cost.py --threads 1 --repeats 3 --json benchmarks/results/step_cost.json`.
 """
 SAMPLING = """## What does it cost afterwards?
 
@@ -48,7 +48,7 @@ WORDS = """
 thing_error, speckle and bleed: lower is better. bleed: by how much thing_error falls when the prompt gives another
 name, or none. The teacher sees a picture; the parent is the many-step model under guidance, two forwards a step. By
 `dopsd compare recipes/pocket-identity-dopsd.yaml recipes/pocket-identity-sft.yaml --nfe 1,2,4,8 --json
-docs/step_budgets.json` on thing 1000700.
+benchmarks/results/step_budgets.json` on thing 1000700.
 """
 TOO_LONG = """## How long is too long?
 
@@ -73,7 +73,7 @@ def page() -> str:
 
 
 def _dependence() -> list[str]:
-    rows = [row for row in _read("results.json")["claim"] if row["seed"] == 0]
+    rows = [row for row in _read("claim.json")["claim"] if row["seed"] == 0]
     lead = np.array([row["base"]["thing_error"] - row["teacher"]["thing_error"] for row in rows])
     won = np.array([row["base"]["thing_error"] - row["dopsd"]["thing_error"] for row in rows])
     held = spearman(lead, won)
@@ -108,7 +108,7 @@ def _training_cost() -> list[str]:
 
 
 def _what_is_kept() -> list[str]:
-    rows = [row for row in _read("results.json")["claim"] if row["seed"] == 0]
+    rows = [row for row in _read("claim.json")["claim"] if row["seed"] == 0]
     match = [row for row in rows if row["sft_first_match"]]
 
     def over(key: str, measure: str, group: list[dict[str, Any]]) -> str:
@@ -165,7 +165,7 @@ def _ranked(found: Any) -> str:
 
 
 def _read(name: str) -> Any:
-    return json.loads((DOCS / name).read_text(encoding="utf-8"))
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python -m dopsd.pocket pictures runs/pocket-thing
     python -m dopsd.pocket parent runs/pocket-parent
     dopsd adapter train recipes/table1/adapter-prompts.txt --pictures 8 --steps 200
-    dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json docs/ablations.json
-    dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json docs/table1.json
+    dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json benchmarks/results/ablations.json
+    dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json benchmarks/results/table1.json
     python -m dopsd.pocket pictures runs/pocket-domain --count 32
-    dopsd compare recipes/table2/*.yaml --equal forwards --units 3 --json docs/table2.json
+    dopsd compare recipes/table2/*.yaml --equal forwards --units 3 --json benchmarks/results/table2.json
     python benchmarks/claim.py write          # docs/results.md, with sections on these
 
 The statements below are the paper's, as known to us at second hand, written down before the numbers were seen; two were
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parent / "results"
+RECIPES = Path(__file__).parents[1] / "recipes"
 MEASURES = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
 BETTER_IF_LESS = {"thing_error", "bleed", "speckle"}
 
@@ -90,7 +91,7 @@ def sections() -> list[str]:
     """For docs/results.md: one section a comparison that was run."""
     lines: list[str] = []
     for title, name, statements in TABLES:
-        file = DOCS / f"{name}.json"
+        file = RESULTS / f"{name}.json"
         if file.is_file():
             lines += _section(title, name, json.loads(file.read_text(encoding="utf-8")), statements)
     return lines
@@ -101,7 +102,7 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
     lines = [
         f"## {title}",
         "",
-        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in `docs/{name}.json`. NFE {nfe};",
+        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in `benchmarks/results/{name}.json`. NFE {nfe};",
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",
         "",
@@ -111,7 +112,7 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
     for model, row in found.items():
         cells = [_cell(row["nfe"][nfe][measure]) for measure in MEASURES]
         lines.append(f"| {model} | {' | '.join(cells)} | {'-' if not row['pictures'] else round(row['pictures'])} |")
-    recipes = sorted(file.stem for file in (DOCS.parent / "recipes" / name).glob("*.yaml"))
+    recipes = sorted(file.stem for file in (RECIPES / name).glob("*.yaml"))
     if later := [recipe for recipe in recipes if recipe not in found]:
         lines += ["", f"Not run yet: {', '.join(later)}."]
     lines += [

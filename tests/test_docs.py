@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(("script", "page"), [("claim", "results.md"), ("model_and_cost", "model_and_cost.md")])
@@ -19,7 +20,7 @@ def test_the_page_is_what_its_script_writes(script: str, page: str, monkeypatch)
 
 def test_the_readmes_comparison_is_what_was_measured():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    for model, row in json.loads((ROOT / "docs" / "table1.json").read_text(encoding="utf-8")).items():
+    for model, row in json.loads((RESULTS / "table1.json").read_text(encoding="utf-8")).items():
         if model != "teacher":
             found = row["nfe"]["4"]
             cells = (f"{found[m]['value']:.3f}" for m in ("thing_error", "thing_hit", "sharpness", "attributes"))
@@ -27,7 +28,7 @@ def test_the_readmes_comparison_is_what_was_measured():
 
 
 def test_every_full_size_recipe_says_the_memory_that_was_forecast_for_it():
-    rows = json.loads((ROOT / "docs" / "forecast.json").read_text(encoding="utf-8"))
+    rows = json.loads((RESULTS / "forecast.json").read_text(encoding="utf-8"))
     files = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("pocket")}
     assert {row["recipe"] for row in rows} == files.keys(), "run benchmarks/forecast.py again"
     for row in rows:
