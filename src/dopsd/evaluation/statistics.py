@@ -25,7 +25,7 @@ def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval
     """Mean of values [N], or [prompts, seeds] with a row a prompt, and its 95% interval. NaN is left out.
 
     What is resampled are prompts, each with all its seeds: a prompt's mean already carries the noise of its seeds, and
-    resampling these as well would count it twice (docs/measures.md has the coverage of both). Of a single prompt the
+    resampling these as well would count it twice (docs/metrics.md has the coverage of both). Of a single prompt the
     seeds are resampled: the interval then says nothing of other prompts.
     """
     table = np.asarray(values, dtype=float)

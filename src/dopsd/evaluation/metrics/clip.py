@@ -73,7 +73,7 @@ class Aesthetic:
         self.clip = Clip(model, device, "the aesthetic judge's CLIP")
         file = self.clip.folder / HEAD
         if not file.is_file():
-            raise ValueError(f"{file} is missing: the aesthetic head, as safetensors (docs/measures.md says how).")
+            raise ValueError(f"{file} is missing: the aesthetic head, as safetensors (docs/metrics.md says how).")
         self.linears = _linears(read_tensors(file), self.clip.model.config.projection_dim, str(file), device)
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:

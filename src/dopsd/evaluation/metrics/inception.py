@@ -2,7 +2,7 @@
 
 Written out here, so that no torchvision is needed. It is Inception-V3 of arXiv:1512.00567 with TensorFlow's average
 pooling (padding is not counted) and a max pooling in the last block, as the weights of 2015-12-05 want it. Weights:
-`inception_fid.safetensors`, see docs/measures.md. Pictures are resized by Pillow's antialiased bicubic, in floats, as
+`inception_fid.safetensors`, see docs/metrics.md. Pictures are resized by Pillow's antialiased bicubic, in floats, as
 arXiv:2104.11222 ("clean-fid") shows to matter.
 """
 
@@ -42,7 +42,7 @@ class Inception:
     def __init__(self, model: str, device: torch.device):
         file = Checkpoint(model, called=f"the model of fid and kid, {model},").part() / WEIGHTS
         if not file.is_file():
-            raise ValueError(f"{file} is missing: FID's Inception-V3 (docs/measures.md says how to make it).")
+            raise ValueError(f"{file} is missing: FID's Inception-V3 (docs/metrics.md says how to make it).")
         tensors = {name: t for name, t in read_tensors(file).items() if not name.startswith(("fc.", "AuxLogits."))}
         with torch.device("meta"):
             self.network = InceptionV3().eval()

@@ -1,6 +1,6 @@
 """LPIPS-D: perceptual distance by the layers of a VGG16, weighted by what people saw (arXiv:1801.03924, version 0.1).
 
-VGG16 is written out here, so that no torchvision is needed. Weights: `lpips_vgg16.safetensors`, see docs/measures.md.
+VGG16 is written out here, so that no torchvision is needed. Weights: `lpips_vgg16.safetensors`, see docs/metrics.md.
 """
 
 import torch
@@ -23,7 +23,7 @@ class Lpips:
     def __init__(self, model: str, device: torch.device):
         file = Checkpoint(model, called=f"the model of lpips, {model},").part() / WEIGHTS
         if not file.is_file():
-            raise ValueError(f"{file} is missing: VGG16 with LPIPS' weights (docs/measures.md says how to make it).")
+            raise ValueError(f"{file} is missing: VGG16 with LPIPS' weights (docs/metrics.md says how to make it).")
         self.weights = {name: tensor.float().to(device) for name, tensor in read_tensors(file).items()}
         wanted = [f"features.{n}.{kind}" for stage in STAGES for n in stage for kind in ("weight", "bias")]
         wanted += [f"lin{index}.model.1.weight" for index in range(len(STAGES))]
