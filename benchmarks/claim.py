@@ -4,9 +4,10 @@
     python benchmarks/claim.py run        # 10 things x 1 seed and 2 things x 3 seeds, at the swept rates
     python benchmarks/claim.py write      # docs/results.md from the numbers
 
-Numbers go to benchmarks/results/claim.json as they come; a unit that is there is not measured again. D-OPSD trains STEPS steps of
-BATCH pictures. SFT is looked at after equally many pictures, after equal wall time, and at its first evaluation whose
-thing_error is D-OPSD's or less (cap: 4 times D-OPSD's wall time, else "never").
+Numbers go to benchmarks/results/claim.json as they come; a unit that is there is not measured again.
+D-OPSD trains STEPS steps of BATCH images. SFT is evaluated after equally many images, after equal wall
+time, and at its first evaluation whose thing_error is D-OPSD's or less (cap: 4 times D-OPSD's wall time,
+else "never").
 """
 
 import json
@@ -205,7 +206,8 @@ def _claim_lines(results: dict[str, Any], first: list[dict[str, Any]]) -> list[s
     return [
         "## Set-up",
         "",
-        "Numbers are in `benchmarks/results/claim.json`; measure again with `python benchmarks/claim.py sweep` and `run`.",
+        "Numbers are in `benchmarks/results/claim.json`; measure again with",
+        "`python benchmarks/claim.py sweep` and `run`.",
         f"Machine: 2 CPU cores, one training a core. {len(first)} held-out things, 1 seed each"
         f" ({len(results['claim'])} trainings of each method in all). Intervals: 95% bootstrap over things.",
         f"Trainings: LoRA rank {RANK}, batch {BATCH}, {STEPS} steps of D-OPSD, constant rate after a warm-up of 10.",

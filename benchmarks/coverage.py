@@ -1,7 +1,8 @@
 """How often 95% intervals hold the truth, by simulated experiments: `python benchmarks/coverage.py` (about 3 minutes).
 
-Prompts and seeds are normal. "prompts": dopsd.evaluation.statistics.bootstrap, which resamples prompts with all their seeds and
-widens the percentiles. "plain": the same without widening. "both": plain, resampling seeds within drawn prompts too.
+Prompts and seeds are normal. "prompts": dopsd.evaluation.statistics.bootstrap, which resamples prompts
+with all their seeds and widens the percentiles. "plain": the same without widening. "both": plain,
+resampling seeds within drawn prompts too.
 """
 
 import numpy as np

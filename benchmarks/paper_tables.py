@@ -102,7 +102,8 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
     lines = [
         f"## {title}",
         "",
-        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in `benchmarks/results/{name}.json`. NFE {nfe};",
+        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in",
+        f"`benchmarks/results/{name}.json`. NFE {nfe};",
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",
         "",
