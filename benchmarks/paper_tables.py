@@ -107,7 +107,7 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",
         "",
-        f"| model | {' | '.join(MEASURES)} | pictures |",
+        f"| model | {' | '.join(MEASURES)} | images |",
         "|---" * (len(MEASURES) + 2) + "|",
     ]
     for model, row in found.items():
@@ -117,8 +117,8 @@ def _section(title: str, name: str, found: dict[str, Any], statements: Sequence[
     if later := [recipe for recipe in recipes if recipe not in found]:
         lines += ["", f"Not run yet: {', '.join(later)}."]
     lines += [
-        "", "Of the three things: on how many it is as the paper says / within the noise floor / the other way. Floor:",
-        "the largest difference that other noise makes to the untouched model on one of them.", "",
+        "", "The last column counts the three things: as the paper says / within the noise floor / the other way.",
+        "Floor: the largest difference that other noise makes to the base model on one of them.", "",
         "| the paper says | measure | here | floor | things |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for each in statements:

@@ -110,7 +110,8 @@ def section() -> list[str]:
                      f"{counts[0]} of {len(group)} | {counts[1]} | {counts[2]} |")  # fmt: skip
     always = max(_enough(rows), len(rows) - _enough(rows))
     lines += ["", f"Saying the same of every thing would have been right for {always} of {len(rows)}.", "",
-              "| thing | out of the world in | nearer | verdict | thing_error before, after | learned | right |",
+              "| thing | differs from the training world in | nearer | verdict "
+              "| thing_error before, after | learned | right |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         by = row["nearer"]
