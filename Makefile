@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PIP := .venv/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 
-.PHONY: help env demo test test-all lint clean
+.PHONY: help env demo test test-all lint docs reference clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -34,6 +34,13 @@ test-all: env  ## all tests
 lint: env  ## ruff and pyright
 	@.venv/bin/ruff check .
 	@.venv/bin/pyright
+
+docs: env  ## build the documentation into build/site; a broken link or anchor is an error
+	@.venv/bin/zensical build --strict
+	@echo "Open build/site/index.html, or: .venv/bin/python -m http.server -d build/site"
+
+reference: env  ## write docs/reference/*.md anew from the recipe schema, the commands and the Python API
+	@.venv/bin/python docs/reference/generate.py
 
 clean:  ## remove the environment and caches, not the runs
 	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

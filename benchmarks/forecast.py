@@ -1,7 +1,7 @@
 """What a step of a recipe would take of a GPU's memory, by shapes alone: no weight, no GPU, no
 network.
 
-    python benchmarks/forecast.py recipes/{zimage,klein,sdxl}-*.yaml --json docs/forecast.json
+    python benchmarks/forecast.py recipes/{zimage,klein,sdxl}-*.yaml --json benchmarks/results/forecast.json
     python benchmarks/forecast.py recipes/zimage-turbo-identity-dopsd.yaml --set model.quantize=nf4
 
 As `dopsd check --card` says, without the checkpoints: each is a folder of configs written down

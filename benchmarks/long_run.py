@@ -27,7 +27,7 @@ from dopsd.training.checkpoint import checkpoints
 THING = 1_000_700
 LONGER = {"sft": 10, "dopsd": 5}  # times the recipe's steps
 LOOK = {"sft": 100, "dopsd": 50}
-RESULTS = Path("docs/long_run.json")
+RESULTS = Path("benchmarks/results/long_run.json")
 
 
 def main(

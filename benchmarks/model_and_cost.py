@@ -14,47 +14,47 @@ from typing import Any
 import numpy as np
 import typer
 from claim import _interval as interval
-from preflight import is_right, learned
 
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_text
 from dopsd.runs.comparison.table import KEPT, METRICS
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "model_and_cost.md"
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "model_and_cost.md"
 HEAD = """# Does D-OPSD depend on the model, and what does it cost?
 
-Written by `python benchmarks/model_and_cost.py` from JSON files in this folder; no number is typed in. All of it is
-measured on pocket (2 M parameters, 2 CPU cores): what a large model does may differ.
+Written by `python benchmarks/model_and_cost.py` from the JSON files in `benchmarks/results`. All of it
+is measured on pocket (2 M parameters, 2 CPU cores): a large model may differ.
 """
 DEPENDENCE = """## Does it depend on the model?
 
-On one ability of it: painting a subject that stands in its context. The student is pulled to what the same model
-paints when it sees the picture, and learns that, no more. `dopsd list` says which families have a teacher that sees
-pictures; whether it sees *your* pictures is what `dopsd preflight` asks.
+It depends on one ability: generating a subject that stands in the model's context. The student is pulled
+to what the same model generates when it sees the image, and learns that, no more. `dopsd list` says which
+model families have a teacher that sees images; `dopsd preflight` says whether it can show *your* images.
 """
 TRAINING = """## What does training cost?
 
-One batch, forward and backward. Forwards: of the network, a backward counted as two. One backward for all steps is what
-D-OPSD's reference code does; here each step has its own. A judge costs what it costs, and is not in the rows. Seconds:
-the median of a few batches, to be read as ratios. By `python
-benchmarks/step_cost.py --threads 1 --repeats 3 --json docs/step_cost.json`.
+One batch of 4 images, forward and backward, LoRA rank 16, activations kept. Forwards: of the network, a
+backward counted as two. D-OPSD's reference code runs one backward for all steps; here each step has its own.
+The reward model of `pso_online` is not in the rows. Seconds: the median of a few batches, to be read as
+ratios. Memory: live tensor bytes, the same on every machine. By
+`python benchmarks/step_cost.py --threads 1 --repeats 3 --json benchmarks/results/step_cost.json`.
 """
 SAMPLING = """## What does it cost afterwards?
 
-Nothing is added when sampling: the result is a LoRA file, painted with as many forwards as before. What each number
-of forwards holds, on one thing, one training each (mean, mean difference to the untouched model at the same number,
-and after ± half of its 95% interval over prompts):
+Sampling costs what it did: the result is a LoRA file, used with as many forwards as before. Scores at each
+number of forwards, on one thing, one training each (mean, mean difference to the base model at the same
+number, and after ± half of its 95% interval over prompts):
 """
 WORDS = """
-thing_error, speckle and bleed: lower is better. bleed: by how much thing_error falls when the prompt gives another
-name, or none. The teacher sees a picture; the parent is the many-step model under guidance, two forwards a step. By
-`dopsd compare recipes/pocket-identity-dopsd.yaml recipes/pocket-identity-sft.yaml --nfe 1,2,4,8 --json
-docs/step_budgets.json` on thing 1000700.
+thing_error, speckle and bleed: lower is better. bleed: by how much thing_error falls when the prompt gives
+another name, or none. The teacher sees an image; the many-step model runs under guidance, two forwards a
+step. By `dopsd compare recipes/pocket-identity-dopsd.yaml recipes/pocket-identity-sft.yaml --nfe 1,2,4,8`
+with `--json benchmarks/results/step_budgets.json`, on thing 1000700.
 """
 TOO_LONG = """## How long is too long?
 
-The recipe, far beyond its length, on thing {thing}; one training each, with checkups on the way
+The recipe, far beyond its length, on thing {thing}; one training each, with health checks on the way
 ([health](health.md)). By `python benchmarks/long_run.py`.
 """
 NAMES = {
@@ -87,7 +87,7 @@ def page() -> str:
 
 
 def _dependence() -> list[str]:
-    rows = [row for row in _read("results.json")["claim"] if row["seed"] == 0]
+    rows = [row for row in _read("claim.json")["claim"] if row["seed"] == 0]
     lead = np.array([row["base"]["thing_error"] - row["teacher"]["thing_error"] for row in rows])
     won = np.array([row["base"]["thing_error"] - row["dopsd"]["thing_error"] for row in rows])
     held = spearman(lead, won)
@@ -162,6 +162,7 @@ def _sampling_cost() -> list[str]:
         "|---|---|" + "---|" * len(METRICS),
     ]
     for name, model in models.items():
+        shown = "many-step model" if model["kind"] == "parent" else name
         for nfe, scores in model["nfe"].items():
             lines.append(
                 f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in METRICS)} |"
@@ -203,7 +204,7 @@ def _ranked(found: Any) -> str:
 
 
 def _read(name: str) -> Any:
-    return json.loads((DOCS / name).read_text(encoding="utf-8"))
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def sections() -> list[str]:
     """For docs/results.md: one section a comparison that was run."""
     lines: list[str] = []
     for title, name, statements in TABLES:
-        file = DOCS / f"{name}.json"
+        file = RESULTS / f"{name}.json"
         if file.is_file():
             lines += _section(title, name, json.loads(file.read_text(encoding="utf-8")), statements)
     return lines
@@ -136,7 +136,8 @@ def _section(
     lines = [
         f"## {title}",
         "",
-        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in `docs/{name}.json`. NFE {nfe};",
+        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in",
+        f"`benchmarks/results/{name}.json`. NFE {nfe};",
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",
         "",

@@ -32,12 +32,13 @@ from dopsd.runs.preflight import ENOUGH, preflight
 
 THINGS = (*range(HELD_OUT + 910, HELD_OUT + 920), *range(OUT_OF_WORLD + 10, OUT_OF_WORLD + 20))
 STEPS, RATE, SEEDS = 80, 1e-3, 8
-RESULTS = Path("docs/preflight.json")
+RESULTS = Path("benchmarks/results/preflight.json")
 ABOUT = """## Does preflight predict what D-OPSD learns?
 
-`python benchmarks/preflight.py run`; numbers in `docs/preflight.json`. {count} things, one training each of {steps}
-steps of {batch} pictures, LoRA rank {rank}, rate {rate:g}, seed 0, 2 CPU cores; preflight with {seeds} noises a
-picture. nearer: the share by which the teacher comes nearer to the training pictures; learned: the share of
+`python benchmarks/preflight.py run`; numbers in `benchmarks/results/preflight.json`.
+{count} things, one training each of {steps} steps of {batch} images, LoRA rank {rank}, rate {rate:g},
+seed 0, 2 CPU cores; preflight with {seeds} noises an image. nearer: the share by which the teacher
+comes nearer to the training images; learned: the share of
 thing_error (24 unseen scenes) that training took away. The sentence is right when it says "can" and learned is
 {enough:.2f} or more, or says "little" or "cannot" and learned is less; this rule and the score were fixed on other
 things before these were looked at.

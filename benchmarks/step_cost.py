@@ -1,7 +1,7 @@
 """What one training batch costs: seconds and peak bytes, per method and number of steps K, in one
 run.
 
-    python benchmarks/step_cost.py --json step_cost.json
+    python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 
 Variant `per_visit` is what dopsd does, one backward at each visited state; `one_backward` keeps all
 K graphs and runs backward once, as the reference code of D-OPSD does. Peak bytes are live tensor

@@ -20,7 +20,7 @@ def evaluate(
     metric: Annotated[
         list[str],
         typer.Option(
-            help="NAME, NAME=MODEL (hub id or folder), or module:attribute. Repeatable; docs/measures.md.",
+            help="NAME, NAME=MODEL (hub id or folder), or module:attribute. Repeatable; docs/metrics.md.",
             show_default=False,
         ),
     ],

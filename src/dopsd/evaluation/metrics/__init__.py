@@ -81,7 +81,7 @@ def find_metric(name: str) -> Found:
         Checkpoint(model, called=f"the model of {short}, {model},")
     elif metric.model is not None:
         raise ValueError(
-            f"{short} has no usual model: name a folder, {short}=<folder> (docs/measures.md says what in it)."
+            f"{short} has no usual model: name a folder, {short}=<folder> (docs/metrics.md says what in it)."
         )
     return Found(name, short, _attribute(metric.made), model, metric)
 
