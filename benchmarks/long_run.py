@@ -4,8 +4,8 @@ what bleeds?
     python benchmarks/long_run.py         # recipes/pocket-identity-*.yaml on one thing, LONGER times; an hour on a core
 
 Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the
-recipe's own length, and of the end. Numbers go to docs/long_run.json; a run or an exam that is
-finished is not done again.
+recipe's own length, and of the end. Numbers go to benchmarks/results/long_run.json; a run or an
+exam that is finished is not done again.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from dopsd.config.recipe import load_recipe
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
 from dopsd.pocket.benchmark import write_concept
-from dopsd.runs.comparison.evaluate import Candidate, Evaluator
+from dopsd.runs.comparison.evaluate import Evaluator, Candidate
 from dopsd.runs.comparison.table import Entry, tabulate
 from dopsd.runs.outputs.folder import read_rows
 from dopsd.runs.train import train

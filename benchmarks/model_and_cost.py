@@ -3,8 +3,8 @@ what does it cost?
 
     python benchmarks/model_and_cost.py   # needs no training; says of each table by which command it was measured
 
-A number that is not in a JSON file of docs/ is not on the page; tests/test_pages.py holds the two
-equal.
+Every number on the page is in a JSON file of benchmarks/results; tests/test_docs.py compares the
+two.
 """
 
 import json
@@ -75,14 +75,7 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    lines = [
-        HEAD,
-        *_dependence(),
-        *_training_cost(),
-        *_what_is_kept(),
-        *_sampling_cost(),
-        *_too_long(),
-    ]
+    lines = [HEAD, *_dependence(), *_training_cost(), *_sampling_cost(), *_too_long()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -91,23 +84,16 @@ def _dependence() -> list[str]:
     lead = np.array([row["base"]["thing_error"] - row["teacher"]["thing_error"] for row in rows])
     won = np.array([row["base"]["thing_error"] - row["dopsd"]["thing_error"] for row in rows])
     held = spearman(lead, won)
-    things = _read("preflight.json")
-    found = spearman(
-        np.array([t["nearer"]["value"] for t in things]), np.array([learned(t) for t in things])
-    )
-    right = sum(map(is_right, things))
     return [
         DEPENDENCE,
         "| | |",
         "|---|---|",
-        f"| thing_error that the teacher takes away, {len(rows)} things | {interval(lead.tolist())} |",
-        f"| thing_error that D-OPSD takes away | {interval(won.tolist())} |",
-        f"| share of the teacher's that D-OPSD reaches | {interval((won / lead).tolist())} |",
+        f"| thing_error that the teacher removes, {len(rows)} things | {interval(lead.tolist())} |",
+        f"| thing_error that D-OPSD removes | {interval(won.tolist())} |",
         f"| rank correlation of the two over things | {_ranked(held)} |",
-        f"| rank correlation of preflight's score and what is learned, {len(things)} things | {_ranked(found)} |",
-        f"| preflight's sentence was right | {right} of {len(things)} |",
         "",
-        "By `benchmarks/claim.py run` and `benchmarks/preflight.py run`; all things in [results](results.md).",
+        "By `benchmarks/claim.py run`. The closed gap, and how well preflight predicts what is learned, are in",
+        "[results](results.md).",
         "",
     ]
 
@@ -117,7 +103,7 @@ def _training_cost() -> list[str]:
     sft = next(row for row in rows if row["method"] == "sft")
     lines = [
         TRAINING,
-        "| method | steps of the walk | forwards a picture | seconds | over SFT | peak memory, MB |",
+        "| method | steps of the rollout | forwards an image | seconds | over SFT | peak memory, MB |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -128,30 +114,6 @@ def _training_cost() -> list[str]:
             f"{row['peak_bytes'] / 1e6:.1f} |"
         )
     return [*lines, ""]
-
-
-def _what_is_kept() -> list[str]:
-    rows = [row for row in _read("results.json")["claim"] if row["seed"] == 0]
-    match = [row for row in rows if row["sft_first_match"]]
-
-    def over(key: str, metric: str, group: list[dict[str, Any]]) -> str:
-        return interval([row[key][metric] / row["base"][metric] for row in group])
-
-    return [
-        "For the same thing_error SFT needs less time, and pays with sharpness, not with attributes:",
-        "",
-        "| | D-OPSD | SFT, where it first has D-OPSD's thing_error |",
-        "|---|---|---|",
-        f"| seconds | {interval([r['dopsd']['seconds'] for r in rows], 0)} | "
-        f"{interval([r['sft_first_match']['seconds'] for r in match], 0)} |",
-        f"| sharpness over the untouched model's | {over('dopsd', 'sharpness', rows)} | "
-        f"{over('sft_first_match', 'sharpness', match)} |",
-        f"| attributes over the untouched model's | {over('dopsd', 'attributes', rows)} | "
-        f"{over('sft_first_match', 'attributes', match)} |",
-        "",
-        f"{len(match)} of {len(rows)} things reached it. By `benchmarks/claim.py run`.",
-        "",
-    ]
 
 
 def _sampling_cost() -> list[str]:
@@ -165,7 +127,7 @@ def _sampling_cost() -> list[str]:
         shown = "many-step model" if model["kind"] == "parent" else name
         for nfe, scores in model["nfe"].items():
             lines.append(
-                f"| {name} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in METRICS)} |"
+                f"| {shown} | {nfe} | {' | '.join(_score(scores[m], m, name == 'base') for m in METRICS)} |"
             )
     return [*lines, WORDS]
 

@@ -3,10 +3,10 @@
     python -m dopsd.pocket images runs/pocket-thing
     python -m dopsd.pocket parent runs/pocket-parent
     dopsd adapter train recipes/table1/adapter-prompts.txt --images 8 --steps 200
-    dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json docs/ablations.json
-    dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json docs/table1.json
+    dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json benchmarks/results/ablations.json
+    dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json benchmarks/results/table1.json
     python -m dopsd.pocket images runs/pocket-domain --count 32
-    dopsd compare recipes/table2/*.yaml --equal forwards --units 3 --json docs/table2.json
+    dopsd compare recipes/table2/*.yaml --equal forwards --units 3 --json benchmarks/results/table2.json
     python benchmarks/claim.py write          # docs/results.md, with sections on these
 
 The statements below are the paper's, as known to us at second hand, written down before the numbers
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parent / "results"
+RECIPES = Path(__file__).parents[1] / "recipes"
 METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
 BETTER_IF_LESS = {"thing_error", "bleed", "speckle"}
 
@@ -141,7 +142,7 @@ def _section(
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",
         "",
-        f"| model | {' | '.join(METRICS)} | pictures |",
+        f"| model | {' | '.join(METRICS)} | images |",
         "|---" * (len(METRICS) + 2) + "|",
     ]
     for model, row in found.items():
@@ -149,13 +150,13 @@ def _section(
         lines.append(
             f"| {model} | {' | '.join(cells)} | {'-' if not row['images'] else round(row['images'])} |"
         )
-    recipes = sorted(file.stem for file in (DOCS.parent / "recipes" / name).glob("*.yaml"))
+    recipes = sorted(file.stem for file in (RECIPES / name).glob("*.yaml"))
     if later := [recipe for recipe in recipes if recipe not in found]:
         lines += ["", f"Not run yet: {', '.join(later)}."]
     lines += [
         "",
-        "Of the three things: on how many it is as the paper says / within the noise floor / the other way. Floor:",
-        "the largest difference that other noise makes to the untouched model on one of them.",
+        "The last column counts the three things: as the paper says / within the noise floor / the other way.",
+        "Floor: the largest difference that other noise makes to the base model on one of them.",
         "",
         "| the paper says | measure | here | floor | things |",
         "|---|---|---|---|---|",

@@ -131,7 +131,8 @@ def section() -> list[str]:
         "",
         f"Saying the same of every thing would have been right for {always} of {len(rows)}.",
         "",
-        "| thing | out of the world in | nearer | verdict | thing_error before, after | learned | right |",
+        "| thing | differs from the training world in | nearer | verdict "
+        "| thing_error before, after | learned | right |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

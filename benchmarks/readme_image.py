@@ -3,8 +3,9 @@
     dopsd demo                                # writes runs/demo
     python benchmarks/readme_image.py         # writes docs/assets/demo.png
 
-Columns are the first of the benchmark's unseen scenes and of its unrelated prompts, in its own order: nothing
-is picked by hand. Prompts and noise are those of the measurement, so these are images that the table counts.
+Columns are the first of the benchmark's unseen scenes and of its unrelated prompts, in its own
+order: nothing is picked by hand. Prompts and noise are those of the measurement, so these are
+images that the table counts.
 """
 
 import textwrap
@@ -16,12 +17,13 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from dopsd import load_family, sample
-from dopsd.images import to_images
-from dopsd.pocket.benchmark import NOISE_SEED, Sheet, caption, lesson_of, truth
+from dopsd.images import to_pil
+from dopsd.pocket.benchmark import NOISE_SEED, Sheet, caption, concept_of, truth
 from dopsd.pocket.world.captions import caption_of
 
 SCENES, UNRELATED = 4, 2
-SIDE, GAP, LABEL, HEADER = 128, 6, 92, 62  # pixels: an image, between images, row labels, column labels
+# Pixels: an image, between images, row labels, column labels
+SIDE, GAP, LABEL, HEADER = 128, 6, 92, 62
 SECTION = 18  # pixels between the two groups of columns
 ROWS = {"base": None, "SFT": "sft", "D-OPSD": "dopsd"}
 TITLES = ("The new thing in new scenes", "Unrelated prompts")
@@ -30,18 +32,24 @@ MOST_BYTES = 200_000
 
 def main(
     demo: Annotated[Path, typer.Argument(help="Folder of a finished demo.")] = Path("runs/demo"),
-    file: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("docs/assets/demo.png"),
+    file: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path(
+        "docs/assets/demo.png"
+    ),
 ) -> None:
     """Generate the images with each LoRA file of the demo and lay them out with labels."""
-    thing = lesson_of(demo / "pictures")
+    thing = concept_of(demo / "images")
     if thing is None:
         raise typer.BadParameter(f"{demo} holds no finished demo: run `dopsd demo` first.")
-    reader = load_family("pocket").load_reader(torch.device("cpu"), torch.float32, pictures=False)
-    sheet = Sheet.write(thing, reader)
+    text_encoder = load_family("pocket").load_text_encoder(
+        torch.device("cpu"), torch.float32, images=False
+    )
+    sheet = Sheet.write(thing, text_encoder)
     scenes = [caption(scene, thing) for scene in sheet.scenes[:SCENES]]
     unrelated = [caption_of(stated) for stated in sheet.stated[:UNRELATED]]
 
-    rows: dict[str, list[Image.Image]] = {"how it\nshould look": to_images(truth(sheet.scenes[:SCENES]))}
+    rows: dict[str, list[Image.Image]] = {
+        "how it\nshould look": to_pil(truth(sheet.scenes[:SCENES]))
+    }
     for label, run in ROWS.items():
         lora = demo / run / f"{run}.safetensors" if run else None
         rows[label] = sample("pocket", scenes, lora, seed=NOISE_SEED)
@@ -56,7 +64,9 @@ def main(
 
 def lay_out(rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
     """One labelled grid; rows may be shorter than the list of prompts."""
-    lefts = [LABEL + k * (SIDE + GAP) + (SECTION if k >= SCENES else 0) for k in range(len(prompts))]
+    lefts = [
+        LABEL + k * (SIDE + GAP) + (SECTION if k >= SCENES else 0) for k in range(len(prompts))
+    ]
     size = (lefts[-1] + SIDE + GAP, HEADER + len(rows) * (SIDE + GAP))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)

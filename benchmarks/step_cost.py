@@ -84,9 +84,8 @@ def workbench(model: str, batch_size: int) -> tuple[Roles, Batch]:
         student,
         Teacher(student, 0.9999),
         lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
-        score=lambda clean, prompts: clean.mean(
-            (1, 2, 3)
-        ),  # any: what a reward costs is its own affair
+        # Any: what a reward costs is its own affair
+        score=lambda clean, prompts: clean.mean((1, 2, 3)),
     )
     prompts = ("a zib toy at the left on night",) * batch_size
     image = Image.new("RGB", (family.resolution, family.resolution), "red")

@@ -109,7 +109,14 @@ def _kind(kind: Any) -> str:
         return " or ".join(dict.fromkeys(_kind(part) for part in parts if part is not type(None)))
     if origin in (tuple, list):
         return f"list of {_kind(parts[0])}"
-    names = {str: "text", int: "integer", float: "number", bool: "true, false", Path: "path", dict: "mapping"}
+    names = {
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true, false",
+        Path: "path",
+        dict: "mapping",
+    }
     return names.get(kind, "mapping")
 
 
@@ -117,7 +124,16 @@ def cli_page() -> str:
     """Every command with its arguments and options."""
     lines = [CLI]
     for name, command in commands():
-        lines += [f"## dopsd {name}", "", _sentence(command.help), "", "```", _usage(name, command), "```", ""]
+        lines += [
+            f"## dopsd {name}",
+            "",
+            _sentence(command.help),
+            "",
+            "```",
+            _usage(name, command),
+            "```",
+            "",
+        ]
         options = [parameter for parameter in command.params if parameter.name != "help"]
         if options:
             lines += ["| argument or option | default | meaning |", "|---|---|---|"]
@@ -176,7 +192,10 @@ def python_page() -> str:
 def _signature(name: str, function: Any) -> str:
     signature = inspect.signature(function)
     lines = [f"def {name}("]
-    lines += [f"    {str(parameter).replace('pathlib._local.', '')}," for parameter in signature.parameters.values()]
+    lines += [
+        f"    {str(parameter).replace('pathlib._local.', '')},"
+        for parameter in signature.parameters.values()
+    ]
     result = signature.return_annotation
     shown = result if isinstance(result, str) else inspect.formatannotation(result)
     return "\n".join([*lines, f") -> {shown}"])

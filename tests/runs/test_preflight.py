@@ -27,7 +27,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 @pytest.fixture()
 def concept(tmp_path: Path) -> Path:
-    """Of the thing that D-OPSD learned most of in docs/results.json."""
+    """Of the thing that D-OPSD learned most of in benchmarks/results/claim.json."""
     write_concept(tmp_path / "lesson", 1_000_203)
     return tmp_path / "lesson"
 
