@@ -35,7 +35,6 @@ from dopsd.config.recipe import Recipe, load_recipe
 from dopsd.models import POCKET, load_family
 from dopsd.models.base import Family, TeacherVision
 from dopsd.runs.memory import forecast
-from dopsd.runs.resolve import resolutions_of
 
 QWEN_4B: dict[str, Any] = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}
 QWEN_8B: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288}
@@ -186,7 +185,7 @@ def main(
         recipe = load_recipe(path, change or ())
         with TemporaryDirectory() as folder:
             family = family_of(recipe, Path(folder))
-            side = max(resolutions_of(recipe, family))
+            side = max(recipe.data.resolution, default=family.resolution)
             references = [(side, side)] * ("editing" in path.stem)
             for level in ("low",) if recipe.model.offload else ("low", "high"):
                 caption = "star " * (60 if family.name == "sdxl" else 90)

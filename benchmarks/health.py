@@ -18,7 +18,7 @@ import torch
 from bench import CPU, RANK, Bench
 
 from dopsd.diffusion.batch import Batch
-from dopsd.evaluation.health import FIRST_SEED, HealthCheck, Health
+from dopsd.evaluation.health import FIRST_SEED, Health, HealthCheck
 from dopsd.files import write_text
 from dopsd.methods import DOPSD, SFT, Method
 from dopsd.pocket.benchmark import HELD_OUT

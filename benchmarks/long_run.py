@@ -18,7 +18,7 @@ from dopsd.config.recipe import load_recipe
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
 from dopsd.pocket.benchmark import write_concept
-from dopsd.runs.comparison.evaluate import Evaluator, Candidate
+from dopsd.runs.comparison.evaluate import Candidate, Evaluator
 from dopsd.runs.comparison.table import Entry, tabulate
 from dopsd.runs.outputs.folder import read_rows
 from dopsd.runs.train import train

@@ -14,7 +14,7 @@ from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.models.pipeline import sample
 from dopsd.runs.check import check
 from dopsd.runs.class_images import FIRST_SEED, generate_ahead, with_generated
-from dopsd.runs.resolve import open_family, read_data
+from dopsd.runs.resolve import open_family, read_data, resolve
 
 
 def recipe_of(concept: Path, folder: Path, **method) -> Recipe:
@@ -145,15 +145,13 @@ def test_what_a_method_cannot_have_is_refused_by_check(method, said, concept, tm
             update={"data": recipe.data.model_copy(update={"replay": (replay,)})}
         )
     with pytest.raises(ValueError, match=said):
-        check(recipe)
+        check(resolve(recipe))
     assert open_family(recipe) is not None
 
 
 def test_replay_prompts_come_from_a_list_a_file_or_the_checkpoint(concept, tmp_path, pocket):
-    from dopsd.runs.resolve import replay_prompts
-
     recipe = recipe_of(concept, tmp_path, name="dopsd", retention=1)
-    assert replay_prompts(recipe, pocket) == pocket.unrelated_prompts
+    assert resolve(recipe).replay_prompts == pocket.unrelated_prompts
     file = tmp_path / "prompts.txt"
     for text, expected in (("a cat\n\n a dog \n", ("a cat", "a dog")), ("\n", None)):
         file.write_text(text)
@@ -161,7 +159,7 @@ def test_replay_prompts_come_from_a_list_a_file_or_the_checkpoint(concept, tmp_p
             update={"data": recipe.data.model_copy(update={"replay": (str(file),)})}
         )
         if expected:
-            assert replay_prompts(named, pocket) == expected
+            assert resolve(named).replay_prompts == expected
         else:
             with pytest.raises(ValueError, match="holds no prompt"):
-                replay_prompts(named, pocket)
+                resolve(named)

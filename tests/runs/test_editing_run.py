@@ -22,8 +22,9 @@ from dopsd.models import load_family
 from dopsd.models.pipeline import sample_latents
 from dopsd.runs.check import check
 from dopsd.runs.comparison.compare import compare
-from dopsd.runs.memory import foresee
+from dopsd.runs.memory import forecast_run
 from dopsd.runs.preflight import preflight
+from dopsd.runs.resolve import resolve
 from dopsd.runs.train import train
 
 # Opens a LoRA as a user of diffusers does, and leaves the latents that the pipeline generates with
@@ -194,9 +195,10 @@ def test_other_ways_to_train_on_the_pairs_move_the_student(model, pairs, tmp_pat
 
 def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
     recipe = recipe_of(model, pairs, tmp_path)
-    found = check(recipe)
-    assert found.coverage.adapted == found.coverage.linears == 30 and found.nfe == 4
-    with_references = foresee(recipe, found, torch.float32, low_memory=False).peak
+    run = resolve(recipe)
+    coverage = check(run).coverage
+    assert coverage.adapted == coverage.linears == 30 and run.nfe == 4
+    with_references = forecast_run(run, torch.float32, low_memory=False).peak
     rows = [{"file_name": f"{name}.png", "text": "x"} for name in ("a", "b", "c", "square", "wide")]
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -204,9 +206,8 @@ def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
         (plain / f"{name}.png").write_bytes((pairs / f"{name}.png").read_bytes())
     (plain / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = recipe_of(model, plain, tmp_path)
-    assert (
-        foresee(other, check(other), torch.float32, low_memory=False).peak < 0.95 * with_references
-    )
+    without = forecast_run(resolve(other), torch.float32, low_memory=False).peak
+    assert without < 0.95 * with_references
 
 
 def refused(recipe: Recipe, tmp_path: Path) -> str:

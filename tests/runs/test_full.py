@@ -25,6 +25,7 @@ from dopsd.models.folder import tuning_metadata, write_model
 from dopsd.models.pipeline import sample_latents
 from dopsd.runs.comparison.compare import compare
 from dopsd.runs.memory import forecast
+from dopsd.runs.resolve import resolve
 from dopsd.runs.session import Session
 from dopsd.runs.train import train
 from dopsd.training.checkpoint import checkpoint_path
@@ -296,17 +297,7 @@ def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(
         privileged=method == "dopsd",
         device=CPU,
     )
-    from accelerate import Accelerator
-
-    session = Session.open(
-        recipe,
-        family,
-        Accelerator(cpu=True),
-        in_network,
-        False,
-        {},
-        pocket_text_encoder.context(["a"]),
-    )
+    session = Session.open(resolve(recipe), False, pocket_text_encoder.context(["a"]))
     held = (
         session.network.parameters(),
         session.trainable.values(),

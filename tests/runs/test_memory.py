@@ -1,8 +1,9 @@
 """The forecast of peak memory against the meter on real steps, and what `model.memory` makes of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from accelerate import Accelerator
 
 from dopsd.config.recipe import parse_recipe
 from dopsd.data.cache import prepare
@@ -10,6 +11,7 @@ from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
 from dopsd.models import load_family
 from dopsd.runs.memory import forecast
+from dopsd.runs.resolve import resolve
 from dopsd.runs.session import Session
 from dopsd.training.loop import Plan, steps
 from dopsd.training.memory_meter import LiveBytes
@@ -58,15 +60,8 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
     plan = Plan(
         max_steps=2, learning_rate=1e-4, accumulate=recipe.train.gradient_accumulation_steps
     )
-    session = Session.open(
-        recipe,
-        family,
-        Accelerator(cpu=True),
-        dtype,
-        recompute,
-        {},
-        pocket_text_encoder.context(["a toy"]),
-    )
+    run = replace(resolve(recipe), dtype=dtype)
+    session = Session.open(run, recompute, pocket_text_encoder.context(["a toy"]))
     student, teacher = session.trainable, session.teacher.tensors
     tensors = [
         *family.load_denoiser(CPU, dtype).network.parameters(),

@@ -122,7 +122,7 @@ def test_a_judge_that_tells_nothing_apart_is_said_to(concept, tmp_path, desk, ca
 
 def test_check_says_that_the_judges_own_model_comes_on_top(concept, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "dopsd.runs.memory.foresee", lambda *_, **__: Forecast(1, 1)
+        "dopsd.runs.memory.forecast_run", lambda *_, **__: Forecast(1, 1)
     )  # takes seconds, and is tested
     scorer = tmp_path / "scorer"
     scorer.mkdir()

@@ -19,6 +19,7 @@ from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
 from dopsd.models.pipeline import sample, sample_latents
 from dopsd.runs.check import check
+from dopsd.runs.resolve import resolve
 from dopsd.runs.train import train
 
 PROMPTS = ["a toy at the left", "a big red star on night in inked style"]
@@ -205,12 +206,13 @@ def test_a_learning_rate_that_explodes_stops_with_a_sentence(concept, tmp_path):
 
 def test_check_announces_what_training_adapts(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "checked", max_steps=1)
-    found = check(recipe)
+    run = resolve(recipe)
+    checked = check(run)
     for _ in train(recipe):
         pass
     student = load_file(recipe.run_folder / "checkpoints" / "step-000001" / "student.safetensors")
-    assert len(student) == 2 * found.coverage.adapted
-    assert found.buckets == {(64, 64): 4} and found.forwards_per_image == 16
+    assert len(student) == 2 * checked.coverage.adapted
+    assert run.buckets == {(64, 64): 4} and checked.forwards_per_image == 16
 
 
 @pytest.mark.parametrize("method", ["dopsd", "sft"])

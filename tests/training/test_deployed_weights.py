@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
 from typer.testing import CliRunner
 
 from dopsd.config.recipe import parse_recipe
@@ -14,6 +13,7 @@ from dopsd.models import load_family
 from dopsd.models.lora import merge_lora
 from dopsd.pocket.__main__ import app
 from dopsd.runs.check import check
+from dopsd.runs.resolve import resolve
 from dopsd.runs.session import Session
 
 CPU = torch.device("cpu")
@@ -42,9 +42,7 @@ def recipe_for(concept, output, **model):
 
 def opened(recipe, pocket, text_encoder):
     """A session whose student has moved."""
-    session = Session.open(
-        recipe, pocket, Accelerator(cpu=True), torch.float32, False, {}, text_encoder.context(["a"])
-    )
+    session = Session.open(resolve(recipe), False, text_encoder.context(["a"]))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in session.trainable.values():
@@ -132,7 +130,7 @@ def test_another_architecture_is_refused_by_check(parent, concept, tmp_path):
         with pytest.raises(
             ValueError, match=r"model\.train_on .* is of another architecture than pocket"
         ):
-            check(recipe_for(concept, tmp_path, train_on=str(parent)))
+            check(resolve(recipe_for(concept, tmp_path, train_on=str(parent))))
     finally:
         config.write_text(said)
 

@@ -48,6 +48,7 @@ def train_adapter(
     model.training_adapter."""
     from dopsd.data.prompts import read_prompts
     from dopsd.runs.check import check
+    from dopsd.runs.resolve import resolve
     from dopsd.runs.train import train
     from dopsd.runs.training_adapter import adapter_recipe, default_name
 
@@ -62,9 +63,9 @@ def train_adapter(
         recipe = adapter_recipe(
             model, asked, images, changes, lambda done, total: advance("painting", done, total)
         )
-        found = check(recipe)
-        summarise(recipe, found)
-        for report in train(recipe, resume, advance, found):
+        run = resolve(recipe)
+        summarise(run, check(run))
+        for report in train(recipe, resume, advance, run):
             advance(f"training  loss {report.log['loss']:.4f}", report.step, recipe.train.max_steps)
     file = recipe.run_folder / f"{recipe.run_name}.safetensors"
     out.print(

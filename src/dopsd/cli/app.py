@@ -37,12 +37,13 @@ def check(
     """Say what a recipe would do and how much memory it would take, or why it cannot, before any
     weight is loaded."""
     from dopsd.config.recipe import load_recipe
-    from dopsd.runs.check import check as check_recipe
+    from dopsd.runs.check import check as check_run
+    from dopsd.runs.resolve import resolve
 
     loaded = load_recipe(recipe, change or ())
-    found = check_recipe(loaded)
-    summarise(loaded, found)
-    foretell(loaded, found, card)
+    run = resolve(loaded)
+    summarise(run, check_run(run))
+    foretell(run, card)
     if ahead:
         preflight(recipe, change)
     elif "privileged" in loaded.method.needs:
@@ -64,16 +65,17 @@ def train(
 ) -> None:
     """Tune: writes the LoRA file, previews, metrics and report.html into <output_dir>/<run_name>."""
     from dopsd.config.recipe import load_recipe
-    from dopsd.runs.check import check as check_recipe
+    from dopsd.runs.check import check as check_run
     from dopsd.runs.interrupts import Stopped, Unhealthy
+    from dopsd.runs.resolve import resolve
     from dopsd.runs.train import train as train_recipe
 
     loaded = load_recipe(recipe, change or ())
-    found = check_recipe(loaded)
-    summarise(loaded, found)
+    run = resolve(loaded)
+    summarise(run, check_run(run))
     try:
         with bars() as advance:
-            for report in train_recipe(loaded, resume, advance, found):
+            for report in train_recipe(loaded, resume, advance, run):
                 advance(
                     f"training  loss {report.log['loss']:.4f}", report.step, loaded.train.max_steps
                 )

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dopsd.config.recipe import Recipe
     from dopsd.runs.check import Checked
+    from dopsd.runs.resolve import ResolvedRun
 
 MOST_FORWARDS = 1000  # of a sampler that anyone asks for
 WIDTH = 160  # where there is no terminal whose width must be kept
@@ -19,11 +19,12 @@ out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 err = Console(stderr=True, soft_wrap=True)
 
 
-def summarise(loaded: "Recipe", found: "Checked") -> None:
-    """What a recipe would do, from what `check` found."""
-    train, listing = loaded.train, found.listing
+def summarise(run: "ResolvedRun", checked: "Checked") -> None:
+    """Print what a recipe would do."""
+    loaded, listing = run.recipe, run.listing
+    train = loaded.train
     out.print(
-        f"model      {loaded.model.name_or_path} ({found.family.name}, {found.family.licence})",
+        f"model      {loaded.model.name_or_path} ({run.family.name}, {run.family.licence})",
         highlight=False,
     )
     out.print(
@@ -36,40 +37,39 @@ def summarise(loaded: "Recipe", found: "Checked") -> None:
     for path, why in listing.refused:
         out.print(f"left out   {path.name}: {why}", markup=False, highlight=False)
     sizes = ", ".join(
-        f"{count} at {width} x {height}" for (width, height), count in sorted(found.buckets.items())
+        f"{count} at {width} x {height}" for (width, height), count in sorted(run.buckets.items())
     )
     out.print(f"buckets    {sizes}", highlight=False)
     of = f"LoRA       rank {loaded.lora.rank} on" if loaded.adapter == "lora" else "full      "
-    out.print(f"{of} {found.coverage}", highlight=False)
+    out.print(f"{of} {checked.coverage}", highlight=False)
     images = train.max_steps * train.batch_size * train.gradient_accumulation_steps
     out.print(
         f"training   {loaded.method.name}, {train.max_steps} steps, {images} pictures, "
-        f"walks of {found.nfe} forwards; {images * found.forwards_per_image} forward units (a backward counts two)",
+        f"walks of {run.nfe} forwards; {images * checked.forwards_per_image} forward units (a backward counts two)",
         highlight=False,
     )
 
 
-def foretell(loaded: "Recipe", found: "Checked", card: float | None) -> None:
+def foretell(run: "ResolvedRun", card: float | None) -> None:
     """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where
     full fine-tuning fits at neither."""
     from dopsd.evaluation.rewards import find_reward
-    from dopsd.runs.memory import foresee, planned_for, refuse_too_large
+    from dopsd.runs.memory import forecast_run, planned_device, refuse_too_large
 
-    room, dtype, where = planned_for(loaded, card)
+    recipe, device = run.recipe, planned_device(run, card)
     peaks = {
-        level: foresee(loaded, found, dtype, low_memory=level == "low") for level in ("low", "high")
+        level: forecast_run(run, device.dtype, low_memory=level == "low")
+        for level in ("low", "high")
     }
     told = ", ".join(f"{level} {peak.peak / 2**30:.2f} GiB" for level, peak in peaks.items())
-    fitting = [level for level, peak in peaks.items() if peak.fits(room)]
-    verdict = f"{where} takes {' and '.join(fitting) or 'neither'}"
-    out.print(
-        f"memory     {told} in a training step ({str(dtype).removeprefix('torch.')}); {verdict}",
-        highlight=False,
-    )
-    if (reward := loaded.method.reward_name) and (model := find_reward(reward).model):
+    fitting = [level for level, peak in peaks.items() if peak.fits(device.room)]
+    verdict = f"{device.name} takes {' and '.join(fitting) or 'neither'}"
+    dtype = str(device.dtype).removeprefix("torch.")
+    out.print(f"memory     {told} in a training step ({dtype}); {verdict}", highlight=False)
+    if (reward := recipe.method.reward_name) and (model := find_reward(reward).model):
         out.print(f"           the judge's own model, {model}, comes on top", highlight=False)
-    if loaded.adapter == "full":
-        refuse_too_large(loaded, peaks["low"], room, where)
+    if recipe.adapter == "full":
+        refuse_too_large(recipe, peaks["low"], device)
 
 
 def forwards_of(text: str | None) -> tuple[int, ...]:

@@ -1,45 +1,51 @@
-"""What a run was made with: versions, device, data."""
+"""What a run was made with: versions, device, memory mode, and a summary of its data."""
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from diffusers import __version__ as diffusers_version
 
-from dopsd import __version__
-from dopsd.runs.check import Checked
 from dopsd.runs.outputs.previews import EXAMPLES
 from dopsd.runs.session import Session
 
 
-def _quantized(session: Session) -> str:
-    if session.quantization_gap is None:
-        return "no"
-    return f"{session.recipe.model.quantize}; the base's first velocity moved by {session.quantization_gap:.1%}"
-
-
-def _environment(found: Checked, session: Session) -> dict[str, Any]:
-    family, listing, device = found.family, found.listing, session.device
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
+def environment(session: Session) -> dict[str, Any]:
+    """The content of `env.json`."""
+    run = session.run
+    listing, images = run.listing, len(run.listing.examples)
     return {
-        "dopsd": __version__,
+        "dopsd": version("dopsd"),
         "torch": torch.__version__,
-        "diffusers": diffusers_version,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
+        "diffusers": version("diffusers"),
+        "device": _device_name(run.device),
         "memory": "low" if session.low_memory else "high",
-        "quantized": _quantized(session),
-        "family": family.name,
-        "licence_of_base": family.licence,
-        "images": len(listing.examples),
+        "quantized": _quantization(session),
+        "family": run.family.name,
+        "licence_of_base": run.family.licence,
+        "images": images,
         "data": {
-            "images": len(listing.examples),
+            "images": images,
             "edited": sum(1 for example in listing.examples if example.references),
-            "source": listing.source if not session.recipe.data.more else "several folders",
+            "source": "several folders" if run.recipe.data.more else listing.source,
             "buckets": {
                 f"{width} x {height}": count
-                for (width, height), count in sorted(found.buckets.items())
+                for (width, height), count in sorted(run.buckets.items())
             },
-            "sha256": session.data["data_sha256"],
+            "sha256": run.data_sha256,
             "examples": [example.caption for example in listing.examples[:EXAMPLES]],
         },
-        "refused": [[str(path.name), why] for path, why in listing.refused],
+        "refused": [[path.name, reason] for path, reason in listing.refused],
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _quantization(session: Session) -> str:
+    if session.quantization_gap is None:
+        return "no"
+    kind, gap = session.run.recipe.model.quantize, session.quantization_gap
+    return f"{kind}; the base's first velocity moved by {gap:.1%}"

@@ -1,11 +1,16 @@
-"""The student's health during a run: looked at every so often, written to health.jsonl, the last
-healthy LoRA kept."""
+"""Few-step health during a run: measured now and then, written to health.jsonl, and the last
+healthy weights kept."""
 
 import logging
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+
 from dopsd.diffusion.batch import Context
+from dopsd.evaluation.health import Agreement, HealthCheck
 from dopsd.runs.outputs.folder import Rows
+from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.trackers import Trackers
 from dopsd.runs.session import Session
 
@@ -13,39 +18,61 @@ log = logging.getLogger(__name__)
 
 
 class HealthMonitor:
-    """Checkups of one run. The base model's images are generated when the first is due."""
+    """The health checks of one run. The base model's images are generated when the first is due."""
 
-    def __init__(
-        self,
-        session: Session,
-        unrelated: Context,
-        prompts: Sequence[str],
-        steps_done: int,
-        trackers: Trackers,
-    ):
-        """unrelated: what the prompts were read as."""
-        recipe = session.recipe
-        self._session, self._trackers = session, trackers
-        self._unrelated, self._prompts = unrelated, prompts
+    def __init__(self, session: Session, contexts: Context, steps_done: int, trackers: Trackers):
+        """contexts: of the run's health prompts, one row a prompt."""
+        recipe = session.run.recipe
+        self._session, self._contexts, self._trackers = session, contexts, trackers
         self._every = recipe.sample.every if recipe.health.every is None else recipe.health.every
-        self._health_check = None
+        self._check: HealthCheck | None = None
         if self._every:
             self._rows = Rows(recipe.run_folder / "health.jsonl", steps_done)
 
-    def state(self, step: int, last: bool) -> str | None:
-        """Look, where it is due after this step; what is wrong, if the recipe wants to stop for it."""
+    def after_step(self, step: int, last: bool) -> str | None:
+        """Measure where it is due after this step. Returns what is unhealthy, where the recipe
+        wants to stop for it."""
         if not self._every or not (last or step % self._every == 0):
             return None
-        if self._health_check is None:
-            self._health_check = self._session.health_check(self._unrelated, self._prompts)
-        found = self._session.health(self._health_check)
-        self._rows.append(found.as_row(step))
-        values = {name: metric.value for name, metric in found.metrics.items()}
-        self._trackers.numbers("health", values | {"healthy": found.healthy}, step)
-        log.log(
-            logging.INFO if found.healthy else logging.WARNING, "step=%d health=%s", step, found
-        )
-        recipe = self._session.recipe
-        if found.healthy:
-            self._session.export(recipe.result("-healthy"), step)
-        return str(found) if recipe.stop.unhealthy and not found.healthy else None
+        session, recipe = self._session, self._session.run.recipe
+        if self._check is None:
+            self._check = _health_check(session, self._contexts)
+        health = self._check.examine(session.deployed_roles.student, session.load_vae())
+        self._rows.append(health.as_row(step))
+        values = {name: metric.value for name, metric in health.metrics.items()}
+        self._trackers.numbers("health", values | {"healthy": health.healthy}, step)
+        level = logging.INFO if health.healthy else logging.WARNING
+        log.log(level, "Step %d: few-step health: %s.", step, health)
+        if health.healthy:
+            session.export(recipe.result("-healthy"), weights_metadata(session.run, step))
+        return str(health) if recipe.stop.unhealthy and not health.healthy else None
+
+
+def _health_check(session: Session, contexts: Context) -> HealthCheck:
+    run = session.run
+    return HealthCheck(
+        session.deployed_roles.base,
+        session.load_vae(),
+        lambda nfe: run.schedule(nfe, *run.latent_size),
+        run.deployed_nfe,
+        contexts.to(run.device),
+        (run.family.channels, *run.latent_size),
+        agreement=_text_agreement(session, run.health_prompts),
+    )
+
+
+def _text_agreement(session: Session, prompts: Sequence[str]) -> Agreement | None:
+    """How well images agree with their prompts by the CLIP that the recipe names, if it does."""
+    model = session.run.recipe.health.text_model
+    if model is None:
+        return None
+    from dopsd.evaluation.metrics.clip import ClipScore
+
+    clip = ClipScore(model, session.run.device, called="health.text_model")
+
+    def agreement(images: np.ndarray, images_per_prompt: int) -> np.ndarray:
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        return clip(pixels, repeated).double().cpu().numpy()
+
+    return agreement

@@ -1,20 +1,19 @@
-"""Peak memory of training, known before a weight is loaded: one step on tensors that have shapes
-and no storage.
+"""Memory of training, forecast before a weight is loaded: one step on tensors that have shapes and
+no storage.
 
-Counted as benchmarks/step_cost.py counts a real step, in bytes of live tensor storage. What a
-device needs beside that (CUDA's own half a gigabyte, gaps between blocks) is not in it, nor are the
-encoders, which leave before training. Where a reward looks at images the autoencoder is in it, and
-the reward's own model is not.
+Counted as benchmarks/step_cost.py counts a real step: bytes of live tensor storage. Not counted are
+what a device needs beside that (CUDA's own half a gigabyte, gaps between blocks) and the encoders,
+which leave memory before training. Where a reward scores images the VAE is counted; the reward's
+own model is not.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,9 +23,8 @@ from dopsd.diffusion.components import VAE
 from dopsd.images import image_size
 from dopsd.methods import Method
 from dopsd.methods.base import Score
-from dopsd.models.base import Family, Size, fitted_size
-from dopsd.runs.check import Checked
-from dopsd.runs.resolve import dtype_of
+from dopsd.models.base import Family, Size, fitted_size, latent_size
+from dopsd.runs.resolve import ResolvedRun, frozen_dtype
 from dopsd.training.adapters import add_lora, base_tensors
 from dopsd.training.loop import Plan, backward
 from dopsd.training.memory_meter import LiveBytes
@@ -35,34 +33,27 @@ from dopsd.training.quantize import saved_bytes
 from dopsd.training.roles import Teacher, make_roles
 from dopsd.training.trainable import Student, full_student
 
-ITS_OWN = 2**30  # bytes of a device that tensors never get
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+RESERVED = 2**30  # bytes of a device that tensors never get
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes. resident: weights, what trains, teacher and optimizer; peak: the most that is alive
+    """In bytes. resident: weights, adapter, teacher and optimizer; peak: the most that is alive
     during a step."""
 
     resident: int
     peak: int
 
     def fits(self, room: int) -> bool:
-        """Whether a device of so many bytes is enough: a tenth for gaps, and what it needs for
-        itself."""
-        return self.peak * 1.1 + ITS_OWN <= room
+        """Whether a device of `room` bytes is enough, with a tenth for gaps and what it reserves."""
+        return self.peak * 1.1 + RESERVED <= room
 
 
-class _Alone:
-    """What the loop asks of accelerate, on the CPU and for one process."""
-
-    device = torch.device("cpu")
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-
-class _Same:
-    """Every micro-batch alike."""
+class _SameBatch:
+    """The same batch for every micro-batch."""
 
     def __init__(self, batch: Batch):
         self._batch = batch
@@ -80,78 +71,111 @@ def forecast(
     low_memory: bool,
     references: Sequence[Size] = (),
 ) -> Forecast:
-    """Of a recipe's steps at an image size (width, height) in pixels with the longest of these
-    captions, edited from images of the sizes `references`; lean: with activations recomputed."""
-    count, (width, height) = recipe.train.batch_size, size
-    edited = [references] * count if references else None
-    prompts = sorted(captions, key=len)[-count:]
-    prompts += prompts[-1:] * (count - len(prompts))
-    latent_shape = height // family.vae_scale_factor, width // family.vae_scale_factor
+    """Memory of an optimizer step of a recipe.
+
+    size: of the images, (width, height) in pixels. captions: of which the longest are taken.
+    low_memory: with activations recomputed and images decoded in tiles. references: sizes of the
+    images that each image is edited from.
+    """
     nfe = _fewest_steps(recipe.method, recipe.method.nfe or family.default_nfe)
     method = recipe.method.model_copy(update={"nfe": nfe})
-    schedule = family.schedule(nfe, *latent_shape)
-    text = family.blank_context(prompts, references=edited)
-    seeing = (
-        family.blank_context(prompts, [size] * count, edited)
-        if "privileged" in method.needs
-        else None
-    )
+    schedule = family.schedule(nfe, *latent_size(family, size[1], size[0]))
+    contexts = _blank_contexts(recipe, family, size, captions, references)
+
+    # The network by its config alone: shapes without storage.
     with torch.device("meta"):
         denoiser = family.empty_denoiser().to(dtype)
         kind = recipe.model.quantize
-        saved = saved_bytes(denoiser.network, family.quantizable, kind) if kind else 0
+        elsewhere = saved_bytes(denoiser.network, family.quantizable, kind) if kind else 0
         if recipe.adapter == "lora":
-            add_lora(
-                denoiser.network,
-                recipe.lora.targets or family.lora_targets,
-                recipe.lora.rank,
-                alpha=1,
-                seed=0,
-            )
+            targets = recipe.lora.targets or family.lora_targets
+            add_lora(denoiser.network, targets, recipe.lora.rank, alpha=1, seed=0)
     if low_memory:
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
+
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
+        # What is resident before a step, the optimizer's moments included.
         _give_storage(denoiser)
         score = _mean_score(family.empty_vae(tiled=low_memory)) if method.reward_name else None
-        subject, teacher, away = _student_of(recipe, denoiser.network)
-        student, saved = subject.weights, saved + away
-        optimizer = torch.optim.AdamW(student.values())
-        roles = make_roles(
-            denoiser, student, teacher, lambda nfe, h, w: schedule, score, subject.base
-        )
-        latents, context = (
-            torch.zeros(count, family.channels, *latent_shape),
-            _unstored(text, dtype),
-        )
-        plain = Batch(latents, context, tuple(prompts), torch.ones(count))
-        batch = replace(
-            plain,
-            privileged=_unstored(seeing, dtype) if seeing else None,
-            rejected=latents if "rejected" in method.needs else None,
-            prior=plain if "prior" in method.needs else None,
-            replay=context if "replay" in method.needs else None,
-        )
-        plan = Plan(max_steps=1, learning_rate=1.0)
-        for parameter in student.values():  # as after a first step: the moments are there
+        student, teacher, offloaded = _make_student(recipe, denoiser.network)
+        weights = student.weights
+        elsewhere += offloaded + _bytes_of_8_bit_moments(recipe, weights)
+        optimizer = torch.optim.AdamW(weights.values())
+        for parameter in weights.values():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         if recipe.train.gradient_accumulation_steps == 1:
             optimizer.zero_grad(set_to_none=True)
-        if recipe.train.optimizer == "adamw_8bit":  # two bytes a number instead of eight
-            saved += sum(
-                6 * parameter.numel() for parameter in student.values() if parameter.numel() >= 4096
-            )
+        roles = make_roles(
+            denoiser, weights, teacher, lambda nfe, h, w: schedule, score, student.base
+        )
+        batch = _blank_batch(recipe, family, size, contexts, dtype)
         meter.peak = resident = meter.now
-        backward(roles, method, _Same(batch), _Alone(), plan, step=0)  # type: ignore[arg-type]
-        torch.nn.utils.clip_grad_norm_(student.values(), plan.clip)
+
+        # One step.
+        plan = Plan(max_steps=1, learning_rate=1.0)
+        backward(roles, method, _SameBatch(batch), CPU, plan, step=0)
+        torch.nn.utils.clip_grad_norm_(weights.values(), plan.clip)
         optimizer.step()
         teacher.follow()
-    return Forecast(resident - saved, meter.peak - saved)
+    return Forecast(resident - elsewhere, meter.peak - elsewhere)
+
+
+@dataclass(frozen=True)
+class _Contexts:
+    """Contexts of the right shapes, on the CPU: the student's, and the teacher's where there is
+    one."""
+
+    prompts: tuple[str, ...]
+    student: Context
+    teacher: Context | None
+
+
+def _blank_contexts(
+    recipe: Recipe,
+    family: Family,
+    size: Size,
+    captions: Sequence[str],
+    references: Sequence[Size],
+) -> _Contexts:
+    count = recipe.train.batch_size
+    prompts = sorted(captions, key=len)[-count:]
+    prompts += prompts[-1:] * (count - len(prompts))
+    edited = [references] * count if references else None
+    teacher = None
+    if "privileged" in recipe.method.needs:
+        teacher = family.blank_context(prompts, [size] * count, edited)
+    return _Contexts(tuple(prompts), family.blank_context(prompts, references=edited), teacher)
+
+
+def _blank_batch(
+    recipe: Recipe, family: Family, size: Size, contexts: _Contexts, dtype: torch.dtype
+) -> Batch:
+    """A batch with everything that the method needs, in the tensor mode that is active."""
+    needs, count = recipe.method.needs, recipe.train.batch_size
+    latents = torch.zeros(count, family.channels, *latent_size(family, size[1], size[0]))
+    student = _blank_copy(contexts.student, dtype)
+    plain = Batch(latents, student, contexts.prompts, torch.ones(count))
+    return replace(
+        plain,
+        privileged=_blank_copy(contexts.teacher, dtype) if contexts.teacher else None,
+        rejected=latents if "rejected" in needs else None,
+        prior=plain if "prior" in needs else None,
+        replay=student if "replay" in needs else None,
+    )
+
+
+def _bytes_of_8_bit_moments(recipe: Recipe, weights: Mapping[str, Tensor]) -> int:
+    """Bytes that an 8-bit optimizer saves: two a number instead of eight, of tensors of 4096
+    numbers and more."""
+    if recipe.train.optimizer != "adamw_8bit":
+        return 0
+    return sum(6 * weight.numel() for weight in weights.values() if weight.numel() >= 4096)
 
 
 def _fewest_steps(method: Method, nfe: int) -> int:
-    """Two steps need as much memory as all, for a walk's graphs are freed step by step. A method
-    that names later steps keeps its own number."""
+    """Two steps of the sampler need as much memory as all of them, because each step's graph is
+    freed before the next. A method whose settings name later steps keeps its own number."""
     try:
         method.refuse_nfe(2)
     except ValueError:
@@ -160,8 +184,7 @@ def _fewest_steps(method: Method, nfe: int) -> int:
 
 
 def _mean_score(vae: VAE) -> Score:
-    """A reward without memory, looking through the autoencoder, which stays in memory beside the
-    step."""
+    """A reward that takes no memory itself; the VAE that decodes for it stays resident."""
 
     @torch.no_grad()
     def score(clean: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -170,8 +193,9 @@ def _mean_score(vae: VAE) -> Score:
     return score
 
 
-def _student_of(recipe: Recipe, network: nn.Module) -> tuple[Student, Teacher, int]:
-    """Student, teacher, and the bytes that `model.offload` keeps in main memory."""
+def _make_student(recipe: Recipe, network: nn.Module) -> tuple[Student, Teacher, int]:
+    """Student, teacher, and the bytes that `model.offload` keeps in main memory. As
+    `session.make_student`, on weights without storage."""
     home = torch.device("cpu")
     if recipe.adapter == "full":
         student = full_student(network, home)
@@ -191,7 +215,7 @@ def _student_of(recipe: Recipe, network: nn.Module) -> tuple[Student, Teacher, i
 
 
 def _give_storage(module: nn.Module) -> None:
-    """Put a tensor of the active mode in place of each parameter and buffer on the meta device."""
+    """Replace each parameter and buffer on the meta device by a tensor of the active mode."""
     for part in module.modules():
         stores: list[dict[str, Any]] = [part._parameters, part._buffers]
         for tensors in stores:
@@ -204,8 +228,8 @@ def _give_storage(module: nn.Module) -> None:
                     )
 
 
-def _unstored(context: Context, dtype: torch.dtype) -> Context:
-    """The same shapes in the mode that is active."""
+def _blank_copy(context: Context, dtype: torch.dtype) -> Context:
+    """Zeros of the same shapes, in the tensor mode that is active."""
     extras = {
         name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in context.extras.items()
     }
@@ -213,79 +237,82 @@ def _unstored(context: Context, dtype: torch.dtype) -> Context:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that a device has in all."""
+    """Bytes of memory that a device has in all."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
 
 
-log = logging.getLogger(__name__)
-
-
-def foresee(recipe: Recipe, found: Checked, dtype: torch.dtype, low_memory: bool) -> Forecast:
-    """Peak memory of a step at the largest bucket, and the largest references."""
-    examples = found.listing.examples
-    size = max(found.buckets, key=lambda size: size[0] * size[1])
+def forecast_run(run: ResolvedRun, dtype: torch.dtype, low_memory: bool) -> Forecast:
+    """Memory of a step at the run's largest bucket, with its largest images to edit."""
+    examples = run.listing.examples
+    size = max(run.buckets, key=lambda size: size[0] * size[1])
     captions = [caption for example in examples for caption in (example.caption, *example.also)]
-    edited = {
-        e.references: [fitted_size(found.family, path, image_size(path)) for path in e.references]
-        for e in examples
-    }
-    largest = max(edited.values(), key=lambda sizes: sum(width * height for width, height in sizes))
-    return forecast(recipe, found.family, size, captions, dtype, low_memory, largest)
+    references = [
+        [fitted_size(run.family, path, image_size(path)) for path in paths]
+        for paths in {example.references for example in examples}
+    ]
+    largest = max(references, key=lambda sizes: sum(width * height for width, height in sizes))
+    return forecast(run.recipe, run.family, size, captions, dtype, low_memory, largest)
 
 
-def planned_for(recipe: Recipe, card: float | None) -> tuple[int, torch.dtype, str]:
-    """Bytes, dtype and name of what a recipe would be trained on: a GPU of `card` GiB, or this
-    machine."""
+@dataclass(frozen=True)
+class Device:
+    """What a run is planned for. room: bytes of memory; dtype: of the frozen weights there."""
+
+    name: str
+    room: int
+    dtype: torch.dtype
+
+
+def planned_device(run: ResolvedRun, card: float | None) -> Device:
+    """A GPU of `card` GiB, or this machine's device."""
     if card is not None:
-        return int(card * 2**30), dtype_of(recipe, torch.device("cuda")), f"a card of {card:g} GiB"
-    device = Accelerator().device
-    room = memory_of(device)
-    return (
-        room,
-        dtype_of(recipe, device),
-        f"this machine's {device.type} with {room / 2**30:.0f} GiB",
+        gpu = torch.device("cuda")
+        dtype = frozen_dtype(run.recipe, gpu)
+        return Device(f"a card of {card:g} GiB", int(card * 2**30), dtype)
+    room = memory_of(run.device)
+    name = f"this machine's {run.device.type} with {room / 2**30:.0f} GiB"
+    return Device(name, room, run.dtype)
+
+
+def refuse_too_large(recipe: Recipe, peak: Forecast, device: Device) -> None:
+    """Raise ValueError where a step of full fine-tuning does not fit. peak: at model.memory: low."""
+    if peak.fits(device.room):
+        return
+    ways = ["a smaller data.resolution"]
+    if recipe.train.optimizer != "adamw_8bit":
+        ways.insert(0, "train.optimizer: adamw_8bit")
+    if not recipe.model.offload:
+        ways.insert(0, "model.offload: true (teacher and base model in main memory)")
+    raise ValueError(
+        f"full fine-tuning takes {peak.peak / 2**30:.2f} GiB in a step at model.memory: low, and "
+        f"with a tenth and 1 GiB to spare that is too much for {device.name}. Set "
+        f"{', '.join(ways)}, or tune LoRA (adapter: lora)."
     )
 
 
-def refuse_too_large(recipe: Recipe, peak: Forecast, room: int, where: str) -> None:
-    """Raise ValueError where full fine-tuning's step, at the least memory that it can take, does
-    not fit."""
-    if not peak.fits(room):
-        ways = (
-            []
-            if recipe.model.offload
-            else ["model.offload: true (teacher and untouched model in main memory)"]
-        )
-        ways += [] if recipe.train.optimizer == "adamw_8bit" else ["train.optimizer: adamw_8bit"]
-        raise ValueError(
-            f"full fine-tuning takes {peak.peak / 2**30:.2f} GiB in a step at model.memory: low, and with a tenth and "
-            f"1 GiB to spare that is too much for {where}. Set {', '.join([*ways, 'a smaller data.resolution'])}, or "
-            "tune LoRA (adapter: lora)."
-        )
+def choose_low_memory(run: ResolvedRun) -> bool:
+    """Whether to recompute activations and decode in tiles: as the recipe says, or, with `memory:
+    auto`, where the device is too small to do without.
 
-
-def choose_low_memory(
-    recipe: Recipe, found: Checked, device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Whether to save memory: as the recipe says, or where the device is too small to do without.
-    Raises ValueError where full fine-tuning is too large for it all the same."""
+    Raises ValueError where full fine-tuning is too large for the device even then.
+    """
+    recipe = run.recipe
     if recipe.adapter == "full":
-        room, dtype, where = planned_for(recipe, None)
-        refuse_too_large(recipe, foresee(recipe, found, dtype, low_memory=True), room, where)
+        peak = forecast_run(run, run.dtype, low_memory=True)
+        refuse_too_large(recipe, peak, planned_device(run, None))
     if recipe.model.offload:
-        return (
-            True  # or all copies of the weights would stay alive until the end of a backward pass
-        )
+        # Without recomputation all lent copies would stay alive until the end of the backward pass.
+        return True
     if recipe.model.memory != "auto":
         return recipe.model.memory == "low"
-    peak, room = foresee(recipe, found, dtype, low_memory=False), memory_of(device)
-    level = "high" if peak.fits(room) else "low"
+    peak, room = forecast_run(run, run.dtype, low_memory=False), memory_of(run.device)
+    low_memory = not peak.fits(room)
     log.info(
-        "memory=auto chosen=%s high_would_take=%.1f_GiB device=%.1f_GiB",
-        level,
+        "model.memory: auto means %s here: high would take %.1f GiB of %.1f GiB.",
+        "low" if low_memory else "high",
         peak.peak / 2**30,
         room / 2**30,
     )
-    return level == "low"
+    return low_memory

@@ -26,9 +26,8 @@ from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_image, to_pil
 from dopsd.models.base import Family, latent_size
 from dopsd.models.lora import merge_lora
-from dopsd.models.pipeline import deployed_on
-from dopsd.runs.check import Checked, check
-from dopsd.runs.resolve import dtype_of, resolutions_of
+from dopsd.runs.check import check
+from dopsd.runs.resolve import ResolvedRun, resolve
 
 # Share by which the teacher must be nearer; set on other things than those it is judged on
 ENOUGH = 0.15
@@ -125,18 +124,19 @@ def preflight(
         raise ValueError(
             f"{metric} is no distance to a target picture: preflight takes dino or lpips."
         )
-    found = check(recipe)
-    looks = _look(recipe, found, seeds, most, far, progress)
+    run = resolve(recipe)
+    check(run)
+    looks = _look(run, seeds, most, far, progress)
     total = nearer(
         np.stack([e.student_distance for e in looks]), np.stack([e.teacher_distance for e in looks])
     )
     verdict = verdict_of(total)
     result = Preflight(
         looks,
-        len(found.listing.examples),
+        len(run.listing.examples),
         total,
         verdict,
-        _sentence(recipe, found.family, looks, total),
+        _sentence(recipe, run.family, looks, total),
     )
     _write_page(report, recipe, result, seeds, metric)
     return result
@@ -176,11 +176,10 @@ def _others(recipe: Recipe, family: Family) -> list[str]:
 
 
 def _look(
-    recipe: Recipe, found: Checked, seeds: int, most: int, far: Found | None, progress: Progress
+    run: ResolvedRun, seeds: int, most: int, far: Found | None, progress: Progress
 ) -> tuple[Look, ...]:
-    family, (device, _) = found.family, deployed_on()
-    dtype = dtype_of(recipe, device)
-    rows = _read(recipe, found, most, device, dtype, progress)
+    recipe, family, device, dtype = run.recipe, run.family, run.device, run.dtype
+    rows = _read(run, most, progress)
     vae = family.load_vae(device, torch.float32)
     denoiser = family.load_denoiser(device, dtype)
     if recipe.lora.init_from:
@@ -194,7 +193,7 @@ def _look(
         noise = noise_for(
             range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *latent_shape
         )
-        schedule = family.schedule(recipe.sample.nfe or family.default_nfe, *latent_shape)
+        schedule = run.deployed_schedule(*latent_shape)
         assert row.privileged is not None
         contexts = [
             Context.stack([read_context(path)] * seeds).to(device)
@@ -222,28 +221,21 @@ def _distances(distance: Distance | None, images: torch.Tensor, target: np.ndarr
     return distance(*replicate).double().cpu().numpy()
 
 
-def _read(
-    recipe: Recipe,
-    found: Checked,
-    most: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> tuple[Row, ...]:
+def _read(run: ResolvedRun, most: int, progress: Progress) -> tuple[Row, ...]:
     """Captions, and captions with their images, as training reads them and into the same cache;
     spread evenly over the set where it has more than `most` images."""
-    family, examples = found.family, found.listing.examples
+    family, examples = run.family, run.listing.examples
     count = min(most, len(examples))
     chosen = [examples[index * len(examples) // count] for index in range(count)]
     return prepare(
         chosen,
-        recipe.output_dir / "cache",
-        family.load_text_encoder(device, dtype, images=True),
-        family.load_vae(device, torch.float32),
-        resolution=max(resolutions_of(recipe, family)),
+        run.recipe.output_dir / "cache",
+        family.load_text_encoder(run.device, run.dtype, images=True),
+        family.load_vae(run.device, torch.float32),
+        resolution=run.side,
         multiple=family.multiple,
         privileged=True,
-        device=device,
+        device=run.device,
         progress=lambda done, total: progress("reading", done, total),
     )
 

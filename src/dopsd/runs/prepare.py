@@ -5,52 +5,48 @@ from dataclasses import dataclass
 
 import torch
 
-from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, shown_to_teacher
-from dopsd.data.folder import Example, Listing
+from dopsd.data.folder import Example
 from dopsd.diffusion.batch import Context
-from dopsd.models.base import Family
 from dopsd.runs.class_images import with_generated
 from dopsd.runs.outputs.previews import Preview, read_previews
-from dopsd.runs.resolve import (
-    PREVIEWS,
-    images_shown,
-    replay_prompts,
-    resolutions_of,
-    unrelated_prompts,
-)
+from dopsd.runs.resolve import PREVIEWED_CAPTIONS, ResolvedRun
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
 
 @dataclass(frozen=True)
-class _Material:
-    """What the encoders leave behind before they leave memory."""
+class EncodedRun:
+    """What the encoders leave behind.
+
+    rows: the training images, cached. prior: class images, where the method wants them.
+    health: contexts of the health prompts. replay: of the prompts that a method with retention
+    replays, else None.
+    """
 
     rows: tuple[Row, ...]
-    prior: tuple[Row, ...]  # class images, where the method wants them
+    prior: tuple[Row, ...]
     previews: tuple[Preview, ...]
-    unrelated: Context  # of the health prompts
-    replay: Context | None  # of the prompts to stay the same on, where the method wants them
+    health: Context
+    replay: Context | None
 
 
-def _read_and_encode(
-    recipe: Recipe,
-    family: Family,
-    listing: Listing,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> _Material:
-    """Cache latents and contexts, read the preview prompts; reader and VAE are gone when this
-    returns."""
-    needs = recipe.method.needs
-    privileged = "privileged" in needs
-    listing, beside = with_generated(recipe, family, listing, _doing("painting", progress))
-    text_encoder = family.load_text_encoder(device, dtype, images=privileged)
-    vae = family.load_vae(device, torch.float32)
+def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun:
+    """Cache latents and contexts and encode the preview prompts.
 
-    def encode(
+    Text encoder and VAE are in memory only meanwhile. Raises ValueError for an image or caption
+    that cannot be encoded.
+    """
+    recipe, family = run.recipe, run.family
+
+    # Images that the base model generates for the method: class images, or rejected ones.
+    listing, class_examples = with_generated(
+        recipe, family, run.listing, _named(progress, "generating")
+    )
+    text_encoder = family.load_text_encoder(run.device, run.dtype, images=run.learns_from_teacher)
+    vae = family.load_vae(run.device, torch.float32)
+
+    def cache_rows(
         examples: Sequence[Example], resolution: int, privileged: bool, unconditional: bool
     ) -> tuple[Row, ...]:
         return prepare(
@@ -62,35 +58,35 @@ def _read_and_encode(
             multiple=family.multiple,
             privileged=privileged,
             unconditional=unconditional,
-            device=device,
-            progress=_doing("caching", progress),
+            device=run.device,
+            progress=_named(progress, "caching"),
         )
 
-    resolutions, unconditional = resolutions_of(recipe, family), recipe.data.caption_dropout > 0
+    # The training images at every resolution, and the class images at the largest.
+    unconditional = recipe.data.caption_dropout > 0
     rows = tuple(
         row
-        for each in resolutions
-        for row in encode(listing.examples, each, privileged, unconditional)
+        for resolution in run.resolutions
+        for row in cache_rows(listing.examples, resolution, run.learns_from_teacher, unconditional)
     )
-    previews = read_previews(
-        images_shown(recipe, family, listing),
-        text_encoder,
-        [shown_to_teacher(row) for row in list(dict.fromkeys(rows))[:PREVIEWS]]
-        if privileged
-        else [],
-    )
-    return _Material(
-        rows,
-        prior=encode(beside, max(resolutions), privileged=False, unconditional=False)
-        if beside
-        else (),
-        previews=previews,
-        unrelated=text_encoder.context(list(unrelated_prompts(recipe, family))),
-        replay=text_encoder.context(list(replay_prompts(recipe, family))).to("cpu")
-        if "replay" in needs
-        else None,
+    prior = cache_rows(class_examples, run.side, False, False) if class_examples else ()
+
+    # The prompts of previews, of the health check and of retention.
+    shown = []
+    if run.learns_from_teacher:
+        shown = [shown_to_teacher(row) for row in list(dict.fromkeys(rows))[:PREVIEWED_CAPTIONS]]
+    replay = None
+    if run.replay_prompts:
+        replay = text_encoder.context(list(run.replay_prompts)).to("cpu")
+    return EncodedRun(
+        rows=rows,
+        prior=prior,
+        previews=read_previews(run.previews, text_encoder, shown),
+        health=text_encoder.context(list(run.health_prompts)),
+        replay=replay,
     )
 
 
-def _doing(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    """The progress callback for one thing that is being done."""
     return (lambda done, total: progress(what, done, total)) if progress else None

@@ -1,7 +1,14 @@
-"""What a recipe means for its checkpoint and data, answered once."""
+"""What a recipe means for its checkpoint and data, answered once: `ResolvedRun`.
 
+Check, memory forecast, preparation, session, outputs and comparison take the result and do not ask
+the recipe and the family again.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,148 +23,280 @@ from dopsd.data.prompts import read_prompts
 from dopsd.data.sources import Source, read_sources, seen_in_turn
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import TextEncoder
+from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import PROMPTS
+from dopsd.evaluation.rewards import find_reward
 from dopsd.images import Size, image_size, open_image
 from dopsd.methods import missing
 from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision, latent_size
+from dopsd.models.hub import Checkpoint
+from dopsd.models.pipeline import deployed_on
+from dopsd.runs.outputs.trackers import refuse_missing
+
+PREVIEWED_CAPTIONS = 4  # captions that are previewed when the recipe names no prompts
 
 
 @dataclass(frozen=True)
 class PreviewPrompt:
-    """An image to show: its prompt, the seed of its noise, its latent size (channels, height,
-    width), and the images that the prompt edits."""
+    """An image to generate while training.
+
+    seed: of its noise. latent_shape: (channels, height, width). references: the images that the
+    prompt edits, for models that edit images.
+    """
 
     prompt: str
     seed: int
     latent_shape: tuple[int, int, int]
     references: tuple[Path, ...] = ()
 
-    def read(self, text_encoder: TextEncoder, seen: Image.Image | None = None) -> Context:
-        """What the student reads, or the teacher that sees an image."""
-        edited = [[open_image(path) for path in self.references]] if self.references else None
-        return text_encoder.context([self.prompt], [seen] if seen else None, edited)
+    def encode(self, text_encoder: TextEncoder, shown: Image.Image | None = None) -> Context:
+        """The student's context; with an image that is shown, the teacher's."""
+        references = [[open_image(path) for path in self.references]] if self.references else None
+        return text_encoder.context([self.prompt], [shown] if shown else None, references)
 
 
-PREVIEWS = 4  # captions shown when the recipe names no prompts
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A recipe with everything that follows from its checkpoint and its data.
+
+    resolutions: sides of the square buckets, in pixels; every image is trained at each.
+    sizes: by resolution, the size (width, height) at which each example is trained.
+    health_prompts: unrelated to the data. replay_prompts: of a method with retention, else empty.
+    nfe: forwards of the rollout in training; deployed_nfe: of previews and of the deployed model.
+    dtype: of the frozen weights on `device`.
+    """
+
+    recipe: Recipe
+    family: Family
+    listing: Listing
+    resolutions: tuple[int, ...]
+    sizes: tuple[tuple[Size, ...], ...]
+    previews: tuple[PreviewPrompt, ...]
+    health_prompts: tuple[str, ...]
+    replay_prompts: tuple[str, ...]
+    nfe: int
+    deployed_nfe: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def side(self) -> int:
+        """Side of the largest square bucket, in pixels."""
+        return max(self.resolutions)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of that square in latents."""
+        return latent_size(self.family, self.side, self.side)
+
+    @property
+    def buckets(self) -> dict[Size, int]:
+        """How many examples are trained at each size (width, height)."""
+        return dict(Counter(size for sizes in self.sizes for size in sizes))
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the method has a teacher that is shown images."""
+        return "privileged" in self.recipe.method.needs
+
+    @property
+    def lora_targets(self) -> str:
+        """Regular expression over the names of the modules that get an adapter."""
+        return self.recipe.lora.targets or self.family.lora_targets
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha of the adapters; by default their rank."""
+        return self.recipe.lora.alpha or self.recipe.lora.rank
+
+    @property
+    def lora_scale(self) -> float:
+        """What an adapter's output is multiplied by: alpha / rank."""
+        return self.lora_alpha / self.recipe.lora.rank
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Hash of all images and captions."""
+        return self.listing.fingerprint()
+
+    def schedule(self, nfe: int | None, height: int, width: int) -> Schedule:
+        """The sampler's times for latents of height x width; nfe None: the model's own."""
+        return self.family.schedule(nfe or self.family.default_nfe, height, width)
+
+    def deployed_schedule(self, height: int, width: int) -> Schedule:
+        """The times that previews and the deployed model take."""
+        return self.schedule(self.deployed_nfe, height, width)
 
 
-def family_of(recipe: Recipe) -> Family:
-    """The recipe's checkpoint, its teacher seeing images as the recipe says."""
-    model = recipe.model
-    teacher_vision = TeacherVision(model.teacher_context, model.vlm, model.teacher_suffix)
-    return load_family(model.name_or_path, model.revision, teacher_vision, model.distilled_by)
+def resolve(recipe: Recipe) -> ResolvedRun:
+    """Open the checkpoint's configs, read the data's listing, and work out everything else.
+
+    No weight is loaded. Raises ValueError, in one sentence, for what is missing: a package, the
+    checkpoint, a folder of images, an image that cannot be used; and where the method cannot run on
+    the model.
+    """
+    # What the recipe names must be there before anything is read.
+    _refuse_missing_requirements(recipe)
+    family = open_family(recipe)
+
+    # The data, and the size at which each example is trained.
+    listing = read_data(recipe)
+    resolutions = recipe.data.resolution or (family.resolution,)
+    shapes = [image_size(example.path) for example in listing.examples]
+    buckets_by_resolution = [bucket_sizes(side, family.multiple) for side in resolutions]
+    sizes = tuple(
+        tuple(nearest_bucket(*shape, buckets) for shape in shapes)
+        for buckets in buckets_by_resolution
+    )
+
+    # Prompts that are generated while training.
+    health_prompts = recipe.health.prompts or family.unrelated_prompts or PROMPTS
+    replayed = "replay" in recipe.method.needs
+    previews = _previews(recipe, family, listing, max(resolutions), health_prompts)
+
+    device = deployed_on()[0]
+    return ResolvedRun(
+        recipe=recipe,
+        family=family,
+        listing=listing,
+        resolutions=resolutions,
+        sizes=sizes,
+        previews=previews,
+        health_prompts=health_prompts,
+        replay_prompts=_replay_prompts(recipe) or health_prompts if replayed else (),
+        nfe=recipe.method.nfe or family.default_nfe,
+        deployed_nfe=recipe.sample.nfe or family.default_nfe,
+        device=device,
+        dtype=frozen_dtype(recipe, device),
+    )
 
 
 def open_family(recipe: Recipe) -> Family:
-    """The recipe's checkpoint, refused with one sentence when it or its method cannot be tuned."""
-    family = family_of(recipe)
-    if reason := missing(recipe.method, family.teacher_contexts):
-        so_set = "" if missing(type(recipe.method), family.teacher_contexts) else " as it is set"
+    """The recipe's checkpoint. Raises ValueError where its method cannot run on it, and for a
+    many-step model without `model.allow_base`."""
+    model, method = recipe.model, recipe.method
+    vision = TeacherVision(model.teacher_context, model.vlm, model.teacher_suffix)
+    family = load_family(model.name_or_path, model.revision, vision, model.distilled_by)
+    if reason := missing(method, family.teacher_contexts):
+        as_set = "" if missing(type(method), family.teacher_contexts) else " as it is set"
         raise ValueError(
-            f"{recipe.method.name} cannot run on {family.name}{so_set}: {reason}. `dopsd list` shows what can."
+            f"{method.name} cannot run on {family.name}{as_set}: {reason}. `dopsd list` shows what "
+            "can."
         )
-    if not family.distilled and not recipe.model.allow_base:
-        by_file = (
-            ", or a file in model.distilled_by that makes it one" if family.distillable else ""
-        )
+    if not family.distilled and not model.allow_base:
+        by_file = ", or a file in model.distilled_by that makes it one" * family.distillable
         raise ValueError(
-            f"{recipe.model.name_or_path} is a many-step base model, and few-step tuning needs a distilled one such as "
-            f"{family.repo}{by_file}. Set model.allow_base: true to tune it all the same."
+            f"{model.name_or_path} is a many-step base model, and few-step tuning needs a "
+            f"distilled one such as {family.repo}{by_file}. Set model.allow_base: true to tune it "
+            "all the same."
         )
     return family
 
 
-def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
-    """Prompts that have nothing to do with the data: the recipe's, the checkpoint's own, or the
-    built-in ones."""
-    return recipe.health.prompts or family.unrelated_prompts or PROMPTS
-
-
-def images_shown(recipe: Recipe, family: Family, listing: Listing) -> list[PreviewPrompt]:
-    """What a run shows: the recipe's prompts, or the first captions, and some unrelated prompts.
-    Raises ValueError for a size that the family cannot generate."""
-    sample, side = recipe.sample, max(resolutions_of(recipe, family))
-    sizes = bucket_sizes(side, family.multiple)
-    examples = {
-        (e.caption, e.references): e for e in reversed(listing.examples)
-    }.values()  # the first of each
-    shown = (
-        ()
-        if sample.prompts
-        else [_as_prompt(example, sizes) for example in list(reversed(examples))[:PREVIEWS]]
-    )
-    unrelated = [{"prompt": text} for text in unrelated_prompts(recipe, family)[: sample.unrelated]]
-    prompts = [
-        *sample.prompts,
-        *(PromptSection.model_validate(each) for each in (*shown, *unrelated)),
-    ]
-    wanted = []
-    for index, each in enumerate(prompts):
-        height, width = each.height or sample.height or side, each.width or sample.width or side
-        seed = sample.seed + index if each.seed is None else each.seed
-        latent_shape = (family.channels, *latent_size(family, height, width))
-        wanted.append(PreviewPrompt(each.prompt, seed, latent_shape, each.references))
-    return wanted
-
-
-def _as_prompt(example: Example, sizes: Sequence[Size]) -> dict[str, Any]:
-    """What shows an example; an edited image keeps the shape that it is trained in."""
-    if not example.references:
-        return {"prompt": example.caption}
-    width, height = nearest_bucket(*image_size(example.path), sizes)
-    return {
-        "prompt": example.caption,
-        "references": example.references,
-        "width": width,
-        "height": height,
-    }
-
-
-def resolutions_of(recipe: Recipe, family: Family) -> tuple[int, ...]:
-    """The sides of the square buckets in pixels: every image is trained on at each."""
-    return recipe.data.resolution or (family.resolution,)
-
-
 def read_data(recipe: Recipe) -> Listing:
-    """Every folder of the recipe; one that a data set is to fill is filled first."""
-    for s in (recipe.data, *recipe.data.more):
-        if s.dataset:
-            fill(s.folder, s.dataset, s.image_column, s.caption_column, s.split, s.rejected_column)
-    data = recipe.data
+    """The examples of every folder of the recipe; a folder that `dataset` fills is filled first."""
+    sections = (recipe.data, *recipe.data.more)
+    for section in sections:
+        if section.dataset:
+            fill(
+                section.folder,
+                section.dataset,
+                section.image_column,
+                section.caption_column,
+                section.split,
+                section.rejected_column,
+            )
     sources = [
         Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight)
-        for s in (data, *data.more)
+        for s in sections
     ]
-    listing = read_sources(sources, data.trigger, data.skip_bad)
+    listing = read_sources(sources, recipe.data.trigger, recipe.data.skip_bad)
     if recipe.method.teacher_sees_another:
         listing = seen_in_turn(listing)
-    _refuse_unpaired(recipe, listing)
+    _refuse_incomplete_pairs(recipe, listing)
     return listing
 
 
-def _refuse_unpaired(recipe: Recipe, listing: Listing) -> None:
-    """A method that learns from the data's own pairs needs both sides of each."""
+def frozen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of the frozen weights on a device: by `model.dtype`; auto is bfloat16 on a GPU, else
+    float32."""
+    if recipe.model.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+
+
+def _refuse_missing_requirements(recipe: Recipe) -> None:
+    """Trackers, bitsandbytes, the reward and the health model that the recipe names must exist."""
+    refuse_missing(recipe)
+    in_few_bits = recipe.model.quantize or recipe.train.optimizer == "adamw_8bit"
+    if in_few_bits and find_spec("bitsandbytes") is None:
+        key = "model.quantize" if recipe.model.quantize else "train.optimizer: adamw_8bit"
+        raise ValueError(
+            f"{key} needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'."
+        )
+    if model := recipe.health.text_model:
+        Checkpoint(model, called=f"health.text_model {model}")
+    if recipe.method.reward_name:
+        find_reward(recipe.method.reward_name)
+
+
+def _refuse_incomplete_pairs(recipe: Recipe, listing: Listing) -> None:
+    """A method that learns from the data's own pairs needs both images of each."""
     if "rejected" not in recipe.method.needs or recipe.method.to_generate:
         return
     if alone := [example for example in listing.examples if not example.rejected]:
         raise ValueError(
-            f"{recipe.method.name} learns from pairs, and {len(alone)} of {len(listing.examples)} pictures (first: "
-            f"{alone[0].path.name}) have no rejected one: name it in a metadata.jsonl, as `chosen`, `rejected`, `text`."
+            f"{recipe.method.name} learns from pairs, and {len(alone)} of "
+            f"{len(listing.examples)} images (first: {alone[0].path.name}) have no rejected one: "
+            "name it in a metadata.jsonl, as `chosen`, `rejected`, `text`."
         )
 
 
-def replay_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
-    """Prompts on which a method with retention stays as it was: the recipe's, those of a file, or
-    the health prompts. Raises ValueError for a file without any."""
+def _replay_prompts(recipe: Recipe) -> tuple[str, ...]:
+    """`data.replay`, or the prompts of the one file that it names. Raises ValueError for a file
+    without any."""
     prompts = recipe.data.replay
     if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        prompts = tuple(question.prompt for question in read_prompts(Path(prompts[0])))
-    return prompts or unrelated_prompts(recipe, family)
+        return tuple(row.prompt for row in read_prompts(Path(prompts[0])))
+    return prompts
 
 
-def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Of the frozen weights."""
-    if recipe.model.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+def _previews(
+    recipe: Recipe, family: Family, listing: Listing, side: int, health_prompts: Sequence[str]
+) -> tuple[PreviewPrompt, ...]:
+    """The recipe's prompts, or the first captions, and some of the health prompts. Raises
+    ValueError for a size that the model cannot generate."""
+    sample = recipe.sample
+    unrelated = [_prompt(text) for text in health_prompts[: sample.unrelated]]
+    shown = sample.prompts or _first_captions(listing, bucket_sizes(side, family.multiple))
+    previews = []
+    for index, each in enumerate((*shown, *unrelated)):
+        height = each.height or sample.height or side
+        width = each.width or sample.width or side
+        seed = sample.seed + index if each.seed is None else each.seed
+        latent_shape = (family.channels, *latent_size(family, height, width))
+        previews.append(PreviewPrompt(each.prompt, seed, latent_shape, each.references))
+    return tuple(previews)
+
+
+def _first_captions(listing: Listing, sizes: Sequence[Size]) -> tuple[PromptSection, ...]:
+    """A prompt for each of the first different captions."""
+    by_caption: dict[Any, Example] = {}
+    for example in listing.examples:
+        by_caption.setdefault((example.caption, example.references), example)
+    return tuple(
+        _prompt_of(example, sizes) for example in list(by_caption.values())[:PREVIEWED_CAPTIONS]
+    )
+
+
+def _prompt_of(example: Example, sizes: Sequence[Size]) -> PromptSection:
+    """An example's caption as a prompt; an edited image keeps the shape that it is trained in."""
+    if not example.references:
+        return _prompt(example.caption)
+    width, height = nearest_bucket(*image_size(example.path), sizes)
+    return _prompt(example.caption, references=example.references, width=width, height=height)
+
+
+def _prompt(text: str, **keys: Any) -> PromptSection:
+    return PromptSection.model_validate({"prompt": text, **keys})

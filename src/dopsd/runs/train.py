@@ -1,8 +1,4 @@
-"""One run: a recipe becomes a LoRA. Assembles the rooms and keeps house (log, preview, save);
-computes nothing itself.
-
-The only room that knows all others; only `cli`, `compare` and the package's face import it.
-"""
+"""One run: from a recipe to a LoRA file. Puts the parts together, logs, previews and saves."""
 
 import logging
 import math
@@ -10,22 +6,22 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from dopsd.config.recipe import Recipe, TrainSection
+from dopsd.config.recipe import Recipe
+from dopsd.config.schema import TrainSection
 from dopsd.data.loader import Loader
-from dopsd.runs.check import Checked, check
-from dopsd.runs.environment import _environment
+from dopsd.runs.check import check
+from dopsd.runs.environment import environment
 from dopsd.runs.health_monitor import HealthMonitor
 from dopsd.runs.interrupts import Stopped, Unhealthy, noticing_signals
 from dopsd.runs.memory import choose_low_memory
 from dopsd.runs.outputs.folder import Metrics, claimed, read_rows, write_header
+from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.model_card import write_card
-from dopsd.runs.outputs.previews import _show_examples
+from dopsd.runs.outputs.previews import generate_previews, write_examples
 from dopsd.runs.outputs.report import write_report
 from dopsd.runs.outputs.trackers import Trackers, tracking
-from dopsd.runs.prepare import Progress, _Material, _read_and_encode
-from dopsd.runs.resolve import dtype_of, unrelated_prompts
+from dopsd.runs.prepare import EncodedRun, Progress, encode_run
+from dopsd.runs.resolve import ResolvedRun, resolve
 from dopsd.runs.session import Session
 from dopsd.training.checkpoint import load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, steps
@@ -37,130 +33,171 @@ def train(
     recipe: Recipe,
     resume: str | None = None,
     progress: Progress | None = None,
-    checked: Checked | None = None,
+    resolved: ResolvedRun | None = None,
 ) -> Iterator[StepReport]:
-    """Run a recipe: a generator of optimizer steps that logs, previews and saves between them.
+    """Train a recipe: a generator of optimizer steps that logs, previews and saves between them.
 
-    resume: "latest", a checkpoint folder, or None for a new run. checked: what `check` found, if
-    asked before. Leaves `<run_name>.safetensors` and `report.html` in the run folder. Raises
-    ValueError for bad input, before anything is trained where it can be known; after a SIGINT or
-    SIGTERM, `Stopped` once the step that was under way is saved.
+    resume: "latest", a checkpoint folder, or None for a new run. progress: called with what is
+    being done, how many are done, and of how many. resolved: the recipe's `resolve`, where `check`
+    has accepted it already.
+
+    Leaves `<run_name>.safetensors` (or a model folder) and `report.html` in the run folder. Raises
+    ValueError for bad input, wherever possible before anything is trained; after SIGINT or SIGTERM
+    `Stopped`, once the step that was under way is saved.
     """
-    found = checked or check(recipe)
+    run = resolved or resolve(recipe)
+    if resolved is None:
+        check(run)
     with claimed(recipe, resume) as states:
-        material, session = _load(recipe, found, progress)
+        # Encode, let the encoders leave memory, then load the network.
+        encoded = encode_run(run, progress)
+        session = Session.open(run, choose_low_memory(run), encoded.previews[0].context)
+
+        # Go on from a checkpoint, or begin.
         start = _restore(session, states)
-        write_header(recipe, _environment(found, session), fresh=not states)
-        _show_examples(recipe, material.rows)
-        with tracking(recipe, start) as trackers, noticing_signals() as noticed:
+        write_header(recipe, environment(session), fresh=not states)
+        write_examples(recipe, encoded.rows)
+
+        with tracking(recipe, start) as trackers, noticing_signals() as received_signal:
             if start == 0:
-                _preview(session, material, 0, trackers)
-            yield from _train(session, material, start, noticed, trackers)
+                _preview(session, encoded, 0, trackers)
+            yield from _train(session, encoded, start, received_signal, trackers)
 
 
 def _train(
     session: Session,
-    material: _Material,
+    encoded: EncodedRun,
     start: int,
-    noticed: Callable[[], int | None],
+    received_signal: Callable[[], int | None],
     trackers: Trackers,
 ) -> Iterator[StepReport]:
     """The steps from `start` on, with what is written between them."""
-    recipe, folder = session.recipe, session.recipe.run_folder
-    metrics, plan = Metrics(folder / "metrics.jsonl", start), _plan(recipe.train)
-    loader = Loader(
-        material.rows,
-        recipe.train.batch_size,
-        recipe.train.seed,
-        recipe.data.caption_dropout,
-        material.prior,
-        material.replay,
-    )
-    prompts = unrelated_prompts(recipe, session.family)
-    monitor = HealthMonitor(session, material.unrelated, prompts, start, trackers)
-    spent, enough = (
-        sum(row["seconds"] for row in read_rows(metrics.path)),
-        recipe.train.max_seconds or math.inf,
-    )
+    run, recipe = session.run, session.run.recipe
+    metrics, plan = Metrics(recipe.run_folder / "metrics.jsonl", start), _plan(recipe.train)
+    monitor = HealthMonitor(session, encoded.health, start, trackers)
+    seconds = sum(row["seconds"] for row in read_rows(metrics.path))
+    max_seconds = recipe.train.max_seconds or math.inf
     for report in steps(
         session.roles,
         recipe.method,
-        loader,
+        _loader(recipe, encoded),
         session.trainable,
         session.optimizer,
         session.teacher,
-        session.accelerator,
+        run.device,
         plan,
         start,
     ):
+        step = report.step
         metrics.add(report)
-        about = ("grad_norm", "learning_rate", "images", "seconds", "skipped")
-        told = {name: getattr(report, name) for name in about}
-        trackers.numbers("train", {**report.log, **told}, report.step)
-        spent += report.seconds
-        done, signal = report.step == plan.max_steps or spent >= enough, noticed()
-        due = _due(report.step, recipe.save.every)
-        if done or _due(report.step, recipe.sample.every):
-            _preview(session, material, report.step, trackers)
-        illness = monitor.state(report.step, done)
-        # Before the last checkpoint: a run killed in between does its last steps again and exports
+        _track(trackers, report)
+
+        # What is due after this step.
+        seconds += report.seconds
+        done, signal = step == plan.max_steps or seconds >= max_seconds, received_signal()
+        save_due = _due(step, recipe.save.every)
+        if done or _due(step, recipe.sample.every):
+            _preview(session, encoded, step, trackers)
+        unhealthy = monitor.after_step(step, done)
+
+        # Exports come before the last checkpoint: a run that is killed in between repeats its last
+        # steps and exports again.
         if done:
-            session.export(recipe.result(), report.step)
-            write_card(
-                recipe,
-                session.family.usage(session.deployed_nfe),
-                session.metadata(report.step),
-                report.step,
-            )
-            write_report(folder)
-        elif due:
-            session.export(recipe.result(f"-step{report.step:06d}"), report.step)
-            _keep_last_models(recipe)
-        if done or due or signal or illness:
-            keep = recipe.save.keep_last
+            _export_result(session, step)
+        elif save_due:
+            path = recipe.result(f"-step{step:06d}")
+            session.export(path, weights_metadata(run, step))
+            _remove_old_models(recipe)
+        if done or save_due or signal or unhealthy:
             save_checkpoint(
-                folder, report.step, session.trainable, session.teacher, session.optimizer, keep
+                recipe.run_folder,
+                step,
+                session.trainable,
+                session.teacher,
+                session.optimizer,
+                recipe.save.keep_last,
             )
         yield report
         if signal and not done:
-            raise Stopped(signal, report.step)
-        if illness:
-            raise Unhealthy(report.step, illness)
+            raise Stopped(signal, step)
+        if unhealthy:
+            raise Unhealthy(step, unhealthy)
         if done:
             return
 
 
-def _keep_last_models(recipe: Recipe) -> None:
+def _loader(recipe: Recipe, encoded: EncodedRun) -> Loader:
+    return Loader(
+        encoded.rows,
+        recipe.train.batch_size,
+        recipe.train.seed,
+        recipe.data.caption_dropout,
+        encoded.prior,
+        encoded.replay,
+    )
+
+
+def _track(trackers: Trackers, report: StepReport) -> None:
+    numbers = {
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "images": report.images,
+        "seconds": report.seconds,
+        "skipped": report.skipped,
+    }
+    trackers.numbers("train", {**report.log, **numbers}, report.step)
+
+
+def _export_result(session: Session, step: int) -> None:
+    """The result, its model card and the report."""
+    run, recipe = session.run, session.run.recipe
+    metadata = weights_metadata(run, step)
+    session.export(recipe.result(), metadata)
+    write_card(recipe, run.family.usage(run.deployed_nfe), metadata, step)
+    write_report(recipe.run_folder)
+
+
+def _remove_old_models(recipe: Recipe) -> None:
     """LoRA files are small and all kept; of whole models as many as of checkpoints."""
     if recipe.adapter == "full" and recipe.save.keep_last:
-        for old in sorted(recipe.run_folder.glob(f"{recipe.run_name}-step*"))[
-            : -recipe.save.keep_last
-        ]:
+        models = sorted(recipe.run_folder.glob(f"{recipe.run_name}-step*"))
+        for old in models[: -recipe.save.keep_last]:
             shutil.rmtree(old)
 
 
-def _preview(session: Session, material: _Material, step: int, trackers: Trackers) -> None:
-    folder = session.preview(material.previews, session.recipe.run_folder, step)
+def _preview(session: Session, encoded: EncodedRun, step: int, trackers: Trackers) -> None:
+    """Generate the previews into `samples/step-N/`; the VAE is in memory only meanwhile."""
+    run = session.run
+    folder = run.recipe.run_folder / "samples" / f"step-{step:06d}"
+    generate_previews(
+        folder,
+        encoded.previews,
+        session.deployed_roles,
+        session.load_vae(),
+        run.deployed_schedule,
+        run.device,
+    )
     trackers.image("previews", folder / "grid.png", step)
 
 
 def _restore(session: Session, states: Sequence[Path]) -> int:
-    """Put back the first state that is whole; the steps it had done. Raises ValueError when none
-    is."""
+    """Load the first checkpoint that is whole and return the steps it had done; 0 without any.
+    Raises ValueError when none is whole."""
     for index, state in enumerate(states):
         try:
             done = load_checkpoint(state, session.trainable, session.teacher, session.optimizer)
-            session.student.publish()
-            return done
         except ValueError as error:
             if index == len(states) - 1:
                 raise
             log.warning(
-                "checkpoint=%s unusable=%s going_back_to=%s",
+                "Checkpoint %s cannot be used (%s); going back to %s.",
                 state.name,
                 error,
                 states[index + 1].name,
             )
+        else:
+            session.student.publish()
+            return done
     return 0
 
 
@@ -174,18 +211,6 @@ def _plan(settings: TrainSection) -> Plan:
         clip=settings.max_grad_norm,
         seed=settings.seed,
         most_skipped=settings.max_skipped_steps,
-    )
-
-
-def _load(recipe: Recipe, found: Checked, progress: Progress | None) -> tuple[_Material, Session]:
-    """Encode, let the encoders go, and load the network."""
-    accelerator = Accelerator()
-    device, dtype = accelerator.device, dtype_of(recipe, accelerator.device)
-    material = _read_and_encode(recipe, found.family, found.listing, device, dtype, progress)
-    low_memory, images = choose_low_memory(recipe, found, device, dtype), found.listing
-    data = {"images": str(len(images.examples)), "data_sha256": images.fingerprint()}
-    return material, Session.open(
-        recipe, found.family, accelerator, dtype, low_memory, data, material.previews[0].context
     )
 
 

@@ -17,7 +17,7 @@ from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.evaluation.metrics.clip import HEAD
 from dopsd.evaluation.rewards import load_reward
 from dopsd.models import POCKET
-from dopsd.runs.check import check
+from dopsd.runs.resolve import resolve
 from dopsd.runs.train import train
 
 CPU = torch.device("cpu")
@@ -162,4 +162,4 @@ def test_a_run_is_judged_by_it_too(clip, concept, tmp_path):
 
 def test_one_that_is_not_there_is_refused_before_anything_starts(concept, tmp_path):
     with pytest.raises(ValueError, match=r"health\.text_model .*gone does not exist"):
-        check(recipe_for(concept, tmp_path, tmp_path / "gone"))
+        resolve(recipe_for(concept, tmp_path, tmp_path / "gone"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dopsd.config.recipe import Recipe, parse_recipe
-from dopsd.runs.check import check
+from dopsd.runs.resolve import resolve
 from dopsd.runs.train import train
 
 STEPS = 5
@@ -145,7 +145,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(
     with pytest.raises(
         ValueError, match=r"wandb, which is not installed: pip install 'dopsd\[wandb\]'"
     ):
-        check(recipe_for(concept, tmp_path, "wandb"))
+        resolve(recipe_for(concept, tmp_path, "wandb"))
 
 
 def test_a_tracker_that_cannot_start_is_a_sentence(concept, tmp_path):

@@ -28,13 +28,13 @@ from dopsd.evaluation.image_distance import distances
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.images import cover_crop, open_image
 from dopsd.models import load_family
-from dopsd.models.base import Family, latent_size
+from dopsd.models.base import latent_size
 from dopsd.models.folder import is_model
 from dopsd.models.lora import merge_lora
 from dopsd.models.pipeline import deployed_on
 from dopsd.pocket.benchmark import HELD_OUT, ManyStepModel, PocketConcept, concept_of
 from dopsd.runs.outputs.previews import generate_each
-from dopsd.runs.resolve import family_of, images_shown, read_data, resolutions_of, unrelated_prompts
+from dopsd.runs.resolve import ResolvedRun, resolve
 
 LAYOUT = 1  # part of every key: raise it when the same question would be answered otherwise
 TARGETS = 16  # images of the data that neutral prompts are held against
@@ -55,12 +55,16 @@ class Evaluator:
     """A recipe's model, the questions on its data, and the folder of answers."""
 
     def __init__(self, recipe: Recipe, folder: Path):
-        self.family = family_of(recipe)
+        run = resolve(recipe)
+        self.family = run.family
         self._weights = self.family.checkpoint.mark(recipe.model.distilled_by)
         self.thing = concept_of(recipe.data.folder)
         self._folder, self._device, self._dtype = folder, *deployed_on()
-        kind = Images if self.thing is None else PocketConcept
-        self.questions: Benchmark = kind(recipe, self.family, self._device, self._dtype)
+        self.questions: Benchmark = (
+            Images(run, self._dtype)
+            if self.thing is None
+            else PocketConcept(recipe, self.family, self._device, self._dtype)
+        )
 
     def answers(self, candidate: Candidate, nfes: Sequence[int]) -> dict[int, BenchmarkResult]:
         """At each number of forwards; asks only what is not there."""
@@ -102,18 +106,16 @@ class Images:
     prompts that have nothing to do with the data), of which each image's distance to the nearest
     training image is measured."""
 
-    def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
-        listing = read_data(recipe)
-        self._family, self._device, self._dtype = family, device, dtype
-        self._wanted = images_shown(recipe, family, listing)
-        self._side = max(resolutions_of(recipe, family))
-        trigger = recipe.data.trigger
+    def __init__(self, run: ResolvedRun, dtype: torch.dtype):
+        listing, trigger = run.listing, run.recipe.data.trigger
+        self._family, self._device, self._dtype = run.family, run.device, dtype
+        self._wanted, self._side = run.previews, run.side
         plain = (
             [" ".join(e.caption.replace(trigger, " ").split()) for e in listing.examples]
             if trigger
             else []
         )
-        self._neutral = list(dict.fromkeys([*plain[:SHOWN], *unrelated_prompts(recipe, family)]))
+        self._neutral = list(dict.fromkeys([*plain[:SHOWN], *run.health_prompts]))
         examples = listing.examples
         count = min(TARGETS, len(examples))
         self._targets = [examples[index * len(examples) // count].path for index in range(count)]
@@ -143,7 +145,7 @@ class Images:
     def _contexts(self) -> tuple[list[Context], list[Context]]:
         """Read when something is asked for the first time; the text encoder leaves memory at once."""
         text_encoder = self._family.load_text_encoder(self._device, self._dtype, images=False)
-        return [each.read(text_encoder) for each in self._wanted], [
+        return [each.encode(text_encoder) for each in self._wanted], [
             text_encoder.context([prompt]) for prompt in self._neutral
         ]
 

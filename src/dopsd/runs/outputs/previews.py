@@ -26,7 +26,7 @@ from dopsd.runs.resolve import PreviewPrompt
 class Preview:
     """What is wanted, read; its noise; `privileged` where the teacher sees an image with it."""
 
-    wanted: PreviewPrompt
+    prompt: PreviewPrompt
     context: Context
     privileged: Context | None
     noise: Noise
@@ -39,10 +39,10 @@ def read_previews(
     has no row)."""
     previews = []
     for index, each in enumerate(wanted):
-        seeing = each.read(text_encoder, images[index % len(images)]) if images else None
+        seeing = each.encode(text_encoder, images[index % len(images)]) if images else None
         previews.append(
             Preview(
-                each, each.read(text_encoder), seeing, noise_for([each.seed], *each.latent_shape)
+                each, each.encode(text_encoder), seeing, noise_for([each.seed], *each.latent_shape)
             )
         )
     return tuple(previews)
@@ -71,9 +71,9 @@ def generate_previews(
     }
     about = [
         {
-            "prompt": preview.wanted.prompt,
-            "seed": preview.wanted.seed,
-            "references": [path.name for path in preview.wanted.references],
+            "prompt": preview.prompt.prompt,
+            "seed": preview.prompt.seed,
+            "references": [path.name for path in preview.prompt.references],
             "sigmas": schedule.times.tolist(),
         }
         for preview, schedule in zip(previews, schedules, strict=True)
@@ -82,7 +82,7 @@ def generate_previews(
         temporary.mkdir()
         for role, row in images.items():
             for index, (preview, image) in enumerate(zip(previews, row, strict=True)):
-                to_pil(image[None])[0].save(temporary / f"{role}_{index}_{preview.wanted.seed}.png")
+                to_pil(image[None])[0].save(temporary / f"{role}_{index}_{preview.prompt.seed}.png")
         grid(list(images.values())).save(temporary / "grid.png")
         write_json(temporary / "preview.json", {"rows": list(rows), "images": about})
 
@@ -115,7 +115,7 @@ def generate_each(
 EXAMPLES = 3  # images of the data that the report shows
 
 
-def _show_examples(recipe: Recipe, rows: Sequence[Row]) -> None:
+def write_examples(recipe: Recipe, rows: Sequence[Row]) -> None:
     """The first images: `samples/data-<i>.png`."""
     for index, row in enumerate(rows[:EXAMPLES]):
         with atomic_path(recipe.run_folder / "samples" / f"data-{index}.png") as temporary:
