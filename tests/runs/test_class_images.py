@@ -121,7 +121,7 @@ def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ({"name": "dpo"}, "dpo learns from pairs, and 4 of 4 pictures"),
+        ({"name": "dpo"}, "dpo learns from pairs, and 4 of 4 images"),
         (
             {"name": "pso", "nfe": 1, "last_step": "left_out"},
             "a walk of one step has only the last",

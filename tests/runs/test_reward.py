@@ -83,7 +83,7 @@ def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(
 ):
     said = refused(recipe_of(concept, tmp_path / "runs", f"own_judges:{reward}"), tmp_path)
     assert said.startswith(
-        f"the judge own_judges:{reward} gave no picture of 4 walks in a row a finite score"
+        f"the reward own_judges:{reward} gave no image of 4 rollouts in a row a finite score"
     )
     kept = checkpoints(tmp_path / "runs" / "run")[-1]
     assert kept.name == "step-000003"  # two steps with a reward, one without
@@ -116,7 +116,8 @@ def test_a_judge_that_tells_nothing_apart_is_said_to(concept, tmp_path, desk, ca
         if "gave the same scores" in record.getMessage()
     ]
     assert said == [
-        "the judge own_judges:constant gave the same scores to 4 walks in a row: pairs of equal score teach nothing"
+        "The reward own_judges:constant gave the same scores to 4 rollouts in a row: pairs of equal "
+        "score teach nothing."
     ]
 
 

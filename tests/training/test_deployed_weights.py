@@ -13,6 +13,7 @@ from dopsd.models import load_family
 from dopsd.models.lora import merge_lora
 from dopsd.pocket.__main__ import app
 from dopsd.runs.check import check
+from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.resolve import resolve
 from dopsd.runs.session import Session
 
@@ -77,11 +78,11 @@ def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_mode
         each.load_denoiser(CPU, torch.float32) for each in (load_family(str(parent)), pocket)
     )
     assert torch.equal(ask(session.roles.base), ask(theirs)) and torch.equal(
-        ask(session.shown.base), ask(own)
+        ask(session.deployed_roles.base), ask(own)
     )
     assert (ask(theirs) - ask(own)).abs().max() > 0.01
-    session.export(tmp_path / "lora.safetensors", 1)
-    trained, shown = ask(session.roles.student), ask(session.shown.student)
+    session.export(tmp_path / "lora.safetensors", weights_metadata(session.run, 1))
+    trained, shown = ask(session.roles.student), ask(session.deployed_roles.student)
     torch.testing.assert_close(
         ask(with_lora(pocket, tmp_path / "lora.safetensors")), shown, atol=1e-4, rtol=0
     )
@@ -91,7 +92,7 @@ def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_mode
         atol=1e-4,
         rtol=0,
     )
-    assert session.metadata(1)["trained_on"] == "model"
+    assert weights_metadata(session.run, 1)["trained_on"] == "model"
 
 
 def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_shown(
@@ -99,7 +100,7 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
 ):
     first = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
     adapter = tmp_path / "adapter.safetensors"
-    first.export(adapter, 1)
+    first.export(adapter, weights_metadata(first.run, 1))
     session = opened(
         recipe_for(concept, tmp_path, training_adapter=str(adapter)), pocket, pocket_text_encoder
     )
@@ -107,19 +108,21 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
     torch.testing.assert_close(
         ask(session.roles.base), ask(with_lora(pocket, adapter)), atol=1e-5, rtol=0
     )
-    assert torch.equal(ask(session.shown.base), ask(pocket.load_denoiser(CPU, torch.float32)))
-    session.export(tmp_path / "lora.safetensors", 1)
+    assert torch.equal(
+        ask(session.deployed_roles.base), ask(pocket.load_denoiser(CPU, torch.float32))
+    )
+    session.export(tmp_path / "lora.safetensors", weights_metadata(session.run, 1))
     deployed = ask(with_lora(pocket, tmp_path / "lora.safetensors"))
-    torch.testing.assert_close(ask(session.shown.student), deployed, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ask(session.deployed_roles.student), deployed, atol=1e-4, rtol=0)
     assert (ask(session.roles.student) - deployed).abs().max() > 1e-3
-    assert len(session.metadata(1)["training_adapter_sha256"]) == 64
+    assert len(weights_metadata(session.run, 1)["training_adapter_sha256"]) == 64
 
 
 def test_without_other_weights_a_run_shows_what_it_trains(
     concept, tmp_path, pocket, pocket_text_encoder
 ):
     session = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
-    assert session.shown is session.roles
+    assert session.deployed_roles is session.roles
 
 
 def test_another_architecture_is_refused_by_check(parent, concept, tmp_path):
