@@ -211,7 +211,7 @@ def sit(
     noise = noise_for(range(noise_seed, noise_seed + count + len(sheet.stated)), *latent_shape)
     things = generate(velocity, vae, schedule, context, noise[:count])
     learned = {
-        "thing_pictures": things,
+        "thing_images": things,
         "thing_error": thing_error(things.numpy(), sheet.scenes),
         "thing_hit": thing_hit(things.numpy(), sheet.scenes, DISTRACTORS).astype(float),
     }
