@@ -51,6 +51,7 @@ def recipe_page() -> str:
     """One table for each section of the recipe, one for each method."""
     lines = [RECIPE]
     top = {name: field for name, field in Recipe.model_fields.items() if _section(field) is None}
+    del top["method"]  # a table for each method below
     lines += ["## Top level", "", *_table(top, ""), ""]
     for name, field in Recipe.model_fields.items():
         section = _section(field)
@@ -62,18 +63,6 @@ def recipe_page() -> str:
                 lines += [f"## method: {method.model_fields['name'].default}", ""]
                 lines += [_first_paragraph(method), "", *_table(method.model_fields, "method."), ""]
     return _joined(lines)
-
-
-def recipe_keys() -> set[str]:
-    """Every key of a recipe, with the name of its section before it."""
-    keys = set()
-    for name, field in Recipe.model_fields.items():
-        section = _section(field)
-        models = [section] if section is not None else METHODS.values() if name == "method" else []
-        keys |= {f"{name}.{key}" for model in models for key in model.model_fields}
-        if not models:
-            keys.add(name)
-    return keys
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
@@ -95,6 +84,8 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or value is PydanticUndefined or value == ():
         return "none"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -168,10 +159,8 @@ def _option_row(option: Any) -> str:
     names = [option.name.upper()] if is_argument else [*option.opts, *option.secondary_opts]
     default = option.default
     empty = default is None or default is False or default == () or default == []
-    if option.required:
-        shown = "required"
-    else:
-        shown = "" if empty or "Sentinel" in type(default).__name__ else f"`{default}`"
+    empty = empty or "Sentinel" in type(default).__name__  # click's word for "none given"
+    shown = "required" if option.required else "" if empty else f"`{default}`"
     return f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {_cell(getattr(option, 'help', '') or '')} |"
 
 
