@@ -3,10 +3,10 @@
     python -m dopsd.pocket images runs/pocket-thing
     python -m dopsd.pocket parent runs/pocket-parent
     dopsd adapter train recipes/table1/adapter-prompts.txt --images 8 --steps 200
-    dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json benchmarks/results/ablations.json
-    dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json benchmarks/results/table1.json
+    dopsd compare recipes/ablations/*.yaml --equal forwards --replicates 3 --json benchmarks/results/ablations.json
+    dopsd compare recipes/table1/*.yaml --equal forwards --replicates 3 --json benchmarks/results/table1.json
     python -m dopsd.pocket images runs/pocket-domain --count 32
-    dopsd compare recipes/table2/*.yaml --equal forwards --units 3 --json benchmarks/results/table2.json
+    dopsd compare recipes/table2/*.yaml --equal forwards --replicates 3 --json benchmarks/results/table2.json
     python benchmarks/claim.py write          # docs/results.md, with sections on these
 
 The statements below are the paper's, as known to us at second hand, written down before the numbers
@@ -137,7 +137,7 @@ def _section(
     lines = [
         f"## {title}",
         "",
-        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in",
+        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --replicates 3`; numbers in",
         f"`benchmarks/results/{name}.json`. NFE {nfe};",
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
         "Intervals: 95% bootstrap over prompts, with these things.",

@@ -42,7 +42,9 @@ def generator():
 # Numbers
 
 
-@pytest.mark.parametrize(("script", "page"), [("claim", "results.md"), ("model_and_cost", "model_and_cost.md")])
+@pytest.mark.parametrize(
+    ("script", "page"), [("claim", "results.md"), ("model_and_cost", "model_and_cost.md")]
+)
 def test_a_results_page_is_what_its_script_writes(script: str, page: str, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)
@@ -55,19 +57,31 @@ def test_the_table_of_the_readme_is_what_was_measured():
     for model, row in json.loads((RESULTS / "table1.json").read_text(encoding="utf-8")).items():
         if model != "teacher":
             scores = row["nfe"]["4"]
-            values = [scores[name]["value"] for name in ("thing_error", "thing_hit", "sharpness", "attributes")]
+            values = [
+                scores[name]["value"]
+                for name in ("thing_error", "thing_hit", "sharpness", "attributes")
+            ]
             cells = f"| {' | '.join(f'{value:.3f}' for value in values)} |"
             assert f"({model}) {cells}" in page or f"| {model} {cells}" in page, model
 
 
 def test_every_full_size_recipe_states_the_memory_that_was_forecast_for_it():
     rows = json.loads((RESULTS / "forecast.json").read_text(encoding="utf-8"))
-    files = {path.stem: path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("pocket")}
+    files = {
+        path.stem: path
+        for path in (ROOT / "recipes").glob("*.yaml")
+        if not path.stem.startswith("pocket")
+    }
     assert {row["recipe"] for row in rows} == files.keys(), "run benchmarks/forecast.py again"
     for row in rows:
-        header = " ".join(files[row["recipe"]].read_text(encoding="utf-8").replace("#", " ").split())
+        header = " ".join(
+            files[row["recipe"]].read_text(encoding="utf-8").replace("#", " ").split()
+        )
         peak = f"{row['peak_gib']:.1f}"
-        words = {"low": f"a step takes {peak} GiB at model.memory: low", "high": f"and {peak} at high"}
+        words = {
+            "low": f"a step takes {peak} GiB at model.memory: low",
+            "high": f"and {peak} at high",
+        }
         assert words[row["memory"]] in header, row
 
 
@@ -76,7 +90,10 @@ def test_every_full_size_recipe_states_the_memory_that_was_forecast_for_it():
     [
         ("D-OPSD", "zimage-turbo-identity-dopsd"),
         ("SFT, DreamBooth, PSO, DPO", "zimage-turbo-identity-sft"),
-        ("D-OPSD, `adapter: full`, `offload: true`, `optimizer: adamw_8bit`", "zimage-turbo-domain-dopsd-full"),
+        (
+            "D-OPSD, `adapter: full`, `offload: true`, `optimizer: adamw_8bit`",
+            "zimage-turbo-domain-dopsd-full",
+        ),
         ("klein 4B", "klein-4b-identity-dopsd"),
         ("klein 4B, editing one image of 1024 x 1024", "klein-4b-editing-dopsd"),
         ("klein 9B", "klein-9b-identity-dopsd"),
@@ -103,7 +120,9 @@ def test_the_image_of_the_readme_is_small():
     assert (DOCS / "assets" / "demo.png").stat().st_size <= 200_000
 
 
-@pytest.mark.parametrize("path", [path for path in TEXTS if path.name not in GENERATED | {"demo.png"}], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in TEXTS if path.name not in GENERATED | {"demo.png"}], ids=name_of
+)
 def test_lines_of_a_page_are_at_most_100_characters(path: Path):
     if path.parent == REFERENCE:
         return  # signatures and help texts are the code's
@@ -129,7 +148,10 @@ def anchors(page: Path) -> set[str]:
     """Ids of the headings, as the site (and the hub) makes them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = [re.sub(r"[`*]", "", heading) for heading in re.findall(r"^#+ (.+)$", text, re.M)]
-    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    return {
+        re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+        for heading in headings
+    }
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
@@ -141,7 +163,9 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(path: Path):
         there = (path.parent / file).resolve() if file else path
         assert there.is_file(), f"{target}: no such file"
         if path in PAGES:
-            assert there.is_relative_to(DOCS), f"{target} leaves docs/: the site has no such page; write it as code"
+            assert there.is_relative_to(DOCS), (
+                f"{target} leaves docs/: the site has no such page; write it as code"
+            )
         assert not anchor or anchor in anchors(there), f"{target}: no such heading"
 
 
@@ -152,7 +176,11 @@ def test_every_file_of_the_repository_that_a_page_names_exists(path: Path):
     homes = (ROOT, ROOT / "src" / "dopsd", DOCS)
     packages = {home.name for home in (ROOT / "src" / "dopsd").iterdir() if home.is_dir()}
     tops = packages | {"src", "tests", "docs", "benchmarks", "recipes", "examples"}
-    gone = [n for n in named if n.split("/")[0] in tops and not any((home / n).exists() for home in homes)]
+    gone = [
+        n
+        for n in named
+        if n.split("/")[0] in tops and not any((home / n).exists() for home in homes)
+    ]
     assert not gone, gone
 
 
@@ -163,7 +191,9 @@ def command_lines(path: Path) -> Iterator[str]:
     """Lines of code blocks that start with dopsd, continuation lines joined, comments dropped."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     if path.suffix == ".yaml":
-        text = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
+        text = "\n".join(
+            line.removeprefix("#") for line in text.splitlines() if line.startswith("#")
+        )
     for line in re.findall(r"^(?: {3,}|\$ )(dopsd .+)$", text, re.M):
         # Recipes separate a command from its description by spaces instead of a #.
         yield re.split(r"\s{2,}(?=[A-Za-z])", line)[0] if path.suffix == ".yaml" else line
@@ -179,7 +209,9 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=[f"{name_of(path)}: {line}" for path, line in COMMANDS])
+@pytest.mark.parametrize(
+    ("path", "line"), COMMANDS, ids=[f"{name_of(path)}: {line}" for path, line in COMMANDS]
+)
 def test_a_command_line_of_a_page_parses(path: Path, line: str):
     command, words = typer.main.get_command(app), shlex.split(line, comments=True)[1:]
     while hasattr(command, "commands"):
@@ -213,7 +245,9 @@ def test_scripts_and_make_targets_that_pages_name_exist():
 
 @pytest.mark.parametrize("page", ["recipe.md", "cli.md", "python.md"])
 def test_a_reference_page_is_what_the_code_says(page: str):
-    assert (REFERENCE / page).read_text(encoding="utf-8") == generator().pages()[page], "run `make reference`"
+    assert (REFERENCE / page).read_text(encoding="utf-8") == generator().pages()[page], (
+        "run `make reference`"
+    )
 
 
 def schema_keys() -> set[str]:
@@ -244,5 +278,9 @@ def test_every_recipe_key_that_a_page_names_is_in_the_schema(path: Path):
     sections = {key.partition(".")[0] for key in keys if "." in key}
     pattern = rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+)(?![\w/(])"
     files = re.compile(r"\.(?:py|yaml|json|jsonl|safetensors|txt|csv|md|html)$")
-    named = {key for key in re.findall(pattern, path.read_text(encoding="utf-8")) if not files.search(key)}
+    named = {
+        key
+        for key in re.findall(pattern, path.read_text(encoding="utf-8"))
+        if not files.search(key)
+    }
     assert named <= keys, named - keys
