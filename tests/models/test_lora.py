@@ -265,7 +265,7 @@ def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_
         and card.data.instance_prompt == "zib"
         and card.data.license == "apache-2.0"
     )
-    files = re.findall(r"!\[]\(([^)]+)\)", text) + [
+    files = re.findall(r"!\[\w+]\(([^)]+)\)", text) + [
         each["output"]["url"] for each in card.data.to_dict()["widget"]
     ]
     assert len(files) == 9 and all((recipe.run_folder / name).is_file() for name in files)

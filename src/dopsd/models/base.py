@@ -72,6 +72,7 @@ class Family(Protocol):
 
     architecture: str  # in the words of modelspec.architecture
     licence: str
+    hub_licence: str  # its identifier in the hub's list; "other" where it has none there
     checkpoint: Checkpoint
     teacher_context: str | None  # the one of `teacher_contexts` that was asked for
     default_nfe: int

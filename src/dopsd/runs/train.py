@@ -106,12 +106,7 @@ def _train(
         # Before the last checkpoint: a run killed in between does its last steps again and exports
         if done:
             session.export(recipe.result(), report.step)
-            write_card(
-                recipe,
-                session.family.usage(session.deployed_nfe),
-                session.metadata(report.step),
-                report.step,
-            )
+            write_card(recipe, session.family, session.metadata(report.step), report.step)
             write_report(folder)
         elif due:
             session.export(recipe.result(f"-step{report.step:06d}"), report.step)

@@ -1,9 +1,11 @@
 """Previews: the same prompts on the same noise, generated again and again by student, teacher and
 base while training."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +87,19 @@ def generate_previews(
                 to_pil(image[None])[0].save(temporary / f"{role}_{index}_{preview.wanted.seed}.png")
         grid(list(images.values())).save(temporary / "grid.png")
         write_json(temporary / "preview.json", {"rows": list(rows), "images": about})
+
+
+def preview_folder(run: Path, step: int) -> Path:
+    """Where the previews of a run after `step` steps are."""
+    return run / "samples" / f"step-{step:06d}"
+
+
+def read_preview(folder: Path) -> dict[str, Any]:
+    """preview.json of a preview's folder, of any version: "images" was once "pictures"."""
+    preview = json.loads((folder / "preview.json").read_text(encoding="utf-8"))
+    if "pictures" in preview:
+        preview["images"] = preview.pop("pictures")
+    return preview
 
 
 def generate_each(
