@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 from huggingface_hub import ModelCard
+from latents import sample_latents
 from safetensors.torch import save_file
 
 from dopsd.config.recipe import parse_recipe
@@ -16,7 +17,6 @@ from dopsd.diffusion.sampling import noise_for
 from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import merge_lora, read_lora
-from dopsd.models.pipeline import sample_latents
 from dopsd.runs.train import train
 
 MODULES = {

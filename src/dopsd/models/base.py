@@ -158,6 +158,13 @@ class Family(Protocol):
         ...
 
 
+def network_on_meta(family: Family) -> nn.Module:
+    """The denoiser's network from its config, its weights on the meta device: names and shapes
+    without storage."""
+    with torch.device("meta"):
+        return family.empty_denoiser().network
+
+
 def fingerprint_of(module: nn.Module) -> str:
     """A short hash of a module's weights: shapes, dtypes, and a sample of every tensor's bytes."""
     digest = hashlib.sha256()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from accelerate import init_empty_weights
 from torch import nn
 
 from dopsd.config.recipe import Recipe
@@ -15,7 +14,7 @@ from dopsd.data.folder import Listing
 from dopsd.evaluation.rewards import find_reward
 from dopsd.images import Size, image_size, open_image
 from dopsd.models import load_family
-from dopsd.models.base import Family, fitted_size
+from dopsd.models.base import Family, fitted_size, network_on_meta
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import read_lora, refuse_misfit
 from dopsd.runs.outputs.lora_export import refuse_unfit
@@ -70,8 +69,7 @@ def check(recipe: Recipe) -> Checked:
     cuts = [
         [nearest_bucket(*shape, sizes) for shape in shapes] for sizes in buckets_of
     ]  # by resolution
-    with init_empty_weights():
-        network = family.empty_denoiser().network
+    network = network_on_meta(family)
     targets = recipe.lora.targets or family.lora_targets
     if recipe.adapter == "full":
         reach = AllWeights(sum(parameter.numel() for parameter in network.parameters()))
@@ -102,8 +100,7 @@ def _refuse_other_weights(recipe: Recipe, family: Family, network: nn.Module) ->
             refuse_misfit(path, module, network, (len(b), a.shape[1]))
     if name := recipe.model.train_on:
         other = load_family(name)
-        with init_empty_weights():
-            its = other.empty_denoiser().network
+        its = network_on_meta(other)
         shapes, wanted = (
             {n: p.shape for n, p in each.named_parameters()} for each in (its, network)
         )

@@ -17,16 +17,18 @@ from PIL import Image
 
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
-from dopsd.diffusion.batch import Context
-from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.image_distance import SIDE, distances, nearer
 from dopsd.evaluation.metrics import Found, find_metric
 from dopsd.evaluation.pages import Panel, write_comparison
 from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_image, to_pil
 from dopsd.models.base import Family, latent_size
-from dopsd.models.lora import merge_lora
-from dopsd.models.pipeline import deployed_on
+from dopsd.models.pipeline import (
+    EncodedRequest,
+    ImagePipeline,
+    ImageRequest,
+    device_and_dtype,
+)
 from dopsd.runs.check import Checked, check
 from dopsd.runs.resolve import dtype_of, resolutions_of
 
@@ -178,30 +180,25 @@ def _others(recipe: Recipe, family: Family) -> list[str]:
 def _look(
     recipe: Recipe, found: Checked, seeds: int, most: int, far: Found | None, progress: Progress
 ) -> tuple[Look, ...]:
-    family, (device, _) = found.family, deployed_on()
-    dtype = dtype_of(recipe, device)
-    rows = _read(recipe, found, most, device, dtype, progress)
-    vae = family.load_vae(device, torch.float32)
-    denoiser = family.load_denoiser(device, dtype)
-    if recipe.lora.init_from:
-        merge_lora(denoiser.network, recipe.lora.init_from, family)
+    family = found.family
+    device, _ = device_and_dtype()
+    pipeline = ImagePipeline(family, dtype_of(recipe, device))
+    rows = _read(recipe, found, most, pipeline, progress)
+    denoiser = pipeline.load_denoiser(recipe.lora.init_from)
     distance = far.made(far.model, device) if far else None
     looks = []
     for done, row in enumerate(rows):
         progress("painting", done, len(rows))
         width, height = row.size
-        latent_shape = latent_size(family, height, width)
-        noise = noise_for(
-            range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *latent_shape
-        )
-        schedule = family.schedule(recipe.sample.nfe or family.default_nfe, *latent_shape)
+        latent_shape = (family.channels, *latent_size(family, height, width))
+        request = ImageRequest(row.example.caption, recipe.sample.seed, latent_shape)
         assert row.privileged is not None
-        contexts = [
-            Context.stack([read_context(path)] * seeds).to(device)
-            for path in (row.context, row.privileged)
-        ]
         student, teacher = (
-            generate(denoiser, vae, schedule, context, noise) for context in contexts
+            torch.stack(pipeline.generate(denoiser, on_each_noise, recipe.sample.nfe))
+            for on_each_noise in (
+                _on_each_noise(EncodedRequest(request, read_context(path)), seeds)
+                for path in (row.context, row.privileged)
+            )
         )
         target = cover_crop(open_image(row.example.path), row.size)
         apart = [_distances(distance, images, np.asarray(target)) for images in (student, teacher)]
@@ -210,6 +207,10 @@ def _look(
         )
     progress("painting", len(rows), len(rows))
     return tuple(looks)
+
+
+def _on_each_noise(encoded: EncodedRequest, seeds: int) -> list[EncodedRequest]:
+    return [encoded.with_seed(encoded.request.seed + index) for index in range(seeds)]
 
 
 def _distances(distance: Distance | None, images: torch.Tensor, target: np.ndarray) -> np.ndarray:
@@ -226,8 +227,7 @@ def _read(
     recipe: Recipe,
     found: Checked,
     most: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    pipeline: ImagePipeline,
     progress: Progress,
 ) -> tuple[Row, ...]:
     """Captions, and captions with their images, as training reads them and into the same cache;
@@ -238,12 +238,12 @@ def _read(
     return prepare(
         chosen,
         recipe.output_dir / "cache",
-        family.load_text_encoder(device, dtype, images=True),
-        family.load_vae(device, torch.float32),
+        family.load_text_encoder(pipeline.device, pipeline.dtype, images=True),
+        pipeline.vae,
         resolution=max(resolutions_of(recipe, family)),
         multiple=family.multiple,
         privileged=True,
-        device=device,
+        device=pipeline.device,
         progress=lambda done, total: progress("reading", done, total),
     )
 

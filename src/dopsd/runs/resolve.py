@@ -1,12 +1,10 @@
 """What a recipe means for its checkpoint and data, answered once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dopsd.config.recipe import PromptSection, Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
@@ -14,30 +12,12 @@ from dopsd.data.folder import Example, Listing
 from dopsd.data.importing import fill
 from dopsd.data.prompts import read_prompts
 from dopsd.data.sources import Source, read_sources, seen_in_turn
-from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import TextEncoder
 from dopsd.evaluation.health import PROMPTS
-from dopsd.images import Size, image_size, open_image
+from dopsd.images import Size, image_size
 from dopsd.methods import missing
 from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision, latent_size
-
-
-@dataclass(frozen=True)
-class PreviewPrompt:
-    """An image to show: its prompt, the seed of its noise, its latent size (channels, height,
-    width), and the images that the prompt edits."""
-
-    prompt: str
-    seed: int
-    latent_shape: tuple[int, int, int]
-    references: tuple[Path, ...] = ()
-
-    def read(self, text_encoder: TextEncoder, seen: Image.Image | None = None) -> Context:
-        """What the student reads, or the teacher that sees an image."""
-        edited = [[open_image(path) for path in self.references]] if self.references else None
-        return text_encoder.context([self.prompt], [seen] if seen else None, edited)
-
+from dopsd.models.pipeline import ImageRequest
 
 PREVIEWS = 4  # captions shown when the recipe names no prompts
 
@@ -74,7 +54,7 @@ def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
     return recipe.health.prompts or family.unrelated_prompts or PROMPTS
 
 
-def images_shown(recipe: Recipe, family: Family, listing: Listing) -> list[PreviewPrompt]:
+def images_shown(recipe: Recipe, family: Family, listing: Listing) -> list[ImageRequest]:
     """What a run shows: the recipe's prompts, or the first captions, and some unrelated prompts.
     Raises ValueError for a size that the family cannot generate."""
     sample, side = recipe.sample, max(resolutions_of(recipe, family))
@@ -97,7 +77,7 @@ def images_shown(recipe: Recipe, family: Family, listing: Listing) -> list[Previ
         height, width = each.height or sample.height or side, each.width or sample.width or side
         seed = sample.seed + index if each.seed is None else each.seed
         latent_shape = (family.channels, *latent_size(family, height, width))
-        wanted.append(PreviewPrompt(each.prompt, seed, latent_shape, each.references))
+        wanted.append(ImageRequest(each.prompt, seed, latent_shape, each.references))
     return wanted
 
 

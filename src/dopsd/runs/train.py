@@ -180,7 +180,7 @@ def _load(recipe: Recipe, found: Checked, progress: Progress | None) -> tuple[_M
     low_memory, images = choose_low_memory(recipe, found, device, dtype), found.listing
     data = {"images": str(len(images.examples)), "data_sha256": images.fingerprint()}
     return material, Session.open(
-        recipe, found.family, accelerator, dtype, low_memory, data, material.previews[0].context
+        recipe, found.family, accelerator, dtype, low_memory, data, material.previews[0].student.context
     )
 
 
