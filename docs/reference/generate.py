@@ -25,15 +25,16 @@ from dopsd.methods import METHODS
 FOLDER = Path(__file__).parent
 RECIPE = """# Recipe keys
 
-A recipe is a YAML file. Only `model.name_or_path`, `data.folder`, `method.name` and `run_name` must be
-given; an unknown key is refused with a suggestion. `dopsd init METHOD` writes a recipe with every key,
-its default and its meaning; `--set train.max_steps=500` changes a key on the command line; editors
-complete and check recipes by `recipes/recipe.schema.json`, which `dopsd schema` prints.
+A recipe is a YAML file. Only `model.name_or_path`, `data.folder`, `method.name` and `run_name` must
+be given; an unknown key is refused with a suggestion. `dopsd init METHOD` writes a recipe with
+every key, its default and its meaning; `--set train.max_steps=500` changes a key on the command
+line; editors complete and check recipes by `recipes/recipe.schema.json`, which `dopsd schema`
+prints.
 """
 CLI = """# Commands
 
-`dopsd COMMAND --help` prints the same. Exit codes: 0 done; 2 bad input, in one sentence; 3 stopped by
-`stop.unhealthy`; 130 and 143 stopped by Ctrl-C or SIGTERM, with the last step saved.
+`dopsd COMMAND --help` prints the same. Exit codes: 0 done; 2 bad input, in one sentence; 3 stopped
+by `stop.unhealthy`; 130 and 143 stopped by Ctrl-C or SIGTERM, with the last step saved.
 """
 PYTHON = """# Python API
 
@@ -74,8 +75,8 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> Iterator[str]:
     yield "| key | value | default | meaning |"
     yield "|---|---|---|---|"
     for name, field in fields.items():
-        meaning = _cell(field.description or "")
-        yield f"| `{prefix}{name}` | {_cell(_kind(field.annotation))} | {_default(field)} | {meaning} |"
+        kind, meaning = _cell(_kind(field.annotation)), _cell(field.description or "")
+        yield f"| `{prefix}{name}` | {kind} | {_default(field)} | {meaning} |"
 
 
 def _default(field: FieldInfo) -> str:
@@ -161,7 +162,8 @@ def _option_row(option: Any) -> str:
     empty = default is None or default is False or default == () or default == []
     empty = empty or "Sentinel" in type(default).__name__  # click's word for "none given"
     shown = "required" if option.required else "" if empty else f"`{default}`"
-    return f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {_cell(getattr(option, 'help', '') or '')} |"
+    meaning = _cell(getattr(option, "help", None) or "")  # arguments without a help text have none
+    return f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {meaning} |"
 
 
 def python_page() -> str:
