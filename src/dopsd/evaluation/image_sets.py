@@ -11,7 +11,7 @@ from typing import Any
 from dopsd.data.folder import images_in, read_folder
 from dopsd.data.prompts import EvaluationPrompt
 from dopsd.diffusion.components import Denoiser
-from dopsd.files import atomic_path, sha256_of, write_json, write_text
+from dopsd.files import atomic_path, sha256_of, write_json, write_jsonl
 from dopsd.images import to_pil
 from dopsd.models import load_family
 from dopsd.models.base import Family, latent_size
@@ -207,10 +207,7 @@ def _write_captions(image_set: ImageSet) -> None:
         {"file_name": file.name, "text": prompts[file.stem.rpartition("_")[0]]}
         for file in sorted(folder.glob("*.png"))
     )
-    write_text(
-        folder / "metadata.jsonl",
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-    )
+    write_jsonl(folder / "metadata.jsonl", rows)
 
 
 def _generate(

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule, per_row
-from dopsd.files import brief, read_tensors, write_json
+from dopsd.files import read_tensors, shorten, write_json
 from dopsd.models.base import Size, TeacherVision, Usage, plain_usage
 from dopsd.models.clip import ClipTextEncoders, count_tokens
 from dopsd.models.distilled_weights import KEY, address_of, kind_of, refuse_no_distiller
@@ -225,7 +225,7 @@ class SDXL:
             network.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # names or shapes that differ
             raise ValueError(
-                f"{file} is no UNet of {self.checkpoint.name} ({brief(str(error))})."
+                f"{file} is no UNet of {self.checkpoint.name} ({shorten(str(error))})."
             ) from error
         return network.eval()
 

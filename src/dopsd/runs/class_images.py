@@ -16,7 +16,7 @@ import torch
 from dopsd.config.recipe import Recipe
 from dopsd.data.folder import METADATA, Example, Listing
 from dopsd.data.sources import one_caption_each
-from dopsd.files import atomic_path, write_text
+from dopsd.files import atomic_path, write_jsonl
 from dopsd.images import to_pil
 from dopsd.models.base import Family, latent_size
 from dopsd.models.pipeline import ImagePipeline, ImageRequest
@@ -82,11 +82,8 @@ def generate_ahead(
     ]
     missing = [each for each in wanted if not each[1].is_file()]
     if missing:
-        lines = [
-            json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False)
-            for prompt, path, _ in wanted
-        ]
-        write_text(folder / METADATA[0], "\n".join(lines) + "\n")
+        rows = [{"file_name": path.name, "text": prompt} for prompt, path, _ in wanted]
+        write_jsonl(folder / METADATA[0], rows)
         latent_shape = (family.channels, *latent_size(family, side, side))
         pipeline = ImagePipeline(family)
         encoded = pipeline.encode(
