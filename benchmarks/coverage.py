@@ -14,7 +14,7 @@ EXPERIMENTS, SEEDS = 2000, 4
 
 
 def coverage(prompts: int, between: float, within: float) -> list[float]:
-    """Of the three ways. between, within: standard deviations of prompts and of a prompt's seeds."""
+    """Of the three ways. between, within: standard deviations of prompts and of their seeds."""
     rng = np.random.default_rng([prompts, 7])
     hits = np.zeros(3)
     for _ in range(EXPERIMENTS):

@@ -1,7 +1,8 @@
 """What a step of a recipe would take of a GPU's memory, by shapes alone: no weight, no GPU, no
 network.
 
-    python benchmarks/forecast.py recipes/{zimage,klein,sdxl}-*.yaml --json benchmarks/results/forecast.json
+    python benchmarks/forecast.py recipes/{zimage,klein,sdxl}-*.yaml \\
+        --json benchmarks/results/forecast.json
     python benchmarks/forecast.py recipes/zimage-turbo-identity-dopsd.yaml --set model.quantize=nf4
 
 As `dopsd check --card` says, without the checkpoints: each is a folder of configs written down
@@ -178,7 +179,7 @@ def main(
     change: Changes = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
 ) -> None:
-    """Print a row for each recipe and `model.memory`: what stays, and the peak of a step, in GiB."""
+    """Print a row for each recipe and `model.memory`: resident and peak of a step, in GiB."""
     torch.set_num_threads(1)
     rows = []
     for path in recipes:

@@ -1,38 +1,44 @@
 """Does the health check tell a blurred model from a harmless one? False alarms, and agreement with
-the frozen measures.
+the benchmark's sharpness.
 
-    python benchmarks/health.py        # writes docs/health_measured.md; about 15 minutes on one CPU core
+    python benchmarks/health.py run       # benchmarks/results/health.json; 15 minutes on one core
+    python benchmarks/write_pages.py      # docs/health_measured.md
 
 Harmless: LoRA files that were pushed off the base model at random and pulled back to it by D-OPSD
 with the same context for teacher and student (20 seeds, each examined on noise of its own). Tuned:
-SFT at a high rate and D-OPSD on three things, looked at while they train, by the health check and
-by the exam's sharpness.
+SFT at a high rate and D-OPSD on three things, examined while they train, by the health check and by
+the benchmark's sharpness.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
+import typer
 from bench import CPU, RANK, Bench
 
 from dopsd.diffusion.batch import Batch
 from dopsd.evaluation.health import FIRST_SEED, Health, HealthCheck
-from dopsd.files import write_text
+from dopsd.files import write_json
 from dopsd.methods import DOPSD, SFT, Method
 from dopsd.pocket.benchmark import HELD_OUT
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles
 
-PAGE = Path("docs/health_measured.md")
+RESULTS = Path(__file__).parent / "results" / "health.json"
 RERUNS, PULLS, PUSH = 20, 20, 0.02
 THINGS = tuple(range(HELD_OUT + 600, HELD_OUT + 603))
 LOOKS = {"sft": (25, 100, 400), "dopsd": (40, 120)}
 METHODS: dict[str, tuple[Method, float]] = {"sft": (SFT(), 1e-3), "dopsd": (DOPSD(), 1e-3)}
-BLURRED = 0.9  # of the base model's sharpness, by the exam: what the check promises to notice
+BLURRED = 0.9  # of the base model's sharpness in the benchmark: what the check should notice
 IMAGES = 4  # a pull
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 
 def health_check(bench: Bench, rerun: int) -> HealthCheck:
@@ -89,92 +95,123 @@ def _size(tensors: Sequence[torch.Tensor]) -> float:
     return float(torch.sqrt(sum((t.detach() ** 2).sum() for t in tensors)))  # type: ignore[arg-type]
 
 
-def tuned(
-    bench: Bench, name: str, thing: int, rerun: int
-) -> list[tuple[str, int, int, float, Health]]:
-    """(method, thing, step, the exam's sharpness over the base model's, health) at each look."""
+def tuned(bench: Bench, name: str, thing: int, rerun: int) -> list[dict[str, Any]]:
+    """A row for each look at a training: the benchmark's sharpness over the base's, and health."""
     method, rate = METHODS[name]
-    check, base = (
-        health_check(bench, rerun),
-        bench.exam(bench.family.load_denoiser(CPU, torch.float32))["sharpness"],
-    )
+    check = health_check(bench, rerun)
+    base = bench.exam(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]
     rows = []
     for step, _, velocity in bench.train(method, rate, seed=0, max_steps=max(LOOKS[name])):
         if step in LOOKS[name]:
             sharpness = bench.exam(velocity)["sharpness"] / base  # type: ignore[operator]
-            rows.append((name, thing, step, sharpness, check.examine(velocity, bench.vae)))
-            print(*rows[-1][:4], rows[-1][4], flush=True)
+            health = check.examine(velocity, bench.vae)
+            rows.append(
+                {
+                    "method": name,
+                    "thing": thing,
+                    "step": step,
+                    "sharpness": sharpness,
+                    "health_sharpness": health.metrics["sharpness"].value,
+                    "healthy": health.healthy,
+                    "health": str(health),
+                }
+            )
+            print(rows[-1], flush=True)
     return rows
 
 
-def main() -> None:
-    """Measure and write the page."""
-    found, rows = [], []
+@app.callback()
+def _commands() -> None:
+    """Keeps `run` a command of its own."""
+
+
+@app.command()
+def run() -> None:
+    """Measure, and write the numbers."""
+    healths, sizes, rows = [], [], []
     with TemporaryDirectory() as folder:
         for index, thing in enumerate(THINGS):
             bench = Bench(thing, Path(folder) / str(thing))
             for name in METHODS:
                 rows += tuned(bench, name, thing, rerun=100 + index)
         for seed in range(RERUNS):
-            found.append(harmless(bench, seed))
-            print("harmless", seed, *found[-1], flush=True)
-    write_text(PAGE, "\n".join([*_harmless_lines(found), *_tuned_lines(rows)]) + "\n")
+            health, size = harmless(bench, seed)
+            healths.append(health)
+            sizes.append(size)
+            print("harmless", seed, health, size, flush=True)
+    metrics = {}
+    for name, metric in healths[0].metrics.items():
+        values = [health.metrics[name].value for health in healths]
+        spread = {"mean": float(np.mean(values)), "least": min(values), "most": max(values)}
+        metrics[name] = spread | {"limit": metric.limit}
+    alarms = [str(health) for health in healths if not health.healthy]
+    summary = {
+        "count": len(healths),
+        "alarms": alarms,
+        "size_over_push": float(np.mean(sizes)),
+        "metrics": metrics,
+    }
+    write_json(RESULTS, {"harmless": summary, "tuned": rows})
 
 
-def _harmless_lines(found: Sequence[tuple[Health, float]]) -> list[str]:
-    alarms = [str(health) for health, _ in found if not health.healthy]
-    left = np.mean([size for _, size in found])
-    names = list(found[0][0].metrics)
+def page() -> str:
+    """docs/health_measured.md from the numbers."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return (
+        "\n".join([*_harmless_lines(results["harmless"]), *_tuned_lines(results["tuned"])]) + "\n"
+    )
+
+
+def _harmless_lines(harmless: dict[str, Any]) -> list[str]:
     lines = [
         "# The health check, measured on pocket",
         "",
-        "Written by `python benchmarks/health.py`.",
+        "Written by `python benchmarks/write_pages.py`; measured by",
+        "`python benchmarks/health.py run`.",
         "",
         "## False alarms",
         "",
-        f"{len(alarms)} of {len(found)} harmless LoRA files raised an alarm. Each was pushed off the untouched model",
-        f"at random, pulled back by {PULLS} steps of D-OPSD with equal contexts (B ends at {left:.2f} of the push),",
-        "and examined on noise of its own.",
-        "The untouched model itself cannot raise one: it is compared with itself on the same noise.",
+        f"{len(harmless['alarms'])} of {harmless['count']} harmless LoRA files raised an alarm.",
+        f"Each was pushed off the base model at random, pulled back by {PULLS} steps of D-OPSD",
+        f"with equal contexts (B ends at {harmless['size_over_push']:.2f} of the push), and",
+        "examined on noise of its own. The base model itself cannot raise one: it is compared with",
+        "itself on the same noise.",
         "",
-        "| measure | mean | least | most | limit |",
+        "| score | mean | least | most | limit |",
         "|---|---|---|---|---|",
     ]
-    for name in names:
-        values = [health.metrics[name].value for health, _ in found]
-        limit = found[0][0].metrics[name].limit
-        lines.append(
-            f"| {name} | {np.mean(values):.3f} | {min(values):.3f} | {max(values):.3f} | {limit:.2f} |"
-        )
-    return [*lines, *[f"\nAlarm: {alarm}." for alarm in alarms], ""]
+    for name, spread in harmless["metrics"].items():
+        cells = " | ".join(f"{spread[key]:.3f}" for key in ("mean", "least", "most"))
+        lines.append(f"| {name} | {cells} | {spread['limit']:.2f} |")
+    return [*lines, *[f"\nAlarm: {alarm}." for alarm in harmless["alarms"]], ""]
 
 
-def _tuned_lines(rows: Sequence[tuple[str, int, int, float, Health]]) -> list[str]:
+def _tuned_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "## Agreement with the exam's sharpness",
+        "## Agreement with the benchmark's sharpness",
         "",
-        f"Blurred: below {BLURRED} of the untouched model's sharpness on the exam's 96 unrelated prompts.",
+        f"Blurred: below {BLURRED} of the base model's sharpness on the benchmark's 96 unrelated",
+        "prompts.",
         "",
-        "| method | thing | step | sharpness (exam) | sharpness (health) | blurred | health |",
+        "| method | thing | step | sharpness (benchmark) | sharpness (health) | blurred | health |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, thing, step, sharpness, health in rows:
-        blurred = "yes" if sharpness < BLURRED else "no"
-        value = health.metrics["sharpness"].value
+    for row in rows:
+        blurred = "yes" if row["sharpness"] < BLURRED else "no"
         lines.append(
-            f"| {name} | {thing} | {step} | {sharpness:.3f} | {value:.3f} | {blurred} | {health} |"
+            f"| {row['method']} | {row['thing']} | {row['step']} | {row['sharpness']:.3f} "
+            f"| {row['health_sharpness']:.3f} | {blurred} | {row['health']} |"
         )
-    flagged = [not row[4].healthy for row in rows]
-    truth = [row[3] < BLURRED for row in rows]
-    caught = sum(f for f, t in zip(flagged, truth, strict=True) if t)
-    false = sum(f for f, t in zip(flagged, truth, strict=True) if not t)
+    blurred = [row for row in rows if row["sharpness"] < BLURRED]
+    sharp = [row for row in rows if row["sharpness"] >= BLURRED]
+    caught, false = (sum(not row["healthy"] for row in group) for group in (blurred, sharp))
     return [
         *lines,
         "",
-        f"Of {sum(truth)} blurred looks {caught} were flagged; of the other {len(rows) - sum(truth)}, "
-        f"{false} were.",
+        f"Of {len(blurred)} blurred looks {caught} were flagged; of the other",
+        f"{len(sharp)}, {false} were.",
     ]
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,7 +1,7 @@
 """Far too long: when does a few-step model collapse, does the health check's advice come in time,
 what bleeds?
 
-    python benchmarks/long_run.py         # recipes/pocket-identity-*.yaml on one thing, LONGER times; an hour on a core
+    python benchmarks/long_run.py         # one thing, LONGER times the recipes; an hour on a core
 
 Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the
 recipe's own length, and of the end. Numbers go to benchmarks/results/long_run.json; a run or an
@@ -27,7 +27,7 @@ from dopsd.training.checkpoint import checkpoints
 THING = 1_000_700
 LONGER = {"sft": 10, "dopsd": 5}  # times the recipe's steps
 LOOK = {"sft": 100, "dopsd": 50}
-RESULTS = Path("benchmarks/results/long_run.json")
+RESULTS = Path(__file__).parent / "results" / "long_run.json"
 
 
 def main(

@@ -3,11 +3,12 @@
     python -m dopsd.pocket images runs/pocket-thing
     python -m dopsd.pocket parent runs/pocket-parent
     dopsd adapter train recipes/table1/adapter-prompts.txt --images 8 --steps 200
-    dopsd compare recipes/ablations/*.yaml --equal forwards --units 3 --json benchmarks/results/ablations.json
-    dopsd compare recipes/table1/*.yaml --equal forwards --units 3 --json benchmarks/results/table1.json
     python -m dopsd.pocket images runs/pocket-domain --count 32
-    dopsd compare recipes/table2/*.yaml --equal forwards --units 3 --json benchmarks/results/table2.json
-    python benchmarks/claim.py write          # docs/results.md, with sections on these
+    for NAME in ablations table1 table2; do
+        dopsd compare recipes/$NAME/*.yaml --equal forwards --replicates 3 \\
+            --json benchmarks/results/$NAME.json
+    done
+    python benchmarks/write_pages.py          # docs/results.md has a section on each
 
 The statements below are the paper's, as known to us at second hand, written down before the numbers
 were seen; two were forgotten, and say so.
@@ -27,7 +28,7 @@ BETTER_IF_LESS = {"thing_error", "bleed", "speckle"}
 
 @dataclass(frozen=True)
 class Statement:
-    """What the paper says: `better` does better than `worse` in a measure of ours."""
+    """What the paper says: `better` has the better score than `worse`."""
 
     words: str
     metric: str
@@ -49,13 +50,13 @@ ABLATIONS = (
         "3-sft-on-teacher-samples",
     ),
     Statement(
-        "teacher samples keep quality, the pictures lose it",
+        "teacher samples keep quality, the images lose it",
         "sharpness",
         "3-sft-on-teacher-samples",
         "4-sft-own-steps",
     ),
     Statement(
-        "the pictures lose quality, on-policy keeps it",
+        "the images lose quality, on-policy keeps it",
         "sharpness",
         "1-on-policy",
         "4-sft-own-steps",
@@ -67,7 +68,7 @@ ABLATIONS = (
     ),
 )
 TABLE1 = (
-    Statement("PSO fits the pictures more closely than D-OPSD", "thing_error", "4-pso", "1-dopsd"),
+    Statement("PSO fits the images more closely than D-OPSD", "thing_error", "4-pso", "1-dopsd"),
     Statement(
         "DreamBooth fits them more closely than plain SFT", "thing_error", "3-dreambooth", "2-sft"
     ),
@@ -131,39 +132,39 @@ def sections() -> list[str]:
 
 
 def _section(
-    title: str, name: str, found: dict[str, Any], statements: Sequence[Statement]
+    title: str, name: str, models: dict[str, Any], statements: Sequence[Statement]
 ) -> list[str]:
-    ((nfe, _),) = found["base"]["nfe"].items()
+    ((nfe, _),) = models["base"]["nfe"].items()
     lines = [
         f"## {title}",
         "",
-        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --units 3`; numbers in",
+        f"`dopsd compare recipes/{name}/*.yaml --equal forwards --replicates 3`; numbers in",
         f"`benchmarks/results/{name}.json`. NFE {nfe};",
-        "three things, one training of each recipe a thing (seed 0), at the forwards of the first recipe; 2 CPU cores.",
-        "Intervals: 95% bootstrap over prompts, with these things.",
+        "three things, one training of each recipe a thing (seed 0), at the forwards of the first",
+        "recipe; 2 CPU cores. Intervals: 95% bootstrap over prompts, with these things.",
         "",
         f"| model | {' | '.join(METRICS)} | images |",
         "|---" * (len(METRICS) + 2) + "|",
     ]
-    for model, row in found.items():
+    for model, row in models.items():
         cells = [_cell(row["nfe"][nfe][metric]) for metric in METRICS]
-        lines.append(
-            f"| {model} | {' | '.join(cells)} | {'-' if not row['images'] else round(row['images'])} |"
-        )
+        cells.append(str(round(row["images"])) if row["images"] else "-")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
     recipes = sorted(file.stem for file in (RECIPES / name).glob("*.yaml"))
-    if later := [recipe for recipe in recipes if recipe not in found]:
+    if later := [recipe for recipe in recipes if recipe not in models]:
         lines += ["", f"Not run yet: {', '.join(later)}."]
     lines += [
         "",
-        "The last column counts the three things: as the paper says / within the noise floor / the other way.",
-        "Floor: the largest difference that other noise makes to the base model on one of them.",
+        "The last column counts the three things: as the paper says / within the noise floor / the",
+        "other way. Floor: the largest difference that other noise makes to the base model on any",
+        "of them.",
         "",
-        "| the paper says | measure | here | floor | things |",
+        "| the paper says | score | here | floor | things |",
         "|---|---|---|---|---|",
     ]
     for each in statements:
-        models = (each.better, each.worse, "base", "base, other noise")
-        better, worse, base, again = (found[model]["nfe"][nfe][each.metric] for model in models)
+        names = (each.better, each.worse, "base", "base, other noise")
+        better, worse, base, again = (models[name]["nfe"][nfe][each.metric] for name in names)
         floor = max(
             abs(a - b) for a, b in zip(base["replicates"], again["replicates"], strict=True)
         )
@@ -173,10 +174,9 @@ def _section(
         ]
         counts = [sum(lead > floor for lead in leads), sum(abs(lead) <= floor for lead in leads)]
         here = f"{each.better} {better['value']:.3f}, {each.worse} {worse['value']:.3f}"
-        told = " / ".join(map(str, [*counts, len(leads) - sum(counts)]))
-        lines.append(
-            f"| {each.words}{LATER if each in ADDED_LATER else ''} | {each.metric} | {here} | {floor:.3f} | {told} |"
-        )
+        shares = " / ".join(map(str, [*counts, len(leads) - sum(counts)]))
+        words = f"{each.words}{LATER if each in ADDED_LATER else ''}"
+        lines.append(f"| {words} | {each.metric} | {here} | {floor:.3f} | {shares} |")
     return [*lines, ""]
 
 

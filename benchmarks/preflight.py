@@ -1,8 +1,8 @@
 """Does `dopsd preflight` predict what D-OPSD then learns? Over things of the pocket world and
 things out of it.
 
-    python benchmarks/preflight.py run        # 20 trainings of STEPS steps, about 40 minutes on two CPU cores
-    python benchmarks/claim.py write          # docs/results.md, with a section on this
+    python benchmarks/preflight.py run        # 20 trainings, about 40 minutes on two CPU cores
+    python benchmarks/write_pages.py          # docs/results.md has a section on it
 
 Fixed before any of these things was looked at (score, ENOUGH and this rule were made on others,
 seeds 1000800-1000816): learned = 1 - thing_error after / thing_error before, means over the exam's
@@ -32,16 +32,16 @@ from dopsd.runs.preflight import ENOUGH, preflight
 
 THINGS = (*range(HELD_OUT + 910, HELD_OUT + 920), *range(OUT_OF_WORLD + 10, OUT_OF_WORLD + 20))
 STEPS, RATE, SEEDS = 80, 1e-3, 8
-RESULTS = Path("benchmarks/results/preflight.json")
+RESULTS = Path(__file__).parent / "results" / "preflight.json"
 ABOUT = """## Does preflight predict what D-OPSD learns?
 
-`python benchmarks/preflight.py run`; numbers in `benchmarks/results/preflight.json`.
-{count} things, one training each of {steps} steps of {batch} images, LoRA rank {rank}, rate {rate:g},
-seed 0, 2 CPU cores; preflight with {seeds} noises an image. nearer: the share by which the teacher
-comes nearer to the training images; learned: the share of
-thing_error (24 unseen scenes) that training took away. The sentence is right when it says "can" and learned is
-{enough:.2f} or more, or says "little" or "cannot" and learned is less; this rule and the score were fixed on other
-things before these were looked at.
+`python benchmarks/preflight.py run`; numbers in `benchmarks/results/preflight.json`. {count}
+things, one training each of {steps} steps of {batch} images, LoRA rank {rank}, rate {rate:g}, seed
+0, 2 CPU cores; preflight with {seeds} noises an image. nearer: the share by which the teacher comes
+nearer to the training images; learned: the share of thing_error (24 unseen scenes) that training
+removed. The sentence is right when it says "can" and learned is {enough:.2f} or more, or says
+"little" or "cannot" and learned is less; this rule and the score were fixed on other things before
+these were looked at.
 """
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -58,44 +58,44 @@ def run(workers: int = 2) -> None:
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     have = {row["thing"] for row in rows}
     with ProcessPoolExecutor(workers) as pool:
-        for row in pool.map(metric, [thing for thing in THINGS if thing not in have]):
+        for row in pool.map(measure_thing, [thing for thing in THINGS if thing not in have]):
             rows.append(row)
             write_json(RESULTS, rows)
             print(
-                f"{row['thing']} {row['kind']}: nearer {row['nearer']['value']:.3f} {row['verdict']} "
-                f"learned {learned(row):.3f} right={is_right(row)}",
+                f"{row['thing']} {row['kind']}: nearer {row['nearer']['value']:.3f} "
+                f"{row['verdict']} learned {learned(row):.3f} right={is_right(row)}",
                 flush=True,
             )
 
 
-def metric(thing: int) -> dict[str, Any]:
+def measure_thing(thing: int) -> dict[str, Any]:
     """What preflight says of a thing, and its thing_error before and after D-OPSD."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(thing, folder)
-        recipe = demo_recipe("dopsd", folder / "lesson", folder)
-        said = preflight(recipe, folder / "page.html", lambda what, done, total: None, SEEDS)
-        base_tensors = bench.family.load_denoiser(CPU, torch.float32)
+        recipe = demo_recipe("dopsd", folder / "concept", folder)
+        answer = preflight(recipe, folder / "page.html", lambda what, done, total: None, SEEDS)
+        base = bench.family.load_denoiser(CPU, torch.float32)
         *_, (_, seconds, velocity) = bench.train(DOPSD(), RATE, 0, STEPS)
         return {
             "thing": thing,
             "kind": kind_of(thing),
-            "nearer": said.nearer._asdict(),
-            "images": [look.nearer.value for look in said.looks],
-            "verdict": said.verdict,
-            "base": bench.error(base_tensors),
+            "nearer": answer.nearer._asdict(),
+            "images": [look.nearer.value for look in answer.looks],
+            "verdict": answer.verdict,
+            "base": bench.error(base),
             "dopsd": bench.error(velocity),
             "seconds": seconds,
         }
 
 
 def learned(row: dict[str, Any]) -> float:
-    """Share of thing_error that training took away."""
+    """Share of thing_error that training removed."""
     return 1 - row["dopsd"] / row["base"]
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether the sentence said what came."""
+    """Whether the sentence predicted the outcome."""
     return (row["verdict"] == "can") == (learned(row) >= ENOUGH)
 
 
@@ -108,13 +108,14 @@ def section() -> list[str]:
     lines = [
         *about.splitlines(),
         "",
-        '| things | rank correlation of nearer and learned | sentence right | says "can" | learned enough |',
+        "| things | rank correlation of nearer and learned | sentence right "
+        '| says "can" | learned enough |',
         "|---|---|---|---|---|",
     ]
     inside = [row for row in rows if row["kind"] == "of the world"]
     beyond = [row for row in rows if row["kind"] != "of the world"]
     for name, group in (("all", rows), ("of the pocket world", inside), ("out of it", beyond)):
-        found = spearman(
+        rank = spearman(
             np.array([r["nearer"]["value"] for r in group]), np.array([learned(r) for r in group])
         )
         counts = (
@@ -123,7 +124,7 @@ def section() -> list[str]:
             _enough(group),
         )
         lines.append(
-            f"| {name} ({len(group)}) | {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] | "
+            f"| {name} ({len(group)}) | {rank.value:.2f} [{rank.low:.2f}, {rank.high:.2f}] | "
             f"{counts[0]} of {len(group)} | {counts[1]} | {counts[2]} |"
         )
     always = max(_enough(rows), len(rows) - _enough(rows))
@@ -138,9 +139,10 @@ def section() -> list[str]:
     for row in rows:
         by = row["nearer"]
         lines.append(
-            f"| {row['thing']} | {row['kind']} | {by['value']:.3f} [{by['low']:.3f}, {by['high']:.3f}] | "
-            f"{row['verdict']} | {row['base']:.3f}, {row['dopsd']:.3f} | {learned(row):.3f} | "
-            f"{'yes' if is_right(row) else 'no'} |"
+            f"| {row['thing']} | {row['kind']} "
+            f"| {by['value']:.3f} [{by['low']:.3f}, {by['high']:.3f}] | {row['verdict']} "
+            f"| {row['base']:.3f}, {row['dopsd']:.3f} | {learned(row):.3f} "
+            f"| {'yes' if is_right(row) else 'no'} |"
         )
     return [*lines, ""]
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dopsd.diffusion.batch import Batch
 from dopsd.methods import METHODS, missing
 from dopsd.models import FAMILIES, POCKET, family_class, load_family
-from dopsd.models.base import Family
+from dopsd.models.base import Family, network_on_meta
 from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.loop import Plan, steps
 from dopsd.training.roles import Teacher, make_roles
@@ -134,8 +134,7 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_reach_what_check_says_and_every_block_linear_that_tokens_pass(name, opened):
     family = opened(name)
-    with torch.device("meta"):
-        network = family.empty_denoiser().network
+    network = network_on_meta(family)
     said = coverage(network, family.lora_targets, RANK)
     linears = [
         n

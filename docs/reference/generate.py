@@ -25,15 +25,16 @@ from dopsd.methods import METHODS
 FOLDER = Path(__file__).parent
 RECIPE = """# Recipe keys
 
-A recipe is a YAML file. Only `model.name_or_path`, `data.folder`, `method.name` and `run_name` must be
-given; an unknown key is refused with a suggestion. `dopsd init METHOD` writes a recipe with every key,
-its default and its meaning; `--set train.max_steps=500` changes a key on the command line; editors
-complete and check recipes by `recipes/recipe.schema.json`, which `dopsd schema` prints.
+A recipe is a YAML file. Only `model.name_or_path`, `data.folder`, `method.name` and `run_name` must
+be given; an unknown key is refused with a suggestion. `dopsd init METHOD` writes a recipe with
+every key, its default and its meaning; `--set train.max_steps=500` changes a key on the command
+line; editors complete and check recipes by `recipes/recipe.schema.json`, which `dopsd schema`
+prints.
 """
 CLI = """# Commands
 
-`dopsd COMMAND --help` prints the same. Exit codes: 0 done; 2 bad input, in one sentence; 3 stopped by
-`stop.unhealthy`; 130 and 143 stopped by Ctrl-C or SIGTERM, with the last step saved.
+`dopsd COMMAND --help` prints the same. Exit codes: 0 done; 2 bad input, in one sentence; 3 stopped
+by `stop.unhealthy`; 130 and 143 stopped by Ctrl-C or SIGTERM, with the last step saved.
 """
 PYTHON = """# Python API
 
@@ -51,6 +52,7 @@ def recipe_page() -> str:
     """One table for each section of the recipe, one for each method."""
     lines = [RECIPE]
     top = {name: field for name, field in Recipe.model_fields.items() if _section(field) is None}
+    del top["method"]  # a table for each method below
     lines += ["## Top level", "", *_table(top, ""), ""]
     for name, field in Recipe.model_fields.items():
         section = _section(field)
@@ -64,18 +66,6 @@ def recipe_page() -> str:
     return _joined(lines)
 
 
-def recipe_keys() -> set[str]:
-    """Every key of a recipe, with the name of its section before it."""
-    keys = set()
-    for name, field in Recipe.model_fields.items():
-        section = _section(field)
-        models = [section] if section is not None else METHODS.values() if name == "method" else []
-        keys |= {f"{name}.{key}" for model in models for key in model.model_fields}
-        if not models:
-            keys.add(name)
-    return keys
-
-
 def _section(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
     return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) else None
@@ -85,8 +75,8 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> Iterator[str]:
     yield "| key | value | default | meaning |"
     yield "|---|---|---|---|"
     for name, field in fields.items():
-        meaning = _cell(field.description or "")
-        yield f"| `{prefix}{name}` | {_cell(_kind(field.annotation))} | {_default(field)} | {meaning} |"
+        kind, meaning = _cell(_kind(field.annotation)), _cell(field.description or "")
+        yield f"| `{prefix}{name}` | {kind} | {_default(field)} | {meaning} |"
 
 
 def _default(field: FieldInfo) -> str:
@@ -95,6 +85,8 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or value is PydanticUndefined or value == ():
         return "none"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -168,11 +160,10 @@ def _option_row(option: Any) -> str:
     names = [option.name.upper()] if is_argument else [*option.opts, *option.secondary_opts]
     default = option.default
     empty = default is None or default is False or default == () or default == []
-    if option.required:
-        shown = "required"
-    else:
-        shown = "" if empty or "Sentinel" in type(default).__name__ else f"`{default}`"
-    return f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {_cell(getattr(option, 'help', '') or '')} |"
+    empty = empty or "Sentinel" in type(default).__name__  # click's word for "none given"
+    shown = "required" if option.required else "" if empty else f"`{default}`"
+    meaning = _cell(getattr(option, "help", None) or "")  # arguments without a help text have none
+    return f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {meaning} |"
 
 
 def python_page() -> str:

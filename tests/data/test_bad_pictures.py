@@ -214,16 +214,16 @@ ROWS: dict[
     ),
     "captions with an empty one": ({"file_name": "a.png", "text": ["x", ""]}, "line 1 is empty"),
     "a list": ("[1]", "line 1 is not a JSON object"),
-    "no JSON": ("a.png: x", "line 1 is not JSON in UTF-8"),
-    "JSON cut off": ('{"file_name": "a.png", "text": "x', "line 1 is not JSON in UTF-8"),
+    "no JSON": ("a.png: x", "line 1 is not JSON"),
+    "JSON cut off": ('{"file_name": "a.png", "text": "x', "line 1 is not JSON"),
     "two objects in a line": (
         '{"file_name": "a.png", "text": "x"} {}',
-        "line 1 is not JSON in UTF-8",
+        "line 1 is not JSON",
     ),
-    "JSON of 100000 lists": ("[" * 100_000, "line 1 is not JSON in UTF-8"),
+    "JSON of 100000 lists": ("[" * 100_000, "line 1 is not JSON"),
     "a number of 5000 digits": (
         '{"file_name": "a.png", "text": ' + "9" * 5000 + "}",
-        "line 1 is not JSON in UTF-8",
+        "line 1 is not JSON",
     ),
     "a blank line only": ("", "a.png has no caption: no row of metadata.jsonl names it"),
 }
@@ -237,7 +237,7 @@ FILES: dict[str, tuple[dict[str, bytes], str]] = {  # name: (metadata files, sen
     "blank metadata.jsonl": ({"metadata.jsonl": b"\n \n"}, "metadata.jsonl has no rows"),
     "metadata.jsonl in UTF-16": (
         {"metadata.jsonl": "{}".encode("utf-16")},
-        "line 1 is not JSON in UTF-8",
+        "line 1 is not UTF-8",
     ),
     "empty metadata.csv": ({"metadata.csv": b""}, "metadata.csv has no rows"),
     "metadata.csv with a header only": (
@@ -275,10 +275,10 @@ FILES: dict[str, tuple[dict[str, bytes], str]] = {  # name: (metadata files, sen
 IMPORTS: dict[str, tuple[str | bytes, str]] = {  # name: (d.jsonl of the reference code, sentence)
     "no rows": ("", "d.jsonl has no rows"),
     "no JSON": ("{", "d.jsonl line 1 is not JSON"),
-    "not UTF-8": (b"\xff", "d.jsonl cannot be read"),
-    "a list": ("[1]", "d.jsonl line 1 names no picture"),
+    "not UTF-8": (b"\xff", "d.jsonl line 1 is not UTF-8"),
+    "a list": ("[1]", "d.jsonl line 1 is not a JSON object"),
     "100000 lists": ("[" * 100_000, "d.jsonl line 1 is not JSON"),
-    "null": ("null", "line 1 names no picture"),
+    "null": ("null", "line 1 is not a JSON object"),
     "no picture": ('{"short_en": "a"}', "line 1 names no picture"),
     "none": ('{"path": []}', "line 1 names no picture"),
     "picture missing": (

@@ -177,7 +177,7 @@ def test_a_metadata_line_that_is_not_utf8_is_named(tmp_path):
     image(tmp_path / "a.png")
     good = b'{"file_name": "a.png", "text": "a"}\n'
     (tmp_path / "metadata.jsonl").write_bytes(good + b'{"file_name": "a.png", "text": "\xff"}\n')
-    assert "line 2 is not JSON in UTF-8" in refusals(tmp_path)
+    assert "line 2 is not UTF-8" in refusals(tmp_path)
 
 
 def test_a_picture_that_the_metadata_does_not_name_is_not_dropped_in_silence(tmp_path):

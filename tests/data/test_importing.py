@@ -113,7 +113,7 @@ def test_a_recipes_data_set_fills_its_folder_once_and_another_one_is_refused(ref
 
 BAD = {
     "not JSON": ("{", "line 1 is not JSON"),
-    "a list": ("[1]", "names no picture"),
+    "a list": ("[1]", "line 1 is not a JSON object"),
     "no picture": ('{"short_en": "a"}', "names no picture"),
     "reference gone": (
         '{"local_path_list": ["b.png", "a.png"], "short_en": "a"}',

@@ -190,3 +190,14 @@ def test_invariant_12_the_mean_log_ratio_over_a_pictures_own_transitions_has_a_c
     ratios = -move.weight * ((u - implied).square() - (v - implied).square()).sum((1, 2, 3))
     closed = -move.weight * ((u - noise + clean).square() - (v - noise + clean).square()).sum()
     assert abs(ratios.mean() - closed) < 4 * ratios.std() / math.sqrt(many)
+
+
+@pytest.mark.parametrize("renoise", [0.0, 0.7, 1.0])
+def test_a_step_takes_its_times_from_the_cpu_whatever_device_the_states_are_on(renoise):
+    """torch's meta device refuses tensors of two devices as CUDA does, and needs no GPU."""
+    z, s = (
+        torch.zeros(2, 4, 8, 8, device="meta"),
+        Step(0, torch.tensor(0.9), torch.tensor(0.5), renoise),
+    )
+    assert step(z, z, s, torch.Generator()).device.type == "meta"
+    assert noisy(z, z, s.now).device.type == "meta"

@@ -80,27 +80,27 @@ def test_the_last_piece_and_only_the_last_closes_the_batch(states, loss_steps, r
 
 
 class Counted:
-    """A velocity that counts its forwards, two more where a graph is asked for: what `forwards`
-    promises."""
+    """A velocity that counts forwards, and two more where a graph is asked for (its backward)."""
 
     def __init__(self, module):
-        self.module, self.replicates = module, 0
+        self.module, self.forwards = module, 0
 
     def __call__(self, z, t, context):
-        self.replicates += 3 if torch.is_grad_enabled() else 1
+        self.forwards += 3 if torch.is_grad_enabled() else 1
         return self.module(z, t, context)
 
 
 @pytest.mark.parametrize("states", ["student", "teacher", "data"])
-@pytest.mark.parametrize("loss_steps", ["all", 2, (0, 2)])
+@pytest.mark.parametrize("loss_steps", ["all", 1, 2, (0, 2)])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_the_announced_cost_is_what_is_computed(states, loss_steps, guidance):
+def test_the_announced_cost_is_what_every_draw_of_steps_computes(states, loss_steps, guidance):
     method = DOPSD(states=states, loss_steps=loss_steps, teacher_guidance=guidance, retention=0.1)
-    student, teacher, base = Counted(Plain(0)), Counted(Plain(1)), Counted(Plain(2))
-    without = lambda velocity: torch.no_grad()(velocity)
     data = batch(privileged=context(3), replay=context(4))
-    list(method.losses(roles(student, without(teacher), without(base)), data, torch.Generator()))
-    assert student.replicates + teacher.replicates + base.replicates == method.forwards(4)
+    for seed in range(8):
+        student, teacher, base = (Counted(Plain(index)) for index in range(3))
+        parts = roles(student, torch.no_grad()(teacher), torch.no_grad()(base))
+        list(method.losses(parts, data, torch.Generator().manual_seed(seed)))
+        assert student.forwards + teacher.forwards + base.forwards == method.forwards(4)
 
 
 def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
@@ -122,15 +122,12 @@ def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
     assert same(mine.gradients, [p.grad for p in student.parameters()])
 
 
-def test_random_steps_are_drawn_from_the_seed_and_all_come():
+def test_random_steps_are_drawn_from_the_seed_and_each_step_comes_up():
     student = Plain()
-    one, again = (
-        run(DOPSD(loss_steps=1), roles(student, Plain(1)), seeing(), student) for _ in range(2)
-    )
+    parts = roles(student, Plain(1))
+    one, again = (run(DOPSD(loss_steps=1), parts, seeing(), student) for _ in range(2))
     assert same(one.gradients, again.gradients, tolerance=0)
-    drawn = {
-        DOPSD(loss_steps=1)._carried(4, torch.Generator().manual_seed(seed)) for seed in range(40)
-    }
+    drawn = {DOPSD(loss_steps=1)._loss_steps(4, seed) for seed in range(40)}
     assert drawn == {(0,), (1,), (2,), (3,)}
 
 

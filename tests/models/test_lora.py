@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 from huggingface_hub import ModelCard
+from latents import sample_latents
 from safetensors.torch import save_file
 
 from dopsd.config.recipe import parse_recipe
@@ -16,7 +17,6 @@ from dopsd.diffusion.sampling import noise_for
 from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import merge_lora, read_lora
-from dopsd.models.pipeline import sample_latents
 from dopsd.runs.train import train
 
 MODULES = {
@@ -265,7 +265,7 @@ def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_
         and card.data.instance_prompt == "zib"
         and card.data.license == "apache-2.0"
     )
-    files = re.findall(r"!\[]\(([^)]+)\)", text) + [
+    files = re.findall(r"!\[\w+]\(([^)]+)\)", text) + [
         each["output"]["url"] for each in card.data.to_dict()["widget"]
     ]
     assert len(files) == 9 and all((recipe.run_folder / name).is_file() for name in files)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from latents import sample_latents
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ from dopsd.models import load_family
 from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import read_lora
-from dopsd.models.pipeline import sample, sample_latents
+from dopsd.models.pipeline import sample
 from dopsd.runs.resolve import open_family
 from dopsd.runs.train import train
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from latents import sample_latents
 from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLModel
 
@@ -16,7 +17,7 @@ from dopsd.diffusion.rollout import sample as sample_rollout
 from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.models import load_family
 from dopsd.models.base import TeacherVision
-from dopsd.models.pipeline import sample, sample_latents
+from dopsd.models.pipeline import sample
 from dopsd.models.qwen3 import transplant, with_image
 
 CPU = torch.device("cpu")

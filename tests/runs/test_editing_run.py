@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from latents import sample_latents
 from PIL import Image
 from tiny_klein import TEXT, write_klein, write_vlm
 from typer.testing import CliRunner
@@ -19,7 +20,6 @@ from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.files import read_metadata, read_tensors
 from dopsd.models import load_family
-from dopsd.models.pipeline import sample_latents
 from dopsd.runs.check import check
 from dopsd.runs.comparison.compare import compare
 from dopsd.runs.memory import forecast_run
@@ -142,7 +142,7 @@ def test_diffusers_paints_with_the_file_in_a_fresh_process_what_dopsd_paints(
     command = [DIFFUSERS, model, file, image, tmp_path / "noise.pt", tmp_path / "out.pt"]
     subprocess.run([sys.executable, "-c", *map(str, command)], check=True, capture_output=True)
     theirs = torch.load(tmp_path / "out.pt", weights_only=True)
-    family, shown = load_family(str(model)), [Image.open(image)]
+    family, shown = load_family(str(model)), [image]
     mine = sample_latents(family, ["make it red"], noise, file, references=shown)
     assert (mine - theirs).abs().max() <= 1e-4
     assert (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from latents import sample_latents
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from dopsd.data.loader import Loader
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import POCKET, load_family
 from dopsd.models.folder import tuning_metadata, write_model
-from dopsd.models.pipeline import sample_latents
 from dopsd.runs.comparison.compare import compare
 from dopsd.runs.memory import forecast
 from dopsd.runs.resolve import resolve

@@ -92,3 +92,21 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
     assert (
         resident < found.resident < found.peak
     )  # the optimizer's moments came with the first step
+
+
+def test_the_forecast_runs_where_loss_steps_are_drawn_at_random():
+    """It works on tensors without values, so the draw must not read one."""
+    method = {"name": "dopsd", "loss_steps": 2}
+    recipe = parse_recipe(
+        {
+            "model": {"name_or_path": "pocket"},
+            "data": {"folder": "."},
+            "method": method,
+            "run_name": "forecast",
+        }
+    )
+    side = load_family("pocket").resolution
+    forecast_bytes = forecast(
+        recipe, load_family("pocket"), (side, side), ["a toy"], torch.float32, low_memory=True
+    )
+    assert 0 < forecast_bytes.resident < forecast_bytes.peak

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from latents import sample_latents
 from PIL import Image
 from safetensors.torch import load_file
 
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
-from dopsd.models.pipeline import sample, sample_latents
+from dopsd.models.pipeline import sample
 from dopsd.runs.check import check
 from dopsd.runs.resolve import resolve
 from dopsd.runs.train import train

@@ -293,12 +293,12 @@ def caption(
 ) -> None:
     """Write a caption beside each image that has none, by a local vision-language model."""
     from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
-    from dopsd.models.pipeline import deployed_on
+    from dopsd.models.pipeline import device_and_dtype
     from dopsd.models.vlm import Captioner
 
     todo, kept = uncaptioned(folder, overwrite)
     if todo:
-        captioner = Captioner(model, *deployed_on())
+        captioner = Captioner(model, *device_and_dtype())
         with bars() as advance:
             write_captions(
                 todo,

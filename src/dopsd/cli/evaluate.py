@@ -79,7 +79,7 @@ def evaluate(
     from dopsd.evaluation.layouts import LAYOUTS
     from dopsd.evaluation.metrics import named_metric
     from dopsd.evaluation.table import HEADER, tabulate
-    from dopsd.models.pipeline import deployed_on
+    from dopsd.models.pipeline import device_and_dtype
 
     needs = {named_metric(name)[2].needs for name in metric}
     questions = read_prompts(prompts) if prompts else ()
@@ -108,7 +108,12 @@ def evaluate(
                 image_sets.append(read_image_set(base, BASE, needs != {"set"}, targets))
                 refuse_unpaired(*image_sets)
         rows = tabulate(
-            metric, image_sets, list(dict.fromkeys(reference)), folder, deployed_on()[0], advance
+            metric,
+            image_sets,
+            list(dict.fromkeys(reference)),
+            folder,
+            device_and_dtype()[0],
+            advance,
         )
     if layout:
         for image_set in image_sets:
@@ -144,11 +149,11 @@ def prompts(
     scenes."""
     from dopsd.data.folder import read_folder
     from dopsd.evaluation.prompt_writer import MOST_TOKENS, write_test_prompts
-    from dopsd.models.pipeline import deployed_on
+    from dopsd.models.pipeline import device_and_dtype
     from dopsd.models.vlm import Captioner
 
     images = [(example.path, example.caption) for example in read_folder(folder).examples]
-    captioner = Captioner(model, *deployed_on())
+    captioner = Captioner(model, *device_and_dtype())
     with bars() as advance:
         count = write_test_prompts(
             images,

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from dopsd.config.schema import PromptSection, Recipe, Section, TrainSection
-from dopsd.files import brief
+from dopsd.files import shorten
 from dopsd.methods import METHODS
 
 log = logging.getLogger(__name__)
@@ -158,18 +158,18 @@ def _apply(tree: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key:
         raise ValueError(
-            f"--set {brief(change)}: write it as key=value, for instance train.max_steps=500."
+            f"--set {shorten(change)}: write it as key=value, for instance train.max_steps=500."
         )
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"--set {brief(change)}: {section} is a value, not a section.")
+            raise ValueError(f"--set {shorten(change)}: {section} is a value, not a section.")
     try:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"--set {brief(change)}: {brief(repr(value))} is not a YAML value."
+            f"--set {shorten(change)}: {shorten(repr(value))} is not a YAML value."
         ) from error
     tree[name] = parsed
 
@@ -195,7 +195,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    return brief(repr(value)) if isinstance(value, str) else brief(value)
+    return shorten(repr(value)) if isinstance(value, str) else shorten(value)
 
 
 def known_keys() -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 
 from PIL import features
 
-from dopsd.files import brief, sha256_of
+from dopsd.files import parse_json_row, read_bytes, read_lines, sha256_of, shorten
 from dopsd.images import FORMATS, open_image
 
 if features.check("avif"):
@@ -115,8 +115,8 @@ def _listed_in(metadata: Path) -> list[Finding]:
     for line, row in _csv_rows(metadata) if metadata.suffix == ".csv" else _json_rows(metadata):
         where, path = f"{metadata.name} line {line}", metadata
         try:
-            if isinstance(row, str):
-                raise ValueError(f"{where} {row}.")
+            if isinstance(row, ValueError):
+                raise row
             named |= _mentioned(row, metadata.parent)
             edited, rejected = (
                 _references(row, metadata.parent, where),
@@ -152,32 +152,21 @@ def _mentioned(row: Mapping[str, object], folder: Path) -> set[Path]:
     return {folder / name for name in values if isinstance(name, str)}
 
 
-def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+def _json_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | ValueError]]:
     """(line number, row) of every line that is not blank; where there is no row, what is wrong with
     the line."""
-    for number, line in enumerate(_bytes_of(metadata).split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(metadata):
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            yield number, f"is not JSON in UTF-8 ({error})"
-        else:
-            yield number, row if isinstance(row, dict) else "is not a JSON object"
+            yield number, parse_json_row(line, f"{metadata.name} line {number}")
+        except ValueError as error:
+            yield number, error
 
 
-def _bytes_of(metadata: Path) -> bytes:
-    try:
-        return metadata.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{metadata} cannot be read ({error.strerror}).") from error
-
-
-def _csv_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+def _csv_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | ValueError]]:
     """(line number, row), like `_json_rows`. A file that is no UTF-8 or no CSV is a ValueError as a
     whole."""
     try:
-        reader = csv.DictReader(io.StringIO(_bytes_of(metadata).decode("utf-8-sig"), newline=""))
+        reader = csv.DictReader(io.StringIO(read_bytes(metadata).decode("utf-8-sig"), newline=""))
         rows = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
         raise ValueError(f"{metadata} is not UTF-8 ({error}): save it again as UTF-8.") from error
@@ -188,12 +177,11 @@ def _csv_rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, object] | str]
     for number, row in rows:
         # DictReader collects surplus fields under None: a caption with an unquoted comma would be
         # cut there.
-        yield (
-            number,
-            "has more fields than the header: quote captions that hold a comma"
-            if None in row
-            else row,
+        surplus = ValueError(
+            f"{metadata.name} line {number} has more fields than the header: quote captions that "
+            "contain a comma."
         )
+        yield number, surplus if None in row else row
 
 
 def _image_of(row: Mapping[str, object], folder: Path, where: str, edits: bool) -> Path:
@@ -249,7 +237,7 @@ def _first(row: Mapping[str, object], columns: tuple[str, ...], where: str) -> o
 def as_caption(text: object, what: str) -> str:
     """The text without blanks around it. Raises ValueError for what cannot be read as a caption."""
     if not isinstance(text, str):
-        raise ValueError(f"{what} is {brief(text)}, which is not text.")
+        raise ValueError(f"{what} is {shorten(text)}, which is not text.")
     try:
         # JSON can spell half a surrogate pair, which no tokenizer and no file would take
         text.encode()

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dopsd.data.folder import as_caption
-from dopsd.files import atomic_path, brief, write_json, write_text
+from dopsd.files import atomic_path, read_jsonl, shorten, write_json, write_jsonl
 from dopsd.images import OPENED
 
 PATH_KEYS = (
@@ -62,7 +62,7 @@ def import_data(
     else:
         caption_columns = caption_columns or ("text",)
         items = _dataset_rows(source, image_column, caption_columns, split, rejected_column)
-    lines = []
+    rows: list[dict[str, Any]] = []
     with atomic_path(target) as temporary:
         temporary.mkdir()
         for index, (content, captions, further) in enumerate(items):
@@ -78,15 +78,15 @@ def import_data(
                 for name, each in zip(names, images, strict=True):
                     (temporary / name).write_bytes(each)
                 row[column] = names[0] if len(names) == 1 else names
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        if not lines:
+            rows.append(row)
+        if not rows:
             raise ValueError(f"{source} has no rows.")
-        write_text(temporary / "metadata.jsonl", "".join(lines))
+        write_jsonl(temporary / "metadata.jsonl", rows)
         write_json(
             temporary / ORIGIN,
             _origin(source, image_column, caption_columns, split, rejected_column),
         )
-    return len(lines)
+    return len(rows)
 
 
 def fill(
@@ -139,18 +139,8 @@ def _extension(content: bytes, where: str) -> str:
 
 
 def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in read_jsonl(file):
         where = f"{file.name} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({error}).") from error
         *references, target = [
             _bytes_of(path, where) for path in _images_of(row, file.parent, where)
         ]
@@ -161,9 +151,9 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
         )
 
 
-def _images_of(row: Any, folder: Path, where: str) -> list[Path]:
+def _images_of(row: dict[str, Any], folder: Path, where: str) -> list[Path]:
     """Of an editing row the references, then the target."""
-    key = next((key for key in PATH_KEYS if isinstance(row, dict) and row.get(key)), None)
+    key = next((key for key in PATH_KEYS if row.get(key)), None)
     if key is None:
         raise ValueError(f"{where} names no picture: it has none of {', '.join(PATH_KEYS)}.")
     return [
@@ -177,7 +167,7 @@ def _found(name: str, folder: Path, where: str) -> Path:
         if os.path.isfile(path):
             return path
     raise ValueError(
-        f"{where} names {brief(name)}, which is neither in {folder} nor the working directory."
+        f"{where} names {shorten(name)}, which is neither in {folder} nor the working directory."
     )
 
 

@@ -1,12 +1,12 @@
 """Test prompts from a file: what to generate, and what each image is compared with."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dopsd.data.folder import CAPTION_COLUMNS, as_caption
+from dopsd.files import decode_line, read_jsonl, read_lines
 
 KINDS = (
     "",
@@ -35,7 +35,9 @@ def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
     (DPG-Bench's). Raises ValueError where one cannot be used, naming file and line."""
     if path.is_dir():
         found = [
-            EvaluationPrompt(_text(file, file.name), name=file.stem)
+            EvaluationPrompt(
+                as_caption(decode_line(file.read_bytes(), file.name), file.name), name=file.stem
+            )
             for file in sorted(path.glob("*.txt"))
         ]
     elif not path.is_file():
@@ -43,46 +45,23 @@ def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
             f"{path} does not exist: give a .txt or .jsonl of prompts, or a folder of .txt."
         )
     elif path.suffix == ".jsonl":
-        found = [_of_row(line, path, number) for number, line in _lines(path)]
+        found = [_of_row(row, path, number) for number, row in read_jsonl(path)]
     else:
         found = [
             EvaluationPrompt(
-                as_caption(_decoded(line, path, number), f"{path.name} line {number}"),
+                as_caption(decode_line(line, where := f"{path.name} line {number}"), where),
                 name=f"{number}",
             )
-            for number, line in _lines(path)
+            for number, line in read_lines(path)
         ]
     if not found:
         raise ValueError(f"{path} holds no prompts.")
     return tuple(found)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _text(path: Path, called: str) -> str:
-    return as_caption(_decoded(path.read_bytes(), path, 1), called)
-
-
-def _decoded(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path.name} line {number} is not UTF-8 ({error}): save it again as UTF-8."
-        ) from error
-
-
-def _of_row(line: bytes, path: Path, number: int) -> EvaluationPrompt:
+def _of_row(row: dict[str, Any], path: Path, number: int) -> EvaluationPrompt:
     where = f"{path.name} line {number}"
-    try:
-        row = json.loads(_decoded(line, path, number))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}).") from error
-    named = [column for column in CAPTION_COLUMNS if isinstance(row, dict) and column in row]
+    named = [column for column in CAPTION_COLUMNS if column in row]
     if not named:
         raise ValueError(f"{where} has no prompt: a row is a JSON object with `prompt`.")
     prompt = as_caption(row[named[0]], f"the prompt of {where}")

@@ -64,8 +64,9 @@ class Schedule:
 
 
 def per_row(t: Tensor, like: Tensor) -> Tensor:
-    """t: [B] or 0-d, shaped to broadcast over `like` [B, ...]."""
-    return t.reshape(-1, *[1] * (like.ndim - 1))
+    """t: [B] as [B, 1, ...], to broadcast over `like` [B, ...]. A 0-d t stays 0-d: torch lets a 0-d
+    CPU tensor meet tensors of any device, so a schedule's times need not be moved to a GPU."""
+    return t if t.ndim == 0 else t.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def noisy(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:

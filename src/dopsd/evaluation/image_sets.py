@@ -8,19 +8,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dopsd.data.folder import images_in, read_folder
 from dopsd.data.prompts import EvaluationPrompt
-from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import VAE, Denoiser
-from dopsd.diffusion.sampling import generate, noise_for
-from dopsd.files import atomic_path, sha256_of, write_json, write_text
+from dopsd.diffusion.components import Denoiser
+from dopsd.files import atomic_path, sha256_of, write_json, write_jsonl
 from dopsd.images import to_pil
 from dopsd.models import load_family
 from dopsd.models.base import Family, latent_size
 from dopsd.models.lora import merge_lora, read_lora, refuse_strength
-from dopsd.models.pipeline import deployed_on
+from dopsd.models.pipeline import EncodedRequest, ImagePipeline, ImageRequest
 
 Progress = Callable[[str, int, int], None]
 SETTINGS = "evaluation.json"
@@ -211,10 +207,7 @@ def _write_captions(image_set: ImageSet) -> None:
         {"file_name": file.name, "text": prompts[file.stem.rpartition("_")[0]]}
         for file in sorted(folder.glob("*.png"))
     )
-    write_text(
-        folder / "metadata.jsonl",
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-    )
+    write_jsonl(folder / "metadata.jsonl", rows)
 
 
 def _generate(
@@ -224,51 +217,33 @@ def _generate(
     missing: Sequence[ImageSet],
     progress: Progress,
 ) -> None:
-    device, dtype = deployed_on()
-    text_encoder = family.load_text_encoder(device, dtype, images=False)
-    contexts = [text_encoder.context([question.prompt]).to("cpu") for question in plan.questions]
-    del text_encoder  # gigabytes: one network at a time
-    vae = family.load_vae(device, torch.float32)
-    denoiser = family.load_denoiser(device, dtype)
-    _fill(
-        [g for g in missing if g.name != TUNED],
-        contexts,
-        denoiser,
-        vae,
-        family,
-        latent_shape,
-        progress,
+    pipeline = ImagePipeline(family)
+    encoded = pipeline.encode(
+        [ImageRequest(question.prompt, 0, latent_shape) for question in plan.questions]
     )
+    denoiser = pipeline.load_denoiser()
+    _fill([g for g in missing if g.name != TUNED], pipeline, denoiser, encoded, progress)
     if tuned := [g for g in missing if g.name == TUNED]:
         assert plan.lora is not None
         merge_lora(denoiser.network, plan.lora, family, plan.strength)
-        _fill(tuned, contexts, denoiser, vae, family, latent_shape, progress)
+        _fill(tuned, pipeline, denoiser, encoded, progress)
 
 
 def _fill(
     image_sets: Sequence[ImageSet],
-    contexts: Sequence[Context],
+    pipeline: ImagePipeline,
     denoiser: Denoiser,
-    vae: VAE,
-    family: Family,
-    latent_shape: tuple[int, int, int],
+    encoded: Sequence[EncodedRequest],
     progress: Progress,
 ) -> None:
-    device = deployed_on()[0]
+    """Write the missing images of some sets; encoded: by row, on any seed."""
     for image_set in image_sets:
-        assert image_set.nfe is not None
         first = OTHER_NOISE if image_set.name == AGAIN else FIRST_NOISE
-        schedule = family.schedule(image_set.nfe, *latent_shape[1:])
-        for row, context in enumerate(contexts):
+        for row, prompt in enumerate(encoded):
             todo = [p for p in image_set.images if p.row == row and not p.path.exists()]
-            if todo:
-                noise = noise_for(
-                    [first + MOST_SEEDS * row + image.seed for image in todo], *latent_shape
-                )
-                rows = Context.stack([context] * len(todo)).to(device)
-                for entry, image in zip(
-                    todo, to_pil(generate(denoiser, vae, schedule, rows, noise)), strict=True
-                ):
-                    with atomic_path(entry.path) as temporary:
-                        image.save(temporary, format="PNG")
-            progress(f"painting {image_set.name} at {image_set.nfe}", row + 1, len(contexts))
+            requests = [prompt.with_seed(first + MOST_SEEDS * row + p.seed) for p in todo]
+            images = pipeline.generate(denoiser, requests, image_set.nfe)
+            for entry, image in zip(todo, images, strict=True):
+                with atomic_path(entry.path) as temporary:
+                    to_pil(image[None])[0].save(temporary, format="PNG")
+            progress(f"painting {image_set.name} at {image_set.nfe}", row + 1, len(encoded))

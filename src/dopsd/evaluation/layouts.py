@@ -1,7 +1,6 @@
 """Images in the layouts that the scorers of GenEval and DPG-Bench read. The scorers themselves are
 not here."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from PIL import Image
 
 from dopsd.data.prompts import EvaluationPrompt
 from dopsd.evaluation.image_sets import ImageSet
-from dopsd.files import atomic_path, write_text
+from dopsd.files import atomic_path, write_jsonl
 from dopsd.images import open_image
 
 
@@ -20,7 +19,7 @@ def geneval(image_set: ImageSet, questions: Sequence[EvaluationPrompt], folder: 
     file)."""
     for row, question in enumerate(questions):
         place = folder / f"{row:05}"
-        write_text(place / "metadata.jsonl", json.dumps(dict(question.row)) + "\n")
+        write_jsonl(place / "metadata.jsonl", [question.row])
         for image in (p for p in image_set.images if p.row == row):
             with atomic_path(place / "samples" / f"{image.seed:04}.png") as temporary:
                 shutil.copyfile(image.path, temporary)

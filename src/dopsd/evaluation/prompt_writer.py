@@ -5,7 +5,6 @@ A vision-language model writes them; every prompt keeps the trigger, and what do
 rule is refused.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Literal
 
 from PIL import Image
 
-from dopsd.files import brief, write_text
+from dopsd.files import read_jsonl, shorten, write_jsonl
 from dopsd.images import open_image
 
 Mode = Literal["object", "style"]
@@ -48,8 +47,8 @@ def write_test_prompts(
     ("dog"): object prompts must not say it, and text measures read it in the trigger's place.
     Returns the number of rows. Raises ValueError for an answer that breaks the rule; what was
     written before stays."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    done = {json.loads(line)["target"] for line in lines}
+    rows = [row for _, row in read_jsonl(file)] if file.exists() else []
+    done = {row.get("target") for row in rows}
     for number, (path, caption) in enumerate(images, start=1):
         target = os.path.relpath(path, file.parent)
         if target not in done:
@@ -63,14 +62,11 @@ def write_test_prompts(
             prompts = prompts_in(
                 answer, trigger, class_word if mode == "object" else None, path.name
             )
-            lines += [
-                json.dumps(_row(p, k, target, trigger, class_word), ensure_ascii=False)
-                for k, p in enumerate(prompts)
-            ]
-            write_text(file, "\n".join(lines) + "\n")
+            rows += [_row(p, k, target, trigger, class_word) for k, p in enumerate(prompts)]
+            write_jsonl(file, rows)
         if progress:
             progress(number, len(images))
-    return len(lines)
+    return len(rows)
 
 
 def _row(
@@ -89,15 +85,15 @@ def prompts_in(answer: str, trigger: str, forbidden: str | None, called: str) ->
     found = re.fullmatch(form, answer, flags=re.DOTALL)
     if not found:
         raise ValueError(
-            f"the answer about {called} is not five numbered prompts: {brief(answer, 120)!r}."
+            f"the answer about {called} is not five numbered prompts: {shorten(answer, 120)!r}."
         )
     for prompt in found.groups():
         if trigger not in prompt:
             raise ValueError(
-                f"a prompt about {called} lacks the trigger {trigger}: {brief(prompt, 120)!r}."
+                f"a prompt about {called} lacks the trigger {trigger}: {shorten(prompt, 120)!r}."
             )
         if forbidden and re.search(rf"\b{re.escape(forbidden)}s?\b", prompt, flags=re.IGNORECASE):
             raise ValueError(
-                f"a prompt about {called} says {forbidden}, which gives the thing away: {brief(prompt, 120)!r}."
+                f"a prompt about {called} says {forbidden}, which gives the thing away: {shorten(prompt, 120)!r}."
             )
     return list(found.groups())

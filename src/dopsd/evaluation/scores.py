@@ -6,7 +6,6 @@ goes on where one ended, and an image that was generated anew is measured anew.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from dopsd.evaluation.image_sets import GeneratedImage, ImageSet, Progress
 from dopsd.evaluation.metrics import Found
 from dopsd.evaluation.rewards import load_reward
-from dopsd.files import read_tensors, sha256_of, write_tensors, writing
+from dopsd.files import append_jsonl, read_jsonl, read_tensors, sha256_of, write_tensors
 from dopsd.images import open_image
 
 AT_ONCE = 8  # images that a model looks at together
@@ -44,22 +43,19 @@ class Scored:
 
 
 class Scores:
-    """A JSONL file of values by content. A row that a kill cut short is not counted."""
+    """A JSONL log of values by content."""
 
     def __init__(self, path: Path):
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         try:
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
             self.values = {
                 row["key"]: float("nan") if row["value"] is None else float(row["value"])
-                for row in rows
+                for _, row in read_jsonl(path, is_log=True)
             }
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({type(error).__name__}): remove it, and measure again."
             ) from error
-        self.cut = bool(lines) and not path.read_bytes().endswith(b"\n")
 
     def add(self, found: Sequence[tuple[str, str, float]]) -> None:
         """(key, file, value) of some images; NaN is null in the file."""
@@ -67,12 +63,7 @@ class Scores:
             {"key": key, "file": file, "value": None if np.isnan(v) else v}
             for key, file, v in found
         ]
-        text = "\n" * self.cut + "".join(json.dumps(row) + "\n" for row in rows)
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        self.cut = False
+        append_jsonl(self.path, rows)
         self.values |= {key: value for key, _, value in found}
 
 

@@ -10,6 +10,8 @@ the base model with the same prompt: nothing is to be learned there, and nothing
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from random import Random
 from typing import Annotated, Literal
 
 import torch
@@ -89,28 +91,19 @@ class DOPSD(Method):
             )
 
     def forwards(self, nfe: int) -> int:
-        carried = self._carried(nfe, torch.Generator())
-        sample_in_chunks = (
-            0
-            if self.states == "data"
-            else nfe
-            if isinstance(self.loss_steps, int)
-            else carried[-1] + 1
-        )
-        student = (
-            2 if self.states == "student" else 3
-        )  # backward, and where the walk is not its own, forward
+        # Three forwards for the student's loss (one, and a backward counted as two), of which the
+        # walk has one already where the states are the student's own.
+        walk = 0 if self.states == "data" else self._walked_steps(nfe)
+        student = 2 if self.states == "student" else 3
         teacher = 1 if self.teacher_guidance == 1 else 2
-        return (
-            sample_in_chunks
-            + len(carried) * (student + teacher)
-            + (4 * nfe if self.retention else 0)
-        )
+        with_loss = len(self._loss_steps(nfe, seed=0))
+        retention = 4 * nfe if self.retention else 0
+        return walk + with_loss * (student + teacher) + retention
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
         noise = noise_like(batch.latents, rng)
-        carried = self._carried(schedule.nfe, rng)
+        carried = self._loss_steps(schedule.nfe, rng.initial_seed())
         left = len(carried) + (schedule.nfe if self.retention else 0)
         for step, z, velocity in self._visits(roles, batch, noise, schedule, carried, rng):
             t = step.now.expand(len(z)).to(z.device)
@@ -133,14 +126,20 @@ class DOPSD(Method):
                 log = {"loss": self.retention * moved.detach(), "retention": moved.detach()}
                 yield Loss(self.retention * moved, log, last=left == 0)
 
-    def _carried(self, nfe: int, rng: torch.Generator) -> tuple[int, ...]:
-        """The steps that carry a loss, in order."""
+    def _loss_steps(self, nfe: int, seed: int) -> tuple[int, ...]:
+        """Indices of the steps that carry a loss, in order. Python's generator draws them, so that
+        no tensor has to be read: the memory forecast runs on tensors without values."""
         if self.loss_steps == "all":
             return tuple(range(nfe))
         if isinstance(self.loss_steps, int):
-            drawn = torch.randperm(nfe, generator=rng, device=rng.device)[: self.loss_steps]
-            return tuple(sorted(drawn.tolist()))
+            return tuple(sorted(Random(seed).sample(range(nfe), self.loss_steps)))
         return tuple(sorted(set(self.loss_steps)))
+
+    def _walked_steps(self, nfe: int) -> int:
+        """How many steps a walk takes: to the last step of a list; always all where steps are
+        drawn, because the number of forwards must not depend on the draw (processes that share a
+        network run the same number)."""
+        return max(self.loss_steps) + 1 if isinstance(self.loss_steps, tuple) else nfe
 
     def _visits(
         self,
@@ -153,18 +152,15 @@ class DOPSD(Method):
     ) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """The states that carry a loss, each with the student's velocity there and its graph."""
         if self.states == "student":
-            for state in rollout(
-                roles.student, noise, schedule, batch.context, rng, graph_at=carried
-            ):
+            walk = rollout(roles.student, noise, schedule, batch.context, rng, graph_at=carried)
+            for state in islice(walk, self._walked_steps(schedule.nfe)):
                 if state.step.index in carried:
                     yield state.step, state.z, state.velocity
-                if state.step.index == carried[-1]:
-                    return
-        for step, z in self._foreign_states(roles, batch, noise, schedule, rng):
+            return
+        states = self._foreign_states(roles, batch, noise, schedule, rng)
+        for step, z in islice(states, self._walked_steps(schedule.nfe)):
             if step.index in carried:
                 yield step, z, roles.student(z, step.now.expand(len(z)).to(z.device), batch.context)
-            if step.index == carried[-1]:
-                return
 
     def _foreign_states(
         self, roles: Roles, batch: Batch, noise: Tensor, schedule: Schedule, rng: torch.Generator

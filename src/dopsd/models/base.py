@@ -72,6 +72,7 @@ class Family(Protocol):
 
     architecture: str  # in the words of modelspec.architecture
     licence: str
+    hub_licence: str  # its identifier in the hub's list; "other" where it has none there
     checkpoint: Checkpoint
     teacher_context: str | None  # the one of `teacher_contexts` that was asked for
     default_nfe: int
@@ -155,6 +156,13 @@ class Family(Protocol):
         """Recipe keys (`section.key`) whose value should differ from the general default for this
         checkpoint and method."""
         ...
+
+
+def network_on_meta(family: Family) -> nn.Module:
+    """The denoiser's network from its config, its weights on the meta device: names and shapes
+    without storage."""
+    with torch.device("meta"):
+        return family.empty_denoiser().network
 
 
 def fingerprint_of(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from dopsd.diffusion.batch import Context
-from dopsd.files import brief
+from dopsd.files import shorten
 from dopsd.models.base import fingerprint_of
 from dopsd.models.hub import Checkpoint, variant_of
 
@@ -65,7 +65,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> 
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > tokenizer.model_max_length:
             raise ValueError(
-                f'the caption "{brief(prompt, 60)}" makes {length} tokens; the limit is {tokenizer.model_max_length}. '
+                f'the caption "{shorten(prompt, 60)}" makes {length} tokens; the limit is {tokenizer.model_max_length}. '
                 "Shorten it."
             )
     return lengths

@@ -63,15 +63,18 @@ class Variant:
 
     architecture: str
     licence: str
+    hub_licence: str
     vlm: str
 
 
 # By the width of the text encoder.
 VARIANTS = {
-    2560: Variant("Flux.2-klein-4b", "Apache-2.0", "Qwen/Qwen3-VL-4B-Instruct"),
-    4096: Variant("Flux.2-klein-9b", "FLUX-Non-Commercial-License", "Qwen/Qwen3-VL-8B-Instruct"),
+    2560: Variant("Flux.2-klein-4b", "Apache-2.0", "apache-2.0", "Qwen/Qwen3-VL-4B-Instruct"),
+    4096: Variant(
+        "Flux.2-klein-9b", "FLUX-Non-Commercial-License", "other", "Qwen/Qwen3-VL-8B-Instruct"
+    ),
 }
-UNKNOWN = Variant("Flux.2-klein", "other", "Qwen/Qwen3-VL-4B-Instruct")
+UNKNOWN = Variant("Flux.2-klein", "other", "other", "Qwen/Qwen3-VL-4B-Instruct")
 
 
 class Flux2Klein:
@@ -133,7 +136,8 @@ class Flux2Klein:
                 f"{self._text_width}; the parts are of different sizes."
             )
         variant = VARIANTS.get(text.hidden_size, UNKNOWN)
-        self.architecture, self.licence = variant.architecture, variant.licence
+        self.architecture = variant.architecture
+        self.licence, self.hub_licence = variant.licence, variant.hub_licence
         teacher_vision, own = teacher_vision or TeacherVision(), folder / "vlm"
         self.teacher_context = teacher_vision.context or self.teacher_contexts[0]
         self.vlm = teacher_vision.vlm or (str(own) if own.is_dir() else variant.vlm)

@@ -18,7 +18,7 @@ from dopsd.files import atomic_path, read_tensors, write_json
 from dopsd.models import load_family
 from dopsd.models.base import Family
 from dopsd.models.lora import merge_lora, read_lora
-from dopsd.models.pipeline import deployed_on
+from dopsd.models.pipeline import device_and_dtype
 
 ABOUT, TUNED = "dopsd.json", "tuned"
 
@@ -106,6 +106,6 @@ def fuse(
         )
     family = load_family(name_or_path, distilled_by=distilled_by)
     read_lora(lora, family)  # refused before gigabytes are loaded
-    network = family.load_denoiser(*deployed_on()).network
+    network = family.load_denoiser(*device_and_dtype()).network
     merge_lora(network, lora, family, strength)
     write_model(folder, network, family)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dopsd.files import brief, write_tensors
+from dopsd.files import shorten, write_tensors
 
 
 def convert_pickle(source: Path, target: Path) -> int:
@@ -21,7 +21,7 @@ def convert_pickle(source: Path, target: Path) -> int:
     try:
         held = torch.load(source, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {brief((str(error).splitlines() or [''])[0])}"
+        reason = f"{type(error).__name__}: {shorten((str(error).splitlines() or [''])[0])}"
         raise ValueError(
             f"{source} cannot be read as weights alone ({reason}); dopsd runs no code of a file."
         ) from error
@@ -31,7 +31,7 @@ def convert_pickle(source: Path, target: Path) -> int:
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.is_sparse:
             kind = type(tensor).__name__
             raise ValueError(
-                f"{source} holds {brief(name)} of type {kind}, not tensors by name alone."
+                f"{source} holds {shorten(name)} of type {kind}, not tensors by name alone."
             )
     write_tensors(target, held, {"format": "pt"})
     return len(held)

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from dopsd.diffusion.batch import Context
-from dopsd.files import brief
+from dopsd.files import shorten
 from dopsd.models.base import Size, fingerprint_of
 from dopsd.models.hub import Checkpoint
 
@@ -319,7 +319,7 @@ def _refuse_long(
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > limit:
             raise ValueError(
-                f'the caption "{brief(prompt, 60)}" makes {length} tokens{of_them}; the limit is {limit}. Shorten it.'
+                f'the caption "{shorten(prompt, 60)}" makes {length} tokens{of_them}; the limit is {limit}. Shorten it.'
             )
 
 

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule, per_row
-from dopsd.files import brief, read_tensors, write_json
+from dopsd.files import read_tensors, shorten, write_json
 from dopsd.models.base import Size, TeacherVision, Usage, plain_usage
 from dopsd.models.clip import ClipTextEncoders, count_tokens
 from dopsd.models.distilled_weights import KEY, address_of, kind_of, refuse_no_distiller
@@ -52,15 +52,16 @@ class Kind:
     steps: Steps
     default_nfe: int
     licence: str
+    hub_licence: str
 
     @property
     def distilled(self) -> bool:
         return self.steps != "euler"
 
 
-BASE = Kind("euler", 50, "openrail++")  # 50: the pipeline's own default
-TURBO = Kind("ancestral", 4, "Stability AI Community License")
-DMD2 = Kind("renoise", 4, "cc-by-nc-4.0")
+BASE = Kind("euler", 50, "openrail++", "openrail++")  # 50: the pipeline's own default
+TURBO = Kind("ancestral", 4, "Stability AI Community License", "other")
+DMD2 = Kind("renoise", 4, "cc-by-nc-4.0", "cc-by-nc-4.0")
 LCM_LINE = "pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)"
 FUSE_LINES = ("pipeline.fuse_lora()", "pipeline.unload_lora_weights()")
 # Of PSO's released customization script for SDXL-Turbo: rank 16, 600 steps of 4 images.
@@ -118,7 +119,9 @@ class SDXL:
             self.resolution: int = self._unet["sample_size"] * self.vae_scale_factor
         self._open_scheduler()
         self.default_nfe, self.distilled = self._kind.default_nfe, self._kind.distilled
-        self.licence = self._kind.licence if "dmd2" in (distilled_by or "dmd2").lower() else "other"
+        self.licence, self.hub_licence = "other", "other"
+        if "dmd2" in (distilled_by or "dmd2").lower():
+            self.licence, self.hub_licence = self._kind.licence, self._kind.hub_licence
 
     def _open_scheduler(self) -> None:
         """Which sampler the checkpoint is for. Raises ValueError for one that is not here."""
@@ -222,7 +225,7 @@ class SDXL:
             network.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # names or shapes that differ
             raise ValueError(
-                f"{file} is no UNet of {self.checkpoint.name} ({brief(str(error))})."
+                f"{file} is no UNet of {self.checkpoint.name} ({shorten(str(error))})."
             ) from error
         return network.eval()
 

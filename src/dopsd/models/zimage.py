@@ -52,7 +52,7 @@ class ZImage:
 
     name = "zimage"
     repo = "Tongyi-MAI/Z-Image-Turbo"
-    licence = "Apache-2.0"
+    licence, hub_licence = "Apache-2.0", "apache-2.0"
     teacher_contexts = ("vlm",)
     default_vlm = "Qwen/Qwen3-VL-4B-Instruct"
     reference_size = None

@@ -24,7 +24,7 @@ from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.benchmarks import SHOWN, BenchmarkResult, Kind
-from dopsd.files import sha256_of, write_json, write_text
+from dopsd.files import sha256_of, write_json, write_jsonl, write_text
 from dopsd.models.base import Family
 from dopsd.models.zimage import ZImageDenoiser
 from dopsd.pocket.build.architecture import GUIDANCE
@@ -82,7 +82,7 @@ def write_pairs(folder: Path, seed: int, count: int) -> None:
         for name, shown in zip(names.values(), (scene, other), strict=True):
             Image.fromarray(render(shown)).save(folder / name)
         rows.append(names | {"text": caption_of(stated_of(scene, rng))})
-    write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "metadata.jsonl", rows)
 
 
 def concept_of(folder: Path) -> int | None:
@@ -211,7 +211,7 @@ def sit(
     noise = noise_for(range(noise_seed, noise_seed + count + len(sheet.stated)), *latent_shape)
     things = generate(velocity, vae, schedule, context, noise[:count])
     learned = {
-        "thing_pictures": things,
+        "thing_images": things,
         "thing_error": thing_error(things.numpy(), sheet.scenes),
         "thing_hit": thing_hit(things.numpy(), sheet.scenes, DISTRACTORS).astype(float),
     }

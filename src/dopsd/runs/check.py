@@ -7,7 +7,7 @@ from torch import nn
 
 from dopsd.images import image_size, open_image
 from dopsd.models import load_family
-from dopsd.models.base import fitted_size
+from dopsd.models.base import fitted_size, network_on_meta
 from dopsd.models.lora import read_lora, refuse_misfit
 from dopsd.runs.outputs.lora_export import refuse_unfit
 from dopsd.runs.resolve import ResolvedRun
@@ -33,8 +33,7 @@ def check(run: ResolvedRun) -> Checked:
     """
     recipe, family = run.recipe, run.family
     _refuse_unfit_references(run)
-    with torch.device("meta"):
-        network = family.empty_denoiser().network
+    network = network_on_meta(family)
     if recipe.adapter == "full":
         trained = AllWeights(sum(parameter.numel() for parameter in network.parameters()))
     else:
@@ -57,9 +56,7 @@ def _refuse_other_architectures(run: ResolvedRun, network: nn.Module) -> None:
             refuse_misfit(path, module, network, (len(b), a.shape[1]))
     if model.train_on:
         other = load_family(model.train_on)
-        with torch.device("meta"):
-            other_network = other.empty_denoiser().network
-        if other.name != run.family.name or _shapes(other_network) != _shapes(network):
+        if other.name != run.family.name or _shapes(network_on_meta(other)) != _shapes(network):
             raise ValueError(
                 f"model.train_on {model.train_on} is of another architecture than "
                 f"{model.name_or_path}: a LoRA of one does not fit the other. Give a checkpoint of "

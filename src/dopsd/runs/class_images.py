@@ -16,11 +16,10 @@ import torch
 from dopsd.config.recipe import Recipe
 from dopsd.data.folder import METADATA, Example, Listing
 from dopsd.data.sources import one_caption_each
-from dopsd.diffusion.sampling import generate, noise_for
-from dopsd.files import atomic_path, write_text
+from dopsd.files import atomic_path, write_jsonl
 from dopsd.images import to_pil
 from dopsd.models.base import Family, latent_size
-from dopsd.models.pipeline import deployed_on
+from dopsd.models.pipeline import ImagePipeline, ImageRequest
 
 FIRST_SEED = 960_000  # far from previews and health checks
 Progress = Callable[[int, int], None]
@@ -83,26 +82,20 @@ def generate_ahead(
     ]
     missing = [each for each in wanted if not each[1].is_file()]
     if missing:
-        lines = [
-            json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False)
-            for prompt, path, _ in wanted
-        ]
-        write_text(folder / METADATA[0], "\n".join(lines) + "\n")
-        device, dtype = deployed_on()
-        text_encoder = family.load_text_encoder(device, dtype, images=False)
-        contexts = {
-            prompt: text_encoder.context([prompt])
-            for prompt in dict.fromkeys(prompt for prompt, *_ in missing)
-        }
-        del text_encoder  # gigabytes
-        denoiser, vae = family.load_denoiser(device, dtype), family.load_vae(device, torch.float32)
-        latent_shape = latent_size(family, side, side)
-        schedule = family.schedule(nfe, *latent_shape)
-        for index, (prompt, path, seed) in enumerate(missing, start=len(wanted) - len(missing)):
+        rows = [{"file_name": path.name, "text": prompt} for prompt, path, _ in wanted]
+        write_jsonl(folder / METADATA[0], rows)
+        latent_shape = (family.channels, *latent_size(family, side, side))
+        pipeline = ImagePipeline(family)
+        encoded = pipeline.encode(
+            [ImageRequest(prompt, seed, latent_shape) for prompt, _, seed in missing]
+        )
+        denoiser = pipeline.load_denoiser()
+        present = len(wanted) - len(missing)
+        for index, (each, (_, path, _)) in enumerate(zip(encoded, missing, strict=True)):
             if progress:
-                progress(index, len(wanted))
-            noise = noise_for([seed], family.channels, *latent_shape)
-            (image,) = to_pil(generate(denoiser, vae, schedule, contexts[prompt], noise))
+                progress(present + index, len(wanted))
+            # One at a time: an image does not depend on which others are missing.
+            (image,) = to_pil(torch.stack(pipeline.generate(denoiser, [each], nfe)))
             with atomic_path(path) as temporary:
                 image.save(temporary, "png")
     return {prompt: [path for other, path, _ in wanted if other == prompt] for prompt in prompts}

@@ -17,15 +17,13 @@ from PIL import Image
 
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
-from dopsd.diffusion.batch import Context
-from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.image_distance import SIDE, distances, nearer
 from dopsd.evaluation.metrics import Found, find_metric
 from dopsd.evaluation.pages import Panel, write_comparison
 from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_image, to_pil
 from dopsd.models.base import Family, latent_size
-from dopsd.models.lora import merge_lora
+from dopsd.models.pipeline import EncodedRequest, ImagePipeline, ImageRequest
 from dopsd.runs.check import check
 from dopsd.runs.resolve import ResolvedRun, resolve
 
@@ -178,29 +176,24 @@ def _others(recipe: Recipe, family: Family) -> list[str]:
 def _look(
     run: ResolvedRun, seeds: int, most: int, far: Found | None, progress: Progress
 ) -> tuple[Look, ...]:
-    recipe, family, device, dtype = run.recipe, run.family, run.device, run.dtype
-    rows = _read(run, most, progress)
-    vae = family.load_vae(device, torch.float32)
-    denoiser = family.load_denoiser(device, dtype)
-    if recipe.lora.init_from:
-        merge_lora(denoiser.network, recipe.lora.init_from, family)
-    distance = far.made(far.model, device) if far else None
+    recipe, family = run.recipe, run.family
+    pipeline = ImagePipeline(family, run.dtype)
+    rows = _read(run, most, pipeline, progress)
+    denoiser = pipeline.load_denoiser(recipe.lora.init_from)
+    distance = far.made(far.model, run.device) if far else None
     looks = []
     for done, row in enumerate(rows):
         progress("painting", done, len(rows))
         width, height = row.size
-        latent_shape = latent_size(family, height, width)
-        noise = noise_for(
-            range(recipe.sample.seed, recipe.sample.seed + seeds), family.channels, *latent_shape
-        )
-        schedule = run.deployed_schedule(*latent_shape)
+        latent_shape = (family.channels, *latent_size(family, height, width))
+        request = ImageRequest(row.example.caption, recipe.sample.seed, latent_shape)
         assert row.privileged is not None
-        contexts = [
-            Context.stack([read_context(path)] * seeds).to(device)
-            for path in (row.context, row.privileged)
-        ]
         student, teacher = (
-            generate(denoiser, vae, schedule, context, noise) for context in contexts
+            torch.stack(pipeline.generate(denoiser, on_each_noise, recipe.sample.nfe))
+            for on_each_noise in (
+                _on_each_noise(EncodedRequest(request, read_context(path)), seeds)
+                for path in (row.context, row.privileged)
+            )
         )
         target = cover_crop(open_image(row.example.path), row.size)
         apart = [_distances(distance, images, np.asarray(target)) for images in (student, teacher)]
@@ -209,6 +202,10 @@ def _look(
         )
     progress("painting", len(rows), len(rows))
     return tuple(looks)
+
+
+def _on_each_noise(encoded: EncodedRequest, seeds: int) -> list[EncodedRequest]:
+    return [encoded.with_seed(encoded.request.seed + index) for index in range(seeds)]
 
 
 def _distances(distance: Distance | None, images: torch.Tensor, target: np.ndarray) -> np.ndarray:
@@ -221,7 +218,9 @@ def _distances(distance: Distance | None, images: torch.Tensor, target: np.ndarr
     return distance(*replicate).double().cpu().numpy()
 
 
-def _read(run: ResolvedRun, most: int, progress: Progress) -> tuple[Row, ...]:
+def _read(
+    run: ResolvedRun, most: int, pipeline: ImagePipeline, progress: Progress
+) -> tuple[Row, ...]:
     """Captions, and captions with their images, as training reads them and into the same cache;
     spread evenly over the set where it has more than `most` images."""
     family, examples = run.family, run.listing.examples
@@ -231,7 +230,7 @@ def _read(run: ResolvedRun, most: int, progress: Progress) -> tuple[Row, ...]:
         chosen,
         run.recipe.output_dir / "cache",
         family.load_text_encoder(run.device, run.dtype, images=True),
-        family.load_vae(run.device, torch.float32),
+        pipeline.vae,
         resolution=run.side,
         multiple=family.multiple,
         privileged=True,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dopsd.config.recipe import PromptSection, Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
@@ -21,39 +20,18 @@ from dopsd.data.folder import Example, Listing
 from dopsd.data.importing import fill
 from dopsd.data.prompts import read_prompts
 from dopsd.data.sources import Source, read_sources, seen_in_turn
-from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.rewards import find_reward
-from dopsd.images import Size, image_size, open_image
+from dopsd.images import Size, image_size
 from dopsd.methods import missing
 from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision, latent_size
 from dopsd.models.hub import Checkpoint
-from dopsd.models.pipeline import deployed_on
+from dopsd.models.pipeline import ImageRequest, device_and_dtype
 from dopsd.runs.outputs.trackers import refuse_missing
 
 PREVIEWED_CAPTIONS = 4  # captions that are previewed when the recipe names no prompts
-
-
-@dataclass(frozen=True)
-class PreviewPrompt:
-    """An image to generate while training.
-
-    seed: of its noise. latent_shape: (channels, height, width). references: the images that the
-    prompt edits, for models that edit images.
-    """
-
-    prompt: str
-    seed: int
-    latent_shape: tuple[int, int, int]
-    references: tuple[Path, ...] = ()
-
-    def encode(self, text_encoder: TextEncoder, shown: Image.Image | None = None) -> Context:
-        """The student's context; with an image that is shown, the teacher's."""
-        references = [[open_image(path) for path in self.references]] if self.references else None
-        return text_encoder.context([self.prompt], [shown] if shown else None, references)
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,7 @@ class ResolvedRun:
     listing: Listing
     resolutions: tuple[int, ...]
     sizes: tuple[tuple[Size, ...], ...]
-    previews: tuple[PreviewPrompt, ...]
+    previews: tuple[ImageRequest, ...]
     health_prompts: tuple[str, ...]
     replay_prompts: tuple[str, ...]
     nfe: int
@@ -155,7 +133,7 @@ def resolve(recipe: Recipe) -> ResolvedRun:
     replayed = "replay" in recipe.method.needs
     previews = _previews(recipe, family, listing, max(resolutions), health_prompts)
 
-    device = deployed_on()[0]
+    device = device_and_dtype()[0]
     return ResolvedRun(
         recipe=recipe,
         family=family,
@@ -264,7 +242,7 @@ def _replay_prompts(recipe: Recipe) -> tuple[str, ...]:
 
 def _previews(
     recipe: Recipe, family: Family, listing: Listing, side: int, health_prompts: Sequence[str]
-) -> tuple[PreviewPrompt, ...]:
+) -> tuple[ImageRequest, ...]:
     """The recipe's prompts, or the first captions, and some of the health prompts. Raises
     ValueError for a size that the model cannot generate."""
     sample = recipe.sample
@@ -276,7 +254,7 @@ def _previews(
         width = each.width or sample.width or side
         seed = sample.seed + index if each.seed is None else each.seed
         latent_shape = (family.channels, *latent_size(family, height, width))
-        previews.append(PreviewPrompt(each.prompt, seed, latent_shape, each.references))
+        previews.append(ImageRequest(each.prompt, seed, latent_shape, each.references))
     return tuple(previews)
 
 

@@ -51,7 +51,7 @@ def train(
     with claimed(recipe, resume) as states:
         # Encode, let the encoders leave memory, then load the network.
         encoded = encode_run(run, progress)
-        session = Session.open(run, choose_low_memory(run), encoded.previews[0].context)
+        session = Session.open(run, choose_low_memory(run), encoded.previews[0].student.context)
 
         # Go on from a checkpoint, or begin.
         start = _restore(session, states)
@@ -153,7 +153,7 @@ def _export_result(session: Session, step: int) -> None:
     run, recipe = session.run, session.run.recipe
     metadata = weights_metadata(run, step)
     session.export(recipe.result(), metadata)
-    write_card(recipe, run.family.usage(run.deployed_nfe), metadata, step)
+    write_card(recipe, run.family, metadata, step)
     write_report(recipe.run_folder)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dopsd.files import (
     atomic_path,
-    brief,
     load_optimizer_tensors,
     optimizer_tensors,
     read_tensors,
     sha256_of,
+    shorten,
     write_json,
     write_tensors,
 )
@@ -81,7 +81,7 @@ def load_checkpoint(
         if step < 0:
             raise ValueError(f"it says step {step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {brief(str(error))}"
+        reason = f"{type(error).__name__}: {shorten(str(error))}"
         raise ValueError(
             f"{path} is no whole checkpoint of dopsd (state.json: {reason})."
         ) from error

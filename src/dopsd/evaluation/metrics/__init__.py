@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Literal
 
-from dopsd.files import brief
+from dopsd.files import shorten
 from dopsd.models.hub import Checkpoint
 
 HERE = "dopsd.evaluation.metrics"
@@ -95,7 +95,7 @@ def named_metric(name: str) -> tuple[str, str, Metric]:
     if short not in METRICS:
         like = "".join(f" Did you mean {word}?" for word in get_close_matches(short, METRICS, n=1))
         raise ValueError(
-            f"{brief(name)} is no measure: give {', '.join(METRICS)}, or package.module:attribute.{like}"
+            f"{shorten(name)} is no measure: give {', '.join(METRICS)}, or package.module:attribute.{like}"
         )
     metric = METRICS[short]
     if metric.model is None and model:

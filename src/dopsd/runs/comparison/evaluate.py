@@ -19,10 +19,7 @@ import torch
 from torch import Tensor
 
 from dopsd.config.recipe import Recipe
-from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import VAE
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.benchmarks import SHOWN, Benchmark, BenchmarkResult, Kind
 from dopsd.evaluation.image_distance import distances
 from dopsd.files import read_tensors, sha256_of, write_tensors
@@ -30,10 +27,8 @@ from dopsd.images import cover_crop, open_image
 from dopsd.models import load_family
 from dopsd.models.base import latent_size
 from dopsd.models.folder import is_model
-from dopsd.models.lora import merge_lora
-from dopsd.models.pipeline import deployed_on
+from dopsd.models.pipeline import EncodedRequest, ImagePipeline, ImageRequest
 from dopsd.pocket.benchmark import HELD_OUT, ManyStepModel, PocketConcept, concept_of
-from dopsd.runs.outputs.previews import generate_each
 from dopsd.runs.resolve import ResolvedRun, resolve
 
 LAYOUT = 1  # part of every key: raise it when the same question would be answered otherwise
@@ -59,11 +54,11 @@ class Evaluator:
         self.family = run.family
         self._weights = self.family.checkpoint.mark(recipe.model.distilled_by)
         self.thing = concept_of(recipe.data.folder)
-        self._folder, self._device, self._dtype = folder, *deployed_on()
+        self._folder, self._pipeline = folder, ImagePipeline(self.family)
         self.questions: Benchmark = (
-            Images(run, self._dtype)
+            Images(run, self._pipeline)
             if self.thing is None
-            else PocketConcept(recipe, self.family, self._device, self._dtype)
+            else PocketConcept(recipe, self.family, self._pipeline.device, self._pipeline.dtype)
         )
 
     def answers(self, candidate: Candidate, nfes: Sequence[int]) -> dict[int, BenchmarkResult]:
@@ -76,17 +71,15 @@ class Evaluator:
         return {nfe: _read(file) for nfe, file in files.items()}
 
     def _velocity(self, candidate: Candidate) -> Velocity:
+        pipeline = self._pipeline
         if candidate.kind == "parent":
             unconditional = self.family.load_text_encoder(
-                self._device, self._dtype, images=False
+                pipeline.device, pipeline.dtype, images=False
             ).context([""])
             return ManyStepModel(self.family.checkpoint.folder, unconditional)
         if candidate.lora and is_model(candidate.lora):
-            return load_family(str(candidate.lora)).load_denoiser(self._device, self._dtype)
-        denoiser = self.family.load_denoiser(self._device, self._dtype)
-        if candidate.lora:
-            merge_lora(denoiser.network, candidate.lora, self.family)
-        return denoiser
+            return ImagePipeline(load_family(str(candidate.lora))).load_denoiser()
+        return pipeline.load_denoiser(candidate.lora)
 
     def _key(self, candidate: Candidate, nfe: int) -> str:
         lora = candidate.lora
@@ -106,9 +99,9 @@ class Images:
     prompts that have nothing to do with the data), of which each image's distance to the nearest
     training image is measured."""
 
-    def __init__(self, run: ResolvedRun, dtype: torch.dtype):
+    def __init__(self, run: ResolvedRun, pipeline: ImagePipeline):
         listing, trigger = run.listing, run.recipe.data.trigger
-        self._family, self._device, self._dtype = run.family, run.device, dtype
+        self._pipeline = pipeline
         self._wanted, self._side = run.previews, run.side
         plain = (
             [" ".join(e.caption.replace(trigger, " ").split()) for e in listing.examples]
@@ -142,35 +135,22 @@ class Images:
         self.truth: Mapping[str, Sequence[Tensor]] = {}
 
     @cached_property
-    def _contexts(self) -> tuple[list[Context], list[Context]]:
-        """Read when something is asked for the first time; the text encoder leaves memory at once."""
-        text_encoder = self._family.load_text_encoder(self._device, self._dtype, images=False)
-        return [each.encode(text_encoder) for each in self._wanted], [
-            text_encoder.context([prompt]) for prompt in self._neutral
-        ]
-
-    @cached_property
-    def _vae(self) -> VAE:
-        return self._family.load_vae(self._device, torch.float32)
+    def _encoded(self) -> tuple[list[EncodedRequest], list[EncodedRequest]]:
+        """The shown and the neutral prompts, encoded when something is asked for the first time."""
+        family = self._pipeline.family
+        latent_shape = (family.channels, *latent_size(family, self._side, self._side))
+        neutral = [ImageRequest(prompt, 0, latent_shape) for prompt in self._neutral]
+        encoded = self._pipeline.encode([*self._wanted, *neutral])
+        return encoded[: len(self._wanted)], encoded[len(self._wanted) :]
 
     def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> BenchmarkResult:
-        wanted, neutral = self._contexts
+        wanted, neutral = self._encoded
         aside = HELD_OUT if kind == "floor" else 0
-        noises = [noise_for([each.seed + aside], *each.latent_shape) for each in self._wanted]
-        schedules = [self._family.schedule(nfe, *each.latent_shape[1:]) for each in self._wanted]
-        shown = generate_each(velocity, wanted, self._vae, schedules, noises, self._device)
-        latent_shape = latent_size(self._family, self._side, self._side)
-        context = Context.stack([context for context in neutral for _ in NEUTRAL_SEEDS]).to(
-            self._device
+        shown = self._pipeline.generate(
+            velocity, [each.with_seed(each.request.seed + aside) for each in wanted], nfe
         )
-        noise = noise_for(
-            [seed + aside for _ in neutral for seed in NEUTRAL_SEEDS],
-            self._family.channels,
-            *latent_shape,
-        )
-        plain = generate(
-            velocity, self._vae, self._family.schedule(nfe, *latent_shape), context, noise
-        )
+        on_each_noise = [each.with_seed(seed + aside) for each in neutral for seed in NEUTRAL_SEEDS]
+        plain = torch.stack(self._pipeline.generate(velocity, on_each_noise, nfe))
         far = [distances(plain.numpy(), np.asarray(target)) for target in self._cropped()]
         nearest = np.min(far, axis=0)
         shown_plain = list(plain[:: len(NEUTRAL_SEEDS)][:SHOWN])

@@ -5,7 +5,6 @@ config.yaml (the resolved recipe), env.json, metrics.jsonl (a row a step), train
 run.lock.
 """
 
-import json
 import logging
 import math
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dopsd.config.recipe import Recipe, load_recipe
-from dopsd.files import write_json, write_text, writing
+from dopsd.files import append_jsonl, read_jsonl, write_json, write_jsonl, writing
 from dopsd.training.checkpoint import checkpoints
 from dopsd.training.loop import StepReport
 
@@ -124,18 +123,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a JSONL file with a row a step; the last may be cut where a run was killed.
     Raises ValueError for a row that is none."""
     rows = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1
-    ):
-        if line.endswith("}"):
-            try:
-                row = json.loads(line)
-                int(row["step"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path} line {number} is no row of a step: the run folder is damaged."
-                ) from error
-            rows.append(row)
+    for number, row in read_jsonl(path, is_log=True):
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{path} line {number} has no `step`: the run folder is damaged.")
+        rows.append(row)
     return rows
 
 
@@ -145,12 +136,10 @@ class Rows:
 
     def __init__(self, path: Path, steps_done: int):
         self.path = path
-        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= steps_done]
-        write_text(self.path, "".join(kept))
+        write_jsonl(path, [row for row in read_rows(path) if row["step"] <= steps_done])
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_jsonl(self.path, [row])
 
 
 class Metrics(Rows):

@@ -1,128 +1,133 @@
-"""A model card: README.md of the run folder, in the hub's format, so that the folder can be
-uploaded as it is."""
+"""The model card: README.md of a run folder, in the hub's format, laid out by card.md.jinja."""
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dopsd.config.recipe import Recipe
 from dopsd.files import write_text
-from dopsd.models.base import Usage
+from dopsd.models.base import Family
+from dopsd.runs.outputs.previews import preview_folder, read_preview
 
-HUB_LICENCES = ("apache-2.0", "cc-by-nc-4.0", "openrail++")
-LABELS = {
-    "distilled_by": "the base is made a few-step model by",
+FACTS = {  # metadata key -> row of the table "Training"
+    "distilled_by": "file that makes the base a few-step model",
     "method": "method",
-    "method_settings": "its settings",
-    "teacher_context": "the teacher sees",
+    "method_settings": "settings of the method",
+    "teacher_context": "how the teacher sees images",
     "ss_network_dim": "rank",
     "ss_learning_rate": "learning rate",
     "ss_steps": "steps",
     "ss_seed": "seed",
     "images": "images",
-    "data_sha256": "data (hash of pictures and captions)",
-    "parent_adapter_sha256": "went on from the LoRA",
-    "trained_on": "trained on the weights of",
-    "training_adapter_sha256": "with a LoRA in the weights while training, off now",
-    "sigmas": "noise levels of the walk",
+    "data_sha256": "SHA-256 of images and captions",
+    "parent_adapter_sha256": "SHA-256 of the LoRA it started from",
+    "trained_on": "weights it was trained on",
+    "training_adapter_sha256": "SHA-256 of the LoRA in the weights during training only",
+    "sigmas": "noise levels of the sampler",
 }
 
 
-def write_card(recipe: Recipe, usage: Usage, metadata: Mapping[str, str], step: int) -> Path:
-    """Write README.md from what the run's result says of itself and the previews after `step`
-    steps. usage: how the base is generated with."""
-    samples = f"samples/step-{step:06d}"
-    preview = json.loads((recipe.run_folder / samples / "preview.json").read_text(encoding="utf-8"))
-    shown = [
-        (each["prompt"], f"{index}_{each['seed']}.png")
-        for index, each in enumerate(preview["images"])
-    ]
-    edited = preview["images"][0]["references"]
-    kind = "image-to-image" if edited else "text-to-image"
-    images = f", image=[Image.open(path) for path in {json.dumps(edited)}]" if edited else ""
+def write_card(recipe: Recipe, family: Family, metadata: Mapping[str, str], step: int) -> None:
+    """Write README.md from the metadata of the exported weights and the previews at `step`."""
+    preview = read_preview(preview_folder(recipe.run_folder, step))
+    references = preview["images"][0].get("references", [])
+    files = [f"{index}_{image['seed']}.png" for index, image in enumerate(preview["images"])]
+    prompts = [image["prompt"] for image in preview["images"]]
+    samples = preview_folder(recipe.run_folder, step).relative_to(recipe.run_folder).as_posix()
     widget = [
-        {"text": prompt, "output": {"url": f"{samples}/student_{file}"}} for prompt, file in shown
+        {"text": prompt, "output": {"url": f"{samples}/student_{file}"}}
+        for prompt, file in zip(prompts, files, strict=True)
     ]
-    head: dict[str, Any] = {
+    front = _front_matter(recipe, family, metadata, bool(references)) | {"widget": widget}
+    environment = Environment(
+        loader=PackageLoader("dopsd.runs.outputs", ""),
+        autoescape=False,  # Markdown, not HTML: the filter `markdown` escapes for both
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown"] = escape_markdown
+    text = environment.get_template("card.md.jinja").render(
+        front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        title=recipe.run_name,
+        kind="LoRA (strength 1)" if recipe.adapter == "lora" else "All weights of the network",
+        base_model=metadata["base_model"],
+        version=metadata["dopsd_version"],
+        nfe=metadata["nfe"],
+        trigger=recipe.data.trigger,
+        images=list(zip(prompts, files, strict=True)),
+        samples=samples,
+        code=_code(recipe, family, metadata, prompts[0], references),
+        facts=[(label, metadata[key]) for key, label in FACTS.items() if key in metadata],
+    )
+    write_text(recipe.run_folder / "README.md", text)
+
+
+def escape_markdown(text: str) -> str:
+    """A foreign text as one line of Markdown that renders as these characters: no markup, HTML,
+    link, image or table cell begins in it."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
+    return re.sub(r"(?i)(?<=\w):(?=//)|(?<=www)\.|@", _entity, text)
+
+
+def _entity(match: re.Match[str]) -> str:
+    """A character as an HTML entity, which stops GitHub's and the hub's automatic links."""
+    return f"&#{ord(match[0])};"
+
+
+def _front_matter(
+    recipe: Recipe, family: Family, metadata: Mapping[str, str], edits: bool
+) -> dict[str, Any]:
+    """The YAML header of the card in the hub's keys, without the widget."""
+    task = "image-to-image" if edits else "text-to-image"
+    licence = {"license": family.hub_licence}
+    if family.hub_licence == "other":
+        licence["license_name"] = re.sub(r"[^a-z0-9.]+", "-", family.licence.lower()).strip("-")
+    header: dict[str, Any] = {
         "base_model": metadata["base_model"],
         "library_name": "diffusers",
-        "pipeline_tag": kind,
-        **_licence(metadata["modelspec.license"]),
-        "tags": [*(["lora"] if recipe.adapter == "lora" else []), "diffusers", kind, "dopsd"],
-        "widget": widget,
+        "pipeline_tag": task,
+        **licence,
+        "tags": [*(["lora"] if recipe.adapter == "lora" else []), "diffusers", task, "dopsd"],
     }
     if recipe.data.trigger:
-        head["instance_prompt"] = recipe.data.trigger
-    base = metadata["base_model"]
-    base = (
-        base if "/" in base else f"path/to/{base}"
-    )  # a local folder: its name is all that the file may say
-    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    rows = [
-        f"| {_cell(p)} | ![]({samples}/base_{f}) | ![]({samples}/student_{f}) |" for p, f in shown
-    ]
-    facts = [
-        f"| {words} | {_cell(metadata[key])} |" for key, words in LABELS.items() if key in metadata
-    ]
-    imports = ["import torch", "from diffusers import DiffusionPipeline", *usage.imports]
-    imports += ["from PIL import Image"] if edited else []
-    lora, result = recipe.adapter == "lora", recipe.result().name
-    opened_from = json.dumps(base if lora else result)
-    opened = [
-        f"pipeline = DiffusionPipeline.from_pretrained({opened_from}, torch_dtype=torch.bfloat16)",
+        header["instance_prompt"] = recipe.data.trigger
+    return header
+
+
+def _code(
+    recipe: Recipe,
+    family: Family,
+    metadata: Mapping[str, str],
+    prompt: str,
+    references: list[str],
+) -> list[str]:
+    """Lines of Python that generate the first preview with diffusers."""
+    usage, base = family.usage(int(metadata["nfe"])), metadata["base_model"]
+    result = recipe.result().name
+    if recipe.adapter == "full":
+        opened = result
+    else:  # the metadata name only the last part of a local folder
+        opened = base if "/" in base else f"path/to/{base}"
+    images = f", image=[Image.open(path) for path in {json.dumps(references)}]"
+    return [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        *usage.imports,
+        *(["from PIL import Image"] if references else []),
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(opened)}, torch_dtype=torch.bfloat16)",
         *usage.setup,
+        *(
+            [f'pipeline.load_lora_weights(".", weight_name={json.dumps(result)})']
+            if recipe.adapter == "lora"
+            else []
+        ),
+        f"prompt = {json.dumps(' '.join(prompt.split()), ensure_ascii=False)}",
+        f"image = pipeline(prompt=prompt{images if references else ''}, {usage.arguments}).images[0]",
     ]
-    if lora:
-        what = f"A LoRA (strength 1) for {metadata['base_model']}"
-        opened.append(f'pipeline.load_lora_weights(".", weight_name="{result}")')
-    else:
-        what = f"{metadata['base_model']} with every weight of its network"
-    text = f"""---
-{front}---
-
-# {recipe.run_name}
-
-{what}, tuned with dopsd {metadata["dopsd_version"]}. It paints in {metadata["nfe"]} steps
-without guidance{f", and answers to `{recipe.data.trigger}`" if recipe.data.trigger else ""}.
-
-| prompt | untouched model | tuned |
-|---|---|---|
-{chr(10).join(rows)}
-
-Same noise in a row.
-
-## Use
-
-```python
-{chr(10).join(imports)}
-
-{chr(10).join(opened)}
-prompt = {json.dumps(shown[0][0], ensure_ascii=False)}
-picture = pipeline(prompt=prompt{images}, {usage.arguments}).images[0]
-```
-
-## Training
-
-| | |
-|---|---|
-{chr(10).join(facts)}
-"""
-    path = recipe.run_folder / "README.md"
-    write_text(path, text)
-    return path
-
-
-def _licence(name: str) -> dict[str, str]:
-    """In the hub's words: one that it knows by its identifier, another as `other` with its name."""
-    known = name.lower()
-    return (
-        {"license": known} if known in HUB_LICENCES else {"license": "other", "license_name": name}
-    )
-
-
-def _cell(text: str) -> str:
-    """One line, and no bar that would end a cell."""
-    return " ".join(text.split()).replace("|", "/")

@@ -1,9 +1,11 @@
 """Previews: the same prompts on the same noise, generated again and again by student, teacher and
 base while training."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,40 +13,40 @@ from PIL import Image
 
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row
-from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
-from dopsd.diffusion.sampling import Noise, generate, noise_for
 from dopsd.files import atomic_path, write_json
 from dopsd.images import cover_crop, grid, open_image, to_pil
 from dopsd.methods.base import Roles
-from dopsd.runs.resolve import PreviewPrompt
+from dopsd.models.pipeline import EncodedRequest, ImageRequest, generate_images
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What is wanted, read; its noise; `privileged` where the teacher sees an image with it."""
+    """An image to show; `privileged` where the teacher sees an image with its prompt."""
 
-    prompt: PreviewPrompt
-    context: Context
-    privileged: Context | None
-    noise: Noise
+    student: EncodedRequest
+    privileged: EncodedRequest | None
+
+    @property
+    def request(self) -> ImageRequest:
+        return self.student.request
 
 
 def read_previews(
-    wanted: Sequence[PreviewPrompt], text_encoder: TextEncoder, images: Sequence[Image.Image]
+    requests: Sequence[ImageRequest], text_encoder: TextEncoder, images: Sequence[Image.Image]
 ) -> tuple[Preview, ...]:
-    """Read the prompts, and for the teacher each with one of the images in turn (none: the teacher
-    has no row)."""
+    """Encode the prompts, and for the teacher each with one of the images in turn (none: the
+    teacher has no row)."""
     previews = []
-    for index, each in enumerate(wanted):
-        seeing = each.encode(text_encoder, images[index % len(images)]) if images else None
-        previews.append(
-            Preview(
-                each, each.encode(text_encoder), seeing, noise_for([each.seed], *each.latent_shape)
-            )
-        )
+    for index, request in enumerate(requests):
+        privileged = None
+        if images:
+            seen = images[index % len(images)]
+            privileged = EncodedRequest(request, request.encode(text_encoder, seen))
+        student = EncodedRequest(request, request.encode(text_encoder))
+        previews.append(Preview(student, privileged))
     return tuple(previews)
 
 
@@ -58,58 +60,47 @@ def generate_previews(
 ) -> None:
     """Write `<role>_<index>_<seed>.png`, `grid.png` (one row a role) and `preview.json`: the roles,
     and of each image prompt, seed, names of its references, and sigmas."""
-    schedules = [schedule_for(*preview.noise.latent_shape[1:]) for preview in previews]
-    texts = [preview.context for preview in previews]
+    texts = [preview.student for preview in previews]
     seeing = [preview.privileged for preview in previews if preview.privileged]
-    rows: dict[str, tuple[Velocity, Sequence[Context]]] = {"base": (roles.base, texts)}
+    rows: dict[str, tuple[Velocity, Sequence[EncodedRequest]]] = {"base": (roles.base, texts)}
     if seeing:
         rows["teacher"] = (roles.teacher, seeing)
     rows["student"] = (roles.student, texts)
-    noises = [preview.noise for preview in previews]
     images = {
-        role: generate_each(*row, vae, schedules, noises, device) for role, row in rows.items()
+        role: generate_images(velocity, vae, schedule_for, encoded, device)
+        for role, (velocity, encoded) in rows.items()
     }
     about = [
         {
-            "prompt": preview.prompt.prompt,
-            "seed": preview.prompt.seed,
-            "references": [path.name for path in preview.prompt.references],
-            "sigmas": schedule.times.tolist(),
+            "prompt": preview.request.prompt,
+            "seed": preview.request.seed,
+            "references": [path.name for path in preview.request.references],
+            "sigmas": schedule_for(*preview.request.latent_shape[1:]).times.tolist(),
         }
-        for preview, schedule in zip(previews, schedules, strict=True)
+        for preview in previews
     ]
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         for role, row in images.items():
             for index, (preview, image) in enumerate(zip(previews, row, strict=True)):
-                to_pil(image[None])[0].save(temporary / f"{role}_{index}_{preview.prompt.seed}.png")
+                to_pil(image[None])[0].save(
+                    temporary / f"{role}_{index}_{preview.request.seed}.png"
+                )
         grid(list(images.values())).save(temporary / "grid.png")
         write_json(temporary / "preview.json", {"rows": list(rows), "images": about})
 
 
-def generate_each(
-    velocity: Velocity,
-    contexts: Sequence[Context],
-    vae: VAE,
-    schedules: Sequence[Schedule],
-    noises: Sequence[Noise],
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """Each image, uint8 [H, W, 3]; those of one size, with contexts of one layout, are generated
-    together."""
-    generated: dict[int, torch.Tensor] = {}
-    kinds = [
-        (noise.latent_shape, context.layout)
-        for noise, context in zip(noises, contexts, strict=True)
-    ]
-    for kind in dict.fromkeys(kinds):
-        latent_shape, same = kind[0], [index for index, each in enumerate(kinds) if each == kind]
-        context = Context.stack([contexts[index] for index in same]).to(device)
-        noise = Noise(tuple(seed for index in same for seed in noises[index].seeds), latent_shape)
-        generated |= zip(
-            same, generate(velocity, vae, schedules[same[0]], context, noise), strict=True
-        )
-    return [generated[index] for index in range(len(noises))]
+def preview_folder(run: Path, step: int) -> Path:
+    """Where the previews of a run after `step` steps are."""
+    return run / "samples" / f"step-{step:06d}"
+
+
+def read_preview(folder: Path) -> dict[str, Any]:
+    """preview.json of a preview's folder, of any version: "images" was once "pictures"."""
+    preview = json.loads((folder / "preview.json").read_text(encoding="utf-8"))
+    if "pictures" in preview:
+        preview["images"] = preview.pop("pictures")
+    return preview
 
 
 EXAMPLES = 3  # images of the data that the report shows

@@ -15,6 +15,7 @@ from PIL import Image
 from dopsd.evaluation.early_stopping import advise
 from dopsd.evaluation.pages import Panel, _Section, _write_page
 from dopsd.evaluation.plots import POINTS, Metrics, curve_of, curves_of
+from dopsd.runs.outputs.folder import read_rows
 
 ROLES = {
     "base": "Base is the untouched model",
@@ -106,8 +107,7 @@ def _without_folders(value: Any) -> Any:
 
 def _read_metrics(path: Path) -> Metrics:
     """The whole rows: the last may be cut where a run was killed."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path.parent} has no step to report: {path.name} is missing or empty.")
     return rows
@@ -198,11 +198,7 @@ def _data_sections(run: Path, data: Mapping[str, Any] | None) -> list[_Section]:
 
 def _health_sections(path: Path) -> list[_Section]:
     """The last health check as a table, and each measure over the run."""
-    rows = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if path.is_file()
-        else []
-    )
+    rows = read_rows(path)
     if not rows:
         return []
     names = [name for name in rows[-1] if name not in ("step", "healthy")]
