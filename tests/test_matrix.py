@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from tiny_klein import write_klein
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -116,7 +115,7 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
     optimizer = torch.optim.AdamW(student.values(), weight_decay=0.0)
     plan = Plan(max_steps=2, learning_rate=1e-3)
     for report in steps(
-        roles, settings, Same(batch), student, optimizer, teacher, Accelerator(cpu=True), plan
+        roles, settings, Same(batch), student, optimizer, teacher, CPU, plan
     ):
         assert (
             math.isfinite(report.log["loss"])

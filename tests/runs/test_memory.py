@@ -87,7 +87,7 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
             session.trainable,
             session.optimizer,
             session.teacher,
-            session.accelerator,
+            session.device,
             plan,
         ):
             pass

@@ -52,15 +52,6 @@ class Forecast:
         return self.peak * 1.1 + ITS_OWN <= room
 
 
-class _Alone:
-    """What the loop asks of accelerate, on the CPU and for one process."""
-
-    device = torch.device("cpu")
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-
 class _Same:
     """Every micro-batch alike."""
 
@@ -142,7 +133,7 @@ def forecast(
                 6 * parameter.numel() for parameter in student.values() if parameter.numel() >= 4096
             )
         meter.peak = resident = meter.now
-        backward(roles, method, _Same(batch), _Alone(), plan, step=0)  # type: ignore[arg-type]
+        backward(roles, method, _Same(batch), torch.device("cpu"), plan, step=0)
         torch.nn.utils.clip_grad_norm_(student.values(), plan.clip)
         optimizer.step()
         teacher.follow()

@@ -89,7 +89,7 @@ def _train(
         session.trainable,
         session.optimizer,
         session.teacher,
-        session.accelerator,
+        session.device,
         plan,
         start,
     ):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dopsd.diffusion.batch import Batch
@@ -77,7 +76,7 @@ def steps(
     trainable: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     teacher: Teacher,
-    accelerator: Accelerator,
+    device: torch.device,
     plan: Plan,
     start: int = 0,
 ) -> Iterator[StepReport]:
@@ -93,7 +92,7 @@ def steps(
         learning_rate = plan.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        told, images = backward(roles, method, batches, accelerator, plan, step)
+        told, images = backward(roles, method, batches, device, plan, step)
         log = {name: value.item() for name, value in told.items()}
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.clip).item()
         skipped = not (math.isfinite(grad_norm) and math.isfinite(log["loss"]))
@@ -132,20 +131,20 @@ def _refuse_unmoved(trainable: Mapping[str, nn.Parameter], grad_norm: float) -> 
 
 
 def backward(
-    roles: Roles, method: Method, batches: Batches, accelerator: Accelerator, plan: Plan, step: int
+    roles: Roles, method: Method, batches: Batches, device: torch.device, plan: Plan, step: int
 ) -> tuple[dict[str, Tensor], int]:
     """The gradient of one optimizer step, piece by piece: what the pieces told (mean over
     micro-batches), and the number of images."""
-    told: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
+    told: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     images = 0
     for micro in range(plan.accumulate):
         index = step * plan.accumulate + micro
-        batch = batches.batch(index).to(accelerator.device)
+        batch = batches.batch(index).to(device)
         images += len(batch)
         closed = False
         for piece in method.losses(roles, batch, generator_at(plan.seed, index)):
             closed = piece.last
-            accelerator.backward(piece.surrogate / plan.accumulate)
+            (piece.surrogate / plan.accumulate).backward()
             for name, value in piece.log.items():
                 told[name] = told[name] + value / plan.accumulate
         assert closed, "a method must close its batch"
