@@ -492,8 +492,8 @@ def kit(tmp_path_factory) -> None:
     with contextlib.chdir(KIT[0]):
         Path("images").mkdir()
         for index in range(2):
-            Image.new("RGB", (64, 64), (90 * index, 9, 9)).save(f"pictures/{index}.png")
-            Path(f"pictures/{index}.txt").write_text("a red star")
+            Image.new("RGB", (64, 64), (90 * index, 9, 9)).save(f"images/{index}.png")
+            Path(f"images/{index}.txt").write_text("a red star")
         Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         assert CliRunner().invoke(app, TRAIN).exit_code == 0
 
@@ -514,7 +514,7 @@ def run_in(folder: Path, name: str, monkeypatch) -> None:
         logging, "raiseExceptions", False
     )  # a library may log to the closed stream of an earlier case
     if "VLM" not in name:  # the forecast takes seconds, and nothing else is refused by it
-        monkeypatch.setattr("dopsd.cli.app.foretell", lambda *_: None)
+        monkeypatch.setattr("dopsd.cli.train.print_memory", lambda *_: None)
     done = CliRunner().invoke(app, CASES[name][1])
     assert refused(name, done.exit_code, done.output), (done.exit_code, done.exception, done.output)
 
