@@ -82,6 +82,6 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unwrapped(docstring: str) -> str:
-    """A docstring with one line for each paragraph: the terminal's width decides where it breaks."""
+    """A docstring with one line for each paragraph, to be wrapped at the terminal's width."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
