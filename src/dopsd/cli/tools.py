@@ -39,7 +39,16 @@ def init(
     family = load_family(model, distilled_by=distilled_by)
     if why := missing(METHODS[method], family.teacher_contexts):
         raise ValueError(f"{method} cannot run on {family.name}: {why}.")
-    write_text(file, starter_recipe(model, family, method, data, adapter))
+    recipe = starter_recipe(
+        model,
+        method,
+        data,
+        family=family.name,
+        licence=family.licence,
+        starting_points=family.starting_points(method),
+        adapter=adapter,
+    )
+    write_text(file, recipe)
     say(f"{file}; next: dopsd check {file}")
 
 
