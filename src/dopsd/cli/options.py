@@ -3,7 +3,9 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +41,13 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the log, and what libraries print.")
 ]
 
+# Environment variables of launchers: number of processes, and which of them this is.
+LAUNCHERS = (
+    ("WORLD_SIZE", "RANK"),  # torchrun, accelerate launch
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+)
 MOST_FORWARDS = 1000  # no sampler takes more steps
 
 
@@ -54,24 +63,31 @@ def forwards_of(text: str | None) -> tuple[int, ...]:
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command with `--verbose`, whose ValueErrors become one sentence and exit code 2. Other
-    exceptions are bugs and keep their traceback."""
+    """A command with `--verbose`, for which bad input (ValueError) and lack of memory end with one
+    sentence and exit code 2. Other exceptions are bugs and keep their traceback."""
+    signature = inspect.signature(command)
 
     @functools.wraps(command)
     def run(*args: Any, verbose: bool = False, **kwargs: Any) -> Any:
         show_logs(verbose)
         try:
+            refuse_many_processes()
             return command(*args, **kwargs)
-        except ValueError as error:
-            logging.getLogger(__name__).debug("refused", exc_info=True)
-            refuse(str(error))
-            raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             refuse("interrupted.")
             raise typer.Exit(130) from error
+        except Exception as error:
+            if isinstance(error, ValueError):
+                sentence = str(error)
+            elif ran_out_of_memory(error):
+                sentence = f"out of memory. {memory_advice(signature.parameters)}"
+            else:
+                raise
+            logging.getLogger(__name__).debug("refused", exc_info=True)
+            refuse(sentence)
+            raise typer.Exit(2) from error
 
     # Typer reads the options from the signature and the annotations.
-    signature = inspect.signature(command)
     option = inspect.Parameter(
         "verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose
     )
@@ -85,3 +101,40 @@ def unwrapped(docstring: str) -> str:
     """A docstring with one line for each paragraph, to be wrapped at the terminal's width."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def refuse_many_processes() -> None:
+    """Raise ValueError where a launcher has started more than one process. All but the first exit
+    without a word, so that the sentence is printed once."""
+    for size, rank in LAUNCHERS:
+        count = os.environ.get(size, "1")
+        if not count.isdecimal() or int(count) <= 1:
+            continue
+        if os.environ.get(rank, "0") != "0":
+            raise typer.Exit(2)
+        raise ValueError(
+            f"dopsd was started as {count} processes ({size}={count}), and it works in one: "
+            "start it without torchrun, accelerate launch, srun or mpirun."
+        )
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a device or of the machine was full, as torch or Python report it."""
+    torch = sys.modules.get("torch")
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def memory_advice(parameters: Collection[str]) -> str:
+    """What to change in a command with these parameters."""
+    if {"recipe", "recipes"} & set(parameters):
+        return (
+            "Set model.memory: low, then train.batch_size: 1, model.quantize: nf4, "
+            "model.offload: true or a smaller data.resolution; `dopsd check RECIPE` forecasts what "
+            "a training step takes."
+        )
+    smaller = "Give a smaller --width and --height, or free" if "width" in parameters else "Free"
+    return f"{smaller} the memory that other programs take; `dopsd doctor` shows the device."

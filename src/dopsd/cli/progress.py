@@ -46,7 +46,7 @@ class _Bar:
         if done < self._done.get(phase, 0):  # the phase begins again
             self._progress.remove_task(self._tasks.pop(phase))
         if phase not in self._tasks:
-            self._tasks[phase] = self._progress.add_task("", total=total)
+            self._tasks[phase] = self._progress.add_task(printable(what), total=total)
         self._done[phase] = done
         for other, task in self._tasks.items():
             if other != phase:
