@@ -33,8 +33,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, Qwen3Config, Qwen3VLConf
 
 from dopsd.cli.options import Changes
 from dopsd.config.recipe import Recipe, load_recipe
-from dopsd.models import POCKET, load_family
+from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.runs.memory import forecast
 from dopsd.runs.resolve import resolutions_of
 

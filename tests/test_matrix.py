@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.diffusion.batch import Batch
 from dopsd.methods import METHODS, missing
-from dopsd.models import FAMILIES, POCKET, family_class, load_family
+from dopsd.models import FAMILIES, family_class, load_family
 from dopsd.models.base import Family, network_on_meta
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.loop import Plan, steps
 from dopsd.training.roles import Teacher, make_roles

@@ -56,7 +56,7 @@ def truncated_image():
 
 
 def copied_model(change) -> None:
-    from dopsd.models import POCKET
+    from dopsd.pocket import CHECKPOINT as POCKET
 
     shutil.copytree(POCKET, "model")
     change()

@@ -26,7 +26,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dopsd.cli.app import app
-from dopsd.models import POCKET
+from dopsd.pocket import CHECKPOINT as POCKET
 
 Build = Callable[
     [], object

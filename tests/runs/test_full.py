@@ -21,8 +21,9 @@ from dopsd.data.cache import prepare
 from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
 from dopsd.diffusion.sampling import noise_for
-from dopsd.models import POCKET, load_family
+from dopsd.models import load_family
 from dopsd.models.folder import tuning_metadata, write_model
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.runs.comparison.compare import compare
 from dopsd.runs.memory import forecast
 from dopsd.runs.session import Session

@@ -70,7 +70,9 @@ class Variant:
 # By the width of the text encoder.
 VARIANTS = {
     2560: Variant("Flux.2-klein-4b", "Apache-2.0", "apache-2.0", "Qwen/Qwen3-VL-4B-Instruct"),
-    4096: Variant("Flux.2-klein-9b", "FLUX-Non-Commercial-License", "other", "Qwen/Qwen3-VL-8B-Instruct"),
+    4096: Variant(
+        "Flux.2-klein-9b", "FLUX-Non-Commercial-License", "other", "Qwen/Qwen3-VL-8B-Instruct"
+    ),
 }
 UNKNOWN = Variant("Flux.2-klein", "other", "other", "Qwen/Qwen3-VL-4B-Instruct")
 

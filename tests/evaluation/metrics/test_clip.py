@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPM
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.evaluation.metrics.clip import HEAD
 from dopsd.evaluation.rewards import load_reward
-from dopsd.models import POCKET
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.runs.check import check
 from dopsd.runs.train import train
 
