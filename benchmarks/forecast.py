@@ -33,8 +33,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, Qwen3Config, Qwen3VLConf
 
 from dopsd.cli.options import Changes
 from dopsd.config.recipe import Recipe, load_recipe
-from dopsd.models import POCKET, load_family
+from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.runs.memory import forecast
 
 QWEN_4B: dict[str, Any] = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728}

@@ -14,7 +14,7 @@ from paper_tables import sections
 from preflight import section
 
 from dopsd.evaluation.statistics import bootstrap
-from dopsd.models import POCKET
+from dopsd.pocket import CHECKPOINT as POCKET
 
 METRICS = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes")
 INTRODUCTION = """# Results on pocket

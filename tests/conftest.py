@@ -14,8 +14,9 @@ import pytest
 import torch
 from tiny import write_dmd2_lora, write_sdxl
 
-from dopsd.models import POCKET, load_family
+from dopsd.models import load_family
 from dopsd.models.base import Family
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.pocket.benchmark import write_concept
 
 CPU = torch.device("cpu")

@@ -8,12 +8,16 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import typer.main
+from pydantic import BaseModel
 
 from dopsd.cli.app import app
 from dopsd.config.schema import Recipe
+from dopsd.methods import Method
+from dopsd.models.base import Family
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -179,6 +183,25 @@ def test_every_file_of_the_repository_that_a_page_names_exists(path: Path):
         if n.split("/")[0] in tops and not any((home / n).exists() for home in homes)
     ]
     assert not gone, gone
+
+
+def public_members(kind: type, parent: type) -> set[str]:
+    """What a class declares beyond its parent: fields, properties and methods."""
+    names = {*kind.__annotations__, *vars(kind)} - {*dir(parent), "model_config"}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "parent"),
+    [("add_a_family.md", Family, Protocol), ("add_a_method.md", Method, BaseModel)],
+)
+def test_the_page_on_adding_one_names_every_member(page: str, kind: type, parent: type):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    named = {*re.findall(r"`(\w+)(?:\([^`]*\))?`", text), *re.findall(r"def (\w+)\(", text)}
+    members = public_members(kind, parent)
+    assert members <= named, members - named
+    declared = set(re.findall(r"^def (\w+)\(", text, re.M)) - {"__init__"}
+    assert declared <= members, declared - members
 
 
 # Commands and recipe keys

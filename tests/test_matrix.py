@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.diffusion.batch import Batch
 from dopsd.methods import METHODS, missing
-from dopsd.models import FAMILIES, POCKET, family_class, load_family
+from dopsd.models import FAMILIES, family_class, load_family
 from dopsd.models.base import Family, network_on_meta
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.training.adapters import add_lora, coverage
 from dopsd.training.loop import Plan, steps
 from dopsd.training.roles import Teacher, make_roles
@@ -114,7 +115,13 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
     )
     optimizer = torch.optim.AdamW(student.values(), weight_decay=0.0)
     plan = Plan(max_steps=2, learning_rate=1e-3)
+<<<<<<< HEAD
     for report in steps(roles, settings, Same(batch), student, optimizer, teacher, CPU, plan):
+=======
+    for report in steps(
+        roles, settings, Same(batch), student, optimizer, teacher, CPU, plan
+    ):
+>>>>>>> main
         assert (
             math.isfinite(report.log["loss"])
             and math.isfinite(report.grad_norm)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLModel
 
-from dopsd.models import POCKET
+from dopsd.pocket import CHECKPOINT as POCKET
 
 # What FLUX.2-klein-4B's configs say beside sizes.
 INDEX = {

@@ -6,6 +6,7 @@ tests/test_docs.py compares the committed pages with what this script writes.
 """
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -182,14 +183,11 @@ def python_page() -> str:
 
 def _signature(name: str, function: Any) -> str:
     signature = inspect.signature(function)
-    lines = [f"def {name}("]
-    lines += [
-        f"    {str(parameter).replace('pathlib._local.', '')},"
-        for parameter in signature.parameters.values()
-    ]
     result = signature.return_annotation
     shown = result if isinstance(result, str) else inspect.formatannotation(result)
-    return "\n".join([*lines, f") -> {shown}"])
+    parameters = [f"    {parameter}," for parameter in signature.parameters.values()]
+    text = "\n".join([f"def {name}(", *parameters, f") -> {shown}"])
+    return re.sub(r"\b(?:pathlib|collections\.abc|PIL\.Image|dopsd(?:\.\w+)+)\.(?=[A-Z])", "", text)
 
 
 def _first_paragraph(model: type[BaseModel]) -> str:

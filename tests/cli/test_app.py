@@ -56,7 +56,7 @@ def truncated_image():
 
 
 def copied_model(change) -> None:
-    from dopsd.models import POCKET
+    from dopsd.pocket import CHECKPOINT as POCKET
 
     shutil.copytree(POCKET, "model")
     change()
@@ -189,13 +189,22 @@ def test_check_prints_counts_examples_buckets_and_coverage(desk):
     Image.new("RGB", (200, 100), "red").save("images/wide.png")
     Path("images/wide.txt").write_text("a wide one")
     printed = CliRunner().invoke(app, ["check", "recipe.yaml"]).output
-    assert "pictures   5, captions from" in printed
+    assert "images     5, captions from" in printed
     assert ("4 at 64 x 64" in printed and "1 at 88 x 48" in printed) or "1 at 96 x 48" in printed
     assert "42 of 47 block linears" in printed
-    assert "next       dopsd preflight recipe.yaml" in printed
+    assert "optional   dopsd preflight recipe.yaml" in printed
+    assert "next       dopsd train recipe.yaml" in printed
 
 
-def test_sample_writes_pictures(desk):
+def test_the_commands_that_check_names_keep_the_changes(desk):
+    changes = ["--set", "lora.rank=3", "--set", "data.trigger=a zib"]
+    printed = CliRunner().invoke(app, ["check", "recipe.yaml", *changes]).output
+    for command in ("preflight", "train"):
+        wanted = f"dopsd {command} recipe.yaml --set lora.rank=3 --set 'data.trigger=a zib'"
+        assert wanted in printed
+
+
+def test_sample_writes_images(desk):
     result = CliRunner().invoke(app, ["sample", "a star", "a heart", "--seed", "7", "--nfe", "2"])
     assert result.exit_code == 0
     assert [Image.open(f"samples/{name}.png").size for name in ("0_7", "1_8")] == [(64, 64)] * 2
@@ -267,7 +276,7 @@ def test_init_writes_a_recipe_that_check_takes_and_that_shows_every_key(method, 
             checked.output.split()
         )
     else:
-        assert checked.exit_code == 0 and "pictures   4" in checked.output
+        assert checked.exit_code == 0 and "images     4" in checked.output
     assert (
         load_recipe(Path("new.yaml")).train.learning_rate == 1e-3
     )  # the pocket checkpoint's own starting point

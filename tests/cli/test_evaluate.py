@@ -27,7 +27,7 @@ from dopsd.models.base import Family
 from dopsd.models.pipeline import sample
 
 PROMPTS = ("a red star on night", "a big blue tree at the left")
-RED = ["--measure", "red"]
+RED = ["--metric", "red"]
 
 
 def run(*words: object) -> Result:
@@ -98,7 +98,7 @@ def test_what_was_painted_can_be_read_again_as_a_folder_with_its_prompts(generat
 
 def test_values_differences_and_floors_are_of_the_painted_pictures(generated):
     folder, numbers = generated
-    assert [(row["gallery"], row["nfe"]) for row in numbers] == [
+    assert [(row["image_set"], row["nfe"]) for row in numbers] == [
         ("base", 1),
         ("base", 2),
         ("tuned", 1),
@@ -180,7 +180,7 @@ def test_a_folder_of_pictures_is_measured_by_prompt_and_beside_another(images, t
         mine["difference"] == pytest.approx([0, 0, 0], abs=1e-6)
         and "no difference beyond noise" in mine["note"]
     )
-    assert theirs["gallery"] == "base" and theirs["floor"] is None
+    assert theirs["image_set"] == "base" and theirs["floor"] is None
     (base / "5.png").rename(base / "6.png")
     (base / "metadata.jsonl").write_text(
         (base / "metadata.jsonl").read_text().replace("5.png", "6.png")
@@ -215,14 +215,12 @@ def test_targets_of_the_same_names_and_fid_on_them(images, tmp_path):
     words = (
         "--targets",
         targets,
-        "--measure",
+        "--metric",
         f"dino={tmp_path / 'dino'}",
-        "--measure",
+        "--metric",
         f"fid={tmp_path / 'inception'}",
     )
-    dino, distance, spread = numbers_of(
-        images, *words, "--measure", f"kid={tmp_path / 'inception'}"
-    )
+    dino, distance, spread = numbers_of(images, *words, "--metric", f"kid={tmp_path / 'inception'}")
     assert (
         dino["value"][0] > 0 and dino["better"] == "lower"
     )  # 2.png has no target and is not asked
@@ -247,8 +245,8 @@ def test_targets_of_the_same_names_and_fid_on_them(images, tmp_path):
 
 def test_missing_models_are_named_gaps_beside_what_could_be_measured(images):
     metrics = ["clip", "dino=/gone", "lpips", "fid", "no_such.module:judge", "vlm_style", "red"]
-    numbers = numbers_of(images, *(word for name in metrics for word in ("--measure", name)))
-    assert [row["measure"] for row in numbers] == [name.partition("=")[0] for name in metrics]
+    numbers = numbers_of(images, *(word for name in metrics for word in ("--metric", name)))
+    assert [row["metric"] for row in numbers] == [name.partition("=")[0] for name in metrics]
     assert all(
         row["value"] is None and row["note"].startswith("not measured: ") for row in numbers[:-1]
     )
@@ -256,7 +254,7 @@ def test_missing_models_are_named_gaps_beside_what_could_be_measured(images):
 
 
 def test_a_measure_that_needs_targets_says_so_where_there_are_none(images, vlm):
-    (row,) = numbers_of(images, "--measure", f"vlm_object={vlm}")
+    (row,) = numbers_of(images, "--metric", f"vlm_object={vlm}")
     assert (
         row["note"]
         == "not measured: no prompt has a target picture that it would be compared with."
@@ -264,7 +262,7 @@ def test_a_measure_that_needs_targets_says_so_where_there_are_none(images, vlm):
 
 
 def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(images, vlm):
-    (row,) = numbers_of(images, "--measure", f"vlm_object={vlm}", "--targets", images)
+    (row,) = numbers_of(images, "--metric", f"vlm_object={vlm}", "--targets", images)
     assert row["value"] == [None, None, None]
     assert "6 of 6 pictures without an answer" in row["note"]
     assert "not comparable with numbers by Qwen3-VL-8B-Instruct" in row["note"]
@@ -339,15 +337,15 @@ GENERATE = ("{folder}/run", "--prompts", "{p}")
     [
         (["{folder}/gone"], "is not a folder: give a folder of pictures"),
         (["{folder}/empty"], "no pictures in"),
-        (["{folder}/empty", "--measure", "fid=/gone"], "no pictures in"),
-        (["{folder}", "--measure", "redd"], "redd is no measure: give red"),
-        (["{folder}", "--measure", "bright=/model"], "bright takes no model"),
-        (["{folder}", "--targets", "{folder}/empty"], "--targets wants a folder of pictures"),
-        (["{folder}", "--nfe", "4"], "are for painting: give --prompts as well"),
+        (["{folder}/empty", "--metric", "fid=/gone"], "no pictures in"),
+        (["{folder}", "--metric", "redd"], "redd is no measure: give red"),
+        (["{folder}", "--metric", "bright=/model"], "bright takes no model"),
+        (["{folder}", "--targets", "{folder}/empty"], "--targets wants a folder of images"),
+        (["{folder}", "--nfe", "4"], "are for generating: give --prompts as well"),
         (["{folder}", "--layout", "geneval"], "and --prompts, the benchmark's own"),
         (
             ["{folder}", "--base", "{folder}", "--prompts", "{p}"],
-            "--base is for pictures that are there",
+            "--base is for images that are there",
         ),
         (["{folder}/run", "--prompts", "{folder}/gone.txt"], "does not exist: give a .txt"),
         ([*GENERATE, "--nfe", "4,x"], "--nfe 4,x: give numbers of forwards"),

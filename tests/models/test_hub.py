@@ -15,7 +15,8 @@ from threading import Thread
 
 import pytest
 
-from dopsd.models import POCKET, load_family
+from dopsd.models import load_family
+from dopsd.pocket import CHECKPOINT as POCKET
 
 COMMIT = "c" * 40
 FILES = {

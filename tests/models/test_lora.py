@@ -16,7 +16,8 @@ from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
-from dopsd.models.lora import merge_lora, read_lora
+from dopsd.models.lora import ModelReference, merge_lora, model_for, read_lora
+from dopsd.models.pipeline import sample
 from dopsd.runs.train import train
 
 MODULES = {
@@ -186,6 +187,41 @@ def test_a_file_that_does_not_fit_is_refused_with_a_sentence(fault, pocket, tmp_
     network = pocket.load_denoiser(torch.device("cpu"), torch.float32).network
     with pytest.raises(ValueError, match=said):
         merge_lora(network, path, pocket)
+
+
+def lora_of(path: Path, **metadata: str) -> Path:
+    save_file(peft_names("transformer.", SCALE), path, metadata or None)
+    return path
+
+
+def test_without_a_model_the_lora_file_names_it(tmp_path):
+    lora = lora_of(tmp_path / "lora.safetensors", base_model="pocket")
+    images, expected = (sample(name, ["a star"], lora, nfe=1)[0] for name in (None, "pocket"))
+    assert images.tobytes() == expected.tobytes()
+    on_the_hub = {"base_model": "owner/sdxl", "distilled_by": "owner/dmd2/lora.safetensors"}
+    lora = lora_of(tmp_path / "hub.safetensors", **on_the_hub)
+    assert model_for(lora) == ModelReference("owner/sdxl", "owner/dmd2/lora.safetensors")
+    assert model_for(lora, "here") == ModelReference("here", None)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        ({}, "does not record which model it was tuned on: give it with --model"),
+        ({"base_model": "my-zimage"}, "a local model called my-zimage, whose path it does not"),
+        ({"base_model": "a/b", "distilled_by": "x.safetensors"}, "give it with --distilled-by"),
+    ],
+)
+def test_a_lora_file_that_does_not_lead_to_its_model_is_refused(metadata, sentence, tmp_path):
+    lora = lora_of(tmp_path / "lora.safetensors", **metadata)
+    for use in (
+        lambda: sample(None, ["a star"], lora),
+        lambda: fuse(None, lora, tmp_path / "fused"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            use()
+    with pytest.raises(ValueError, match="no model and no LoRA file"):
+        sample(None, ["a star"])
 
 
 def recipe_from(concept: Path, output: Path, name: str, **lora):

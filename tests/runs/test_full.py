@@ -21,8 +21,9 @@ from dopsd.data.cache import prepare
 from dopsd.data.folder import read_folder
 from dopsd.data.loader import Loader
 from dopsd.diffusion.sampling import noise_for
-from dopsd.models import POCKET, load_family
+from dopsd.models import load_family
 from dopsd.models.folder import tuning_metadata, write_model
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.runs.comparison.compare import compare
 from dopsd.runs.memory import forecast
 from dopsd.runs.resolve import resolve
@@ -314,7 +315,11 @@ def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(
             session.trainable,
             session.optimizer,
             session.teacher,
+<<<<<<< HEAD
             CPU,
+=======
+            session.device,
+>>>>>>> main
             plan,
         ):
             pass

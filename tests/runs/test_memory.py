@@ -82,7 +82,11 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
             session.trainable,
             session.optimizer,
             session.teacher,
+<<<<<<< HEAD
             CPU,
+=======
+            session.device,
+>>>>>>> main
             plan,
         ):
             pass

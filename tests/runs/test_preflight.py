@@ -104,7 +104,7 @@ def test_the_command_says_it_and_leaves_the_numbers(concept, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(
-        app, ["preflight", "recipe.yaml", "--pictures", "2", "--json", "numbers.json"]
+        app, ["preflight", "recipe.yaml", "--images", "2", "--json", "numbers.json"]
     )
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "numbers.json").read_text())

@@ -18,15 +18,6 @@ from dopsd.training.trainable import full_student
 CPU = torch.device("cpu")
 
 
-class Alone:
-    """The loop's accelerator, for one process."""
-
-    device = CPU
-
-    def backward(self, loss):
-        loss.backward()
-
-
 class Plain(Denoiser):
     """Two linear layers in any dtype, with a context added to the latents."""
 
@@ -69,7 +60,7 @@ def train_by_hand(dtype, method, steps, rate=1e-2, decay=None):
     optimizer = torch.optim.SGD(student.weights.values(), lr=rate)
     history = []
     for step in range(steps):
-        backward(roles, method, Same(), Alone(), Plan(max_steps=steps, learning_rate=rate), step)
+        backward(roles, method, Same(), CPU, Plan(max_steps=steps, learning_rate=rate), step)
         optimizer.step()
         student.publish()
         teacher.follow()

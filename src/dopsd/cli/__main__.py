@@ -1,6 +1,6 @@
-"""`python -m dopsd.cli`."""
+"""`python -m dopsd.cli`: the same as the command `dopsd`."""
 
 from dopsd.cli.app import app
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="dopsd")

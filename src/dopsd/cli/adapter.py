@@ -5,35 +5,28 @@ from typing import Annotated
 
 import typer
 
-from dopsd.cli.console import bars, out, summarise
-from dopsd.cli.options import refusing
+from dopsd.cli.console import field
+from dopsd.cli.options import Model, Resume
+from dopsd.cli.progress import progress_bar
+from dopsd.cli.summary import print_summary
 
-adapter = typer.Typer(
-    no_args_is_help=True, help="LoRA that is merged while training, and off afterwards."
-)
-
-
-@adapter.callback()
-def _group() -> None:
-    """LoRA that is merged while training, and off afterwards."""
+HELP = "De-distill adapters: a LoRA that is merged while training, and left out afterwards."
 
 
-@adapter.command("train")
-@refusing
+def group() -> None:
+    """De-distill adapters: a LoRA that is merged while training, and left out afterwards."""
+
+
 def train_adapter(
     prompts: Annotated[
         Path,
         typer.Argument(
-            help="Of the pictures: .txt (one a line), .jsonl or a folder of .txt.",
+            help="Prompts to generate: .txt (one a line), .jsonl or a folder of .txt.",
             show_default=False,
         ),
     ],
-    model: Annotated[
-        str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")
-    ] = "pocket",
-    images: Annotated[
-        int, typer.Option(help="Painted a prompt, at the model's own number of steps.", min=1)
-    ] = 4,
+    model: Model = "pocket",
+    images: Annotated[int, typer.Option(help="Generated for each prompt.", min=1)] = 4,
     steps: Annotated[
         int | None, typer.Option(help="Default: the model's own for SFT.", min=1)
     ] = None,
@@ -42,9 +35,9 @@ def train_adapter(
     name: Annotated[
         str | None, typer.Option(help="Of the run and its file; default: <model>-dedistill.")
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="`latest` or a checkpoint folder.")] = None,
+    resume: Resume = None,
 ) -> None:
-    """Paint images with the model and tune a de-distill adapter on them, for
+    """Generate images with the model and train a de-distill adapter on them, for
     model.training_adapter."""
     from dopsd.data.prompts import read_prompts
     from dopsd.runs.check import check
@@ -52,22 +45,27 @@ def train_adapter(
     from dopsd.runs.train import train
     from dopsd.runs.training_adapter import adapter_recipe, default_name
 
-    asked = [question.prompt for question in read_prompts(prompts)]
+    texts = [question.prompt for question in read_prompts(prompts)]
     changes = {
         "train": {"max_steps": steps} if steps else {},
         "lora": {"rank": rank} if rank else {},
         "output_dir": str(folder),
         "run_name": name or default_name(model),
     }
-    with bars() as advance:
+    with progress_bar() as advance:
         recipe = adapter_recipe(
-            model, asked, images, changes, lambda done, total: advance("painting", done, total)
+            model, texts, images, changes, lambda done, total: advance("generating", done, total)
         )
+<<<<<<< HEAD
         run = resolve(recipe)
         summarise(run, check(run))
         for report in train(recipe, resume, advance, run):
+=======
+    checked = check(recipe)
+    print_summary(recipe, checked)
+    with progress_bar() as advance:
+        for report in train(recipe, resume, advance, checked):
+>>>>>>> main
             advance(f"training  loss {report.log['loss']:.4f}", report.step, recipe.train.max_steps)
-    file = recipe.run_folder / f"{recipe.run_name}.safetensors"
-    out.print(
-        f"saved {file}; next: set model.training_adapter: {file} in a recipe", highlight=False
-    )
+    field("adapter", recipe.result())
+    field("next", f"set model.training_adapter: {recipe.result()} in a recipe")

@@ -1,27 +1,29 @@
-"""The front door: `dopsd init | check | train | ...`. Exit codes: 0 fine, 1 our bug, 2 bad input,
-130 or 143 stopped.
+"""The program `dopsd`: registers the commands, which are plain functions in the files beside this.
 
-Only parses and prints; the work is in run.py and compare.py, imported when a command needs it.
+Importing it loads no torch; a command imports what it needs when it is called.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dopsd.cli.adapter import adapter
-from dopsd.cli.console import bars, err, foretell, forwards_of, out, show, summarise, write_numbers
-from dopsd.cli.evaluate import evaluate, preflight, prompts
-from dopsd.cli.options import AsJson, Changes, DistilledBy, RecipeFile, refusing
+from dopsd import __version__
+from dopsd.cli import adapter, compare, data, evaluate, generate, tools, train
+from dopsd.cli.console import say
+from dopsd.cli.options import guarded, unwrapped
+
+HELP = """Tune few-step text-to-image models without losing the few steps.
+
+Exit codes: 0 success; 1 a bug in dopsd, with its traceback; 2 the input cannot be used, or memory
+ran out; 3 training stopped because the model lost its few-step health; 130 or 143 stopped by Ctrl-C
+or SIGTERM."""
 
 app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Tune few-step text-to-image models without losing the few steps.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=unwrapped(HELP)
 )
 
 
+<<<<<<< HEAD
 @app.command()
 @refusing
 def check(
@@ -246,146 +248,47 @@ def import_(
     ],
     target: Annotated[
         Path | None,
+=======
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"dopsd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+>>>>>>> main
         typer.Option(
-            "--out", help="Folder to write, or .safetensors file; default: data, or beside it."
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
         ),
-    ] = None,
-    image_column: Annotated[str, typer.Option(help="Of a data set.")] = "image",
-    caption_column: Annotated[
-        list[str] | None, typer.Option(help="Repeatable: all are kept.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
-    rejected_column: Annotated[
-        str | None, typer.Option(help="Of a data set of pairs: the worse picture.")
-    ] = None,
-) -> None:
-    """Turn a data set in another shape into a folder of images with metadata.jsonl, or a pickled
-    weights file into safetensors."""
-    from dopsd.data.importing import import_data
-    from dopsd.models.pickle_import import convert_pickle
-
-    if source.endswith(".bin"):
-        file = target or Path(source).with_suffix(".safetensors")
-        count = convert_pickle(Path(source), file)
-        out.print(f"{count} tensors in {file}", highlight=False)
-        return
-    folder = target or Path("data")
-    count = import_data(source, folder, image_column, caption_column or (), split, rejected_column)
-    out.print(
-        f"{count} pictures in {folder}; next: dopsd init dopsd --data {folder}", highlight=False
-    )
-
-
-@app.command()
-@refusing
-def caption(
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="A Qwen3-VL: hub id or local folder.")
-    ] = "Qwen/Qwen3-VL-4B-Instruct",
-    question: Annotated[
-        str | None, typer.Option(help="What to ask of each picture; default: one sentence.")
-    ] = None,
-    most_tokens: Annotated[int, typer.Option(help="Longest caption.", min=1)] = 120,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also where there is a caption.")
     ] = False,
 ) -> None:
-    """Write a caption beside each image that has none, by a local vision-language model."""
-    from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
-    from dopsd.models.pipeline import device_and_dtype
-    from dopsd.models.vlm import Captioner
-
-    todo, kept = uncaptioned(folder, overwrite)
-    if todo:
-        captioner = Captioner(model, *device_and_dtype())
-        with bars() as advance:
-            write_captions(
-                todo,
-                lambda image: captioner.caption(image, question or QUESTION, most_tokens),
-                lambda done, total: advance("captions", done, total),
-            )
-    out.print(
-        f"{len(todo)} captions written, {kept} kept; read them before you train", highlight=False
-    )
+    pass
 
 
-@app.command()
-@refusing
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors that complete and check YAML."""
-    import json
+for name, command in {
+    "init": tools.init,
+    "check": train.check,
+    "preflight": train.preflight,
+    "train": train.train,
+    "sample": generate.sample,
+    "fuse": generate.fuse,
+    "compare": compare.compare,
+    "evaluate": evaluate.evaluate,
+    "prompts": evaluate.prompts,
+    "import": data.import_,
+    "caption": data.caption,
+    "inspect": tools.inspect,
+    "list": tools.list_methods,
+    "schema": tools.schema,
+    "doctor": tools.doctor,
+    "demo": compare.demo,
+}.items():
+    app.command(name)(guarded(command))
 
-    from dopsd.config.recipe import Recipe
-
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
-
-
-@app.command()
-@refusing
-def inspect(
-    file: Annotated[
-        Path, typer.Argument(help="LoRA file, or a model's folder.", show_default=False)
-    ],
-) -> None:
-    """Say what a LoRA file or a model's folder is: family, rank, method, steps, and which loaders
-    take it and how."""
-    from dopsd.models.folder import is_model
-    from dopsd.models.inspection import inspect_lora, inspect_model
-
-    for label, value in (inspect_model if is_model(file) else inspect_lora)(file).lines:
-        out.print(f"{label:<26} {value}", markup=False, highlight=False)
-
-
-@app.command()
-@refusing
-def doctor() -> None:
-    """Say what is installed, which device is there, which extras are missing, and whether the hub
-    can be reached."""
-    from dopsd.cli.doctor import examine
-
-    for label, value in examine():
-        out.print(f"{label:<26} {value}", markup=False, highlight=False)
-
-
-@app.command("list")
-@refusing
-def list_cells(json_file: AsJson = None) -> None:
-    """Print which method runs on which family, and why not where it does not."""
-    from dopsd.methods import METHODS, missing
-    from dopsd.models import FAMILIES, family_class
-
-    cells = {
-        family: {
-            name: missing(method, family_class(family).teacher_contexts)
-            for name, method in METHODS.items()
-        }
-        for family in FAMILIES
-    }
-    show(
-        ["family", *METHODS],
-        [
-            [f, *("yes" if why is None else f"no: {why}" for why in row.values())]
-            for f, row in cells.items()
-        ],
-    )
-    write_numbers(json_file, cells)
-
-
-@app.command()
-@refusing
-def demo(
-    json_file: AsJson = None,
-    folder: Annotated[
-        Path, typer.Option("--out", help="Folder for pictures, runs and report.")
-    ] = Path("runs/demo"),
-) -> None:
-    """Four images of a new thing, tuned on the pocket model with D-OPSD and with SFT: see the
-    difference on a CPU."""
-    from dopsd.pocket.demo import demo as run_demo
-
-    with bars() as advance:
-        outcome = run_demo(folder, advance)
-    show(outcome.header, outcome.table)
-    write_numbers(json_file, outcome.numbers)
-    out.print(f"report {folder / 'report.html'}", highlight=False)
+group = typer.Typer(no_args_is_help=True, help=adapter.HELP)
+group.callback()(adapter.group)
+group.command("train")(guarded(adapter.train_adapter))
+app.add_typer(group, name="adapter")

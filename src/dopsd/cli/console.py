@@ -1,24 +1,31 @@
-"""What the commands print: a recipe in words, progress, tables, numbers as JSON."""
+"""Plain lines, tables and JSON files: everything that a command prints goes through here."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+<<<<<<< HEAD
 if TYPE_CHECKING:
     from dopsd.runs.check import Checked
     from dopsd.runs.resolve import ResolvedRun
+=======
+WIDTH = 160  # of tables where there is no terminal
+LABEL = 10  # columns of the label of a line such as "model      pocket"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+>>>>>>> main
 
-MOST_FORWARDS = 1000  # of a sampler that anyone asks for
-WIDTH = 160  # where there is no terminal whose width must be kept
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
-err = Console(stderr=True, soft_wrap=True)
+# No markup, emoji or highlighting: file names and captions are printed as they are.
+_PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
+out = Console(width=None if sys.stdout.isatty() else WIDTH, **_PLAIN)
+err = Console(stderr=True, **_PLAIN)
 
 
+<<<<<<< HEAD
 def summarise(run: "ResolvedRun", checked: "Checked") -> None:
     """Print what a recipe would do."""
     loaded, listing = run.recipe, run.listing
@@ -70,52 +77,39 @@ def foretell(run: "ResolvedRun", card: float | None) -> None:
         out.print(f"           the judge's own model, {model}, comes on top", highlight=False)
     if recipe.adapter == "full":
         refuse_too_large(recipe, peaks["low"], device)
+=======
+def printable(text: str) -> str:
+    """The text on one line, with control characters as escapes such as \\x1b: a caption or a file
+    name cannot move the cursor or forge a line."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-def forwards_of(text: str | None) -> tuple[int, ...]:
-    """Of `--nfe 1,2,4,8`: each once, in order; empty for None. Raises ValueError for what is no
-    such list."""
-    parts = [part.strip() for part in text.split(",")] if text is not None else []
-    if not all(part.isdecimal() and 1 <= int(part) <= MOST_FORWARDS for part in parts):
-        raise ValueError(
-            f"--nfe {text}: give numbers of forwards from 1 to {MOST_FORWARDS}, e.g. --nfe 1,2,4,8."
-        )
-    return tuple(sorted({int(part) for part in parts}))
+def say(text: str) -> None:
+    """A line of a command's result, on standard output."""
+    out.print(printable(text))
+>>>>>>> main
 
 
-class bars:
-    """Progress bars on a terminal, a plain line now and then elsewhere. Call it with (what, done,
-    total)."""
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=err, disable=not err.is_terminal)
-        self.tasks: dict[str, Any] = {}
-        self.progress.start()
-        return self.advance
-
-    def advance(self, what: str, done: int, total: int) -> None:
-        key = what.split("  ")[0]
-        if key not in self.tasks:
-            self.tasks[key] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[key], completed=done, total=total, description=what)
-        if not err.is_terminal and (done == total or done % max(1, total // 10) == 0):
-            err.print(f"{what}  {done}/{total}", highlight=False)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+def field(label: str, value: object, width: int = LABEL) -> None:
+    """A line of a result with its label in a column."""
+    say(f"{label:<{width}} {value}")
 
 
-def show(header: list[str], rows: list[list[str]]) -> None:
+def note(text: str) -> None:
+    """A line about what is going on, on standard error."""
+    err.print(printable(text))
+
+
+def refuse(text: str) -> None:
+    """Why a command ends, on standard error."""
+    err.print(f"dopsd: {printable(text)}", style="red")
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output."""
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     out.print(table)
 
 
@@ -125,4 +119,4 @@ def write_numbers(path: Path | None, numbers: Any) -> None:
         from dopsd.files import write_json
 
         write_json(path, numbers)
-        out.print(f"numbers {path}", highlight=False)
+        field("numbers", path)

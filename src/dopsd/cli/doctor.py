@@ -1,5 +1,4 @@
-"""`dopsd doctor`: the machine in plain words. Changes nothing, and says what to do where something
-is missing."""
+"""`dopsd doctor`: what is installed and which devices there are. Changes nothing."""
 
 import os
 import platform
@@ -18,11 +17,11 @@ EXTRAS = {
         for name in ("tensorboard", "trackio", "wandb")
     },
 }
-ROOM = 40  # GiB: a 6 B model in bf16 with its text encoder and the teacher's VLM
+ROOM = 40  # GiB on disk: a 6 B model in bf16 with its text encoder and the teacher's VLM
 
 
 def examine() -> Iterator[tuple[str, str]]:
-    """(what, how it is) line by line."""
+    """Label and value of each line."""
     yield "dopsd", f"{version('dopsd')}, Python {platform.python_version()}, {platform.platform()}"
     for package in PACKAGES:
         yield package, version(package)
@@ -49,12 +48,12 @@ def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        yield f"GPU {index}", f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+        gpu = torch.cuda.get_device_properties(index)
+        yield f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     if torch.backends.mps.is_available():
         yield "GPU", "Apple, through MPS (not tested by this project)"
     elif not torch.cuda.is_available():
-        yield "GPU", "none: the pocket model trains on this CPU, the big models do not"
+        yield "GPU", "none: the pocket model trains on this CPU, larger models need a GPU"
     yield "CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
 
 
@@ -65,7 +64,7 @@ def _hub() -> Iterator[tuple[str, str]]:
     if constants.HF_HUB_OFFLINE:
         yield (
             "hub",
-            "offline by HF_HUB_OFFLINE: only checkpoints in the cache and local folders can be opened",
+            "offline by HF_HUB_OFFLINE: local folders and the cache can be opened",
         )
         return
     token = get_token()
@@ -74,7 +73,7 @@ def _hub() -> Iterator[tuple[str, str]]:
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         yield (
             "hub",
-            f"not reachable, or the token is refused ({type(error).__name__}); local folders work all the same",
+            f"not reachable, or it refuses the token ({type(error).__name__}); local folders work",
         )
         return
     yield (

@@ -1,81 +1,85 @@
-"""`dopsd preflight`, `evaluate`, `prompts`: what can be learned, images measured, and the prompts
-they come from."""
+"""`dopsd evaluate`, `prompts`: images measured, and the prompts to measure on."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dopsd.cli.console import bars, forwards_of, out, show, write_numbers
-from dopsd.cli.options import AsJson, Changes, RecipeFile
+from dopsd.cli.console import say, show_table, write_numbers
+from dopsd.cli.options import AsJson, Model, Side, Strength, forwards_of
+from dopsd.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from dopsd.data.prompts import EvaluationPrompt
+    from dopsd.evaluation.image_sets import ImageSet
+
+Images = Annotated[
+    Path,
+    typer.Argument(
+        help="Images to measure; with --prompts, the folder to generate into.", show_default=False
+    ),
+]
+Metrics = Annotated[
+    list[str],
+    typer.Option(
+        "--metric",
+        "--measure",
+        help="NAME, NAME=MODEL (hub id or folder), or module:attribute. Repeatable; see "
+        "docs/metrics.md.",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Generate images of these prompts: .txt (one a line), .jsonl, or a folder of .txt."
+    ),
+]
+TunedLora = Annotated[
+    Path | None,
+    typer.Option(help="LoRA file (.safetensors); the model without it is generated, too."),
+]
+Forwards = Annotated[
+    str | None,
+    typer.Option(help="Network forwards, several by commas: 1,2,4,8. Default: the model's own."),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(help="Without --prompts: images of the same names by the untuned model."),
+]
+Targets = Annotated[
+    Path | None,
+    typer.Option(
+        help="Real images: what fid and kid compare with, and, by the same names, dino and lpips."
+    ),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="Also write the images as the scorers of `geneval` or `dpg` read them."),
+]
 
 
 def evaluate(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            help="Pictures to measure; with --prompts, where they are painted.", show_default=False
-        ),
-    ],
-    metric: Annotated[
-        list[str],
-        typer.Option(
-            help="NAME, NAME=MODEL (hub id or folder), or module:attribute. Repeatable; docs/metrics.md.",
-            show_default=False,
-        ),
-    ],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Paint these: .txt (one a line), .jsonl, or a folder of .txt."),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="Local diffusers folder, hub id, or `pocket`.")
-    ] = "pocket",
-    lora: Annotated[
-        Path | None,
-        typer.Option(help="LoRA file (.safetensors); the untouched model is painted beside it."),
-    ] = None,
-    strength: Annotated[float, typer.Option(help="Of the LoRA; 1 is what was trained.")] = 1.0,
-    seeds: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
-    nfe: Annotated[
-        str | None,
-        typer.Option(
-            help="Network forwards, several by commas: 1,2,4,8. Default: the model's own."
-        ),
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels; default: the model's own.", min=1)
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Pixels; default: the model's own.", min=1)
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(help="Without --prompts: pictures of the same names by the untouched model."),
-    ] = None,
-    targets: Annotated[
-        Path | None,
-        typer.Option(
-            help="Real pictures: what fid and kid compare with, and, by the same names, dino and lpips."
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(help="Also write the pictures as `geneval` or `dpg` scorers read them."),
-    ] = None,
+    folder: Images,
+    metric: Metrics,
+    prompts: Prompts = None,
+    model: Model = "pocket",
+    lora: TunedLora = None,
+    strength: Strength = 1.0,
+    seeds: Annotated[int, typer.Option(help="Images for each prompt.")] = 4,
+    nfe: Forwards = None,
+    width: Side = None,
+    height: Side = None,
+    base: Base = None,
+    targets: Targets = None,
+    layout: Layout = None,
     json_file: AsJson = None,
 ) -> None:
-    """Measure images: values, differences to the base model and noise floors, with intervals over
-    prompts and seeds. Stopped, it goes on where it was: call it again."""
-    from dopsd.data.folder import images_in
+    """Measure images: values, differences to the untuned model and noise floors, with intervals
+    over prompts and seeds. If it was interrupted, the same call goes on where it was."""
     from dopsd.data.prompts import read_prompts
-    from dopsd.evaluation.image_sets import (
-        BASE,
-        Plan,
-        generate_image_sets,
-        read_image_set,
-        refuse_unpaired,
-    )
+    from dopsd.evaluation.image_sets import Plan, generate_image_sets
     from dopsd.evaluation.layouts import LAYOUTS
     from dopsd.evaluation.metrics import named_metric
     from dopsd.evaluation.table import HEADER, tabulate
@@ -89,54 +93,64 @@ def evaluate(
         )
     if base and prompts:
         raise ValueError(
-            "--base is for pictures that are there already; with --prompts the untouched model is painted."
+            "--base is for images that are there already; with --prompts the untuned model's "
+            "images are generated."
         )
     if not prompts and (lora or nfe or width or height):
         raise ValueError(
-            "--lora, --nfe, --width and --height are for painting: give --prompts as well."
+            "--lora, --nfe, --width and --height are for generating: give --prompts as well."
         )
-    reference = [q.target for q in questions if q.target]
-    if targets and (not targets.is_dir() or not (reference := images_in(targets))):
-        raise ValueError(f"no pictures in {targets}: --targets wants a folder of pictures.")
-    with bars() as advance:
+    real_images = _real_images(targets, questions)
+    with progress_bar() as advance:
         if prompts:
             plan = Plan(model, questions, lora, strength, seeds, forwards_of(nfe), width, height)
             image_sets = generate_image_sets(plan, folder, advance)
         else:
-            image_sets = [read_image_set(folder, "pictures", needs != {"set"}, targets)]
-            if base:
-                image_sets.append(read_image_set(base, BASE, needs != {"set"}, targets))
-                refuse_unpaired(*image_sets)
-        rows = tabulate(
-            metric,
-            image_sets,
-            list(dict.fromkeys(reference)),
-            folder,
-            device_and_dtype()[0],
-            advance,
-        )
+            image_sets = _given_image_sets(folder, base, targets, captioned=needs != {"set"})
+        rows = tabulate(metric, image_sets, real_images, folder, device_and_dtype()[0], advance)
     if layout:
         for image_set in image_sets:
-            LAYOUTS[layout](
-                image_set, questions, folder / layout / f"{image_set.name}-nfe-{image_set.nfe}"
-            )
-    show(HEADER, [row.cells() for row in rows])
+            target = folder / layout / f"{image_set.name}-nfe-{image_set.nfe}"
+            LAYOUTS[layout](image_set, questions, target)
+    show_table(HEADER, [row.cells() for row in rows])
     write_numbers(json_file, [row.numbers() for row in rows])
 
 
+def _real_images(targets: Path | None, questions: Sequence["EvaluationPrompt"]) -> list[Path]:
+    """The images of --targets, or those that the prompts name, each once."""
+    from dopsd.data.folder import images_in
+
+    if not targets:
+        return list(dict.fromkeys(each.target for each in questions if each.target))
+    if not targets.is_dir() or not (images := images_in(targets)):
+        raise ValueError(f"no images in {targets}: --targets wants a folder of images.")
+    return list(images)
+
+
+def _given_image_sets(
+    folder: Path, base: Path | None, targets: Path | None, captioned: bool
+) -> list["ImageSet"]:
+    """The image sets of the folder and of --base, which must pair by name."""
+    from dopsd.evaluation.image_sets import BASE, read_image_set, refuse_unpaired
+
+    image_sets = [read_image_set(folder, "images", captioned, targets)]
+    if base:
+        image_sets.append(read_image_set(base, BASE, captioned, targets))
+        refuse_unpaired(*image_sets)
+    return image_sets
+
+
 def prompts(
-    folder: Annotated[
-        Path, typer.Argument(help="Captioned training pictures.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(help="Captioned training images.", show_default=False)],
     trigger: Annotated[
         str,
-        typer.Option(help="The name of the thing or the style in captions.", show_default=False),
+        typer.Option(help="The name of the object or style in captions.", show_default=False),
     ],
     style: Annotated[
-        bool, typer.Option("--style", help="The trigger names a style, not a thing.")
+        bool, typer.Option("--style", help="The trigger names a style, not an object.")
     ] = False,
     class_word: Annotated[
-        str | None, typer.Option(help="What the thing is, such as dog; prompts must not say it.")
+        str | None, typer.Option(help="What the object is, such as dog; prompts must not say it.")
     ] = None,
     model: Annotated[
         str, typer.Option(help="A Qwen3-VL: hub id or local folder.")
@@ -154,7 +168,7 @@ def prompts(
 
     images = [(example.path, example.caption) for example in read_folder(folder).examples]
     captioner = Captioner(model, *device_and_dtype())
-    with bars() as advance:
+    with progress_bar() as advance:
         count = write_test_prompts(
             images,
             file,
@@ -162,37 +176,6 @@ def prompts(
             trigger,
             "style" if style else "object",
             class_word,
-            lambda done, total: advance("pictures", done, total),
+            lambda done, total: advance("writing prompts", done, total),
         )
-    out.print(f"{count} prompts in {file}; read them before you evaluate", highlight=False)
-
-
-def preflight(
-    recipe: RecipeFile,
-    change: Changes = None,
-    json_file: AsJson = None,
-    report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("preflight.html"),
-    seeds: Annotated[
-        int, typer.Option(help="Noises that each picture is painted from.", min=4)
-    ] = 4,
-    images: Annotated[
-        int, typer.Option(help="Most pictures to look at, evenly over the set.", min=1)
-    ] = 16,
-    metric: Annotated[
-        str | None, typer.Option(help="Distance: dino[=FOLDER], lpips=FOLDER; default: pixels.")
-    ] = None,
-) -> None:
-    """Say whether D-OPSD can learn these images: generate as student and as teacher, before
-    anything is trained."""
-    from dopsd.config.recipe import load_recipe
-    from dopsd.runs.preflight import HEADER
-    from dopsd.runs.preflight import preflight as look_before
-
-    with bars() as advance:
-        result = look_before(
-            load_recipe(recipe, change or ()), report, advance, seeds, images, metric
-        )
-    show(HEADER, result.table())
-    write_numbers(json_file, result.as_numbers())
-    out.print(f"report {report}", highlight=False)
-    out.print(result.sentence, markup=False, highlight=False)
+    say(f"{count} prompts in {file}; read them before you evaluate")

@@ -1,51 +1,140 @@
-"""What the commands share: exit codes, and options of one meaning. Nothing heavy is imported here."""
+"""What the commands share: options with one meaning everywhere, and exit codes."""
 
 import functools
+import inspect
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dopsd.cli.console import err
+from dopsd.cli.console import refuse
+from dopsd.cli.logs import show_logs
 
 RecipeFile = Annotated[
     Path, typer.Argument(help="Recipe (YAML); see recipes/.", show_default=False)
 ]
 Changes = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a key: train.max_steps=500. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Change a key, such as train.max_steps=500. Repeatable."),
 ]
+Model = Annotated[
+    str, typer.Option(help="Local diffusers folder, hub id, or `pocket` (the toy model).")
+]
+Lora = Annotated[Path | None, typer.Option(help="LoRA file (.safetensors).")]
+Strength = Annotated[float, typer.Option(help="Strength of the LoRA; 1 is as trained.")]
+Side = Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)]
 DistilledBy = Annotated[
     str | None,
     typer.Option(
-        help="What makes an SDXL base a few-step model: DMD2's LoRA or UNet (.safetensors)."
+        help="LoRA or UNet (.safetensors) that makes an SDXL base a few-step model, such as DMD2's."
     ),
 ]
+Resume = Annotated[
+    str | None, typer.Option(help="`latest`, or a checkpoint folder, to go on from.")
+]
 AsJson = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the log, and what libraries print.")
+]
+
+# Environment variables of launchers: number of processes, and which of them this is.
+LAUNCHERS = (
+    ("WORLD_SIZE", "RANK"),  # torchrun, accelerate launch
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+)
+MOST_FORWARDS = 1000  # no sampler takes more steps
 
 
-def refusing(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Bad input (ValueError) becomes one sentence and exit code 2; anything else is our bug, with
-    its traceback."""
+def forwards_of(text: str | None) -> tuple[int, ...]:
+    """The numbers of `--nfe 1,2,4,8`, sorted and each once; empty for None. Raises ValueError for
+    any other text."""
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isdecimal() and 1 <= int(part) <= MOST_FORWARDS for part in parts):
+        raise ValueError(
+            f"--nfe {text}: give numbers of forwards from 1 to {MOST_FORWARDS}, e.g. --nfe 1,2,4,8."
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command with `--verbose`, for which bad input (ValueError) and lack of memory end with one
+    sentence and exit code 2. Other exceptions are bugs and keep their traceback."""
+    signature = inspect.signature(command)
 
     @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-        for noisy in ("httpx", "httpx2", "accelerate", "diffusers", "transformers"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        logging.getLogger("bitsandbytes").setLevel(
-            logging.ERROR
-        )  # on a CPU it misses kernels and says so every time
+    def run(*args: Any, verbose: bool = False, **kwargs: Any) -> Any:
+        show_logs(verbose)
         try:
+            refuse_many_processes()
             return command(*args, **kwargs)
-        except ValueError as error:
-            logging.getLogger(__name__).debug("refused", exc_info=True)
-            err.print(f"dopsd: {error}", style="red", markup=False, highlight=False)
-            raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            err.print("dopsd: interrupted.", style="red")
+            refuse("interrupted.")
             raise typer.Exit(130) from error
+        except Exception as error:
+            if isinstance(error, ValueError):
+                sentence = str(error)
+            elif ran_out_of_memory(error):
+                sentence = f"out of memory. {memory_advice(signature.parameters)}"
+            else:
+                raise
+            logging.getLogger(__name__).debug("refused", exc_info=True)
+            refuse(sentence)
+            raise typer.Exit(2) from error
 
-    return guarded
+    # Typer reads the options from the signature and the annotations.
+    option = inspect.Parameter(
+        "verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose
+    )
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    run.__doc__ = unwrapped(command.__doc__ or "")
+    run.__annotations__ = command.__annotations__ | {"verbose": Verbose}
+    return run
+
+
+def unwrapped(docstring: str) -> str:
+    """A docstring with one line for each paragraph, to be wrapped at the terminal's width."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def refuse_many_processes() -> None:
+    """Raise ValueError where a launcher has started more than one process. All but the first exit
+    without a word, so that the sentence is printed once."""
+    for size, rank in LAUNCHERS:
+        count = os.environ.get(size, "1")
+        if not count.isdecimal() or int(count) <= 1:
+            continue
+        if os.environ.get(rank, "0") != "0":
+            raise typer.Exit(2)
+        raise ValueError(
+            f"dopsd was started as {count} processes ({size}={count}), and it works in one: "
+            "start it without torchrun, accelerate launch, srun or mpirun."
+        )
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a device or of the machine was full, as torch or Python report it."""
+    torch = sys.modules.get("torch")
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def memory_advice(parameters: Collection[str]) -> str:
+    """What to change in a command with these parameters."""
+    if {"recipe", "recipes"} & set(parameters):
+        return (
+            "Set model.memory: low, then train.batch_size: 1, model.quantize: nf4, "
+            "model.offload: true or a smaller data.resolution; `dopsd check RECIPE` forecasts what "
+            "a training step takes."
+        )
+    smaller = "Give a smaller --width and --height, or free" if "width" in parameters else "Free"
+    return f"{smaller} the memory that other programs take; `dopsd doctor` shows the device."

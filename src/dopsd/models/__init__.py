@@ -1,14 +1,12 @@
-"""The families, by the name of the pipeline class in a checkpoint's `model_index.json`. Nothing
-heavy is imported here.
+"""Model families, by the pipeline class that a checkpoint's `model_index.json` names.
 
-`load_family` opens a local folder or a hub id; a family's module is imported only when it is asked
-for.
+The registries are strings `module:attribute`: a family's module, and with it diffusers, is imported
+only when a checkpoint of it is opened.
 """
 
 import json
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dopsd.models.hub import Checkpoint
 
@@ -25,14 +23,13 @@ PIPELINES = {
     "Flux2KleinPipeline": "flux2_klein",
     "StableDiffusionXLPipeline": "sdxl",
 }
-
-POCKET = Path(__file__).parents[1] / "pocket" / "checkpoint"  # what the name "pocket" stands for
+# Checkpoints in the package itself: model name -> the path of a diffusers folder.
+BUILT_IN = {"pocket": "dopsd.pocket:CHECKPOINT"}
 
 
 def family_class(name: str) -> "type[Family]":
     """The class of a family by its name in FAMILIES."""
-    module, _, attribute = FAMILIES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return _load(FAMILIES[name])
 
 
 def load_family(
@@ -41,14 +38,15 @@ def load_family(
     teacher_vision: "TeacherVision | None" = None,
     distilled_by: str | None = None,
 ) -> "Family":
-    """Open a checkpoint: a local diffusers folder, a hub id, or "pocket". Only its index and
-    configs are read.
+    """Open a checkpoint: a local diffusers folder, a hub id, or a name in BUILT_IN. Reads only its
+    index and configs.
 
-    distilled_by: a file that makes a base checkpoint a few-step one. Raises ValueError when the
-    folder is missing, incomplete, or of a family that is not here, where its teacher cannot see
-    images as `sight` wants, and where it is not to be distilled by a file.
+    teacher_vision: how a teacher sees images. distilled_by: a file that makes a base checkpoint a
+    few-step one. Raises ValueError when the folder is missing, incomplete or of an unknown family,
+    when the family has no such teacher context, or when it takes no `distilled_by`.
     """
-    checkpoint = Checkpoint(str(POCKET) if name_or_path == "pocket" else name_or_path, revision)
+    folder_or_id = str(_load(BUILT_IN[name_or_path])) if name_or_path in BUILT_IN else name_or_path
+    checkpoint = Checkpoint(folder_or_id, revision)
     index = _model_index(checkpoint)
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
@@ -58,7 +56,8 @@ def load_family(
     if teacher_vision and teacher_vision.context not in (None, *kind.teacher_contexts):
         possible = " or ".join(kind.teacher_contexts) or "none"
         raise ValueError(
-            f"{kind.name} has no teacher context {teacher_vision.context}: model.teacher_context can be {possible}."
+            f"{kind.name} has no teacher context {teacher_vision.context}: "
+            f"model.teacher_context can be {possible}."
         )
     if distilled_by and not kind.distillable:
         raise ValueError(
@@ -68,11 +67,17 @@ def load_family(
     return kind(checkpoint, index, teacher_vision, **further)  # type: ignore[call-arg]
 
 
+def _load(entry: str) -> Any:
+    module, _, attribute = entry.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def _model_index(checkpoint: Checkpoint) -> dict:
     file = checkpoint.folder / "model_index.json"
     if not file.is_file():
         raise ValueError(
-            f"{checkpoint.name} has no model_index.json: give a diffusers folder, a hub id, or `pocket`."
+            f"{checkpoint.name} has no model_index.json: give a diffusers folder or a hub id, "
+            f"or {', '.join(BUILT_IN)}."
         )
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")).items())

@@ -17,8 +17,8 @@ from torch import nn
 from dopsd.files import atomic_path, read_tensors, write_json
 from dopsd.models import load_family
 from dopsd.models.base import Family
-from dopsd.models.lora import merge_lora, read_lora
-from dopsd.models.pipeline import device_and_dtype
+from dopsd.models.lora import model_for, read_lora
+from dopsd.models.pipeline import ImagePipeline
 
 ABOUT, TUNED = "dopsd.json", "tuned"
 
@@ -92,20 +92,24 @@ def _refuse_other_tensors(part: Path, network: nn.Module) -> None:
 
 
 def fuse(
-    name_or_path: str,
+    name_or_path: str | None,
     lora: Path,
     folder: Path,
     strength: float = 1.0,
     distilled_by: str | None = None,
 ) -> None:
-    """Write the checkpoint as a diffusers folder with the LoRA added to its weights: what opens it
-    needs no LoRA."""
+    """Write the model as a diffusers folder with the LoRA added to its weights; opening it needs no
+    LoRA file.
+
+    name_or_path: None: the model in the LoRA file's metadata (`lora.model_for`). Raises ValueError
+    where the folder exists, or for a LoRA that does not fit.
+    """
     if folder.exists():
         raise ValueError(
             f"{folder} exists and is not overwritten: choose another folder with --out."
         )
-    family = load_family(name_or_path, distilled_by=distilled_by)
+    model = model_for(lora, name_or_path, distilled_by)
+    family = load_family(model.name_or_path, distilled_by=model.distilled_by)
     read_lora(lora, family)  # refused before gigabytes are loaded
-    network = family.load_denoiser(*device_and_dtype()).network
-    merge_lora(network, lora, family, strength)
+    network = ImagePipeline(family).load_denoiser(lora, strength).network
     write_model(folder, network, family)

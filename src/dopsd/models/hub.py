@@ -33,9 +33,9 @@ class Checkpoint:
         self.name, self._repo = called or name, None if os.path.isdir(name) else name
         if self._repo is None:
             self.folder = Path(name)
-        elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        elif not is_hub_id(name):
             raise ValueError(
-                f"{self.name} does not exist: give a folder, a hub id like owner/name, or `pocket`."
+                f"{self.name} does not exist: give a folder, or a hub id like owner/name."
             )
         else:
             self.folder = _fetch(name, revision, CONFIGS)
@@ -107,6 +107,16 @@ class Checkpoint:
         return self.folder
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+
+
+def is_hub_file(name: str) -> bool:
+    """Whether a name has the form owner/name/file."""
+    return not name.startswith((".", "/", "~")) and name.count("/") >= 2 and name[-1] != "/"
+
+
 def variant_of(part: Path) -> str | None:
     """The libraries' word for weights that are there in half precision alone."""
     return (
@@ -159,7 +169,7 @@ def hub_address(name: str, called: str) -> tuple[str, str]:
     other form."""
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
-    if name.startswith((".", "/", "~")) or not file:
+    if not is_hub_file(name):
         raise ValueError(
             f"{called} {name} does not exist: give a file, or owner/name/file.safetensors on the hub."
         )

@@ -8,13 +8,16 @@ how its public files call the modules. Writing what a run has trained is left to
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dopsd.files import read_metadata, read_tensors
+from dopsd.models import BUILT_IN
 from dopsd.models.base import Family
+from dopsd.models.hub import is_hub_file, is_hub_id
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by module path
@@ -59,6 +62,46 @@ def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
                 f"{path}: {module} holds numbers that are not finite; the training broke down."
             )
     return {module: (a.flatten(1), b.flatten(1) * scale) for module, (a, b) in pairs.items()}
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """What `load_family` opens a model with: name or path, and the file that distils it, if any."""
+
+    name_or_path: str
+    distilled_by: str | None = None
+
+
+def model_for(
+    lora: Path | None, name_or_path: str | None = None, distilled_by: str | None = None
+) -> ModelReference:
+    """The model to use with a LoRA file: the given one, else the one in the file's metadata
+    (`base_model`, `distilled_by`).
+
+    Raises ValueError where no model is given and the file names none, or only the name of a local
+    folder or file, whose path is not recorded.
+    """
+    if name_or_path is not None:
+        return ModelReference(name_or_path, distilled_by)
+    how = "give it with --model (name_or_path in Python): a diffusers folder or a hub id"
+    if lora is None:
+        raise ValueError(f"no model and no LoRA file that could name one: {how}.")
+    metadata = read_metadata(lora)
+    base = metadata.get("base_model")
+    if not base:
+        raise ValueError(f"{lora} does not record which model it was tuned on: {how}.")
+    if base not in BUILT_IN and not is_hub_id(base):
+        raise ValueError(
+            f"{lora} was tuned on a local model called {base}, whose path it does not record: "
+            f"{how}."
+        )
+    if distilled_by is None and (distilled_by := metadata.get("distilled_by")):
+        if not is_hub_file(distilled_by):
+            raise ValueError(
+                f"{lora} was tuned on {base} distilled by a local file {distilled_by}, whose path "
+                "it does not record: give it with --distilled-by (distilled_by in Python)."
+            )
+    return ModelReference(base, distilled_by)
 
 
 def diffusers_form(prefix: str, pairs: Pairs) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from dopsd.diffusion.sampling import Noise, decode_images, sample_in_chunks
 from dopsd.images import open_image, to_pil
 from dopsd.models import load_family
 from dopsd.models.base import Family, fitted_size, latent_size
-from dopsd.models.lora import merge_lora, read_lora, refuse_strength
+from dopsd.models.lora import merge_lora, model_for, read_lora, refuse_strength
 
 Progress = Callable[[int, int], None]  # images done, of how many
 
@@ -143,7 +143,7 @@ def generate_images(
 
 
 def sample(
-    name_or_path: str,
+    name_or_path: str | None,
     prompts: Sequence[str],
     lora: Path | None = None,
     strength: float = 1.0,
@@ -157,14 +157,16 @@ def sample(
 ) -> list[Image.Image]:
     """Generate one image for each prompt as the model is deployed, image i from seed + i.
 
-    name_or_path: a diffusers folder, a hub id or `pocket`. references: images that every prompt
-    edits. width, height: in pixels; None: of the first reference, else the model's own. nfe: None:
-    the model's own. distilled_by: a file that makes a base checkpoint a few-step model. Raises
-    ValueError for what the model cannot generate or load.
+    name_or_path: a diffusers folder, a hub id, or the name of a built-in model; None: the model in
+    the LoRA file's metadata (`lora.model_for`). nfe: forwards of the sampler; None: the model's
+    own number. width, height: in pixels; None: of the first reference, else the model's own.
+    references: images that every prompt edits. distilled_by: a file that makes a base checkpoint a
+    few-step model. Raises ValueError for what the model cannot generate or load.
     """
     # Refuse before gigabytes are loaded.
     refuse_strength(strength)
-    family = load_family(name_or_path, distilled_by=distilled_by)
+    model = model_for(lora, name_or_path, distilled_by)
+    family = load_family(model.name_or_path, distilled_by=model.distilled_by)
     sizes = [fitted_size(family, path, open_image(path).size) for path in references]
     default_width, default_height = sizes[0] if sizes else (family.resolution, family.resolution)
     size = latent_size(family, height or default_height, width or default_width)

@@ -1,5 +1,4 @@
-"""Z-Image-Turbo (and pocket, the same classes small): Qwen3 text, Qwen3-VL teacher, flow
-transformer, KL autoencoder.
+"""Z-Image-Turbo: Qwen3 text encoder, Qwen3-VL teacher, flow transformer, KL autoencoder.
 
 Z-Image counts time from noise (0) to clean (1) and answers clean - noise; `ZImageDenoiser` turns
 both round. The teacher reads its image through a Qwen3-VL whose language weights are replaced by

@@ -19,7 +19,8 @@ from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.statistics import bootstrap
 from dopsd.files import write_json
-from dopsd.models import POCKET, load_family
+from dopsd.models import load_family
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.pocket.benchmark import HELD_OUT, ManyStepModel, Sheet, sit, unrelated, write_concept
 from dopsd.pocket.build.architecture import GUIDANCE
 from dopsd.pocket.metrics.reader import measure

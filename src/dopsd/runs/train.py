@@ -84,7 +84,11 @@ def _train(
         session.trainable,
         session.optimizer,
         session.teacher,
+<<<<<<< HEAD
         run.device,
+=======
+        session.device,
+>>>>>>> main
         plan,
         start,
     ):

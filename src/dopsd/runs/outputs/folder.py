@@ -1,7 +1,7 @@
 """A run's folder: who may write it, what stands in it besides samples and weights, and where a run
 goes on.
 
-config.yaml (the resolved recipe), env.json, metrics.jsonl (a row a step), train.log, checkpoints/,
+config.yaml (the resolved recipe), env.json, metrics.jsonl (a row a step), run.log, checkpoints/,
 run.lock.
 """
 
@@ -36,7 +36,7 @@ def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
     run).
 
     Raises ValueError when the folder holds another run, when another process is writing it, or when
-    there is nothing to resume. While held, what dopsd logs also goes to train.log.
+    there is nothing to resume. While held, what dopsd logs also goes to run.log.
     """
     folder = recipe.run_folder
     states = _states(recipe, resume)
@@ -50,7 +50,7 @@ def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
                 f"{folder} is being written by another process (run.lock is held): let it end, or choose another "
                 "run_name (--set run_name=...)."
             ) from error
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8", delay=True)
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     house = logging.getLogger("dopsd")
     house.addHandler(handler)
@@ -61,7 +61,7 @@ def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
         handler.close()
         lock.release()
         if not (folder / "config.yaml").exists():  # refused before it began: nothing is left behind
-            for name in ("train.log", "run.lock"):
+            for name in ("run.log", "run.lock"):
                 (folder / name).unlink(missing_ok=True)
 
 

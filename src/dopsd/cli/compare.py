@@ -1,0 +1,67 @@
+"""`dopsd compare`, `demo`: recipes, LoRA files and models side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dopsd.cli.console import field, show_table, write_numbers
+from dopsd.cli.options import AsJson, Changes, forwards_of
+from dopsd.cli.progress import progress_bar
+
+
+def compare(
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Recipes, the first of which names model and data; LoRA files; model folders.",
+            show_default=False,
+        ),
+    ],
+    change: Changes = None,
+    json_file: AsJson = None,
+    report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("compare.html"),
+    nfe: Annotated[
+        str | None,
+        typer.Option(help="Network forwards, several by commas: 1,2,4,8. Default: the model's."),
+    ] = None,
+    equal: Annotated[
+        str | None,
+        typer.Option(help="Train all on the first recipe's budget of images, seconds or forwards."),
+    ] = None,
+    replicates: Annotated[
+        int, typer.Option(help="Concepts of the pocket benchmark to repeat it on.", min=1)
+    ] = 1,
+) -> None:
+    """Train recipes and compare the results on the same data, noise and metrics. What is finished
+    is not done again."""
+    from dopsd.config.recipe import load_recipe
+    from dopsd.models.folder import is_model
+    from dopsd.runs.comparison.budget import rule_of
+    from dopsd.runs.comparison.compare import compare as compare_recipes
+
+    nfes, rule = forwards_of(nfe), rule_of(equal)
+    tuned = [path for path in recipes if path.suffix == ".safetensors" or is_model(path)]
+    loaded = [load_recipe(path, change or ()) for path in recipes if path not in tuned]
+    with progress_bar() as advance:
+        outcome = compare_recipes(loaded, report, advance, tuned, nfes, rule, replicates)
+    show_table(outcome.header, outcome.table)
+    write_numbers(json_file, outcome.numbers)
+    field("report", report)
+
+
+def demo(
+    json_file: AsJson = None,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for images, runs and report.")
+    ] = Path("runs/demo"),
+) -> None:
+    """Tune the pocket model on four images of a new object, with D-OPSD and with SFT, and compare:
+    a few minutes on a CPU."""
+    from dopsd.pocket.demo import demo as run_demo
+
+    with progress_bar() as advance:
+        outcome = run_demo(folder, advance)
+    show_table(outcome.header, outcome.table)
+    write_numbers(json_file, outcome.numbers)
+    field("report", folder / "report.html")

@@ -1,0 +1,34 @@
+"""What is printed is what was given: no markup, no emoji, no control characters, one line."""
+
+import pytest
+
+from dopsd.cli.console import printable, say, show_table
+
+
+@pytest.mark.parametrize(
+    "text", ["runs [old]/a.png", "m[v2]", "[/x]", ":x: :smile:", "[red]no[/red]", "café 星"]
+)
+def test_paths_and_captions_are_printed_as_they_are(text, capsys):
+    say(text)
+    show_table(["name"], [[text]])
+    assert capsys.readouterr().out.split("\n")[::2][0] == text
+    show_table(["name"], [[text]])
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mred", "a\\x1b[31mred"),
+        ("a\nloader: yes", "a\\nloader: yes"),
+        ("title\x1b]0;x\x07", "title\\x1b]0;x\\x07"),
+        ("c1\x9b2J", "c1\\x9b2J"),
+        ("\r", "\\r"),
+    ],
+)
+def test_control_characters_are_escaped(text, shown, capsys):
+    assert printable(text) == shown
+    say(text)
+    assert capsys.readouterr().out == shown + "\n"
+    show_table(["name"], [[text]])
+    assert shown in capsys.readouterr().out
