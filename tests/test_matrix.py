@@ -115,13 +115,7 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
     )
     optimizer = torch.optim.AdamW(student.values(), weight_decay=0.0)
     plan = Plan(max_steps=2, learning_rate=1e-3)
-<<<<<<< HEAD
     for report in steps(roles, settings, Same(batch), student, optimizer, teacher, CPU, plan):
-=======
-    for report in steps(
-        roles, settings, Same(batch), student, optimizer, teacher, CPU, plan
-    ):
->>>>>>> main
         assert (
             math.isfinite(report.log["loss"])
             and math.isfinite(report.grad_norm)

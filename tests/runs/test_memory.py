@@ -82,11 +82,7 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
             session.trainable,
             session.optimizer,
             session.teacher,
-<<<<<<< HEAD
             CPU,
-=======
-            session.device,
->>>>>>> main
             plan,
         ):
             pass

@@ -56,16 +56,10 @@ def train_adapter(
         recipe = adapter_recipe(
             model, texts, images, changes, lambda done, total: advance("generating", done, total)
         )
-<<<<<<< HEAD
-        run = resolve(recipe)
-        summarise(run, check(run))
-        for report in train(recipe, resume, advance, run):
-=======
-    checked = check(recipe)
-    print_summary(recipe, checked)
+    run = resolve(recipe)
+    print_summary(run, check(run))
     with progress_bar() as advance:
-        for report in train(recipe, resume, advance, checked):
->>>>>>> main
+        for report in train(recipe, resume, advance, run):
             advance(f"training  loss {report.log['loss']:.4f}", report.step, recipe.train.max_steps)
     field("adapter", recipe.result())
     field("next", f"set model.training_adapter: {recipe.result()} in a recipe")

@@ -25,12 +25,13 @@ def check(
     """Show what a recipe would do and how much memory it takes, or why it cannot run, before any
     weight is loaded."""
     from dopsd.config.recipe import load_recipe
-    from dopsd.runs.check import check as check_recipe
+    from dopsd.runs.check import check as check_run
+    from dopsd.runs.resolve import resolve
 
     loaded = load_recipe(recipe, change or ())
-    checked = check_recipe(loaded)
-    print_summary(loaded, checked)
-    print_memory(loaded, checked, card)
+    run = resolve(loaded)
+    print_summary(run, check_run(run))
+    print_memory(run, card)
     if with_preflight:
         preflight(recipe, change)
         return
@@ -45,17 +46,18 @@ def train(recipe: RecipeFile, change: Changes = None, resume: Resume = None) -> 
     """Train: writes the LoRA file, previews, metrics and report.html into
     <output_dir>/<run_name>."""
     from dopsd.config.recipe import load_recipe
-    from dopsd.runs.check import check as check_recipe
+    from dopsd.runs.check import check as check_run
     from dopsd.runs.interrupts import Stopped, Unhealthy
+    from dopsd.runs.resolve import resolve
     from dopsd.runs.train import train as train_recipe
 
     loaded = load_recipe(recipe, change or ())
-    checked = check_recipe(loaded)
-    print_summary(loaded, checked)
+    run = resolve(loaded)
+    print_summary(run, check_run(run))
     steps = loaded.train.max_steps
     try:
         with progress_bar() as advance:
-            for report in train_recipe(loaded, resume, advance, checked):
+            for report in train_recipe(loaded, resume, advance, run):
                 advance(f"training  loss {report.log['loss']:.4f}", report.step, steps)
     except Stopped as stop:
         note(

@@ -52,13 +52,8 @@ class Forecast:
         return self.peak * 1.1 + RESERVED <= room
 
 
-<<<<<<< HEAD
 class _SameBatch:
     """The same batch for every micro-batch."""
-=======
-class _Same:
-    """Every micro-batch alike."""
->>>>>>> main
 
     def __init__(self, batch: Batch):
         self._batch = batch
@@ -116,16 +111,11 @@ def forecast(
         )
         batch = _blank_batch(recipe, family, size, contexts, dtype)
         meter.peak = resident = meter.now
-<<<<<<< HEAD
 
         # One step.
         plan = Plan(max_steps=1, learning_rate=1.0)
         backward(roles, method, _SameBatch(batch), CPU, plan, step=0)
         torch.nn.utils.clip_grad_norm_(weights.values(), plan.clip)
-=======
-        backward(roles, method, _Same(batch), torch.device("cpu"), plan, step=0)
-        torch.nn.utils.clip_grad_norm_(student.values(), plan.clip)
->>>>>>> main
         optimizer.step()
         teacher.follow()
     return Forecast(resident - elsewhere, meter.peak - elsewhere)

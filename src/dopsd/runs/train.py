@@ -84,11 +84,7 @@ def _train(
         session.trainable,
         session.optimizer,
         session.teacher,
-<<<<<<< HEAD
         run.device,
-=======
-        session.device,
->>>>>>> main
         plan,
         start,
     ):

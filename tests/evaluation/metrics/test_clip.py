@@ -16,13 +16,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPM
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.evaluation.metrics.clip import HEAD
 from dopsd.evaluation.rewards import load_reward
-<<<<<<< HEAD
-from dopsd.models import POCKET
-from dopsd.runs.resolve import resolve
-=======
 from dopsd.pocket import CHECKPOINT as POCKET
-from dopsd.runs.check import check
->>>>>>> main
+from dopsd.runs.resolve import resolve
 from dopsd.runs.train import train
 
 CPU = torch.device("cpu")
