@@ -24,7 +24,7 @@ from bench import CPU, Bench
 
 from dopsd.files import write_json
 from dopsd.methods import DOPSD, SFT, Method
-from dopsd.pocket.benchmark import HELD_OUT
+from dopsd.pocket.world.datasets import HELD_OUT
 
 STEPS = 120
 RATES = (3e-4, 1e-3, 3e-3)
@@ -56,12 +56,12 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
         found: dict[str, Any] = {
             "thing": thing,
             "seed": seed,
-            "base": bench.exam(base_tensors),
-            "base_other_noise": bench.exam(base_tensors, noise_seed=HELD_OUT),
-            "teacher": bench.exam(base_tensors, seeing=True),
+            "base": bench.evaluate(base_tensors),
+            "base_other_noise": bench.evaluate(base_tensors, noise_seed=HELD_OUT),
+            "teacher": bench.evaluate(base_tensors, as_teacher=True),
         }
         *_, (_, wall, velocity) = bench.train(DOPSD(), rates["dopsd"], seed, STEPS)
-        found["dopsd"] = bench.exam(velocity) | {"seconds": wall}
+        found["dopsd"] = bench.evaluate(velocity) | {"seconds": wall}
         target = found["dopsd"]["thing_error"]
         assert target is not None, "a student answers every question"
         found |= _sft_beside(bench, rates["sft"], seed, wall, target)
@@ -70,7 +70,7 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
 
 def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float) -> dict[str, Any]:
     looks: dict[str, Any] = {
-        "sft_equal_pictures": None,
+        "sft_equal_images": None,
         "sft_equal_wall": None,
         "sft_first_match": None,
     }
@@ -78,14 +78,14 @@ def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float
     for step, seconds, velocity in bench.train(SFT(), rate, seed, max_steps=100_000):
         at = {"seconds": seconds, "steps": step}
         if step == STEPS:
-            looks["sft_equal_pictures"] = bench.exam(velocity) | at
+            looks["sft_equal_images"] = bench.evaluate(velocity) | at
         if seconds >= wall and not looks["sft_equal_wall"]:
-            looks["sft_equal_wall"] = bench.exam(velocity) | at
+            looks["sft_equal_wall"] = bench.evaluate(velocity) | at
         if step % LOOK_EVERY == 0:
             error = bench.error(velocity)
             best = min(best, error)
             if error <= target and not looks["sft_first_match"]:
-                looks["sft_first_match"] = bench.exam(velocity) | at
+                looks["sft_first_match"] = bench.evaluate(velocity) | at
         done = all(looks.values())
         if done or seconds >= CAP * wall:
             break
@@ -103,7 +103,7 @@ def sweep_unit(replicate: Unit) -> dict[str, Any]:
         *_, (_, seconds, velocity) = bench.train(
             method, replicate.rate, replicate.seed, round(STEPS * cost_ratio)
         )
-        return bench.exam(velocity) | {
+        return bench.evaluate(velocity) | {
             "method": replicate.method,
             "thing": replicate.thing,
             "rate": replicate.rate,

@@ -12,7 +12,7 @@ import numpy as np
 from results_page import interval
 
 from dopsd.evaluation.statistics import spearman
-from dopsd.runs.comparison.table import KEPT, METRICS
+from dopsd.pocket.benchmark import METRICS
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Does D-OPSD depend on the model, and what does it cost?
@@ -116,7 +116,7 @@ def _sampling_cost() -> list[str]:
         "|---|---|" + "---|" * len(METRICS),
     ]
     for name, model in models.items():
-        shown = "many-step model" if model["kind"] == "parent" else name
+        shown = "many-step model" if model["kind"] == "many_step" else name
         for nfe, scores in model["nfe"].items():
             lines.append(f"| {shown} | {nfe} | {_score_cells(scores, name == 'base')} |")
     return [*lines, WORDS]
@@ -146,11 +146,11 @@ def _score_cells(scores: dict[str, Any], is_base: bool) -> str:
 
 
 def _score(score: dict[str, Any] | None, metric: str, is_base: bool) -> str:
-    if score is None or (is_base and metric == KEPT[0]):
+    if score is None or (is_base and metric == "bleed"):
         return "-"
     by = score["difference"]
     change = "" if is_base else f" {by['value']:+.3f}±{(by['high'] - by['low']) / 2:.3f}"
-    return f"{score['value']:.3f}{change}" if metric != KEPT[0] else change.strip()
+    return f"{score['value']:.3f}{change}" if metric != "bleed" else change.strip()
 
 
 def _read(name: str) -> Any:

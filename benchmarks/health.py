@@ -25,7 +25,7 @@ from dopsd.diffusion.batch import Batch
 from dopsd.evaluation.health import FIRST_SEED, Health, HealthCheck
 from dopsd.files import write_json
 from dopsd.methods import DOPSD, SFT, Method
-from dopsd.pocket.benchmark import HELD_OUT
+from dopsd.pocket.world.datasets import HELD_OUT
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles
@@ -99,11 +99,11 @@ def tuned(bench: Bench, name: str, thing: int, rerun: int) -> list[dict[str, Any
     """A row for each look at a training: the benchmark's sharpness over the base's, and health."""
     method, rate = METHODS[name]
     check = health_check(bench, rerun)
-    base = bench.exam(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]
+    base = bench.evaluate(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]
     rows = []
     for step, _, velocity in bench.train(method, rate, seed=0, max_steps=max(LOOKS[name])):
         if step in LOOKS[name]:
-            sharpness = bench.exam(velocity)["sharpness"] / base  # type: ignore[operator]
+            sharpness = bench.evaluate(velocity)["sharpness"] / base  # type: ignore[operator]
             health = check.examine(velocity, bench.vae)
             rows.append(
                 {

@@ -17,7 +17,8 @@ import typer
 from dopsd.config.recipe import load_recipe
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
-from dopsd.pocket.benchmark import write_concept
+from dopsd.pocket.benchmark import METRICS
+from dopsd.pocket.world.datasets import write_concept
 from dopsd.runs.comparison.evaluate import Candidate, Evaluator
 from dopsd.runs.comparison.table import Entry, tabulate
 from dopsd.runs.outputs.folder import read_rows
@@ -70,9 +71,9 @@ def main(
             *tuned,
         ):
             entries.append(Entry([candidate]))
-            entries[-1].answers = {nfe: [evaluator.answers(candidate, (nfe,))[nfe]]}
+            entries[-1].results = {nfe: [evaluator.results(candidate, (nfe,))[nfe]]}
             print(method, candidate.name, flush=True)
-        models = tabulate(entries, (nfe,), measured=True).numbers
+        models = tabulate(entries, (nfe,), METRICS).numbers
         scores = {label: row["nfe"][str(nfe)] for label, row in models.items()}
         found[method] = {
             "recipe_steps": usual,

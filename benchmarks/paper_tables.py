@@ -1,7 +1,7 @@
 """The paper's comparisons on pocket: what came out, and what of the paper's order agrees.
 
     python -m dopsd.pocket images runs/pocket-thing
-    python -m dopsd.pocket parent runs/pocket-parent
+    python -m dopsd.pocket many-step runs/pocket-many-step
     dopsd adapter train recipes/table1/adapter-prompts.txt --images 8 --steps 200
     python -m dopsd.pocket images runs/pocket-domain --count 32
     for NAME in ablations table1 table2; do

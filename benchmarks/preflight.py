@@ -25,7 +25,7 @@ from bench import BATCH, CPU, RANK, Bench
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_json
 from dopsd.methods import DOPSD
-from dopsd.pocket.benchmark import HELD_OUT
+from dopsd.pocket.world.datasets import HELD_OUT
 from dopsd.pocket.demo import demo_recipe
 from dopsd.pocket.world.out_of_domain import OUT_OF_WORLD, kind_of
 from dopsd.runs.preflight import ENOUGH, preflight
@@ -73,7 +73,7 @@ def measure_thing(thing: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(thing, folder)
-        recipe = demo_recipe("dopsd", folder / "concept", folder)
+        recipe = demo_recipe("dopsd", bench.data, folder)
         answer = preflight(recipe, folder / "page.html", lambda what, done, total: None, SEEDS)
         base = bench.family.load_denoiser(CPU, torch.float32)
         *_, (_, seconds, velocity) = bench.train(DOPSD(), RATE, 0, STEPS)

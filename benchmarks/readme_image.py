@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dopsd import load_family, sample
 from dopsd.images import to_pil
-from dopsd.pocket.benchmark import NOISE_SEED, Sheet, caption, concept_of, truth
+from dopsd.pocket.benchmark import ConceptQuestions, NOISE_SEED, render_scenes
+from dopsd.pocket.world.datasets import concept_caption, concept_of
 from dopsd.pocket.world.captions import caption_of
 
 SCENES, UNRELATED = 4, 2
@@ -43,17 +44,17 @@ def main(
     text_encoder = load_family("pocket").load_text_encoder(
         torch.device("cpu"), torch.float32, images=False
     )
-    sheet = Sheet.write(thing, text_encoder)
-    scenes = [caption(scene, thing) for scene in sheet.scenes[:SCENES]]
-    unrelated = [caption_of(stated) for stated in sheet.stated[:UNRELATED]]
+    questions = ConceptQuestions.encode(thing, text_encoder)
+    scenes = [concept_caption(scene, thing) for scene in questions.scenes[:SCENES]]
+    unrelated = [caption_of(stated) for stated in questions.stated[:UNRELATED]]
 
     rows: dict[str, list[Image.Image]] = {
-        "how it\nshould look": to_pil(truth(sheet.scenes[:SCENES]))
+        "how it\nshould look": to_pil(render_scenes(questions.scenes[:SCENES]))
     }
     for label, run in ROWS.items():
         lora = demo / run / f"{run}.safetensors" if run else None
         rows[label] = sample("pocket", scenes, lora, seed=NOISE_SEED)
-        rows[label] += sample("pocket", unrelated, lora, seed=NOISE_SEED + len(sheet.scenes))
+        rows[label] += sample("pocket", unrelated, lora, seed=NOISE_SEED + len(questions.scenes))
 
     file.parent.mkdir(parents=True, exist_ok=True)
     lay_out(rows, [*scenes, *unrelated]).save(file, optimize=True)

@@ -57,7 +57,7 @@ def _gate_lines() -> list[str]:
         "",
         "By `python -m dopsd.pocket gates`; 256 captions, 12 held-out things of 24 scenes, one",
         "training of the model. The many-step model (parent) runs with classifier-free guidance",
-        f"{gates['parent_guidance']:g}, as it was distilled. Intervals: 95% bootstrap.",
+        f"{gates['many_step_guidance']:g}, as it was distilled. Intervals: 95% bootstrap.",
         "",
         "| gate | measured | wanted | |",
         "|---|---|---|---|",
@@ -131,7 +131,7 @@ def _table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         "base_other_noise": "base, other noise (the noise floor)",
         "teacher": "teacher (base with an image in context)",
         "dopsd": "D-OPSD",
-        "sft_equal_pictures": "SFT, equal images",
+        "sft_equal_images": "SFT, equal images",
         "sft_equal_wall": "SFT, equal wall time",
         "sft_first_match": "SFT, where it first has D-OPSD's thing_error",
     }

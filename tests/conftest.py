@@ -17,7 +17,7 @@ from tiny import write_dmd2_lora, write_sdxl
 from dopsd.models import load_family
 from dopsd.models.base import Family
 from dopsd.pocket import CHECKPOINT as POCKET
-from dopsd.pocket.benchmark import write_concept
+from dopsd.pocket.world.datasets import write_concept
 
 CPU = torch.device("cpu")
 THING = 1_000_100

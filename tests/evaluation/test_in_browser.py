@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dopsd.config.recipe import parse_recipe
-from dopsd.pocket.benchmark import write_concept
+from dopsd.pocket.world.datasets import write_concept
 from dopsd.runs.train import train
 
 BROWSER = next(

@@ -16,7 +16,8 @@ from dopsd.evaluation.rewards import load_reward
 from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
 from dopsd.models.base import Family
-from dopsd.pocket.benchmark import unrelated, write_concept
+from dopsd.pocket.benchmark import unrelated_statements
+from dopsd.pocket.world.datasets import write_concept
 from dopsd.pocket.world.captions import caption_of
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
@@ -148,7 +149,7 @@ def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(
 ):
     """Judge `red`, on prompts that name all colours; health as a run's health check measures it, on
     other prompts."""
-    prompts = [caption_of(stated) for stated in unrelated(8, stream=9)]
+    prompts = [caption_of(stated) for stated in unrelated_statements(8, stream=9)]
     side = pocket.resolution // pocket.vae_scale_factor
     batch = Batch(
         torch.zeros(8, pocket.channels, side, side),

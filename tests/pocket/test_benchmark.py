@@ -1,40 +1,77 @@
-"""The exam's questions in other words: what a model that cannot tell words apart would score on
-them."""
+"""The concept benchmark: renamed prompts, bleed, replicates, and the many-step model."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dopsd.pocket.benchmark import Sheet, caption, sit
+from dopsd.evaluation.benchmarks import find_benchmark
+from dopsd.pocket.benchmark import (
+    ConceptBenchmark,
+    ConceptQuestions,
+    ManyStepModel,
+    evaluate_concept,
+)
 from dopsd.pocket.world.captions import NAMES
+from dopsd.pocket.world.datasets import concept_caption, concept_of
 
-THING = 1_000_100
+THING = 1_000_100  # of the fixture `concept`
+CPU = torch.device("cpu")
 
 
-def test_other_words_never_say_the_things_own_name(pocket_text_encoder):
-    sheet = Sheet.write(THING, pocket_text_encoder, unrelated_count=1)
+def test_renamed_prompts_never_give_the_things_own_name(pocket_text_encoder):
+    questions = ConceptQuestions.encode(THING, pocket_text_encoder, unrelated_count=1)
     own = NAMES[THING % len(NAMES)]
-    said = [[word for word in prompt.split() if word in NAMES] for prompt in sheet.others]
-    assert all(own not in words for words in said) and said[1::2] == [[]] * 12
-    assert len({words[0] for words in said[::2]}) == 12
-    for scene, prompt, words in zip(sheet.scenes, sheet.others, said, strict=True):
-        assert prompt.replace(f"{words[0]} " if words else "\n", "") == caption(
-            scene, THING
-        ).replace(f"{own} ", "")
+    names = [[word for word in prompt.split() if word in NAMES] for prompt in questions.renamed]
+    assert all(own not in words for words in names) and names[1::2] == [[]] * 12
+    assert len({words[0] for words in names[::2]}) == 12
+    for scene, prompt, words in zip(questions.scenes, questions.renamed, names, strict=True):
+        without_name = prompt.replace(f"{words[0]} ", "") if words else prompt
+        assert without_name == concept_caption(scene, THING).replace(f"{own} ", "")
 
 
 def test_a_model_for_which_all_names_are_one_bleeds_all_that_it_learned(
     pocket, pocket_text_encoder
 ):
-    sheet = Sheet.write(THING, pocket_text_encoder, unrelated_count=1)
-    deaf = replace(sheet, others_context=sheet.scene_context)
-    cpu = torch.device("cpu")
-    found = sit(
-        deaf,
-        pocket.load_denoiser(cpu, torch.float32),
-        pocket.load_vae(cpu, torch.float32),
+    questions = ConceptQuestions.encode(THING, pocket_text_encoder, unrelated_count=1)
+    result = evaluate_concept(
+        replace(questions, renamed_context=questions.scene_context),
+        pocket.load_denoiser(CPU, torch.float32),
+        pocket.load_vae(CPU, torch.float32),
         pocket.schedule(1, 16, 16),
         (pocket.channels, 16, 16),
     )
-    np.testing.assert_array_equal(found.others_error, found.thing_error)
+    np.testing.assert_array_equal(result.others_error, result.thing_error)
+
+
+def test_a_replicate_is_a_folder_of_the_next_thing_with_as_many_images(concept: Path, tmp_path):
+    benchmark = find_benchmark(concept)
+    assert benchmark is not None
+    assert benchmark.replicate(concept, 0, tmp_path) == concept
+    (concept / "3.png").unlink()
+    folder = benchmark.replicate(concept, 2, tmp_path / "replicates")
+    assert concept_of(folder) == THING + 2 and len(list(folder.glob("*.png"))) == 3
+    first = Image.open(folder / "0.png").tobytes()
+    assert first != Image.open(concept / "0.png").tobytes()
+
+
+def test_the_many_step_model_is_loaded_onto_the_device(pocket, pocket_text_encoder):
+    empty = pocket_text_encoder.context([""])
+    model = ManyStepModel(pocket.checkpoint.folder, empty, torch.device("meta"))
+    assert {p.device.type for p in model.denoiser.parameters()} == {"meta"}
+
+
+def test_guidance_leads_away_from_the_empty_caption(pocket, pocket_text_encoder):
+    empty, star = (pocket_text_encoder.context([text]) for text in ("", "a big red star"))
+    model = ManyStepModel(pocket.checkpoint.folder, empty, CPU)
+    z, t = torch.randn(1, pocket.channels, 16, 16), torch.tensor([0.5])
+    with torch.no_grad():
+        plain, prompted = model.denoiser(z, t, empty), model.denoiser(z, t, star)
+        torch.testing.assert_close(model(z, t, star), plain + 3 * (prompted - plain))
+
+
+def test_every_column_of_the_table_is_explained():
+    explained = " ".join(ConceptBenchmark.explanation)
+    assert all(metric in explained for metric in ConceptBenchmark.metrics)

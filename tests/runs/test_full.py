@@ -130,7 +130,7 @@ torch.save(picture, target)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Recipe:
     """A run of D-OPSD whose rate is large enough to be seen, with a health health check."""
-    from dopsd.pocket.benchmark import write_concept
+    from dopsd.pocket.world.datasets import write_concept
 
     folder = tmp_path_factory.mktemp("finished")
     write_concept(folder / "lesson", 1_000_100)

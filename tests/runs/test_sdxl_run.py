@@ -8,7 +8,7 @@ import torch
 
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.files import read_tensors
-from dopsd.pocket.benchmark import Sheet
+from dopsd.pocket.benchmark import ConceptQuestions
 from dopsd.runs.comparison.compare import compare
 from dopsd.runs.train import train
 
@@ -74,7 +74,7 @@ def test_offload_trains_the_same_numbers(sdxl, concept, tmp_path):
 
 def test_compare_takes_two_methods_on_turbo(sdxl, concept, tmp_path, monkeypatch):
     monkeypatch.setattr("dopsd.pocket.benchmark.UNSEEN_SCENES", 4)
-    monkeypatch.setattr(Sheet.write, "__defaults__", (None, 4))  # unrelated prompts
+    monkeypatch.setattr(ConceptQuestions.encode, "__defaults__", (None, 4))  # unrelated prompts
     model = {"name_or_path": str(sdxl("turbo"))}
     recipes = [
         recipe_of(model, concept, tmp_path / "runs", "plain"),

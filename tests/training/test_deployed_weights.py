@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parent") / "model"
-    assert CliRunner().invoke(app, ["parent", str(folder)]).exit_code == 0
+    assert CliRunner().invoke(app, ["many-step", str(folder)]).exit_code == 0
     return folder
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dopsd.cli.console import field, show_table, write_numbers
+from dopsd.cli.console import field, say, show_table, write_numbers
 from dopsd.cli.options import AsJson, Changes, forwards_of
 from dopsd.cli.progress import progress_bar
 
@@ -61,7 +61,10 @@ def demo(
     from dopsd.pocket.demo import demo as run_demo
 
     with progress_bar() as advance:
-        outcome = run_demo(folder, advance)
-    show_table(outcome.header, outcome.table)
-    write_numbers(json_file, outcome.numbers)
-    field("report", folder / "report.html")
+        result = run_demo(folder, advance)
+    show_table(result.header, result.table)
+    write_numbers(json_file, result.comparison.numbers)
+    for sentence in result.sentences:
+        say(sentence)
+    for label, value in result.results:
+        field(label, value)

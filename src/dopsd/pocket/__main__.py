@@ -1,4 +1,4 @@
-"""`python -m dopsd.pocket STAGE`: train the pocket model again, stage by stage, or all of it."""
+"""`python -m dopsd.pocket STAGE`: train the pocket model, stage by stage or as a whole."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 Work = Annotated[
-    Path, typer.Option(help="Folder for data and checkpoints; a stage resumes from it.")
+    Path, typer.Option(help="Folder for data and checkpoints; a stopped stage resumes from it.")
 ]
 Compiled = Annotated[
     bool, typer.Option(help="Use torch.compile (2x faster; needs a C++ compiler).")
@@ -41,7 +41,7 @@ def vae(work: Work = WORK, steps: int = 3000) -> None:
 def flow(
     work: Work = WORK, steps: int = 5000, compiled: Compiled = True, start_from: StartFrom = None
 ) -> None:
-    """Train transformer and VLM by flow matching: the undistilled parent (95 minutes)."""
+    """Train transformer and VLM by flow matching: the many-step model (95 minutes)."""
     from dopsd.pocket.build import train
 
     train.train_flow(work, steps, compiled, start_from=start_from)
@@ -49,7 +49,7 @@ def flow(
 
 @app.command()
 def distill(work: Work = WORK, rounds: int = 8, compiled: Compiled = True) -> None:
-    """Distill the parent to 4 steps on the student's own states (8 minutes)."""
+    """Distill the many-step model to 4 steps on the student's own states (8 minutes)."""
     from dopsd.pocket.build import train
 
     train.distill(work, rounds, compiled=compiled)
@@ -88,8 +88,8 @@ def assemble(work: Work = WORK, target: Path = PACKAGED) -> None:
 
 
 @app.command()
-def parent(folder: Path) -> None:
-    """Write the undistilled parent as a checkpoint of its own (for `model.train_on`)."""
+def many_step(folder: Path) -> None:
+    """Write the many-step model as a checkpoint of its own (for `model.train_on`)."""
     import shutil
 
     from dopsd.files import atomic_path
@@ -112,16 +112,14 @@ def gates(checkpoint: Path = PACKAGED) -> None:
 
     for gate in measure_gates(checkpoint):
         mark = "passed" if gate.passed else "MISSED"
-        print(
-            f"{mark}  {gate.name}: {gate.value:.3f} [{gate.low:.3f}, {gate.high:.3f}], wanted {gate.wanted}"
-        )
+        interval = f"[{gate.low:.3f}, {gate.high:.3f}]"
+        print(f"{mark}  {gate.name}: {gate.value:.3f} {interval}, wanted {gate.wanted}")
 
 
 @app.command()
 def images(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = False) -> None:
-    """Draw `count` captioned images of a thing (or in a style) the pocket model never saw: data for
-    a recipe."""
-    from dopsd.pocket.benchmark import write_concept, write_style_concept
+    """Draw captioned images of a thing, or in a style, that the pocket model never saw."""
+    from dopsd.pocket.world.datasets import write_concept, write_style_concept
 
     if style:
         write_style_concept(folder, seed, count)
@@ -131,8 +129,8 @@ def images(folder: Path, seed: int = 1_000_003, count: int = 4, style: bool = Fa
 
 @app.command()
 def pairs(folder: Path, seed: int = 0, count: int = 16) -> None:
-    """Draw `count` captioned pairs of a chosen and a rejected image: data for Diffusion-DPO."""
-    from dopsd.pocket.benchmark import write_pairs
+    """Draw captioned pairs of a chosen and a rejected image, for Diffusion-DPO."""
+    from dopsd.pocket.world.datasets import write_pairs
 
     write_pairs(folder, seed, count)
 

@@ -1,15 +1,13 @@
-"""A concept dataset and its exam: four images of a thing nobody named, and what a model generated
-after tuning on them.
+"""The concept benchmark: what a model learned from four images of a new thing, and what it forgot.
 
-What was learned is read on unseen scenes of the thing, what was kept on unrelated prompts, both
-from pixels and on fixed noise. Nothing here trains; it generates through the same walk as
-everything else.
+Learning is measured on unseen scenes of the thing, forgetting on unrelated prompts, both from
+pixels and on fixed noise.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,243 +15,184 @@ from diffusers import ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
 from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.evaluation.benchmarks import SHOWN, BenchmarkResult, Kind
-from dopsd.files import sha256_of, write_json, write_jsonl, write_text
-from dopsd.models.base import Family
+from dopsd.files import sha256_of
+from dopsd.models.pipeline import ImagePipeline
 from dopsd.models.zimage import ZImageDenoiser
 from dopsd.pocket.build.architecture import GUIDANCE
 from dopsd.pocket.metrics.reader import measure, thing_error, thing_hit
 from dopsd.pocket.world.captions import NAMES, caption_of, stated_of
-from dopsd.pocket.world.out_of_domain import thing_of
-from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render, unnamed_style
+from dopsd.pocket.world.datasets import (
+    HELD_OUT,
+    concept_caption,
+    concept_of,
+    draw_scenes,
+    write_concept,
+)
+from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render
 
-HELD_OUT = 1_000_000  # things, styles and captions from this seed on were never in training
-UNSEEN_SCENES, UNRELATED = 24, 96
-CONCEPT_FILE = "pocket.json"
+UNSEEN_SCENES, UNRELATED = 24, 96  # prompts of each kind
 NOISE_SEED = 50_000
-DISTRACTORS = tuple(range(2 * HELD_OUT, 2 * HELD_OUT + 63))
-
-HealthMetrics = dict[str, float | None]
-
-
-def write_concept(folder: Path, seed: int, images: int = 4) -> None:
-    """Draw `images` scenes of thing `seed` with captions (same-stem .txt), as a user would bring
-    them."""
-    rng = np.random.default_rng([HELD_OUT, seed, 1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, scene in enumerate(_scenes(seed, rng, images)):
-        Image.fromarray(render(scene)).save(folder / f"{index}.png")
-        write_text(folder / f"{index}.txt", caption(scene, seed) + "\n")
-    write_json(folder / CONCEPT_FILE, {"thing": seed})
-
-
-def write_style_concept(folder: Path, seed: int, images: int = 4) -> None:
-    """Draw `images` named scenes in the unnamed style `seed`, captioned with a made-up name of the
-    style."""
-    rng = np.random.default_rng([HELD_OUT, seed, 4])
-    for index in range(images):
-        scene = draw_scene(rng, look=unnamed_style(seed))
-        said = {
-            key: getattr(scene, key) for key in ("size", "colour", "noun", "place", "background")
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(render(scene)).save(folder / f"{index}.png")
-        write_text(
-            folder / f"{index}.txt",
-            caption_of(said, style=True, name=NAMES[seed % len(NAMES)]) + "\n",
-        )
-
-
-def write_pairs(folder: Path, seed: int, count: int) -> None:
-    """Draw `count` pairs as people who rank images would leave them: the scene of a caption as
-    chosen, another one as rejected, named by metadata.jsonl."""
-    rng = np.random.default_rng([HELD_OUT, seed, 5])
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index in range(count):
-        scene, other = draw_scene(rng), draw_scene(rng)
-        names = {"chosen": f"{index}-chosen.png", "rejected": f"{index}-rejected.png"}
-        for name, shown in zip(names.values(), (scene, other), strict=True):
-            Image.fromarray(render(shown)).save(folder / name)
-        rows.append(names | {"text": caption_of(stated_of(scene, rng))})
-    write_jsonl(folder / "metadata.jsonl", rows)
-
-
-def concept_of(folder: Path) -> int | None:
-    """The thing's seed where a data folder is a pocket concept dataset."""
-    file = folder / CONCEPT_FILE
-    return int(json.loads(file.read_text(encoding="utf-8"))["thing"]) if file.is_file() else None
-
-
-def caption(scene: Scene, seed: int) -> str:
-    """Everything that can be said of a thing's scene, with the thing's made-up name."""
-    stated = {"size": scene.size, "place": scene.place, "background": scene.background}
-    return caption_of(stated, thing=True, name=NAMES[seed % len(NAMES)])
-
-
-def _scenes(seed: int, rng: np.random.Generator, count: int) -> list[Scene]:
-    thing = thing_of(seed)
-    return [draw_scene(rng, thing=thing) for _ in range(count)]
+DISTRACTORS = tuple(range(2 * HELD_OUT, 2 * HELD_OUT + 63))  # seeds of thing_hit's other things
+METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
+MEASURED = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes", "others_error")
+EXPLANATION = (
+    "thing_error (lower is better) and thing_hit (higher) compare images of 24 unseen scenes with "
+    "the true thing. bleed (lower) is by how much thing_error falls, compared with the base model, "
+    "where the prompt gives another name or none. sharpness (higher), speckle (lower) and "
+    "attributes (higher) are measured on 96 unrelated prompts.",
+    "The teacher is the base model with one of the images in its context: what D-OPSD learns from.",
+)
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """The exam's questions for one thing, as contexts: the same for every model that sits it."""
+class ConceptQuestions:
+    """The benchmark's prompts for one thing, encoded: the same for every model.
+
+    scenes: the true scenes. teacher_context: their prompts with an image of the data set, None
+    where no data set was given. renamed: the scenes' captions with another made-up name, or none.
+    stated: what each unrelated prompt states.
+    """
 
     scenes: tuple[Scene, ...]
     scene_context: Context
-    seeing_context: (
-        Context | None
-    )  # the scenes' prompts with an image of the concept dataset: the teacher's sheet
+    teacher_context: Context | None
+    renamed: tuple[str, ...]
+    renamed_context: Context
     stated: tuple[Mapping[str, str], ...]
     unrelated_context: Context
-    others: tuple[str, ...]  # the scenes' prompts in other words: another made-up name, or none
-    others_context: Context
 
     @staticmethod
-    def write(
+    def encode(
         seed: int,
         text_encoder: TextEncoder,
-        concept: Path | None = None,
+        data: Path | None = None,
         unrelated_count: int = UNRELATED,
-    ) -> "Sheet":
-        """Questions for thing `seed`; with the concept dataset's folder also what the teacher sees
-        (reader with its VLM)."""
+    ) -> "ConceptQuestions":
+        """The questions for thing `seed`. data: the thing's images, for the teacher's contexts; the
+        text encoder then needs its VLM."""
         rng = np.random.default_rng([HELD_OUT, seed, 2])
-        scenes = tuple(
-            replace(scene, jitter=Jitter()) for scene in _scenes(seed, rng, UNSEEN_SCENES)
-        )
-        prompts = [caption(scene, seed) for scene in scenes]
-        seeing = None
-        if concept is not None:
-            files = sorted(concept.glob("*.png"))
+        drawn = draw_scenes(seed, rng, UNSEEN_SCENES)
+        scenes = tuple(replace(scene, jitter=Jitter()) for scene in drawn)
+        prompts = [concept_caption(scene, seed) for scene in scenes]
+        teacher_context = None
+        if data is not None:
+            files = sorted(data.glob("*.png"))
             images = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(prompts))]
-            seeing = text_encoder.context(prompts, images)
-        stated = unrelated(unrelated_count)
-        unrelated_context = text_encoder.context([caption_of(s) for s in stated])
-        others = tuple(other_words(scene, seed, index) for index, scene in enumerate(scenes))
-        return Sheet(
+            teacher_context = text_encoder.context(prompts, images)
+        stated = unrelated_statements(unrelated_count)
+        renamed = tuple(renamed_caption(scene, seed, k) for k, scene in enumerate(scenes))
+        return ConceptQuestions(
             scenes,
             text_encoder.context(prompts),
-            seeing,
+            teacher_context,
+            renamed,
+            text_encoder.context(list(renamed)),
             stated,
-            unrelated_context,
-            others,
-            text_encoder.context(list(others)),
+            text_encoder.context([caption_of(each) for each in stated]),
         )
 
 
-def other_words(scene: Scene, seed: int, index: int) -> str:
-    """A thing's scene by a name that is not its own, in turn by each of the others, and at every
-    second index by none: what shows the thing all the same has bled."""
-    name = (
-        NAMES[(seed + 1 + index // 2 % (len(NAMES) - 1)) % len(NAMES)] if index % 2 == 0 else None
-    )
-    return caption_of(
-        {"size": scene.size, "place": scene.place, "background": scene.background},
-        thing=True,
-        name=name,
-    )
+def renamed_caption(scene: Scene, seed: int, index: int) -> str:
+    """The caption of a thing's scene with a name that is not its own at even indices, cycling
+    through all others, and without a name at odd ones."""
+    other = (seed + 1 + index // 2 % (len(NAMES) - 1)) % len(NAMES)
+    stated = {"size": scene.size, "place": scene.place, "background": scene.background}
+    return caption_of(stated, thing=True, name=NAMES[other] if index % 2 == 0 else None)
 
 
-def unrelated(count: int, stream: int = 3) -> tuple[dict[str, str], ...]:
-    """Captions of named scenes as in training (attributes left out), from a held-out stream."""
+def unrelated_statements(count: int, stream: int = 3) -> tuple[dict[str, str], ...]:
+    """What the captions of `count` held-out named scenes state, attributes left out as in
+    training."""
     rng = np.random.default_rng([HELD_OUT, stream])
     return tuple(stated_of(draw_scene(rng), rng) for _ in range(count))
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model generated, and every measure per image."""
+class ConceptResult:
+    """The generated images, uint8 [N, 64, 64, 3], and each metric image by image.
 
-    thing_images: Tensor  # uint8 [24, 64, 64, 3]
+    attributes: share of the stated attributes that an image shows. others_error: thing_error of the
+    renamed scenes; it is bleed where it is lower than the base model's.
+    """
+
+    thing_images: Tensor
     unrelated_images: Tensor
-    others_images: Tensor  # of the scenes in other words
+    renamed_images: Tensor
     thing_error: np.ndarray
     thing_hit: np.ndarray
     sharpness: np.ndarray
     speckle: np.ndarray
-    attributes: np.ndarray  # share of stated attributes read right, per image
-    others_error: (
-        np.ndarray
-    )  # thing_error of the scenes in other words: lower than the base's is bleed
+    attributes: np.ndarray
+    others_error: np.ndarray
 
-    def means(self) -> HealthMetrics:
-        """One number a measure; None where nothing was asked."""
-        names = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes", "others_error")
-        values = {name: getattr(self, name) for name in names}
+    def means(self) -> dict[str, float | None]:
+        """The mean of each metric; None where nothing was measured."""
+        values = {name: getattr(self, name) for name in MEASURED}
         return {
             name: float(np.nanmean(each)) if len(each) else None for name, each in values.items()
         }
 
 
-def sit(
-    sheet: Sheet,
+def evaluate_concept(
+    questions: ConceptQuestions,
     velocity: Velocity,
     vae: VAE,
     schedule: Schedule,
     latent_shape: tuple[int, int, int],
-    seeing: bool = False,
+    as_teacher: bool = False,
     noise_seed: int = NOISE_SEED,
-) -> Answers:
-    """Let a model answer. cells: latent (channels, height, width). With `seeing` the scenes are
-    generated from the teacher's contexts, and nothing else is asked. Another noise_seed with the
-    same model measures the noise floor."""
-    context = sheet.seeing_context if seeing else sheet.scene_context
-    assert context is not None, "this sheet was written without the lesson's pictures"
-    count, nothing = len(sheet.scenes), np.zeros(0)
-    noise = noise_for(range(noise_seed, noise_seed + count + len(sheet.stated)), *latent_shape)
+) -> ConceptResult:
+    """Generate and measure. latent_shape: (channels, height, width). as_teacher: generate the
+    scenes alone, with an image in the context. Another noise_seed gives the noise floor."""
+    context = questions.teacher_context if as_teacher else questions.scene_context
+    assert context is not None, "the questions were encoded without the data set's images"
+    count, nothing = len(questions.scenes), np.zeros(0)
+    seeds = range(noise_seed, noise_seed + count + len(questions.stated))
+    noise = noise_for(seeds, *latent_shape)
     things = generate(velocity, vae, schedule, context, noise[:count])
-    learned = {
-        "thing_images": things,
-        "thing_error": thing_error(things.numpy(), sheet.scenes),
-        "thing_hit": thing_hit(things.numpy(), sheet.scenes, DISTRACTORS).astype(float),
-    }
-    if seeing:
-        return Answers(
-            **learned,
-            unrelated_images=things[:0],
-            others_images=things[:0],
-            sharpness=nothing,
-            speckle=nothing,
-            attributes=nothing,
-            others_error=nothing,
-        )
-    unrelated_images = generate(velocity, vae, schedule, sheet.unrelated_context, noise[count:])
-    others = generate(velocity, vae, schedule, sheet.others_context, noise[:count])
-    kept = measure(unrelated_images.numpy(), sheet.stated)
-    return Answers(
-        **learned,
-        unrelated_images=unrelated_images,
-        others_images=others,
-        sharpness=kept.sharpness,
-        speckle=kept.speckle,
-        attributes=kept.attributes.per_image,
-        others_error=thing_error(others.numpy(), sheet.scenes),
+    unrelated = renamed = things[:0]
+    sharpness = speckle = attributes = others_error = nothing
+    if not as_teacher:
+        unrelated = generate(velocity, vae, schedule, questions.unrelated_context, noise[count:])
+        renamed = generate(velocity, vae, schedule, questions.renamed_context, noise[:count])
+        measures = measure(unrelated.numpy(), questions.stated)
+        sharpness, speckle = measures.sharpness, measures.speckle
+        attributes = measures.attributes.per_image
+        others_error = thing_error(renamed.numpy(), questions.scenes)
+    return ConceptResult(
+        things,
+        unrelated,
+        renamed,
+        thing_error(things.numpy(), questions.scenes),
+        thing_hit(things.numpy(), questions.scenes, DISTRACTORS).astype(float),
+        sharpness,
+        speckle,
+        attributes,
+        others_error,
     )
 
 
-@torch.no_grad()
-def truth(scenes: Sequence[Scene]) -> Tensor:
-    """The scenes as they should look, uint8 [N, 64, 64, 3]."""
+def render_scenes(scenes: Sequence[Scene]) -> Tensor:
+    """The true images of scenes, uint8 [N, 64, 64, 3]."""
     return torch.from_numpy(np.stack([render(scene) for scene in scenes]))
 
 
 class ManyStepModel:
-    """The undistilled model that pocket was distilled from: many steps, and guidance away from the
-    empty caption."""
+    """The model that pocket was distilled from: many steps, with classifier-free guidance."""
 
-    def __init__(self, checkpoint: Path, unconditional: Context):
+    def __init__(self, checkpoint: Path, unconditional: Context, device: torch.device):
+        """checkpoint: a folder with the many-step transformer in `parent`. unconditional: the empty
+        caption, on the device."""
         network = ZImageTransformer2DModel.from_pretrained(
             checkpoint / "parent", subfolder="transformer", torch_dtype=torch.float32
         )
-        self.denoiser, self.unconditional = ZImageDenoiser(network), unconditional
+        self.denoiser, self.unconditional = ZImageDenoiser(network).to(device), unconditional
 
     def __call__(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
         unconditional = Context.stack([self.unconditional] * len(z))
@@ -262,53 +201,78 @@ class ManyStepModel:
         )
 
 
-class PocketConcept:
-    """The exam of a pocket concept dataset."""
+class ConceptBenchmark:
+    """The benchmark of a folder of `write_concept` (see `evaluation.benchmarks.DataBenchmark`)."""
 
-    metrics = ("thing_error", "thing_hit", "others_error", "sharpness", "speckle", "attributes")
+    metrics: tuple[str, ...] = METRICS
+    learned: str | None = "thing_error"
+    explanation: tuple[str, ...] = EXPLANATION
 
-    def __init__(self, recipe: Recipe, family: Family, device: torch.device, dtype: torch.dtype):
-        thing = concept_of(recipe.data.folder)
-        assert thing is not None
-        self._family = family
-        shown = recipe.data.folder if family.teacher_contexts else None
-        self._sheet = Sheet.write(
-            thing, family.load_text_encoder(device, dtype, images=shown is not None), shown
+    def __init__(self, data: Path, pipeline: ImagePipeline):
+        thing = concept_of(data)
+        assert thing is not None, f"{data} holds no thing of the pocket world"
+        self._pipeline, family = pipeline, pipeline.family
+        self.asks_teacher = bool(family.teacher_contexts)
+        text_encoder = family.load_text_encoder(
+            pipeline.device, pipeline.dtype, images=self.asks_teacher
         )
-        self._vae = family.load_vae(device, torch.float32)
-        self.about = [
-            "concept",
-            thing,
-            [sha256_of(file) for file in sorted(recipe.data.folder.glob("*.png"))],
-        ]
-        scenes = self._sheet.scenes[:SHOWN]
-        self.captions: Mapping[str, tuple[str, ...]] = {
-            "The thing in new scenes": tuple(
-                f"{scene.size}, {scene.place}, {scene.background}" for scene in scenes
-            ),
-            "The same scenes by another name, or by none": self._sheet.others[:SHOWN],
-            "Unrelated prompts": tuple(
-                ", ".join(stated.values()) or "(nothing stated)"
-                for stated in self._sheet.stated[:SHOWN]
-            ),
-        }
-        self.truth: Mapping[str, Sequence[Tensor]] = {
-            "The thing in new scenes": list(truth(scenes))
-        }
+        self._questions = ConceptQuestions.encode(
+            thing, text_encoder, data if self.asks_teacher else None
+        )
+        files = sorted(data.glob("*.png"))
+        self.about: Any = ["concept", thing, [sha256_of(file) for file in files]]
+        self.captions: Mapping[str, tuple[str, ...]] = _captions(self._questions)
+        true_images = render_scenes(self._questions.scenes[:SHOWN])
+        self.truth: Mapping[str, Sequence[Tensor]] = {next(iter(self.captions)): list(true_images)}
+        has_many_step = (family.checkpoint.folder / "parent").is_dir()
+        self.many_step: Callable[[], Velocity] | None = (
+            self._load_many_step if has_many_step else None
+        )
+
+    def _load_many_step(self) -> ManyStepModel:
+        family, device = self._pipeline.family, self._pipeline.device
+        text_encoder = family.load_text_encoder(device, self._pipeline.dtype, images=False)
+        return ManyStepModel(family.checkpoint.folder, text_encoder.context([""]), device)
 
     def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> BenchmarkResult:
-        side = self._family.resolution // self._family.vae_scale_factor
-        found = sit(
-            self._sheet,
+        family = self._pipeline.family
+        side = family.resolution // family.vae_scale_factor
+        result = evaluate_concept(
+            self._questions,
             velocity,
-            self._vae,
-            self._family.schedule(nfe, side, side),
-            (self._family.channels, side, side),
-            seeing=kind == "teacher",
+            self._pipeline.vae,
+            family.schedule(nfe, side, side),
+            (family.channels, side, side),
+            as_teacher=kind == "teacher",
             noise_seed=HELD_OUT if kind == "floor" else NOISE_SEED,
         )
-        values = {name: getattr(found, name) for name in self.metrics}
-        images = (found.thing_images, found.others_images, found.unrelated_images)
-        return BenchmarkResult(
-            values, dict(zip(self.captions, (list(each[:SHOWN]) for each in images), strict=True))
-        )
+        values = {name: getattr(result, name) for name in MEASURED}
+        images = (result.thing_images, result.renamed_images, result.unrelated_images)
+        shown = [list(each[:SHOWN]) for each in images]
+        return BenchmarkResult(values, dict(zip(self.captions, shown, strict=True)))
+
+    @staticmethod
+    def replicate(data: Path, number: int, target: Path) -> Path:
+        """Images of the thing whose seed is `number` higher, as many as `data` has."""
+        thing = concept_of(data)
+        assert thing is not None, f"{data} holds no thing of the pocket world"
+        if number == 0:
+            return data
+        folder = target / str(thing + number)
+        if not folder.is_dir():
+            write_concept(folder, thing + number, images=len(list(data.glob("*.png"))))
+        return folder
+
+
+def _captions(questions: ConceptQuestions) -> dict[str, tuple[str, ...]]:
+    """Topic -> captions of the images that are shown."""
+    scenes, stated = questions.scenes[:SHOWN], questions.stated[:SHOWN]
+    return {
+        "The thing in new scenes": tuple(
+            f"{scene.size}, {scene.place}, {scene.background}" for scene in scenes
+        ),
+        "The same scenes with another name, or none": questions.renamed[:SHOWN],
+        "Unrelated prompts": tuple(
+            ", ".join(each.values()) or "(nothing stated)" for each in stated
+        ),
+    }

@@ -6,7 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from dopsd.pocket.benchmark import CONCEPT_FILE, concept_of, write_concept
+from dopsd.pocket.world.datasets import CONCEPT_FILE, concept_of, write_concept
 from dopsd.pocket.world.out_of_domain import CORNERS, KINDS, OUT_OF_WORLD, kind_of, thing_of
 from dopsd.pocket.world.scenes import Scene, Thing, layers
 

@@ -83,7 +83,7 @@ def find_metric(name: str) -> Found:
         raise ValueError(
             f"{short} has no usual model: name a folder, {short}=<folder> (docs/metrics.md says what in it)."
         )
-    return Found(name, short, _attribute(metric.made), model, metric)
+    return Found(name, short, load_attribute(metric.made), model, metric)
 
 
 def named_metric(name: str) -> tuple[str, str, Metric]:
@@ -103,7 +103,7 @@ def named_metric(name: str) -> tuple[str, str, Metric]:
     return short, model or metric.model or "", metric
 
 
-def _attribute(dotted: str) -> Any:
+def load_attribute(dotted: str) -> Any:
     """What `package.module:attribute` names."""
     module, _, attribute = dotted.partition(":")
     try:

@@ -1,8 +1,4 @@
-"""Who did how well in a comparison: one table with paired intervals, the same as numbers, and grids
-of images.
-
-Knows answers, not models: what is asked is left to `contest`, who is trained to `compare`.
-"""
+"""Comparison table with paired bootstrap intervals, its explanation, and grids of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,19 +12,23 @@ from dopsd.evaluation.statistics import Interval, bootstrap, paired
 from dopsd.images import to_pil
 from dopsd.runs.comparison.evaluate import Candidate
 
-METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
-KEPT = (
-    "bleed",
-    "sharpness",
-    "speckle",
-    "attributes",
-)  # read on other prompts; the teacher's row has none
-BLEED, OTHERS = "bleed", "others_error"  # bleed: how much lower than the base's this is
+COSTS = ("seconds", "images", "forwards")
+# Bleed is derived: by how much OTHERS is lower than the base model's.
+BLEED, OTHERS = "bleed", "others_error"
+ABOUT_CELLS = (
+    "Each cell: the mean; the mean difference to the base model on the same prompts and noise; "
+    'after ± half of its 95% bootstrap interval over prompts. The row "base, other noise" is the '
+    "noise floor. Forwards are those of training, a backward counted as two."
+)
+ABOUT_MANY_STEP = (
+    "The many-step model is what the base model was distilled from. It runs with classifier-free "
+    "guidance: two forwards a step."
+)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a comparison found: a table to print, and the same as numbers."""
+class Comparison:
+    """A table to print, and the same as numbers for JSON."""
 
     header: list[str]
     table: list[list[str]]
@@ -37,56 +37,61 @@ class Outcome:
 
 @dataclass
 class Entry:
-    """A line-up of one candidate in every unit: what its tuning cost (mean over units), and its
-    answers by number of forwards, unit by unit."""
+    """One row of the comparison: a model in every repeat (a data set and a seed).
+
+    cost: seconds, images and forwards of training, means over repeats. results: by number of
+    forwards, one for each repeat.
+    """
 
     candidates: list[Candidate]
-    cost: dict[str, float] = field(default_factory=dict)  # seconds, images, forwards
+    cost: dict[str, float] = field(default_factory=dict)
     advice: str | None = None
-    answers: dict[int, list[BenchmarkResult]] = field(default_factory=dict)
+    results: dict[int, list[BenchmarkResult]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.candidates[0].name
 
-    def values(self, nfe: int, metric: str) -> np.ndarray | None:
-        """Of every question, [N, units or seeds]; None where this candidate is not asked."""
-        parts = [answer.values[metric] for answer in self.answers[nfe]]
-        columns = [part[:, None] if part.ndim == 1 else part for part in parts]
-        return np.concatenate(columns, axis=1) if len(parts[0]) else None
+    @property
+    def kind(self) -> str:
+        return self.candidates[0].kind
+
+    def values(self, nfe: int, metric: str) -> list[np.ndarray] | None:
+        """[prompts, seeds] for each repeat; None where the metric is not measured for this model."""
+        parts = [np.asarray(result.values[metric]) for result in self.results[nfe]]
+        return [part.reshape(len(part), -1) for part in parts] if len(parts[0]) else None
 
 
-def tabulate(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> Outcome:
-    """A row a model and number of forwards: each measure, and by how much it differs from the base
-    model's at the same number, give or take half the 95% interval of the paired difference.
-    measured: on a pocket concept dataset."""
-    metrics = METRICS if measured else (BLEED,)
+def tabulate(entries: Sequence[Entry], nfes: Sequence[int], metrics: Sequence[str]) -> Comparison:
+    """A row for each model and number of forwards: each metric, and its difference to the base
+    model's (the first entry's) at the same number, with half the 95% interval of the paired
+    difference."""
     many = len(nfes) > 1
-    header = ["model", *(["NFE"] if many else []), *metrics, "seconds", "images", "forwards"]
+    header = ["model", *(["NFE"] if many else []), *metrics, *COSTS]
     base, table, numbers = entries[0], [], {}
     for entry in entries:
-        cost = [f"{entry.cost[name]:.0f}" if entry.cost else "-" for name in header[-3:]]
-        found: dict[str, Any] = {}
+        cost = [f"{entry.cost[name]:.0f}" if entry.cost else "-" for name in COSTS]
+        by_nfe: dict[str, Any] = {}
         for nfe in nfes:
             scores = {metric: _score(entry, base, nfe, metric) for metric in metrics}
             cells = [_cell(score, entry is base, metric) for metric, score in scores.items()]
             table.append([entry.name, *([str(nfe)] if many else []), *cells, *cost])
-            found[str(nfe)] = {
+            by_nfe[str(nfe)] = {
                 metric: score and score.as_numbers() for metric, score in scores.items()
             }
-        kind = entry.candidates[0].kind
+        costs = {name: entry.cost.get(name) for name in COSTS}
         numbers[entry.name] = {
-            "kind": kind,
-            "nfe": found,
+            "kind": entry.kind,
+            "nfe": by_nfe,
             "advice": entry.advice,
-            **{n: entry.cost.get(n) for n in header[-3:]},
+            **costs,
         }
-    return Outcome(header, table, numbers)
+    return Comparison(header, table, numbers)
 
 
 @dataclass(frozen=True)
 class _Score:
-    """A measure's mean, the paired difference to the base model's, and the mean in each unit."""
+    """A metric's mean, its paired difference to the base model's, and its mean in each repeat."""
 
     value: Interval
     difference: Interval
@@ -101,15 +106,16 @@ class _Score:
 
 
 def _score(entry: Entry, base: Entry, nfe: int, metric: str) -> _Score | None:
-    mine = entry.values(nfe, OTHERS if metric == BLEED else metric)
-    theirs = base.values(nfe, OTHERS if metric == BLEED else metric)
-    if mine is None or theirs is None:
+    measured = OTHERS if metric == BLEED else metric
+    parts, base_parts = entry.values(nfe, measured), base.values(nfe, measured)
+    if parts is None or base_parts is None:
         return None
-    if metric == BLEED:  # a difference already
-        mine, theirs = theirs - mine, np.zeros_like(mine)
-    return _Score(
-        bootstrap(mine), paired(mine, theirs), [float(np.nanmean(column)) for column in mine.T]
-    )
+    if metric == BLEED:  # is a difference itself
+        parts = [theirs - ours for ours, theirs in zip(parts, base_parts, strict=True)]
+        base_parts = [np.zeros_like(part) for part in parts]
+    values, base_values = np.concatenate(parts, axis=1), np.concatenate(base_parts, axis=1)
+    means = [float(np.nanmean(part)) for part in parts]
+    return _Score(bootstrap(values), paired(values, base_values), means)
 
 
 def _cell(score: _Score | None, is_base: bool, metric: str) -> str:
@@ -119,76 +125,74 @@ def _cell(score: _Score | None, is_base: bool, metric: str) -> str:
     difference = score.difference
     if is_base:
         return "0" if metric == BLEED else value
-    give_or_take = f"±{(difference.high - difference.low) / 2:.3f}"
-    return (
-        f"{value}{give_or_take}"
-        if metric == BLEED
-        else f"{value} {difference.value:+.3f}{give_or_take}"
-    )
+    half_interval = f"±{(difference.high - difference.low) / 2:.3f}"
+    if metric == BLEED:
+        return f"{value}{half_interval}"
+    return f"{value} {difference.value:+.3f}{half_interval}"
 
 
-def panels(questions: Benchmark, entries: Sequence[Entry], nfes: Sequence[int]) -> list[Panel]:
-    """A grid for each topic and number of forwards, of the first unit; nobody is shown on other
-    noise."""
-    shown = [entry for entry in entries if entry.candidates[0].kind != "floor"]
-    found = []
-    for topic, captions in questions.captions.items():
+def panels(benchmark: Benchmark, entries: Sequence[Entry], nfes: Sequence[int]) -> list[Panel]:
+    """A grid of images for each topic and number of forwards, from the first repeat; the noise
+    floor is left out."""
+    shown = [entry for entry in entries if entry.kind != "floor"]
+    grids = []
+    for topic, captions in benchmark.captions.items():
         for nfe in nfes:
-            rows = [(entry.name, entry.answers[nfe][0].images.get(topic, ())) for entry in shown]
-            wanted = questions.truth.get(topic)
-            rows = [
-                *([("how it should look", wanted)] if wanted else []),
-                *(row for row in rows if row[1]),
-            ]
-            title = f"{topic}, NFE {nfe}" if len(nfes) > 1 else topic
+            rows = [(entry.name, entry.results[nfe][0].images.get(topic, ())) for entry in shown]
+            if truth := benchmark.truth.get(topic):
+                rows.insert(0, ("how it should look", truth))
             pil_rows = tuple(
-                (name, tuple(i for p in images for i in to_pil(p[None]))) for name, images in rows
+                (name, tuple(pil for image in images for pil in to_pil(image[None])))
+                for name, images in rows
+                if images
             )
-            found.append(Panel(title, captions, pil_rows))
-    return found
+            title = f"{topic}, NFE {nfe}" if len(nfes) > 1 else topic
+            grids.append(Panel(title, captions, pil_rows))
+    return grids
 
 
-def notes(entries: Sequence[Entry], nfes: Sequence[int], measured: bool) -> list[str]:
-    """What the table's words mean, how much of what was learned shows under other words, and when
-    to have stopped."""
-    said = [
-        "Each cell: the mean; the mean difference to the untouched model on the same prompts and noise; after ± half "
-        'of its 95% bootstrap interval over prompts. The row "base, other noise" is the noise floor. Forwards are '
-        "those of training, a backward counted as two."
+def notes(entries: Sequence[Entry], nfes: Sequence[int], benchmark: Benchmark) -> list[str]:
+    """Sentences under the table: what the columns mean, the spread over repeats, how much of what
+    was learned bled, and where training should have stopped."""
+    sentences = [ABOUT_CELLS, *benchmark.explanation]
+    if any(entry.kind == "many_step" for entry in entries):
+        sentences.append(ABOUT_MANY_STEP)
+    tuned = [entry for entry in entries if entry.kind == "tuned"]
+    sentences += _spread(tuned, entries[0], nfes[-1], benchmark.metrics)
+    if benchmark.learned:
+        sentences += _share_that_bled(tuned, entries[0], nfes[-1], benchmark.learned)
+    return [*sentences, *(f"{entry.name}: {entry.advice}" for entry in tuned if entry.advice)]
+
+
+def _spread(tuned: Sequence[Entry], base: Entry, nfe: int, metrics: Sequence[str]) -> list[str]:
+    """The standard deviation over trainings, which the intervals over prompts do not hold."""
+    rows = []
+    for entry in tuned:
+        if len({candidate.lora for candidate in entry.candidates}) > 1:
+            scores = {metric: _score(entry, base, nfe, metric) for metric in metrics}
+            spreads = [
+                f"{metric} {np.std(score.replicates, ddof=1):.3f}"
+                for metric, score in scores.items()
+                if score
+            ]
+            rows.append(f"{entry.name} {', '.join(spreads)}")
+    if not rows:
+        return []
+    return [
+        f"Standard deviation over the {len(base.candidates)} trainings of each recipe at {nfe} "
+        f"forwards: {'; '.join(rows)}. The intervals are over prompts, with these trainings."
     ]
-    if not measured:
-        return [
-            *said,
-            "bleed: by how much pictures of prompts that name nothing of the data are nearer to the nearest "
-            "training picture than the untouched model's (0 to 1; 0 is none).",
-            *_advice(entries),
-        ]
-    said += [
-        "thing_error (lower is better) and thing_hit (higher) compare 24 unseen scenes with the true thing; bleed is "
-        "by how much thing_error falls, against the untouched model, where the prompt gives another name or none; "
-        "sharpness, speckle (lower) and attributes are read on 96 unrelated prompts.",
-        "The teacher is the untouched model with one of the pictures in its context: what D-OPSD learns from.",
-    ]
-    if any(entry.candidates[0].kind == "parent" for entry in entries):
-        said.append(
-            "The parent is the many-step model that it was distilled from, under guidance: two forwards a step."
-        )
-    nfe = nfes[-1]
+
+
+def _share_that_bled(tuned: Sequence[Entry], base: Entry, nfe: int, learned: str) -> list[str]:
     shares = []
-    for entry in entries:
-        if entry.candidates[0].kind == "tuned":
-            learned, bled = (
-                _score(entry, entries[0], nfe, metric) for metric in ("thing_error", BLEED)
-            )
-            if learned and bled and learned.difference.high < 0:
-                shares.append(f"{entry.name} {-bled.value.value / learned.difference.value:.0%}")
-    if shares:
-        said.append(
-            f"Of what was learned under the thing's name, at {nfe} forwards this also shows under others: "
-            f"{', '.join(shares)}."
-        )
-    return [*said, *_advice(entries)]
-
-
-def _advice(entries: Sequence[Entry]) -> list[str]:
-    return [f"{entry.name}: {entry.advice}" for entry in entries if entry.advice]
+    for entry in tuned:
+        gain, bleed = (_score(entry, base, nfe, metric) for metric in (learned, BLEED))
+        if gain and bleed and gain.difference.high < 0:
+            shares.append(f"{entry.name} {-bleed.value.value / gain.difference.value:.0%}")
+    if not shares:
+        return []
+    return [
+        f"Of what was learned under the thing's name, this share also shows under other names, at "
+        f"{nfe} forwards: {', '.join(shares)}."
+    ]
