@@ -69,7 +69,7 @@ def run(workers: int = 2) -> None:
 
 
 def measure_thing(thing: int) -> dict[str, Any]:
-    """What preflight says of a thing, and its thing_error before and after D-OPSD."""
+    """Preflight's conclusion on a thing, and its thing_error before and after D-OPSD."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(thing, folder)
@@ -81,7 +81,7 @@ def measure_thing(thing: int) -> dict[str, Any]:
             "thing": thing,
             "kind": kind_of(thing),
             "nearer": answer.nearer._asdict(),
-            "images": [look.nearer.value for look in answer.looks],
+            "images": [each.nearer.value for each in answer.comparisons],
             "verdict": answer.verdict,
             "base": bench.error(base),
             "dopsd": bench.error(velocity),

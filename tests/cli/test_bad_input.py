@@ -233,7 +233,7 @@ RESUME, NOT_WHOLE = (*TRAIN, "--resume", "latest"), "is no whole checkpoint of d
 STATES = ('{"step":', b"\xff", "{}", "[]", DEEP, '{"sha256": []}')
 RUNS: dict[str, tuple[Build, Command, str]] = {
     "a run already": (finished(), TRAIN, "runs/recipe already holds a run"),
-    "nothing to resume": (nothing, RESUME, "there is no checkpoint to resume from in runs/recipe"),
+    "nothing to resume": (nothing, RESUME, "runs/recipe holds no run yet: leave out --resume"),
     "resume from nowhere": (
         finished(),
         (*TRAIN, "--resume", "gone"),

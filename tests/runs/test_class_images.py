@@ -13,7 +13,7 @@ from PIL import Image
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.models.pipeline import sample
 from dopsd.runs.check import check
-from dopsd.runs.class_images import FIRST_SEED, generate_ahead, with_generated
+from dopsd.runs.class_images import FIRST_SEED, generate_once, with_generated
 from dopsd.runs.resolve import open_family, read_data, resolve
 
 
@@ -56,7 +56,7 @@ def test_other_weights_at_the_same_address_paint_anew(concept, tmp_path, sdxl, d
         recipe = parse_recipe(
             tree | {"model": model, "data": {"folder": str(concept), "resolution": 64}}
         )
-        (files,) = generate_ahead(recipe, open_family(recipe), ["a red star"], 1).values()
+        (files,) = generate_once(recipe, open_family(recipe), ["a red star"], 1).values()
         return files[0].parent
 
     base, turbo = tmp_path / "base", tmp_path / "turbo"
@@ -75,13 +75,11 @@ def test_an_interrupted_folder_goes_on_where_it_stopped(concept, tmp_path, pocke
     recipe = recipe_of(
         concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3
     )
-    (files,) = generate_ahead(recipe, pocket, ["a red star"], 3).values()
+    (files,) = generate_once(recipe, pocket, ["a red star"], 3).values()
     before = [path.read_bytes() for path in files]
     files[1].unlink()
     told = []
-    generate_ahead(
-        recipe, pocket, ["a red star"], 3, lambda done, total: told.append((done, total))
-    )
+    generate_once(recipe, pocket, ["a red star"], 3, lambda done, total: told.append((done, total)))
     assert [path.read_bytes() for path in files] == before and told == [(2, 3)]
 
 

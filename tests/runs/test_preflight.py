@@ -39,10 +39,10 @@ def looked(concept: Path, tmp_path: Path) -> Preflight:
     )
 
 
-def test_the_student_is_the_deployed_model_and_the_teacher_comes_nearer_on_a_thing(
+def test_the_student_is_the_deployed_model_and_the_teacher_is_nearer_on_a_new_thing(
     looked, tmp_path
 ):
-    first = looked.looks[0]
+    first = looked.comparisons[0]
     generated = sample("pocket", [first.caption] * 4, seed=0)
     np.testing.assert_array_equal(
         first.student.numpy(), np.stack([np.asarray(image) for image in generated])
@@ -53,7 +53,7 @@ def test_the_student_is_the_deployed_model_and_the_teacher_comes_nearer_on_a_thi
     assert page.count("data:image/png") == 4 * (1 + 4 + 4) and looked.sentence[:40] in page
 
 
-def test_what_it_encodes_is_what_training_reads(looked, concept, tmp_path):
+def test_preflight_fills_the_cache_that_training_reads(looked, concept, tmp_path):
     tree = demo_recipe("dopsd", concept, tmp_path / "runs").model_dump()
     cached = {
         path: path.stat().st_mtime_ns
@@ -78,11 +78,11 @@ def test_what_it_encodes_is_what_training_reads(looked, concept, tmp_path):
         (Interval(-0.1, -0.2, -0.05), "cannot"),
     ],
 )
-def test_chance_is_no_reason_to_train_and_little_is_called_little(found, verdict):
+def test_the_verdict_follows_from_the_interval_and_the_threshold(found, verdict):
     assert verdict_of(found) == verdict
 
 
-def test_what_the_student_paints_already_is_not_worth_a_training(concept, tmp_path):
+def test_images_that_the_student_generates_already_are_not_worth_training_on(concept, tmp_path):
     """Images that the base model generates from these very captions."""
     captions = [
         f"a big red {noun} in the middle on night in flat style" for noun in ("star", "heart")
@@ -100,7 +100,7 @@ def test_what_the_student_paints_already_is_not_worth_a_training(concept, tmp_pa
     assert found.verdict != "can" and "Try another model.vlm" in found.sentence
 
 
-def test_the_command_says_it_and_leaves_the_numbers(concept, tmp_path, monkeypatch):
+def test_the_command_prints_the_sentence_and_writes_the_numbers(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(
@@ -110,11 +110,11 @@ def test_the_command_says_it_and_leaves_the_numbers(concept, tmp_path, monkeypat
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found["sentence"] in result.output.replace("\n", "")
     assert [len(p["student_distance"]) for p in found["images"]] == [4, 4] and found[
-        "pictures_in_the_set"
+        "images_in_the_set"
     ] == 4
 
 
-def test_check_looks_as_well_where_it_is_asked_to(concept, tmp_path, monkeypatch):
+def test_check_with_preflight_compares_too(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for image in ("2.png", "3.png"):
         (concept / image).unlink()
@@ -124,13 +124,13 @@ def test_check_looks_as_well_where_it_is_asked_to(concept, tmp_path, monkeypatch
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert (
-        "pictures 2" in said
-        and "nearer to it than the student" in said
+        "images 2" in said
+        and "the teacher comes nearer to it" in said
         and (tmp_path / "preflight.html").is_file()
     )
 
 
-def test_another_distance_is_taken_by_its_name(concept, tmp_path):
+def test_another_distance_is_chosen_by_its_name(concept, tmp_path):
     torch.manual_seed(0)
     small = {
         "hidden_size": 32,
@@ -142,24 +142,24 @@ def test_another_distance_is_taken_by_its_name(concept, tmp_path):
     Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dino")
     recipe = demo_recipe("dopsd", concept, tmp_path / "runs")
     found = preflight(
-        recipe, tmp_path / "page.html", silent, most=1, metric=f"dino={tmp_path / 'dino'}"
+        recipe, tmp_path / "page.html", silent, max_images=1, metric=f"dino={tmp_path / 'dino'}"
     )
-    look, dino = found.looks[0], DinoDistance(str(tmp_path / "dino"), torch.device("cpu"))
+    look, dino = found.comparisons[0], DinoDistance(str(tmp_path / "dino"), torch.device("cpu"))
     target = torch.from_numpy(np.array(look.target)).permute(2, 0, 1) / 255
     wanted = dino(look.teacher.permute(0, 3, 1, 2) / 255, target)
     np.testing.assert_allclose(look.teacher_distance, wanted, atol=1e-6)
-    with pytest.raises(ValueError, match="red is no distance to a target picture"):
+    with pytest.raises(ValueError, match="red is no distance to a target image"):
         preflight(recipe, tmp_path / "page.html", silent, metric="red")
 
 
-def test_a_method_without_such_a_teacher_is_refused(concept, tmp_path):
-    with pytest.raises(ValueError, match="sft learns from the pictures themselves"):
+def test_a_method_without_a_teacher_that_sees_images_is_refused(concept, tmp_path):
+    with pytest.raises(ValueError, match="sft learns from the images themselves"):
         preflight(demo_recipe("sft", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unreadable_picture_in_the_middle_is_named_and_nothing_is_painted(concept, tmp_path):
-    (concept / "1.png").write_bytes(b"no picture")
+def test_an_unreadable_image_is_named_and_no_page_is_written(concept, tmp_path):
+    (concept / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1\.png"):
         preflight(demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
     assert not (tmp_path / "page.html").exists()

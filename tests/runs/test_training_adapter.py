@@ -18,7 +18,7 @@ def test_an_adapter_is_tuned_on_what_the_model_paints(tmp_path, pocket):
         "adapter",
         "train",
         str(prompts),
-        "--pictures",
+        "--images",
         "2",
         "--steps",
         "2",

@@ -66,7 +66,7 @@ def train(recipe: RecipeFile, change: Changes = None, resume: Resume = None) -> 
         )
         raise
     except Unhealthy as stop:
-        note(f"dopsd: stopped after step {stop.step}: {stop.found}.")
+        note(f"dopsd: stopped after step {stop.step}: {stop.reason}.")
         note(f"The last healthy result, if any, is in {loaded.run_folder}.")
         raise
     print_result(loaded)

@@ -1,8 +1,8 @@
-"""Images that the base model generates before training, as it is deployed: class images, or losers
-for pairs.
+"""Images that the base model generates before training, as it is deployed: class images for prior
+preservation, or rejected images for pairs.
 
-They become an ordinary folder of images and captions under the run's cache, found again by
-everything they depend on; one that was interrupted goes on where it stopped.
+They become an ordinary folder of images and captions under the run's cache, named by a hash of all
+that they depend on. A folder that was interrupted is completed.
 """
 
 import hashlib
@@ -21,81 +21,78 @@ from dopsd.images import to_pil
 from dopsd.models.base import Family, latent_size
 from dopsd.models.pipeline import ImagePipeline, ImageRequest
 
-FIRST_SEED = 960_000  # far from previews and health checks
-Progress = Callable[[int, int], None]
+FIRST_SEED = 960_000  # far from the seeds of previews and health checks
+Progress = Callable[[int, int], None]  # images done, of how many
 
 
 def with_generated(
     recipe: Recipe, family: Family, listing: Listing, progress: Progress | None = None
 ) -> tuple[Listing, tuple[Example, ...]]:
-    """The listing with the losers that the method wants generated, and the class images that it
-    wants beside."""
+    """Generate what the method asks for.
+
+    Returns the listing, its examples with their rejected images where the method learns from pairs
+    that it generates, and the class images of a method with prior preservation (else none).
+    """
     wanted = recipe.method.to_generate
     if wanted is None:
         return listing, ()
     if wanted.what == "prior":
-        assert wanted.prompt is not None, "class pictures have a prompt"
-        (generated,) = generate_ahead(
-            recipe, family, [wanted.prompt], wanted.count, progress
-        ).values()
-        return listing, tuple(Example(path, wanted.prompt) for path in generated)
+        assert wanted.prompt is not None, "class images have a prompt"
+        files = generate_once(recipe, family, [wanted.prompt], wanted.count, progress)
+        return listing, tuple(Example(path, wanted.prompt) for path in files[wanted.prompt])
     if wanted.prompt is None:
         listing = one_caption_each(listing)
-    prompt_of = [wanted.prompt or example.caption for example in listing.examples]
-    generated_for = generate_ahead(
-        recipe, family, list(dict.fromkeys(prompt_of)), wanted.count, progress
+    prompts = [wanted.prompt or example.caption for example in listing.examples]
+    files = generate_once(recipe, family, list(dict.fromkeys(prompts)), wanted.count, progress)
+    examples = tuple(
+        replace(example, rejected=tuple(files[prompt]))
+        for example, prompt in zip(listing.examples, prompts, strict=True)
     )
-    pairs = zip(listing.examples, prompt_of, strict=True)
-    return replace(
-        listing, examples=tuple(replace(e, rejected=tuple(generated_for[p])) for e, p in pairs)
-    ), ()
+    return replace(listing, examples=examples), ()
 
 
-def generate_ahead(
+def generate_once(
     recipe: Recipe,
     family: Family,
     prompts: Sequence[str],
     count: int,
     progress: Progress | None = None,
 ) -> dict[str, list[Path]]:
-    """`count` images of each prompt, generated unless they are there: the files by prompt. The
+    """The files of `count` images of each prompt. Those that are missing are generated; the
     networks are in memory only meanwhile."""
     side, nfe = max(recipe.data.resolution, default=family.resolution), family.default_nfe
-    key = [
-        family.checkpoint.mark(recipe.model.distilled_by),
-        sorted(prompts),
-        count,
-        side,
-        nfe,
-        FIRST_SEED,
-    ]
-    folder = (
-        recipe.output_dir
-        / "cache"
-        / "generated"
-        / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    )
-    wanted = [
-        (prompt, folder / f"{place:04d}-{number:03d}.png", FIRST_SEED + place * count + number)
+    folder = _folder(recipe, family, prompts, count, side)
+    files = {
+        (prompt, FIRST_SEED + place * count + number): folder / f"{place:04d}-{number:03d}.png"
         for place, prompt in enumerate(sorted(prompts))
         for number in range(count)
-    ]
-    missing = [each for each in wanted if not each[1].is_file()]
+    }
+    missing = {key: path for key, path in files.items() if not path.is_file()}
     if missing:
-        rows = [{"file_name": path.name, "text": prompt} for prompt, path, _ in wanted]
+        rows = [{"file_name": path.name, "text": prompt} for (prompt, _), path in files.items()]
         write_jsonl(folder / METADATA[0], rows)
         latent_shape = (family.channels, *latent_size(family, side, side))
         pipeline = ImagePipeline(family)
         encoded = pipeline.encode(
-            [ImageRequest(prompt, seed, latent_shape) for prompt, _, seed in missing]
+            [ImageRequest(prompt, seed, latent_shape) for prompt, seed in missing]
         )
         denoiser = pipeline.load_denoiser()
-        present = len(wanted) - len(missing)
-        for index, (each, (_, path, _)) in enumerate(zip(encoded, missing, strict=True)):
+        for request, path in zip(encoded, missing.values(), strict=True):
             if progress:
-                progress(present + index, len(wanted))
+                progress(sum(1 for file in files.values() if file.is_file()), len(files))
             # One at a time: an image does not depend on which others are missing.
-            (image,) = to_pil(torch.stack(pipeline.generate(denoiser, [each], nfe)))
+            (image,) = to_pil(torch.stack(pipeline.generate(denoiser, [request], nfe)))
             with atomic_path(path) as temporary:
                 image.save(temporary, "png")
-    return {prompt: [path for other, path, _ in wanted if other == prompt] for prompt in prompts}
+    return {
+        prompt: [path for (other, _), path in files.items() if other == prompt]
+        for prompt in prompts
+    }
+
+
+def _folder(recipe: Recipe, family: Family, prompts: Sequence[str], count: int, side: int) -> Path:
+    """Named by everything that the images depend on."""
+    weights = family.checkpoint.mark(recipe.model.distilled_by)
+    key = [weights, sorted(prompts), count, side, family.default_nfe, FIRST_SEED]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return recipe.output_dir / "cache" / "generated" / name

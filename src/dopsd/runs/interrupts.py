@@ -1,5 +1,5 @@
-"""Why training ends early: SIGINT and SIGTERM (the step is finished and saved first), and lost
-health."""
+"""Why training ends early: SIGINT or SIGTERM, after the step is finished and saved, and lost
+few-step health."""
 
 import signal
 import threading
@@ -9,8 +9,8 @@ from types import FrameType
 
 
 class Stopped(SystemExit):
-    """Training was asked to stop, and did after saving. code: 128 + the signal's number, as shells
-    report it."""
+    """Training was stopped by a signal, after saving. Exit code: 128 + the signal's number, as
+    shells report it."""
 
     def __init__(self, number: int, step: int):
         super().__init__(128 + number)
@@ -18,19 +18,19 @@ class Stopped(SystemExit):
 
 
 class Unhealthy(SystemExit):
-    """The student lost its few-step health, and the recipe asked to stop then. code: 3."""
+    """The student lost its few-step health, and the recipe stops for that. Exit code: 3."""
 
-    def __init__(self, step: int, found: str):
+    def __init__(self, step: int, reason: str):
         super().__init__(3)
-        self.step, self.found = step, found
+        self.step, self.reason = step, reason
 
 
 @contextmanager
 def noticing_signals() -> Iterator[Callable[[], int | None]]:
-    """Within the block a first SIGINT or SIGTERM is only noted: the function given tells its
-    number, None before.
+    """Within the block the first SIGINT or SIGTERM is only noted, and the yielded function returns
+    its number (None before); a second one acts as usual.
 
-    Python hands signals to the main thread alone; in another thread nothing is changed.
+    Python delivers signals to the main thread alone; in another thread nothing is changed.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -39,13 +39,13 @@ def noticing_signals() -> Iterator[Callable[[], int | None]]:
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, previous[number])
 
-    before = {
+    previous = {
         int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield lambda: received[0] if received else None
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

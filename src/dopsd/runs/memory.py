@@ -48,7 +48,7 @@ class Forecast:
     peak: int
 
     def fits(self, room: int) -> bool:
-        """Whether a device of `room` bytes is enough, with a tenth for gaps and what it reserves."""
+        """Whether `room` bytes are enough: the peak, a tenth for gaps, and what is reserved."""
         return self.peak * 1.1 + RESERVED <= room
 
 
@@ -277,7 +277,7 @@ def planned_device(run: ResolvedRun, card: float | None) -> Device:
 
 
 def refuse_too_large(recipe: Recipe, peak: Forecast, device: Device) -> None:
-    """Raise ValueError where a step of full fine-tuning does not fit. peak: at model.memory: low."""
+    """Raise ValueError where a step of full fine-tuning does not fit. peak: at memory: low."""
     if peak.fits(device.room):
         return
     ways = ["a smaller data.resolution"]

@@ -1,9 +1,9 @@
-"""Before hours of training: does the teacher, with a training image in its context, generate what
-the student cannot?
+"""Preflight: can the teacher, shown a training image, generate what the student cannot?
 
-D-OPSD learns what its teacher generates, no more. So both generate each caption on the same noise,
-the teacher beside the image, and the share by which the teacher comes nearer says what there is to
-learn. One sentence for the set.
+D-OPSD learns what its teacher generates and no more. Before anything is trained both generate each
+caption from the same noise, the teacher with the training image in its context. The share of the
+student's distance by which the teacher is nearer to that image tells what there is to learn; one
+sentence sums up the data set.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
@@ -22,80 +23,85 @@ from dopsd.evaluation.metrics import Found, find_metric
 from dopsd.evaluation.pages import Panel, write_comparison
 from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_image, to_pil
-from dopsd.models.base import Family, latent_size
+from dopsd.models.base import latent_size
 from dopsd.models.pipeline import EncodedRequest, ImagePipeline, ImageRequest
 from dopsd.runs.check import check
 from dopsd.runs.resolve import ResolvedRun, resolve
 
-# Share by which the teacher must be nearer; set on other things than those it is judged on
-ENOUGH = 0.15
-MOST = 16  # images that are looked at where a set has more
+ENOUGH = 0.15  # share by which the teacher must be nearer; set on other things than it is tested on
+MAX_IMAGES = 16  # that are compared where a data set has more
 SEEDS = 4
-Distance = Callable[
-    [torch.Tensor, torch.Tensor], torch.Tensor
-]  # images and their target, in [0, 1]
+HEADER = ["image", "student's distance", "teacher's distance", "teacher nearer by", ""]
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # images [S, 3, H, W], target [3, H, W] -> [S]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
-HEADER = ["picture", "student's distance", "teacher's distance", "teacher nearer by", ""]
 
 
 @dataclass(frozen=True)
-class Look:
-    """One training image as it is trained on, and what was generated from its caption: uint8 [S, H,
-    W, 3] each, and how far each is from it, [S]."""
+class Comparison:
+    """One training image and what was generated from its caption.
+
+    target: the image as it is cropped for training. student, teacher: uint8 [S, H, W, 3], one for
+    each of S seeds; the distances to the target are [S].
+    """
 
     name: str
     caption: str
     target: Image.Image
-    student: torch.Tensor
-    teacher: torch.Tensor
+    student: Tensor
+    teacher: Tensor
     student_distance: np.ndarray
     teacher_distance: np.ndarray
 
     @property
     def nearer(self) -> Interval:
+        """Share of the student's distance by which the teacher is nearer."""
         return nearer(self.student_distance[None], self.teacher_distance[None])
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was seen, of how many images, and what follows. verdict: "can", "little" or "cannot"."""
+    """The comparisons, how many images the data set has, and the conclusion.
 
-    looks: tuple[Look, ...]
-    images: int
+    verdict: "can", "little" or "cannot" (`verdict_of`).
+    """
+
+    comparisons: tuple[Comparison, ...]
+    dataset_size: int
     nearer: Interval
     verdict: str
     sentence: str
 
     def as_numbers(self) -> dict[str, Any]:
-        """What --json writes."""
+        """What `--json` writes."""
         return {
             "verdict": self.verdict,
             "sentence": self.sentence,
             "nearer": self.nearer._asdict(),
-            "pictures_in_the_set": self.images,
+            "images_in_the_set": self.dataset_size,
             "images": [
                 {
-                    "picture": look.name,
-                    "caption": look.caption,
-                    "student_distance": look.student_distance.tolist(),
-                    "teacher_distance": look.teacher_distance.tolist(),
-                    "nearer": look.nearer._asdict(),
+                    "image": each.name,
+                    "caption": each.caption,
+                    "student_distance": each.student_distance.tolist(),
+                    "teacher_distance": each.teacher_distance.tolist(),
+                    "nearer": each.nearer._asdict(),
                 }
-                for look in self.looks
+                for each in self.comparisons
             ],
         }
 
     def table(self) -> list[list[str]]:
-        """A row an image, and the set."""
+        """One row for each image, and one for the whole set, under HEADER."""
         rows = [
             [
-                look.name,
-                f"{look.student_distance.mean():.3f}",
-                f"{look.teacher_distance.mean():.3f}",
-                _percent(look.nearer),
-                "" if look.nearer.value >= ENOUGH else "too little",
+                each.name,
+                f"{each.student_distance.mean():.3f}",
+                f"{each.teacher_distance.mean():.3f}",
+                _percent(each.nearer),
+                "" if each.nearer.value >= ENOUGH else "too little",
             ]
-            for look in self.looks
+            for each in self.comparisons
         ]
         return [*rows, ["all", "", "", _percent(self.nearer), self.verdict]]
 
@@ -105,126 +111,146 @@ def preflight(
     report: Path,
     progress: Progress,
     seeds: int = SEEDS,
-    most: int = MOST,
+    max_images: int = MAX_IMAGES,
     metric: str | None = None,
 ) -> Preflight:
-    """Look at up to `most` images of a recipe's data, on `seeds` noises each, and write the page.
-    measure: the name of a distance to a target image, instead of that of reduced pixels. Raises
-    ValueError for a measure that is none, and for a recipe whose method has no teacher that sees
-    images."""
+    """Compare student and teacher on up to `max_images` images of a recipe's data, from `seeds`
+    noises each, and write the page.
+
+    metric: name of a distance to a target image, instead of the distance of downscaled pixels.
+    Raises ValueError for a metric that is no such distance, and for a recipe whose method has no
+    teacher that is shown images.
+    """
     if "privileged" not in recipe.method.needs:
         raise ValueError(
-            f"{recipe.method.name} learns from the pictures themselves, not from a teacher who sees them: "
-            "preflight has nothing to ask. Give it a recipe of dopsd."
+            f"{recipe.method.name} learns from the images themselves and not from a teacher that "
+            "is shown them, so preflight has nothing to compare. Give it a recipe of dopsd."
         )
-    far = find_metric(metric) if metric else None
-    if far and (far.metric.needs != "target" or far.metric.higher):
+    distance = find_metric(metric) if metric else None
+    if distance and (distance.metric.needs != "target" or distance.metric.higher):
         raise ValueError(
-            f"{metric} is no distance to a target picture: preflight takes dino or lpips."
+            f"{metric} is no distance to a target image: preflight takes dino or lpips."
         )
     run = resolve(recipe)
     check(run)
-    looks = _look(run, seeds, most, far, progress)
+    comparisons = _compare(run, seeds, max_images, distance, progress)
     total = nearer(
-        np.stack([e.student_distance for e in looks]), np.stack([e.teacher_distance for e in looks])
+        np.stack([each.student_distance for each in comparisons]),
+        np.stack([each.teacher_distance for each in comparisons]),
     )
-    verdict = verdict_of(total)
     result = Preflight(
-        looks,
-        len(run.listing.examples),
-        total,
-        verdict,
-        _sentence(recipe, run.family, looks, total),
+        comparisons=comparisons,
+        dataset_size=len(run.listing.examples),
+        nearer=total,
+        verdict=verdict_of(total),
+        sentence=_sentence(run, comparisons, total),
     )
     _write_page(report, recipe, result, seeds, metric)
     return result
 
 
-def verdict_of(found: Interval) -> str:
-    """ "cannot": not nearer beyond chance; "little": nearer, by less than ENOUGH; "can": by ENOUGH
-    or more."""
-    if found.low <= 0:
+def verdict_of(share: Interval) -> str:
+    """From the share by which the teacher is nearer: "cannot" where that may be chance, "little"
+    below ENOUGH, else "can"."""
+    if share.low <= 0:
         return "cannot"
-    return "can" if found.value >= ENOUGH else "little"
+    return "can" if share.value >= ENOUGH else "little"
 
 
-def _sentence(recipe: Recipe, family: Family, looks: Sequence[Look], total: Interval) -> str:
-    method, verdict = recipe.method.name, verdict_of(total)
-    by = f"given the picture it comes nearer to it than the student by {_percent(total)} of the student's distance"
+def _sentence(run: ResolvedRun, comparisons: Sequence[Comparison], total: Interval) -> str:
+    method, verdict = run.recipe.method.name, verdict_of(total)
+    evidence = (
+        "shown the training image, the teacher comes nearer to it by "
+        f"{_percent(total)} of the student's distance"
+    )
     if verdict == "can":
-        weak = [look.name for look in looks if look.nearer.high < ENOUGH]
-        but = f", but not these pictures: {', '.join(weak)}" if weak else ""
-        return f"{method} can learn this set with this teacher{but}: {by}."
-    advice = f"Try {' or '.join(_others(recipe, family))}; what the teacher does not paint, {method} does not learn."
+        weak = [each.name for each in comparisons if each.nearer.high < ENOUGH]
+        exceptions = f", except these images: {', '.join(weak)}" if weak else ""
+        return f"{method} can learn this set with this teacher{exceptions}: {evidence}."
+    advice = (
+        f"Try {' or '.join(_alternatives(run))}; {method} does not learn what the teacher does not "
+        "generate."
+    )
     if verdict == "little":
-        return f"{method} will learn little of this set with this teacher: {by}, less than {ENOUGH:.0%}. {advice}"
-    return f"{method} cannot learn this set with this teacher: {by}, which may be chance. {advice}"
+        return (
+            f"{method} will learn little of this set with this teacher: {evidence}, less than "
+            f"{ENOUGH:.0%}. {advice}"
+        )
+    return (
+        f"{method} cannot learn this set with this teacher: {evidence}, which may be chance. "
+        f"{advice}"
+    )
 
 
-def _percent(found: Interval) -> str:
-    return f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
+def _percent(share: Interval) -> str:
+    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
-def _others(recipe: Recipe, family: Family) -> list[str]:
-    """What else there is to try, for this family."""
-    now = recipe.model.teacher_context or family.teacher_contexts[0]
-    contexts = [f"model.teacher_context: {name}" for name in family.teacher_contexts if name != now]
-    eyes = ["another model.vlm"] if now == "vlm" else []
-    return [*contexts, *eyes, "captions that leave to the picture what only it shows", "method sft"]
+def _alternatives(run: ResolvedRun) -> list[str]:
+    """What else can be tried with this model."""
+    contexts = run.family.teacher_contexts
+    current = run.recipe.model.teacher_context or contexts[0]
+    other_contexts = [f"model.teacher_context: {name}" for name in contexts if name != current]
+    other_vlm = ["another model.vlm"] if current == "vlm" else []
+    captions = "captions that leave out what only the image shows"
+    return [*other_contexts, *other_vlm, captions, "method sft"]
 
 
-def _look(
-    run: ResolvedRun, seeds: int, most: int, far: Found | None, progress: Progress
-) -> tuple[Look, ...]:
+def _compare(
+    run: ResolvedRun, seeds: int, max_images: int, metric: Found | None, progress: Progress
+) -> tuple[Comparison, ...]:
     recipe, family = run.recipe, run.family
     pipeline = ImagePipeline(family, run.dtype)
-    rows = _read(run, most, pipeline, progress)
+    rows = _encode(run, max_images, pipeline, progress)
     denoiser = pipeline.load_denoiser(recipe.lora.init_from)
-    distance = far.made(far.model, run.device) if far else None
-    looks = []
+    distance = metric.made(metric.model, run.device) if metric else None
+    comparisons = []
     for done, row in enumerate(rows):
-        progress("painting", done, len(rows))
+        progress("generating", done, len(rows))
         width, height = row.size
         latent_shape = (family.channels, *latent_size(family, height, width))
         request = ImageRequest(row.example.caption, recipe.sample.seed, latent_shape)
+
+        def generate(context_file: Path, request: ImageRequest = request) -> Tensor:
+            encoded = EncodedRequest(request, read_context(context_file))
+            on_each_noise = [encoded.with_seed(request.seed + index) for index in range(seeds)]
+            return torch.stack(pipeline.generate(denoiser, on_each_noise, recipe.sample.nfe))
+
         assert row.privileged is not None
-        student, teacher = (
-            torch.stack(pipeline.generate(denoiser, on_each_noise, recipe.sample.nfe))
-            for on_each_noise in (
-                _on_each_noise(EncodedRequest(request, read_context(path)), seeds)
-                for path in (row.context, row.privileged)
+        student, teacher = generate(row.context), generate(row.privileged)
+        target = cover_crop(open_image(row.example.path), row.size)
+        comparisons.append(
+            Comparison(
+                name=row.example.path.name,
+                caption=row.example.caption,
+                target=target,
+                student=student,
+                teacher=teacher,
+                student_distance=_distances(distance, student, np.asarray(target)),
+                teacher_distance=_distances(distance, teacher, np.asarray(target)),
             )
         )
-        target = cover_crop(open_image(row.example.path), row.size)
-        apart = [_distances(distance, images, np.asarray(target)) for images in (student, teacher)]
-        looks.append(
-            Look(row.example.path.name, row.example.caption, target, student, teacher, *apart)
-        )
-    progress("painting", len(rows), len(rows))
-    return tuple(looks)
+    progress("generating", len(rows), len(rows))
+    return tuple(comparisons)
 
 
-def _on_each_noise(encoded: EncodedRequest, seeds: int) -> list[EncodedRequest]:
-    return [encoded.with_seed(encoded.request.seed + index) for index in range(seeds)]
-
-
-def _distances(distance: Distance | None, images: torch.Tensor, target: np.ndarray) -> np.ndarray:
-    """By a measure, or of reduced pixels: uint8 [S, H, W, 3] and [H, W, 3] -> [S]."""
+def _distances(distance: Distance | None, images: Tensor, target: np.ndarray) -> np.ndarray:
+    """By a metric, or of downscaled pixels: uint8 [S, H, W, 3] and [H, W, 3] -> [S]."""
     if distance is None:
         return distances(images.numpy(), target)
-    replicate = [
+    pixels, target_pixels = (
         each.float().movedim(-1, -3) / 255 for each in (images, torch.from_numpy(target.copy()))
-    ]
-    return distance(*replicate).double().cpu().numpy()
+    )
+    return distance(pixels, target_pixels).double().cpu().numpy()
 
 
-def _read(
-    run: ResolvedRun, most: int, pipeline: ImagePipeline, progress: Progress
+def _encode(
+    run: ResolvedRun, max_images: int, pipeline: ImagePipeline, progress: Progress
 ) -> tuple[Row, ...]:
-    """Captions, and captions with their images, as training reads them and into the same cache;
-    spread evenly over the set where it has more than `most` images."""
+    """Images spread evenly over the data set, with the contexts of student and teacher, encoded as
+    training does and into the same cache."""
     family, examples = run.family, run.listing.examples
-    count = min(most, len(examples))
+    count = min(max_images, len(examples))
     chosen = [examples[index * len(examples) // count] for index in range(count)]
     return prepare(
         chosen,
@@ -235,7 +261,7 @@ def _read(
         multiple=family.multiple,
         privileged=True,
         device=run.device,
-        progress=lambda done, total: progress("reading", done, total),
+        progress=lambda done, total: progress("caching", done, total),
     )
 
 
@@ -245,23 +271,27 @@ def _write_page(
     columns = tuple(f"seed {recipe.sample.seed + index}" for index in range(seeds))
     panels = [
         Panel(
-            f"{look.name}: {look.caption}",
+            f"{each.name}: {each.caption}",
             columns,
             (
-                ("your picture", (look.target,)),
-                ("student: the caption alone", tuple(to_pil(look.student))),
-                ("teacher: the picture beside it", tuple(to_pil(look.teacher))),
+                ("your image", (each.target,)),
+                ("student: the caption alone", tuple(to_pil(each.student))),
+                ("teacher: caption and image", tuple(to_pil(each.teacher))),
             ),
         )
-        for look in result.looks
+        for each in result.comparisons
     ]
-    pixels = f"Distance: root mean square difference to the training picture, 0 to 1, both reduced to {SIDE} cells."
-    by = f"Distance: {metric}; the bound was set for that of pixels." if metric else pixels
+    measured_by = (
+        f"Distance: {metric}; the threshold was set for the distance of pixels."
+        if metric
+        else "Distance: root mean square difference to the training image, 0 to 1, both downscaled "
+        f"to {SIDE} pixels on the longer side."
+    )
     notes = [
-        f"{len(result.looks)} of {result.images} pictures, {seeds} noises each. {by} Intervals: 95% bootstrap over "
-        "noises; for all, over pictures.",
-        f"At least {ENOUGH:.0%} nearer is called enough. The measure sees where which colours are; for the rest "
-        "look at the pictures.",
+        f"{len(result.comparisons)} of {result.dataset_size} images, {seeds} noises each. "
+        f"{measured_by} Intervals: 95% bootstrap over noises; in the last row over images.",
+        f"Nearer by {ENOUGH:.0%} or more is taken to be enough. The distance sees where which "
+        "colours are; for everything else look at the images.",
     ]
     write_comparison(
         path,

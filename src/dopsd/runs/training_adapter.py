@@ -1,9 +1,9 @@
-"""A de-distill adapter: a LoRA that has learned what plain fine-tuning does to a few-step model
-anyway.
+"""A de-distill adapter: a LoRA that has already learned what plain fine-tuning does to a few-step
+model.
 
-SFT on images that the model itself generated, at its own few steps: there is nothing to learn in
-them but to answer with means. Merged into the weights while another LoRA is tuned, and off
-afterwards (`model.training_adapter`).
+It is trained by SFT on images that the model generated itself, at its own few steps: there is
+nothing to learn from them but to predict means. Merged into the weights while another LoRA is
+trained and left out afterwards (`model.training_adapter`), it spares that LoRA the damage.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config.recipe import Recipe, parse_recipe
-from dopsd.runs.class_images import Progress, generate_ahead
+from dopsd.runs.class_images import Progress, generate_once
 from dopsd.runs.resolve import open_family
 
 
@@ -22,9 +22,11 @@ def adapter_recipe(
     changes: dict[str, Any],
     progress: Progress | None = None,
 ) -> Recipe:
-    """Paint `images` of each prompt with the model, unless they are there, and say the recipe that
-    tunes on them. changes: keys of the recipe, `run_name` among them, sections as mappings; others
-    start where the model's SFT does.
+    """Generate `images` of each prompt with the model, unless they are there, and return the recipe
+    that trains on them.
+
+    changes: keys of the recipe, `run_name` among them, sections as mappings; all other keys are
+    those that the model recommends for SFT.
     """
     tree: dict[str, Any] = {
         "model": {"name_or_path": model},
@@ -37,7 +39,7 @@ def adapter_recipe(
         tree.setdefault(section, {})[key] = value
     for section, value in changes.items():
         tree[section] = {**tree.get(section, {}), **value} if isinstance(value, dict) else value
-    generated = generate_ahead(
+    generated = generate_once(
         parse_recipe(tree, "the adapter"), family, list(dict.fromkeys(prompts)), images, progress
     )
     folder = next(iter(generated.values()))[0].parent
@@ -45,5 +47,5 @@ def adapter_recipe(
 
 
 def default_name(model: str) -> str:
-    """Of an adapter's run."""
+    """The run name of an adapter for a model."""
     return f"{Path(model).name}-dedistill"

@@ -1,8 +1,8 @@
-"""A run's folder: who may write it, what stands in it besides samples and weights, and where a run
-goes on.
+"""A run's folder: who may write it, where a run goes on, and its logs.
 
-config.yaml (the resolved recipe), env.json, metrics.jsonl (a row a step), run.log, checkpoints/,
-run.lock.
+It holds config.yaml (the resolved recipe), env.json, metrics.jsonl and health.jsonl (a row a step),
+run.log, checkpoints/, samples/, the exported weights, README.md and report.html; run.lock while a
+process writes it.
 """
 
 import logging
@@ -22,24 +22,26 @@ from dopsd.training.loop import StepReport
 
 log = logging.getLogger(__name__)
 
-FREE = {
+# What a resumed run may change; everything else that makes its numbers must stay as it was.
+CHANGEABLE = {
     ("train", "max_steps"),
     ("train", "max_seconds"),
     ("model", "memory"),
     ("model", "offload"),
-}  # what a resumed run may change of what makes its numbers
+}
+NUMERIC_SECTIONS = ("model", "data", "method", "lora", "train")
 
 
 @contextmanager
 def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
-    """Hold the recipe's run folder, and give the checkpoints to go on from, best first (none: a new
-    run).
+    """Lock the recipe's run folder, and give the checkpoints to go on from, the latest first (none
+    for a new run).
 
-    Raises ValueError when the folder holds another run, when another process is writing it, or when
-    there is nothing to resume. While held, what dopsd logs also goes to run.log.
+    Raises ValueError where the folder holds another run, where another process is writing it, and
+    where there is nothing to resume. While the folder is held, log records go to run.log too.
     """
     folder = recipe.run_folder
-    states = _states(recipe, resume)
+    states = _checkpoints_to_resume(recipe, resume)
     lock = FileLock(folder / "run.lock")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,81 +49,92 @@ def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
-                f"{folder} is being written by another process (run.lock is held): let it end, or choose another "
-                "run_name (--set run_name=...)."
+                f"{folder} is being written by another process (run.lock is held): let it end, or "
+                "choose another run_name (--set run_name=...)."
             ) from error
     handler = logging.FileHandler(folder / "run.log", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    house = logging.getLogger("dopsd")
-    house.addHandler(handler)
+    logger = logging.getLogger("dopsd")
+    logger.addHandler(handler)
     try:
         yield states
     finally:
-        house.removeHandler(handler)
+        logger.removeHandler(handler)
         handler.close()
         lock.release()
-        if not (folder / "config.yaml").exists():  # refused before it began: nothing is left behind
+        # A run that was refused before it began leaves nothing behind.
+        if not (folder / "config.yaml").exists():
             for name in ("run.log", "run.lock"):
                 (folder / name).unlink(missing_ok=True)
 
 
-def _states(recipe: Recipe, resume: str | None) -> list[Path]:
+def _checkpoints_to_resume(recipe: Recipe, resume: str | None) -> list[Path]:
     folder = recipe.run_folder
     if resume is None:
         if (folder / "metrics.jsonl").exists():
             raise ValueError(
-                f"{folder} already holds a run. Go on with --resume latest, or choose another run_name "
-                "(--set run_name=...)."
+                f"{folder} already holds a run. Go on with --resume latest, or choose another "
+                "run_name (--set run_name=...)."
             )
         return []
-    states = (
-        checkpoints(folder)[::-1]
-        if resume == "latest"
-        else [p for p in [Path(resume)] if p.is_dir()]
-    )
+    if resume == "latest":
+        states = checkpoints(folder)[::-1]
+    else:
+        states = [path for path in [Path(resume)] if path.is_dir()]
     if not states:
-        where = folder if resume == "latest" else resume
-        raise ValueError(
-            f"there is no checkpoint to resume from in {where}; remove the folder to start again."
-        )
+        raise ValueError(_nothing_to_resume(folder, resume))
     _refuse_other_recipe(recipe, folder)
     for name in ("metrics.jsonl", "health.jsonl"):
         read_rows(folder / name)
     return states
 
 
-def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
-    """A resumed run may be longer, save and sample otherwise; what makes its numbers must be the
-    same."""
-    before = load_recipe(folder / "config.yaml")
-    if before.adapter != recipe.adapter:
-        raise ValueError(
-            f"{folder} was begun with adapter = {before.adapter}, now it is {recipe.adapter}: a resumed run must be "
-            "the same run. Put it back, or choose another run_name."
+def _nothing_to_resume(folder: Path, resume: str) -> str:
+    """One sentence: what is missing, and what to do."""
+    if resume != "latest":
+        return (
+            f"--resume {resume}: there is no such checkpoint folder. Give --resume latest, or a "
+            f"folder under {folder / 'checkpoints'}."
         )
-    for section in ("model", "data", "method", "lora", "train"):
-        old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
-        for key in old.keys() | new.keys():
-            if old.get(key) != new.get(key) and (section, key) not in FREE:
-                raise ValueError(
-                    f"{folder} was begun with {section}.{key} = {old.get(key)}, now it is {new.get(key)}: a resumed "
-                    "run must be the same run. Put it back, or choose another run_name."
-                )
-
-
-def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) -> None:
-    """`config.yaml` for a fresh run, and `env.json`."""
-    if fresh:
-        recipe.save_as(recipe.run_folder / "config.yaml")
-    write_json(
-        recipe.run_folder / "env.json",
-        dict(environment) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")},
+    if not (folder / "config.yaml").exists():
+        return f"{folder} holds no run yet: leave out --resume to start one."
+    return (
+        f"{folder} holds a run without a checkpoint: there is nothing to resume from. Remove the "
+        "folder and leave out --resume to start again."
     )
 
 
+def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
+    """A resumed run may be longer, save and preview at other steps; what makes its numbers must be
+    the same."""
+    before = load_recipe(folder / "config.yaml")
+    changed = None
+    if before.adapter != recipe.adapter:
+        changed = ("adapter", before.adapter, recipe.adapter)
+    for section in NUMERIC_SECTIONS:
+        old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key) and (section, key) not in CHANGEABLE:
+                changed = changed or (f"{section}.{key}", old.get(key), new.get(key))
+    if changed:
+        name, old, new = changed
+        raise ValueError(
+            f"{folder} was begun with {name} = {old}, now it is {new}: a resumed run must be the "
+            "same run. Put it back, or choose another run_name."
+        )
+
+
+def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) -> None:
+    """Write `env.json`, and for a fresh run `config.yaml`."""
+    if fresh:
+        recipe.save_as(recipe.run_folder / "config.yaml")
+    started = {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_json(recipe.run_folder / "env.json", dict(environment) | started)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSONL file with a row a step; the last may be cut where a run was killed.
-    Raises ValueError for a row that is none."""
+    """The rows of a JSONL file with a row for each step, without a last one that a kill cut short.
+    Raises ValueError for a row without a step."""
     rows = []
     for number, row in read_jsonl(path, is_log=True):
         if type(row.get("step")) is not int:
@@ -132,7 +145,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 class Rows:
     """A JSONL file with a row for each of some steps. Rows after `steps_done`, which a resumed run
-    writes again, go first."""
+    writes again, are removed when it is opened."""
 
     def __init__(self, path: Path, steps_done: int):
         self.path = path
@@ -146,7 +159,7 @@ class Metrics(Rows):
     """metrics.jsonl: one row for each step."""
 
     def add(self, report: StepReport) -> None:
-        """Append a step. What is not finite becomes null: JSON has no NaN."""
+        """Append a step. What is not finite is written as null, for JSON has no NaN."""
         row = {
             "step": report.step,
             **report.log,
@@ -158,7 +171,7 @@ class Metrics(Rows):
         if report.skipped:
             row["skipped"] = True
             log.warning(
-                "step=%d skipped=yes loss=%s grad_norm=%s",
+                "Step %d was skipped: loss %.3g and gradient norm %.3g are not both finite.",
                 report.step,
                 row["loss"],
                 report.grad_norm,
