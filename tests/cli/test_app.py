@@ -205,7 +205,9 @@ def test_the_commands_that_check_names_keep_the_changes(desk):
 
 
 def test_sample_writes_images(desk):
-    result = CliRunner().invoke(app, ["sample", "a star", "a heart", "--seed", "7", "--nfe", "2"])
+    result = CliRunner().invoke(
+        app, ["sample", "a star", "a heart", "--model", "pocket", "--seed", "7", "--nfe", "2"]
+    )
     assert result.exit_code == 0
     assert [Image.open(f"samples/{name}.png").size for name in ("0_7", "1_8")] == [(64, 64)] * 2
 
@@ -221,7 +223,7 @@ def test_sample_writes_images(desk):
 def test_a_lora_file_that_cannot_be_read_is_refused(desk, name, content, sentence):
     if content:
         Path(name).write_bytes(content)
-    result = CliRunner().invoke(app, ["sample", "a star", "--lora", name])
+    result = CliRunner().invoke(app, ["sample", "a star", "--model", "pocket", "--lora", name])
     assert result.exit_code == 2 and sentence in " ".join(result.output.split())
 
 

@@ -308,7 +308,7 @@ LORAS: dict[
     "no tensors": (tensors({}), NO_LORA, NONE),
     "truncated": (together(lora(A, B), lambda: os.truncate(FILE, 3000)), UNREADABLE, UNREADABLE),
     "pickled": (lambda: torch.save({"lora_A.weight": A}, FILE), UNREADABLE, UNREADABLE),
-    "a folder": (lambda: Path(FILE).mkdir(), UNREADABLE, UNREADABLE),
+    "a folder": (lambda: Path(FILE).mkdir(), f"{FILE} is a folder", f"{FILE} is a folder"),
     "B alone": (lora(None, B), NO_LORA, NONE),
     "foreign": (tensors({"layers.0.weight": A}), NO_LORA, NONE),
     "A alone": (lora(A, None), NO_LORA, "has no partner"),
@@ -406,13 +406,13 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
     ),
     "run_name too long": (nothing, (*TRAIN, "--set", "run_name=" + "a" * 300), "run_name is 'aaa"),
 }
-GENERATE = ("sample", "a star", "--nfe", "1")
+GENERATE = ("sample", "a star", "--model", "pocket", "--nfe", "1")
 ARGUMENTS: dict[Command, str] = {
     ("check", "images"): "images does not exist: give a recipe file",
     ("sample",): "'prompts'",
     ("train", "gone.yaml"): "gone.yaml does not exist: give a recipe file",
     ("sample", "a", "--nfe", "0"): "'--nfe'",
-    ("sample", STARS): LIMIT,
+    ("sample", STARS, "--model", "pocket"): LIMIT,
     (*GENERATE, "--model", "./gone"): "./gone does not exist",
     (*GENERATE, "--width", "65"): "65 x 64 pixels: both sides must be multiples of 8",
     (*GENERATE, "--width", "-8"): "'--width'",

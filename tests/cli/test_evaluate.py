@@ -31,7 +31,7 @@ RED = ["--metric", "red"]
 
 
 def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["evaluate", *map(str, words)])
+    return CliRunner().invoke(app, ["evaluate", "--model", "pocket", *map(str, words)])
 
 
 def numbers_of(folder: Path, *words: object) -> list[dict]:

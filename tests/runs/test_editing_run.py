@@ -271,7 +271,7 @@ def test_sample_edits_the_references_it_is_given_and_refuses_what_it_cannot(mode
     square, wide = str(pairs / "square.png"), str(pairs / "wide.png")
     assert generated("--model", str(model), "--reference", wide, "--reference", square)[0] == 0
     assert Image.open(tmp_path / "out" / "0_0.png").size == (96, 64)  # of the first, fitted
-    code, said = generated("--reference", square)
+    code, said = generated("--model", "pocket", "--reference", square)
     assert code == 2 and "zimage edits none" in said
     code, said = generated("--model", str(model), "--reference", str(tmp_path / "gone.png"))
     assert code == 2 and "gone.png cannot be decoded (No such file" in said.replace(

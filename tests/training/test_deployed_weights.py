@@ -144,7 +144,7 @@ def test_another_architecture_is_refused_by_check(parent, concept, tmp_path):
 def test_what_excludes_it_is_one_sentence(other, concept, tmp_path):
     with pytest.raises(ValueError, match="exclude one another: choose one"):
         recipe_for(concept, tmp_path, train_on="somewhere", **other)
-    with pytest.raises(ValueError, match="adapter: full trains the weights that are deployed"):
+    with pytest.raises(ValueError, match="adapter: full trains the deployed weights themselves"):
         parse_recipe(
             recipe_for(concept, tmp_path, train_on="somewhere").model_dump() | {"adapter": "full"}
         )

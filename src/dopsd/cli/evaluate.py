@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dopsd.cli.console import say, show_table, write_numbers
-from dopsd.cli.options import AsJson, Model, Side, Strength, forwards_of
+from dopsd.cli.generate import taken_model
+from dopsd.cli.options import AsJson, Side, Strength, TakenModel, forwards_of
 from dopsd.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def evaluate(
     folder: Images,
     metric: Metrics,
     prompts: Prompts = None,
-    model: Model = "pocket",
+    model: TakenModel = None,
     lora: TunedLora = None,
     strength: Strength = 1.0,
     seeds: Annotated[int, typer.Option(help="Images for each prompt.")] = 4,
@@ -103,7 +104,14 @@ def evaluate(
     real_images = _real_images(targets, questions)
     with progress_bar() as advance:
         if prompts:
-            plan = Plan(model, questions, lora, strength, seeds, forwards_of(nfe), width, height)
+            taken = taken_model(model, lora)
+            if taken.distilled_by:
+                raise ValueError(
+                    f"{lora} belongs to a model that another file distils, and evaluate takes a "
+                    f"whole model: run `dopsd fuse {lora}`, and give its folder as --model."
+                )
+            name = taken.name_or_path
+            plan = Plan(name, questions, lora, strength, seeds, forwards_of(nfe), width, height)
             image_sets = generate_image_sets(plan, folder, advance)
         else:
             image_sets = _given_image_sets(folder, base, targets, captioned=needs != {"set"})

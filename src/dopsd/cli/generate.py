@@ -1,17 +1,22 @@
 """`dopsd sample`, `fuse`: images from a model with a LoRA, and a model with the LoRA added."""
 
+from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dopsd.cli.console import say
-from dopsd.cli.options import DistilledBy, Lora, Model, Side, Strength
+from dopsd.cli.console import note, say
+from dopsd.cli.options import DistilledBy, Lora, Side, Strength, TakenModel, lora_file
+from dopsd.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from dopsd.models.lora import ModelReference
 
 
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
-    model: Model = "pocket",
+    model: TakenModel = None,
     lora: Lora = None,
     strength: Strength = 1.0,
     nfe: Annotated[
@@ -26,34 +31,74 @@ def sample(
         list[Path] | None, typer.Option(help="Image to edit. Repeatable, in order.")
     ] = None,
     distilled_by: DistilledBy = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the images.")] = Path("samples"),
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for the images; none is overwritten.")
+    ] = Path("samples"),
 ) -> None:
     """Generate an image for each prompt, as the deployed pipeline would."""
-    from dopsd.files import writing
+    from dopsd.files import atomic_path
     from dopsd.models.pipeline import sample as sample_prompts
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder for the images with --out.")
-    images = sample_prompts(
-        model, prompts, lora, strength, nfe, seed, width, height, reference or (), distilled_by
-    )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    taken = taken_model(model, lora, distilled_by)
+    with progress_bar() as advance:
+        images = sample_prompts(
+            taken.name_or_path,
+            prompts,
+            lora,
+            strength,
+            nfe,
+            seed,
+            width,
+            height,
+            reference or (),
+            taken.distilled_by,
+            lambda done, total: advance("generating", done, total),
+        )
     for index, image in enumerate(images):
-        path = folder / f"{index}_{seed + index}.png"
-        image.save(path)
+        path = free_path(folder / f"{index}_{seed + index}.png")
+        with atomic_path(path) as temporary:
+            image.save(temporary, "png")
         say(str(path))
 
 
 def fuse(
     lora: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).", show_default=False)],
-    model: Model = "pocket",
+    model: TakenModel = None,
     strength: Strength = 1.0,
     distilled_by: DistilledBy = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("fused"),
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder to write, which must not exist.")
+    ] = Path("fused"),
 ) -> None:
     """Write the model with a LoRA added to its weights, as a diffusers folder."""
     from dopsd.models.folder import fuse as fuse_lora
 
-    fuse_lora(model, lora, folder, strength, distilled_by)
+    taken = taken_model(model, lora, distilled_by)
+    fuse_lora(taken.name_or_path, lora, folder, strength, taken.distilled_by)
     say(f"{folder}; open it with diffusers, or: dopsd sample PROMPT --model {folder}")
+
+
+def taken_model(
+    model: str | None, lora: Path | None, distilled_by: str | None = None
+) -> "ModelReference":
+    """The model that was given, or the one that the LoRA file names, which is then printed. Raises
+    ValueError where there is neither."""
+    from dopsd.models.lora import model_for
+
+    if lora is not None:
+        lora_file(lora)
+    reference = model_for(lora, model, distilled_by)
+    if model is None:
+        by = f", distilled by {reference.distilled_by}" if reference.distilled_by else ""
+        note(f"model: {reference.name_or_path}{by}, as {lora} says")
+    return reference
+
+
+def free_path(path: Path) -> Path:
+    """The path, or, where it exists, the first of name-2, name-3, ... that does not."""
+    if not path.exists():
+        return path
+    names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(name for name in names if not name.exists())

@@ -24,6 +24,13 @@ Changes = Annotated[
 Model = Annotated[
     str, typer.Option(help="Local diffusers folder, hub id, or `pocket` (the toy model).")
 ]
+TakenModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Local diffusers folder, hub id, or `pocket` (the toy model); default: the model "
+        "that the LoRA file names."
+    ),
+]
 Lora = Annotated[Path | None, typer.Option(help="LoRA file (.safetensors).")]
 Strength = Annotated[float, typer.Option(help="Strength of the LoRA; 1 is as trained.")]
 Side = Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)]
@@ -49,6 +56,16 @@ LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
 )
 MOST_FORWARDS = 1000  # no sampler takes more steps
+
+
+def lora_file(path: Path) -> Path:
+    """The path, unless it is a folder that holds no adapter. Raises ValueError then, with the LoRA
+    files in it."""
+    if not path.is_dir() or (path / "adapter_config.json").is_file():
+        return path
+    files = sorted(path.glob("*.safetensors"), key=lambda file: len(file.name))
+    example = f"the LoRA file in it, such as {files[0]}" if files else "a LoRA file (.safetensors)"
+    raise ValueError(f"{path} is a folder: give {example}.")
 
 
 def forwards_of(text: str | None) -> tuple[int, ...]:

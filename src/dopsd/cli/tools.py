@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dopsd.cli.console import field, say, show_table, write_numbers
-from dopsd.cli.options import AsJson, DistilledBy, Model
+from dopsd.cli.options import AsJson, DistilledBy, Model, lora_file
 
 LABEL = 26  # columns
 
@@ -54,16 +54,34 @@ def init(
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="LoRA file, or a model's folder.", show_default=False)
+        Path,
+        typer.Argument(help="LoRA file, model folder, or the folder of a run.", show_default=False),
     ],
 ) -> None:
-    """Show what a LoRA file or a model's folder is: family, rank, method, steps, and which loaders
+    """Show what a LoRA file or a model folder is: family, rank, method, steps, and which loaders
     take it and how."""
     from dopsd.models.folder import is_model
     from dopsd.models.inspection import inspect_lora, inspect_model
 
+    if (file / "config.yaml").is_file():
+        file = _result_of(file)
+        field("result", file, LABEL)
+    if not is_model(file):
+        lora_file(file)
     for label, value in (inspect_model if is_model(file) else inspect_lora)(file).lines:
         field(label, value, LABEL)
+
+
+def _result_of(run_folder: Path) -> Path:
+    """What a run has made: its LoRA file, or its model folder."""
+    from dopsd.config.recipe import load_recipe
+
+    result = run_folder / load_recipe(run_folder / "config.yaml").result().name
+    if not result.exists():
+        raise ValueError(
+            f"{run_folder} is the folder of a run that has not finished: it holds no {result.name}."
+        )
+    return result
 
 
 def list_methods(json_file: AsJson = None) -> None:

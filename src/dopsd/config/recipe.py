@@ -1,8 +1,6 @@
-"""Recipes as YAML files: read into the tree of settings, every fault one sentence, unknown keys
-with a suggestion."""
+"""Reading recipes: YAML and `--set` changes into the tree of settings, one sentence a fault."""
 
-import difflib
-import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dopsd.config.schema import PromptSection, Recipe, Section, TrainSection
+from dopsd.config.aliases import hint, with_current_names
+from dopsd.config.fields import Section
+from dopsd.config.monitoring import PromptSection
+from dopsd.config.schema import Recipe
+from dopsd.config.training import TrainSection
 from dopsd.files import shorten
 from dopsd.methods import METHODS
-
-log = logging.getLogger(__name__)
 
 __all__ = [
     "PromptSection",
@@ -26,69 +26,31 @@ __all__ = [
     "read_recipe",
 ]
 
-# Words of other tools, and what they are called here.
-ALIASES = {
-    "pretrained_model_name_or_path": "model.name_or_path",
-    "network_dim": "lora.rank",
-    "network_alpha": "lora.alpha",
-    "linear": "lora.rank",
-    "linear_alpha": "lora.alpha",
-    "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lr": "train.learning_rate",
-    "steps": "train.max_steps",
-    "max_train_steps": "train.max_steps",
-    "train_batch_size": "train.batch_size",
-    "num_inference_steps": "sample.nfe",
-    "sample_steps": "sample.nfe",
-    "ema_decay": "method.teacher_decay",
-    "save_every": "save.every",
-    "checkpointing_steps": "save.every",
-    "sample_every": "sample.every",
-    "validation_prompt": "sample.prompts",
-    "sample_prompts": "sample.prompts",
-    "caption_ext": "data.caption_extension",
-    "name_or_path": "model.name_or_path",
-    "instance_data_dir": "data.folder",
-    "dataset_path": "data.folder",
-    "dataset_name": "data.dataset",
-    "train_data_dir": "data.folder",
-    "folder_path": "data.folder",
-    "num_repeats": "data.repeats",
-    "trigger_word": "data.trigger",
-    "caption_dropout_rate": "data.caption_dropout",
-    "max_step_saves_to_keep": "save.keep_last",
-    "checkpoints_total_limit": "save.keep_last",
-    "gradient_accumulation": "train.gradient_accumulation_steps",
-    "optimizer_type": "train.optimizer",
-    "use_8bit_adam": "train.optimizer",
-    "lr_scheduler": "train.lr_schedule",
-    "lr_warmup_steps": "train.warmup_steps",
-    "output_name": "run_name",
-    "resume_from_checkpoint": "the --resume flag",
-    "memory": "model.memory",
-    "load_in_4bit": "model.quantize",
-    "base_quant": "model.quantize",
-    "gradient_checkpointing": "model.memory",
-    "report_to": "track.to",
-    "log_with": "track.to",
-    "wandb_project": "track.project",
-    "tracker_project_name": "track.project",
+# The key that a value stands for where someone gives a section as one value.
+MAIN_KEYS = {
+    "model": "name_or_path",
+    "data": "folder",
+    "data.more": "folder",
+    "method": "name",
+    "lora": "rank",
+    "train": "max_steps",
+    "sample": "prompts",
+    "sample.prompts": "prompt",
+    "health": "every",
+    "stop": "unhealthy",
+    "save": "every",
+    "track": "to",
 }
 
 
-# Recipe keys that were renamed: the old one still works, and a line says what to write.
-RENAMED = {"method.judge": "method.reward", "method.class_pictures": "method.class_images"}
-
-
-class _OnlyOnce(yaml.SafeLoader):
-    """A key that comes twice is an error: YAML would drop the first in silence."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{twice[0]} is there twice", node.start_mark
+                None, None, f"{twice[0]} is given twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -115,17 +77,16 @@ def read_recipe(
 ) -> Recipe:
     """Like `load_recipe`, from YAML text; `defaults` stand where the text has no such key."""
     try:
-        tree = yaml.load(text, _OnlyOnce)
+        tree = yaml.load(text, _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise ValueError(
             f"{source} must hold sections (model, data, method, ...), not {type(tree).__name__}."
         )
-    tree = {
-        **defaults,
-        **{key: {} if value is None else value for key, value in tree.items()},
-    }  # comments alone: None
+    # a section that holds only comments is None
+    sections = {key: {} if value is None else value for key, value in tree.items()}
+    tree = {**defaults, **sections}
     for change in changes:
         _apply(tree, change)
     return parse_recipe(tree, source)
@@ -134,24 +95,9 @@ def read_recipe(
 def parse_recipe(tree: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """A nested mapping as a Recipe. Raises ValueError with one sentence a fault."""
     try:
-        return Recipe.model_validate(_with_current_names(tree, source))
+        return Recipe.model_validate(with_current_names(tree, source))
     except ValidationError as error:
         raise ValueError(f"{source}: " + " ".join(_sentences(error))) from error
-
-
-def _with_current_names(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The tree with renamed keys under their current names. A key that is given under both is left
-    for the schema to refuse."""
-    current = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()
-    }
-    for old, new in RENAMED.items():
-        (section, old_key), new_key = old.split("."), new.split(".")[1]
-        keys = current.get(section)
-        if isinstance(keys, dict) and old_key in keys and new_key not in keys:
-            keys[new_key] = keys.pop(old_key)
-            log.warning("%s: %s is now called %s; the old name still works.", source, old, new)
-    return current
 
 
 def _apply(tree: dict[str, Any], change: str) -> None:
@@ -182,19 +128,33 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             for part in fault["loc"]
             if not (fault["loc"][0] == "method" and part in METHODS)
         )
+        message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            yield f"{place} is no key of a recipe{_hint(place)}."
+            yield f"{place} is no key of a recipe{hint(place, known_keys(), _owners(place))}."
         elif fault["type"] == "missing":
             yield f"{place} is missing."
         elif fault["type"].startswith("union_tag"):
             yield f"method.name must be one of {', '.join(METHODS)}."
+        elif fault["type"] in ("model_type", "model_attributes_type"):
+            yield _section_sentence(place, fault["input"])
         elif not place:  # of the recipe as a whole
-            yield f"{fault['msg'].removeprefix('Value error, ')}."
+            yield f"{message}."
         else:
-            yield f"{place} is {_shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+            yield f"{place} is {_quoted(fault['input'])}: {message[0].lower()}{message[1:]}."
 
 
-def _shown(value: Any) -> str:
+def _section_sentence(place: str, value: Any) -> str:
+    """For a value where keys are expected: how to write it as a section."""
+    section = re.sub(r"\.\d+$", "", place)  # of an item of a list, such as data.more.0
+    written = shorten(str(value), 60) if isinstance(value, str | int | float) else "..."
+    if section == "method" and written not in METHODS:
+        written = next(iter(METHODS))
+    keys = f"{{{MAIN_KEYS[section]}: {written}}}"
+    example = f"{section}: {keys}" if section == place else keys
+    return f"{place} is {_quoted(value)}, not a section: write {example}."
+
+
+def _quoted(value: Any) -> str:
     return shorten(repr(value)) if isinstance(value, str) else shorten(value)
 
 
@@ -212,24 +172,9 @@ def known_keys() -> list[str]:
     return sorted(set(keys))
 
 
-def _hint(place: str) -> str:
-    last = place.rpartition(".")[2]
-    if last in ALIASES:
-        return f"; {last} is {ALIASES[last]} here"
-    keys = known_keys()
-    if place in keys:  # of another method than the recipe's
-        owners = [
-            name
-            for name, method in METHODS.items()
-            if place.removeprefix("method.") in method.model_fields
-        ]
-        return f"; it is one of {', '.join(owners)}"
-    close = difflib.get_close_matches(place, keys, 1, 0.6)
-    close = close or [
-        k for k in keys if difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() > 0.7
-    ]
-    return (
-        f" (did you mean {close[0]}?)"
-        if close
-        else f"; the sections are {', '.join(Recipe.model_fields)}"
-    )
+def _owners(place: str) -> list[str]:
+    """The methods that have the key."""
+    section, _, key = place.partition(".")
+    if section != "method":
+        return []
+    return [name for name, method in METHODS.items() if key in method.model_fields]

@@ -1,0 +1,66 @@
+"""Sections of the recipe for training itself: adapter, optimizer, when to stop, checkpoints."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dopsd.config.fields import LocalPath, Pattern, Section, Seed
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float | None = Field(
+        None, gt=0, description="Scale is alpha / rank; default: alpha = rank."
+    )
+    targets: Pattern | None = Field(
+        None,
+        description="Regular expression over module names; default: all linear layers of the "
+        "blocks.",
+    )
+    init_from: LocalPath | None = Field(
+        None, description="LoRA file to continue from, of the same rank and targets."
+    )
+
+
+class TrainSection(Section):
+    """The optimizer and how long it runs."""
+
+    max_steps: int = Field(1000, ge=1)
+    max_seconds: float | None = Field(
+        None, gt=0, description="Of steps, after which training ends as at max_steps."
+    )
+    batch_size: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: its moments in 8 bits (extra `quantize`)."
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_skipped_steps: int = Field(
+        3, ge=1, description="Steps in a row without finite loss or gradient, then stop."
+    )
+    seed: Seed = 0
+
+
+class StopSection(Section):
+    """When to end before max_steps."""
+
+    unhealthy: bool = Field(
+        False, description="End with exit code 3 at the first health check that fails."
+    )
+
+
+class SaveSection(Section):
+    """Checkpoints."""
+
+    every: int = Field(250, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep_last: int | None = Field(
+        2,
+        ge=2,
+        description="Checkpoints (and whole models) to keep; null: all. LoRA files are all kept.",
+    )
