@@ -237,7 +237,7 @@ RUNS: dict[str, tuple[Build, Command, str]] = {
     "resume from nowhere": (
         finished(),
         (*TRAIN, "--resume", "gone"),
-        "no checkpoint to resume from in gone",
+        "--resume gone: there is no such checkpoint folder",
     ),
     "resume with another rank": (
         finished(),
