@@ -1,1 +1,1 @@
-"""What a run leaves: its folder, previews, exported weights, model card, report and tracker logs."""
+"""What a run leaves: its folder, previews, exported weights, model card, report, tracker logs."""

@@ -119,11 +119,20 @@ def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) ->
     )
 
 
+OLD_KEYS = {"pictures": "images"}
+
+
+def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of a run folder of any version, under the keys that are written today."""
+    return {OLD_KEYS.get(key, key): value for key, value in record.items()}
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a JSONL file with a row a step; the last may be cut where a run was killed.
     Raises ValueError for a row that is none."""
     rows = []
-    for number, row in read_jsonl(path, is_log=True):
+    for number, record in read_jsonl(path, is_log=True):
+        row = with_current_keys(record)
         if type(row.get("step")) is not int:
             raise ValueError(f"{path} line {number} has no `step`: the run folder is damaged.")
         rows.append(row)
