@@ -49,7 +49,11 @@ def train(
     run = resolved or resolve(recipe)
     if resolved is None:
         check(run)
-    with claimed(recipe, resume) as states:
+    with (
+        claimed(recipe, resume) as states,
+        # Started first: a missing login or network is found before anything is encoded.
+        tracking(recipe, is_new=not states) as trackers,
+    ):
         # Encode, let the encoders leave memory, then load the network.
         encoded = encode_run(run, progress)
         session = Session.open(run, choose_low_memory(run), encoded.previews[0].student.context)
@@ -59,8 +63,10 @@ def train(
         write_header(recipe, environment(session), fresh=not states)
         write_data_images(recipe.run_folder, encoded.rows, encoded.previews)
 
-        with tracking(recipe, start) as trackers, noticing_signals() as received_signal:
-            if start == 0:
+        with noticing_signals() as received_signal:
+            if start:
+                trackers.continue_after(start)
+            else:
                 _preview(session, encoded, 0, trackers)
                 write_report(recipe.run_folder, "running")
             yield from _train(session, encoded, start, received_signal, trackers)
