@@ -25,8 +25,8 @@ from bench import BATCH, CPU, RANK, Bench
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_json
 from dopsd.methods import DOPSD
-from dopsd.pocket.world.datasets import HELD_OUT
 from dopsd.pocket.demo import demo_recipe
+from dopsd.pocket.world.datasets import HELD_OUT
 from dopsd.pocket.world.out_of_domain import OUT_OF_WORLD, kind_of
 from dopsd.runs.preflight import ENOUGH, preflight
 

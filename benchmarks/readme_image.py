@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dopsd import load_family, sample
 from dopsd.images import to_pil
-from dopsd.pocket.benchmark import ConceptQuestions, NOISE_SEED, render_scenes
-from dopsd.pocket.world.datasets import concept_caption, concept_of
+from dopsd.pocket.benchmark import NOISE_SEED, ConceptQuestions, render_scenes
 from dopsd.pocket.world.captions import caption_of
+from dopsd.pocket.world.datasets import concept_caption, concept_of
 
 SCENES, UNRELATED = 4, 2
 # Pixels: an image, between images, row labels, column labels

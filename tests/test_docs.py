@@ -214,9 +214,7 @@ def command_lines(path: Path) -> Iterator[str]:
         text = "\n".join(
             line.removeprefix("#") for line in text.splitlines() if line.startswith("#")
         )
-    for line in re.findall(r"^(?: {3,}|\$ )(dopsd .+)$", text, re.M):
-        # Recipes separate a command from its description by spaces instead of a #.
-        yield re.split(r"\s{2,}(?=[A-Za-z])", line)[0] if path.suffix == ".yaml" else line
+    yield from re.findall(r"^(?: {3,}|\$ )(dopsd .+)$", text, re.M)
     for block in re.findall(r"^```(?:bash|sh|text)?\n(.*?)^```", text, re.M | re.S):
         yield from re.findall(r"^(dopsd .+)$", block, re.M)
 

@@ -1,14 +1,13 @@
-"""Pages that tell what happened: one of a run, one of a comparison. Self-contained HTML, no script,
-no network.
+"""HTML pages of results: one file each, without script and network.
 
-A page is a list of sections (words, table, panels of images, curves, text); page.html.jinja lays
-them out.
+A page opens with a verdict. Below it stand sections (sentences, a table, panels of images, curves,
+text), laid out by page.html.jinja; each names its terms where they are used.
 """
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,16 +20,44 @@ from dopsd.files import write_text
 EXACT_SIDE = 256
 COPY_SIDE = 640
 ENLARGED_SIDE = 128  # pixels; images up to here are enlarged without smoothing
-SHARED = "In a column every model got the same prompt and the same noise."
+SAME_NOISE = "Images in one group were generated from the same prompt and the same noise."
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A grid of images: a caption for each column, and rows of (label, images)."""
+    """A grid of images: a caption for each column, and rows of (label, images).
+
+    A page shows it column by column, so that a group wraps on a narrow screen and images to be
+    compared stay neighbours."""
 
     title: str
     captions: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Image.Image, ...]], ...]
+
+    @property
+    def groups(self) -> list[tuple[str, list[tuple[str, Image.Image]]]]:
+        """(caption, its labelled images) for each column; a short row has no image in the last."""
+        return [
+            (caption, [(label, row[index]) for label, row in self.rows if index < len(row)])
+            for index, caption in enumerate(self.captions)
+        ]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, left out when it has nothing to show.
+
+    rows: cells of a table; with a header, those after the first are numbers. definitions: what the
+    terms of the table or the images mean, written below them."""
+
+    title: str
+    sentences: Sequence[str] = ()
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    definitions: Mapping[str, str] = field(default_factory=dict)
+    panels: Sequence[Panel] = ()
+    curves: Sequence[Curve] = ()
+    text: str = ""
 
 
 def write_comparison(
@@ -41,55 +68,50 @@ def write_comparison(
     table: Sequence[Sequence[str]],
     panels: Sequence[Panel],
     notes: Sequence[str] = (),
+    verdict: str = "",
+    definitions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the page of a comparison. table: a row for each model, its name first and numbers
-    after."""
+    """Write the page of a comparison.
+
+    verdict: what the numbers say, in one or two sentences. table: a row for each model, its name
+    first and numbers after. definitions: what the names in the header mean."""
     sections = [
-        _Section("HealthMetrics", header=header, rows=table),
-        _Section("Pictures", words=[SHARED] if panels else [], panels=panels),
-        _Section("Notes", words=notes),
+        Section("Metrics", header=header, rows=table, definitions=definitions or {}),
+        Section("Images", sentences=[SAME_NOISE] if panels else [], panels=panels),
+        Section("Notes", sentences=notes),
     ]
-    return _write_page(path, title, intro, sections, {})
+    return write_page(path, title, verdict, intro, sections)
 
 
-@dataclass(frozen=True)
-class _Section:
-    """A part of a page, left out when it has nothing to show. With a header, the cells after the
-    first are numbers."""
-
-    title: str
-    words: Sequence[str] = ()
-    header: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    panels: Sequence[Panel] = ()
-    curves: Sequence[Curve] = ()
-    text: str = ""
-
-
-def _write_page(
-    path: Path, title: str, intro: str, sections: Sequence[_Section], headline: Mapping[str, object]
+def write_page(
+    path: Path,
+    title: str,
+    verdict: str,
+    intro: str,
+    sections: Sequence[Section],
+    files: Sequence[tuple[str, str]] = (),
+    facts: Mapping[str, object] | None = None,
 ) -> Path:
-    loader = PackageLoader("dopsd.evaluation", "")
-    pages = Environment(
-        loader=loader,
+    """Write a page. files: (name, how to use it) of what a run left, above the facts."""
+    environment = Environment(
+        loader=PackageLoader("dopsd.evaluation", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters["data_uri"] = _data_uri
-    page = pages.get_template("page.html.jinja")
-    write_text(
-        path,
-        page.render(
-            title=title,
-            intro=intro,
-            sections=sections,
-            headline=headline,
-            exact_side=EXACT_SIDE,
-            enlarged_side=ENLARGED_SIDE,
-        ),
+    environment.filters["data_uri"] = _data_uri
+    html = environment.get_template("page.html.jinja").render(
+        title=title,
+        verdict=verdict,
+        intro=intro,
+        files=files,
+        facts=facts or {},
+        sections=sections,
+        exact_side=EXACT_SIDE,
+        enlarged_side=ENLARGED_SIDE,
     )
+    write_text(path, html)
     return path
 
 

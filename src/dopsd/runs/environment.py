@@ -23,6 +23,7 @@ def environment(session: Session) -> dict[str, Any]:
         "family": run.family.name,
         "licence_of_base": run.family.licence,
         "images": images,
+        "max_steps": run.recipe.train.max_steps,
         "data": {
             "images": images,
             "edited": sum(1 for example in listing.examples if example.references),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dopsd.data.cache import Row, prepare, shown_to_teacher
+from dopsd.data.cache import Row, prepare
 from dopsd.data.folder import Example
 from dopsd.diffusion.batch import Context
 from dopsd.runs.class_images import with_generated
@@ -72,9 +72,7 @@ def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun
     prior = cache_rows(class_examples, run.side, False, False) if class_examples else ()
 
     # The prompts of previews, of the health check and of retention.
-    shown = []
-    if run.learns_from_teacher:
-        shown = [shown_to_teacher(row) for row in list(dict.fromkeys(rows))[:PREVIEWED_CAPTIONS]]
+    shown = list(dict.fromkeys(rows))[:PREVIEWED_CAPTIONS] if run.learns_from_teacher else []
     replay = None
     if run.replay_prompts:
         replay = text_encoder.context(list(run.replay_prompts)).to("cpu")

@@ -29,7 +29,7 @@ from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision, latent_size
 from dopsd.models.hub import Checkpoint
 from dopsd.models.pipeline import ImageRequest, device_and_dtype
-from dopsd.runs.outputs.trackers import refuse_missing
+from dopsd.runs.outputs.trackers import refuse_unready
 
 PREVIEWED_CAPTIONS = 4  # captions that are previewed when the recipe names no prompts
 
@@ -206,7 +206,7 @@ def frozen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def _refuse_missing_requirements(recipe: Recipe) -> None:
     """Trackers, bitsandbytes, the reward and the health model that the recipe names must exist."""
-    refuse_missing(recipe)
+    refuse_unready(recipe)
     in_few_bits = recipe.model.quantize or recipe.train.optimizer == "adamw_8bit"
     if in_few_bits and find_spec("bitsandbytes") is None:
         key = "model.quantize" if recipe.model.quantize else "train.optimizer: adamw_8bit"

@@ -17,9 +17,10 @@ from dopsd.runs.memory import choose_low_memory
 from dopsd.runs.outputs.folder import Metrics, claimed, read_rows, write_header
 from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.model_card import write_card
-from dopsd.runs.outputs.previews import generate_previews, write_examples
+from dopsd.runs.outputs.previews import generate_previews, preview_folder, write_data_images
 from dopsd.runs.outputs.report import write_report
 from dopsd.runs.outputs.trackers import Trackers, tracking
+from dopsd.runs.outputs.verdict import State
 from dopsd.runs.prepare import EncodedRun, Progress, encode_run
 from dopsd.runs.resolve import ResolvedRun, resolve
 from dopsd.runs.session import Session
@@ -48,7 +49,11 @@ def train(
     run = resolved or resolve(recipe)
     if resolved is None:
         check(run)
-    with claimed(recipe, resume) as states:
+    with (
+        claimed(recipe, resume) as states,
+        # Started first: a missing login or network is found before anything is encoded.
+        tracking(recipe, is_new=not states) as trackers,
+    ):
         # Encode, let the encoders leave memory, then load the network.
         encoded = encode_run(run, progress)
         session = Session.open(run, choose_low_memory(run), encoded.previews[0].student.context)
@@ -56,11 +61,14 @@ def train(
         # Go on from a checkpoint, or begin.
         start = _restore(session, states)
         write_header(recipe, environment(session), fresh=not states)
-        write_examples(recipe, encoded.rows)
+        write_data_images(recipe.run_folder, encoded.rows, encoded.previews)
 
-        with tracking(recipe, start) as trackers, noticing_signals() as received_signal:
-            if start == 0:
+        with noticing_signals() as received_signal:
+            if start:
+                trackers.continue_after(start)
+            else:
                 _preview(session, encoded, 0, trackers)
+                write_report(recipe.run_folder, "running")
             yield from _train(session, encoded, start, received_signal, trackers)
 
 
@@ -96,7 +104,8 @@ def _train(
         seconds += report.seconds
         done, signal = step == plan.max_steps or seconds >= max_seconds, received_signal()
         save_due = _due(step, recipe.save.every)
-        if done or _due(step, recipe.sample.every):
+        preview_due = done or _due(step, recipe.sample.every)
+        if preview_due:
             _preview(session, encoded, step, trackers)
         unhealthy = monitor.after_step(step, done)
 
@@ -117,6 +126,9 @@ def _train(
                 session.optimizer,
                 recipe.save.keep_last,
             )
+        # After the checkpoint, so that an error in the report loses no step.
+        if preview_due or signal or unhealthy:
+            write_report(recipe.run_folder, _state(done, bool(signal or unhealthy)))
         yield report
         if signal and not done:
             raise Stopped(signal, step)
@@ -149,12 +161,18 @@ def _track(trackers: Trackers, report: StepReport) -> None:
 
 
 def _export_result(session: Session, step: int) -> None:
-    """The result, its model card and the report."""
+    """The result and its model card."""
     run, recipe = session.run, session.run.recipe
     metadata = weights_metadata(run, step)
     session.export(recipe.result(), metadata)
     write_card(recipe, run.family, metadata, step)
-    write_report(recipe.run_folder)
+
+
+def _state(done: bool, interrupted: bool) -> State:
+    """What the report says of a run after a step."""
+    if done:
+        return "finished"
+    return "stopped" if interrupted else "running"
 
 
 def _remove_old_models(recipe: Recipe) -> None:
@@ -168,7 +186,7 @@ def _remove_old_models(recipe: Recipe) -> None:
 def _preview(session: Session, encoded: EncodedRun, step: int, trackers: Trackers) -> None:
     """Generate the previews into `samples/step-N/`; the VAE is in memory only meanwhile."""
     run = session.run
-    folder = run.recipe.run_folder / "samples" / f"step-{step:06d}"
+    folder = preview_folder(run.recipe.run_folder, step)
     generate_previews(
         folder,
         encoded.previews,

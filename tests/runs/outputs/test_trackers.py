@@ -1,5 +1,5 @@
-"""Trackers: a run with each of them, their own files read back, and a resumed run that goes on in
-the same place."""
+"""Trackers: a run with each, their own files read back, and a resumed run that continues in the
+same place."""
 
 import json
 import struct
@@ -16,8 +16,7 @@ STEPS = 5
 
 
 @pytest.fixture(autouse=True)
-def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing leaves the test's folder."""
+def stay_in_the_folder_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "WANDB_MODE": "offline",
         "WANDB_DIR": str(tmp_path),
@@ -38,7 +37,7 @@ def recipe_for(concept: Path, output: Path, tracker: str, steps: int = STEPS) ->
             "sample": {"every": 2, "prompts": "a toy"},
             "health": {"every": STEPS, "prompts": ["a big red star", "a toy"]},
             "save": {"every": 2, "keep_last": None},
-            "track": {"to": tracker, "project": "lessons"},
+            "track": {"to": tracker, "project": "concepts"},
             "output_dir": str(output),
             "run_name": "tracked",
         }
@@ -50,23 +49,23 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def told_to_tensorboard(run: Path):
+def read_tensorboard(run: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
-    found.Reload()
-    return found
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    return events
 
 
 def test_tensorboard_holds_the_losses_the_previews_and_the_health(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "tensorboard")
     for _ in train(recipe):
         pass
-    found = told_to_tensorboard(recipe.run_folder)
-    told = {event.step: event.value for event in found.Scalars("train/loss")}
-    assert told == pytest.approx(losses(recipe.run_folder)) and len(told) == STEPS
-    assert [event.step for event in found.Images("previews")] == [0, 2, 4, 5]
-    assert [event.value for event in found.Scalars("health/drift")] == pytest.approx(
+    events = read_tensorboard(recipe.run_folder)
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert logged == pytest.approx(losses(recipe.run_folder)) and len(logged) == STEPS
+    assert [event.step for event in events.Images("previews")] == [0, 2, 4, 5]
+    assert [event.value for event in events.Scalars("health/drift")] == pytest.approx(
         [json.loads((recipe.run_folder / "health.jsonl").read_text())["drift"]["value"]]
     )
     assert (recipe.run_folder / "samples/step-000005/grid.png").exists()
@@ -79,14 +78,14 @@ def test_after_a_resume_tensorboard_shows_each_step_once(concept, tmp_path):
         if report.step == 3:
             break
     run.close()
-    for _ in train(recipe, resume="latest"):  # from step 2: step 3 is told again
+    for _ in train(recipe, resume="latest"):  # from step 2: step 3 is logged again
         pass
-    told = [
+    logged = [
         (event.step, event.value)
-        for event in told_to_tensorboard(recipe.run_folder).Scalars("train/loss")
+        for event in read_tensorboard(recipe.run_folder).Scalars("train/loss")
     ]
-    assert [step for step, _ in told] == [1, 2, 3, 4, 5]
-    assert dict(told) == pytest.approx(losses(recipe.run_folder))
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
+    assert dict(logged) == pytest.approx(losses(recipe.run_folder))
 
 
 def test_trackio_holds_the_losses_and_the_previews(concept, tmp_path):
@@ -95,10 +94,10 @@ def test_trackio_holds_the_losses_and_the_previews(concept, tmp_path):
         pass
     from trackio.sqlite_storage import SQLiteStorage
 
-    (name,) = SQLiteStorage.get_runs("lessons")
-    rows = SQLiteStorage.get_logs("lessons", name)
-    told = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-    assert told == pytest.approx(losses(recipe.run_folder)) and len(told) == STEPS
+    (name,) = SQLiteStorage.get_runs("concepts")
+    rows = SQLiteStorage.get_logs("concepts", name)
+    logged = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert logged == pytest.approx(losses(recipe.run_folder)) and len(logged) == STEPS
     assert [row["step"] for row in rows if "previews" in row] == [0, 2, 4, 5]
 
 
@@ -133,8 +132,8 @@ def test_wandb_holds_the_losses_and_the_previews(concept, tmp_path):
         pass
     (file,) = tmp_path.rglob("*.wandb")
     rows = list(wandb_history(file))
-    told = {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
-    assert told == pytest.approx(losses(recipe.run_folder)) and len(told) == STEPS
+    logged = {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert logged == pytest.approx(losses(recipe.run_folder)) and len(logged) == STEPS
     assert [row["_step"] for row in rows if any("previews" in key for key in row)] == [0, 2, 4, 5]
 
 
@@ -142,14 +141,41 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(
     concept, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("dopsd.runs.outputs.trackers.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"wandb, which is not installed: pip install 'dopsd\[wandb\]'"
-    ):
+    message = r"wandb, which is not installed: pip install 'dopsd\[wandb\]'"
+    with pytest.raises(ValueError, match=message):
         resolve(recipe_for(concept, tmp_path, "wandb"))
 
 
-def test_a_tracker_that_cannot_start_is_a_sentence(concept, tmp_path):
+@pytest.fixture
+def no_wandb_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb as on a new machine: online, and neither a key nor a netrc file."""
+    import wandb
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown()  # it reads the environment once
+    yield
+    wandb.teardown()
+
+
+def test_wandb_without_a_login_is_refused_before_anything_starts(concept, tmp_path, no_wandb_login):
+    with pytest.raises(ValueError, match=r"nobody is logged in: run `wandb login`, or set WANDB_"):
+        resolve(recipe_for(concept, tmp_path, "wandb"))
+
+
+def test_wandb_with_a_key_that_is_none_is_refused_before_anything_starts(
+    concept, tmp_path, no_wandb_login, monkeypatch
+):
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    with pytest.raises(ValueError, match=r"wandb, whose login is broken: .*40\+ characters"):
+        resolve(recipe_for(concept, tmp_path, "wandb"))
+
+
+def test_a_tracker_that_cannot_start_is_a_sentence_before_anything_is_encoded(concept, tmp_path):
     (tmp_path / "tracked").mkdir()
     (tmp_path / "tracked" / "tensorboard").write_text("a file where the folder should be")
     with pytest.raises(ValueError, match=r"tensorboard could not start .*Remove it from track\.to"):
         next(train(recipe_for(concept, tmp_path, "tensorboard")))
+    assert not (tmp_path / "cache").exists()

@@ -1,1 +1,1 @@
-"""What a run leaves: folder, previews, exported weights, metadata, model card, report, trackers."""
+"""What a run leaves: its folder, previews, exported weights, metadata, card, report, trackers."""

@@ -132,11 +132,20 @@ def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) ->
     write_json(recipe.run_folder / "env.json", dict(environment) | started)
 
 
+OLD_KEYS = {"pictures": "images"}  # of run folders that older versions wrote
+
+
+def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of a run folder of any version, under the keys that are written today."""
+    return {OLD_KEYS.get(key, key): value for key, value in record.items()}
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file with a row for each step, without a last one that a kill cut short.
     Raises ValueError for a row without a step."""
     rows = []
-    for number, row in read_jsonl(path, is_log=True):
+    for number, record in read_jsonl(path, is_log=True):
+        row = with_current_keys(record)
         if type(row.get("step")) is not int:
             raise ValueError(f"{path} line {number} has no `step`: the run folder is damaged.")
         rows.append(row)

@@ -109,25 +109,23 @@ def _code(
 ) -> list[str]:
     """Lines of Python that generate the first preview with diffusers."""
     usage, base = family.usage(int(metadata["nfe"])), metadata["base_model"]
-    result = recipe.result().name
-    if recipe.adapter == "full":
-        opened = result
-    else:  # the metadata name only the last part of a local folder
-        opened = base if "/" in base else f"path/to/{base}"
-    images = f", image=[Image.open(path) for path in {json.dumps(references)}]"
+    weights, is_lora = json.dumps(recipe.result().name), recipe.adapter == "lora"
+    # Of a local folder the metadata name only the last part
+    opened = json.dumps(base if "/" in base else f"path/to/{base}") if is_lora else weights
+    load = [f'pipeline.load_lora_weights(".", weight_name={weights})'] if is_lora else []
+    imports, images = [], ""
+    if references:
+        imports = ["from PIL import Image"]
+        images = f", image=[Image.open(path) for path in {json.dumps(references)}]"
     return [
         "import torch",
         "from diffusers import DiffusionPipeline",
         *usage.imports,
-        *(["from PIL import Image"] if references else []),
+        *imports,
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(opened)}, torch_dtype=torch.bfloat16)",
+        f"pipeline = DiffusionPipeline.from_pretrained({opened}, torch_dtype=torch.bfloat16)",
         *usage.setup,
-        *(
-            [f'pipeline.load_lora_weights(".", weight_name={json.dumps(result)})']
-            if recipe.adapter == "lora"
-            else []
-        ),
+        *load,
         f"prompt = {json.dumps(' '.join(prompt.split()), ensure_ascii=False)}",
-        f"image = pipeline(prompt=prompt{images if references else ''}, {usage.arguments}).images[0]",
+        f"image = pipeline(prompt=prompt{images}, {usage.arguments}).images[0]",
     ]

@@ -1,251 +1,201 @@
-"""The report page of a run."""
+"""The report page of a run: report.html in its folder, rewritten while it trains."""
 
-import json
-import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import yaml
 from PIL import Image
 
 from dopsd.evaluation.early_stopping import advise
-from dopsd.evaluation.pages import Panel, _Section, _write_page
-from dopsd.evaluation.plots import POINTS, Metrics, curve_of, curves_of
-from dopsd.runs.outputs.folder import read_rows
+from dopsd.evaluation.pages import Panel, Section, write_page
+from dopsd.evaluation.plots import Curve, Metrics, plot_curve, steps_per_point
+from dopsd.runs.outputs import definitions
+from dopsd.runs.outputs.record import RunRecord, ShownPreview, read_run
+from dopsd.runs.outputs.verdict import State, files_of, metrics_of, verdict_of
 
 ROLES = {
-    "base": "Base is the untouched model",
-    "student": "student is the tuned one",
-    "teacher": "teacher is the one that sees a picture beside the prompt",
+    "base": "the model before tuning",
+    "teacher": "the model with a training image beside the prompt: what the student learns from",
+    "student": "the tuned model",
 }
+NOT_DRAWN = ("step", "loss", "learning_rate", "images", "seconds", "skipped")
+STEP_METRIC = re.compile(r"(.+)_at_(\d+)")  # a metric at one step of the sampler
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` of a run folder. Raises ValueError when config.yaml or metrics.jsonl is
-    missing or broken; whatever else is missing is left out of the page."""
-    settings, recipe = _read_settings(run / "config.yaml")
-    metrics = _read_metrics(run / "metrics.jsonl")
-    path = run / "env.json"
-    environment: dict[str, Any] = (
-        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    )
-    refused, data = environment.pop("refused", []), environment.pop("data", None)
-    folder = f"{Path(settings['data']['folder'])}{os.sep}"
-    previews = _read_previews(run / "samples")
-    group = math.ceil(len(metrics) / POINTS)
-    thinning = [f"Each point is the mean of {group} steps."] if group > 1 else []
+def write_report(folder: Path, state: State) -> Path:
+    """Write `report.html` of a run folder. Raises ValueError where `read_run` does; what the
+    folder does not hold yet is left out of the page."""
+    record = read_run(folder)
     sections = [
-        *_image_sections(previews),
-        *_health_sections(run / "health.jsonl"),
-        *_data_sections(run, data),
-        _Section("Curves", words=thinning, curves=curves_of(metrics)),
-        _Section(
-            "Sampler",
-            words=[
-                _describe_sigmas(sample) for preview in previews[-1:] for sample in preview.rollouts
-            ],
+        *_preview_sections(record),
+        *_health_sections(record),
+        _curve_section(record.metrics),
+        *_data_sections(record),
+        _sampler_section(record.previews),
+        Section("Recipe", text=record.recipe),
+        Section(
+            "Environment", rows=[(key, str(value)) for key, value in record.environment.items()]
         ),
-        _Section("Recipe", text=recipe),
-        _Section("Environment", rows=[(key, str(value)) for key, value in environment.items()]),
-        _Section(
-            "Refused pictures", rows=[(name, why.replace(folder, "")) for name, why in refused]
-        ),
+        Section("Refused images", rows=record.refused),
     ]
-    headline = _headline(_without_folders(settings), metrics, environment)
-    return _write_page(
-        run / "report.html",
-        settings["run_name"],
-        "What a run did and what it cost.",
+    return write_page(
+        folder / "report.html",
+        record.name,
+        verdict_of(record, state),
+        "",
         sections,
-        headline,
+        files_of(record, state),
+        _facts(record),
     )
 
 
-@dataclass(frozen=True)
-class _Preview:
-    """One folder of samples/: titles say prompt and seed; images of each role are in order; walks:
-    the different lists of sigmas they were generated with (they depend on the size)."""
-
-    step: int
-    titles: tuple[str, ...]
-    images: Mapping[str, tuple[Image.Image, ...]]
-    rollouts: tuple[tuple[float, ...], ...]
-
-
-def _read_settings(path: Path) -> tuple[dict[str, Any], str]:
-    """The recipe of a run and its text; absolute folders, which say where a machine keeps things,
-    cut to their name."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is no run folder: {path.name} is missing.")
-    text = path.read_text(encoding="utf-8")
-    try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError:
-        settings = None
-    if (
-        not isinstance(settings, dict)
-        or not {"run_name", "model", "data", "method"} <= settings.keys()
-    ):
-        raise ValueError(f"{path} is not the recipe of a run.")
-    shown = _without_folders(settings)
-    return settings, text if shown == settings else yaml.safe_dump(
-        shown, sort_keys=False, allow_unicode=True
-    )
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(part) for key, part in value.items()}
-    return (
-        f"…/{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
-    )
-
-
-def _read_metrics(path: Path) -> Metrics:
-    """The whole rows: the last may be cut where a run was killed."""
-    rows = read_rows(path)
-    if not rows:
-        raise ValueError(f"{path.parent} has no step to report: {path.name} is missing or empty.")
-    return rows
-
-
-def _read_previews(folder: Path) -> list[_Preview]:
-    """By step. preview.json is written last, so a folder without it was left unfinished and is
-    passed over."""
-    previews = []
-    for path in sorted(folder.glob("step-*/preview.json")):
-        said = json.loads(path.read_text(encoding="utf-8"))
-        files = {
-            role: list(path.parent.glob(f"{role}_*_*.png"))
-            for role in ROLES
-            if role in said["rows"]
-        }
-        if any(len(row) != len(said["images"]) for row in files.values()):
-            continue
-        for row in files.values():
-            row.sort(key=lambda file: int(file.stem.split("_")[1]))
-        titles = tuple(f"{image['prompt']} (seed {image['seed']})" for image in said["images"])
-        images = {
-            role: tuple(Image.open(file).convert("RGB") for file in row)
-            for role, row in files.items()
-        }
-        step = int(path.parent.name.removeprefix("step-"))
-        rollouts = tuple(dict.fromkeys(tuple(image["sigmas"]) for image in said["images"]))
-        previews.append(_Preview(step, titles, images, rollouts))
-    return previews
-
-
-def _image_sections(previews: Sequence[_Preview]) -> list[_Section]:
-    """First and last preview, a panel for each prompt; then the student at every step, when there
-    are more."""
-    if not previews:
-        return []
-    roles, titles = tuple(previews[-1].images), previews[-1].titles
-    ends = {
-        f"{'after' if end.step else 'before'}, step {end.step}": end
-        for end in (previews[0], previews[-1])
-    }
-    panels = []
-    for column, title in enumerate(titles):
-        rows = tuple(
-            (when, tuple(end.images[role][column] for role in roles)) for when, end in ends.items()
-        )
-        panels.append(Panel(title, roles, rows))
-    words = f"{', '.join(ROLES[role] for role in roles)}. Pictures of one prompt start from the same noise."
-    sections = [
-        _Section("Before and after" if len(ends) > 1 else "Preview", words=[words], panels=panels)
-    ]
-    if len(previews) > 2:
-        rows = tuple((f"step {preview.step}", preview.images["student"]) for preview in previews)
-        sections.append(
-            _Section(
-                "The student on its way",
-                panels=[Panel("Same prompts and noise, step by step", titles, rows)],
-            )
-        )
-    return sections
-
-
-def _data_sections(run: Path, data: Mapping[str, Any] | None) -> list[_Section]:
-    """What was trained on: counts, and the first images as they were cut, with their captions."""
-    if data is None:
-        return []
-    rows = [
-        ("images", str(data["images"])),
-        *(
-            [("edited from references", f"{data['edited']}; below they stand first")]
-            if data.get("edited")
-            else []
-        ),
-        ("captions from", data["source"]),
-        *((f"at {size}", str(count)) for size, count in data["buckets"].items()),
-        ("hash of pictures and captions", data["sha256"]),
-    ]
-    captions, files = tuple(data["examples"]), sorted(run.glob("samples/data-*.png"))
-    images = tuple(Image.open(file).convert("RGB") for file in files[: len(captions)])
-    return [
-        _Section(
-            "Data",
-            rows=rows,
-            panels=[Panel("Examples, as they were cut", captions, (("", images),))],
-        )
-    ]
-
-
-def _health_sections(path: Path) -> list[_Section]:
-    """The last health check as a table, and each measure over the run."""
-    rows = read_rows(path)
-    if not rows:
-        return []
-    names = [name for name in rows[-1] if name not in ("step", "healthy")]
-    table = [
-        (
-            name,
-            *(f"{rows[-1][name][key]:.3g}" for key in ("value", "error", "limit", "floor")),
-            "healthy" if rows[-1][name]["healthy"] else "unhealthy",
-        )
-        for name in names
-    ]
-    flat = [{"step": row["step"]} | {name: row[name]["value"] for name in names} for row in rows]
-    words = f"Against the untouched model (1 = the same), on unrelated prompts, after step {rows[-1]['step']}."
-    header = ("measure", "value", "standard error", "limit", "noise floor", "verdict")
-    curves = [curve_of(name, flat, [name]) for name in names] if len(rows) > 1 else []
-    advice = advise(rows)
-    assert advice is not None
-    return [
-        _Section(
-            "Few-step health",
-            words=[words, advice.sentence],
-            header=header,
-            rows=table,
-            curves=curves,
-        )
-    ]
-
-
-def _headline(settings: dict[str, Any], metrics: Metrics, environment: dict[str, Any]) -> dict:
-    seconds = [row["seconds"] or 0.0 for row in metrics]
+def _facts(record: RunRecord) -> dict[str, object]:
+    seconds = [row["seconds"] or 0.0 for row in record.metrics]
+    total = sum(seconds)
     facts = {
-        "method": settings["method"]["name"],
-        "base model": settings["model"]["name_or_path"],
-        "licence of the base": environment.get("licence_of_base"),
-        "steps": metrics[-1]["step"],
-        "steps skipped": sum(1 for row in metrics if row.get("skipped")) or None,
-        "images": environment.get("images"),
-        "pictures seen, with repeats": sum(int(row["images"] or 0) for row in metrics),
-        "training time": f"{sum(seconds):.0f} s"
-        if sum(seconds) < 600
-        else f"{sum(seconds) / 60:.0f} min",
-        "a step (median)": f"{median(seconds):.3g} s",
-        "device": environment.get("device"),
+        "method": record.settings["method"]["name"],
+        "base model": record.settings["model"]["name_or_path"],
+        "licence of the base": record.environment.get("licence_of_base"),
+        "steps skipped": sum(1 for row in record.metrics if row.get("skipped")) or None,
+        "images": record.environment.get("images"),
+        "images seen, with repeats": sum(int(row["images"] or 0) for row in record.metrics),
+        "training time": f"{total:.0f} s" if total < 600 else f"{total / 60:.0f} min",
+        "a step (median)": f"{median(seconds):.3g} s" if seconds else None,
+        "device": record.environment.get("device"),
     }
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def _describe_sigmas(sigmas: Sequence[float]) -> str:
-    times = " → ".join(f"{sigma:.3g}" for sigma in sigmas)
-    return f"{len(sigmas) - 1} forwards of the network for a picture, at these shares of noise: {times}."
+def _preview_sections(record: RunRecord) -> list[Section]:
+    """A panel for each prompt: what the teacher saw, teacher and base, the student step by step."""
+    if not record.previews:
+        return [Section("Previews", sentences=record.unreadable)]
+    last = record.previews[-1]
+    panels = [_prompt_panel(record, index) for index in range(len(last.prompts))]
+    about = {role: ROLES[role] for role in last.images}
+    about["distance in the verdict"] = (
+        f"{definitions.DISTANCE} between two images on the same noise, mean over the previews"
+    )
+    sentences = ["Images of one prompt start from the same noise.", *record.unreadable]
+    return [Section("Previews", sentences=sentences, definitions=about, panels=panels)]
+
+
+def _prompt_panel(record: RunRecord, index: int) -> Panel:
+    last = record.previews[-1]
+    prompt = last.prompts[index]
+    images: list[tuple[str, Image.Image]] = []
+    if index in record.teacher_images:
+        seen = prompt.get("teacher_image") or {"name": ""}
+        images.append(
+            (f"your image {seen['name']}, seen by the teacher", record.teacher_images[index])
+        )
+    if "teacher" in last.images:
+        images.append((f"teacher, step {last.step}", last.images["teacher"][index]))
+    images.append(("base", last.images["base"][index]))
+    images += [
+        (f"student, step {preview.step}", preview.images["student"][index])
+        for preview in record.previews
+        if index < len(preview.prompts)
+    ]
+    rows = tuple((label, (image,)) for label, image in images)
+    return Panel(f"{prompt['prompt']} (seed {prompt['seed']})", ("",), rows)
+
+
+def _health_sections(record: RunRecord) -> list[Section]:
+    """The last health check as a table, and each metric over the run."""
+    if not record.health:
+        return []
+    row = record.health[-1]
+    metrics = metrics_of(row)
+    table = [
+        (
+            name,
+            *(f"{metric[key]:.3g}" for key in ("value", "error", "limit", "floor")),
+            "healthy" if metric["healthy"] else "unhealthy",
+        )
+        for name, metric in metrics.items()
+    ]
+    meanings = {name: definitions.HEALTH.get(name, "") for name in metrics}
+    curves = []
+    if len(record.health) > 1:
+        values = [
+            {"step": check["step"]}
+            | {name: check[name]["value"] for name in metrics if name in check}
+            for check in record.health
+        ]
+        curves = [
+            plot_curve(name, values, [name], definitions.HEALTH.get(name, "")) for name in metrics
+        ]
+    advice = advise(record.health)
+    assert advice is not None, "there is a health check"
+    return [
+        Section(
+            "Few-step health",
+            sentences=[
+                "The student against the base model (1 = the same) on prompts unrelated to the "
+                f"data, after step {row['step']}.",
+                advice.sentence,
+            ],
+            header=("metric", "value", "standard error", "limit", "noise floor", "verdict"),
+            rows=table,
+            definitions=meanings | definitions.HEALTH_COLUMNS,
+            curves=[curve for curve in curves if curve],
+        )
+    ]
+
+
+def _curve_section(metrics: Metrics) -> Section:
+    """Loss, metrics at the sampler's steps together, and every other metric of the method."""
+    names = [name for name in dict.fromkeys(name for row in metrics for name in row)]
+    by_step: dict[str, list[str]] = {}
+    for name in names:
+        if match := STEP_METRIC.fullmatch(name):
+            by_step.setdefault(match[1], []).append(name)
+    curves: list[Curve | None] = [plot_curve("loss", metrics, ["loss"], definitions.LOSS)]
+    for metric, group in by_step.items():
+        group.sort(key=lambda name: (len(name), name))
+        curves.append(plot_curve(f"{metric} at each step", metrics, group, definitions.AT_STEPS))
+    curves += [
+        plot_curve(name, metrics, [name], definitions.TRAINING.get(name, ""))
+        for name in sorted(names, key=lambda name: name != "grad_norm")
+        if name not in NOT_DRAWN and not STEP_METRIC.fullmatch(name)
+    ]
+    group = steps_per_point(len(metrics))
+    thinned = [f"Each point is the mean of {group} steps."] if group > 1 else []
+    return Section("Training", sentences=thinned, curves=[curve for curve in curves if curve])
+
+
+def _data_sections(record: RunRecord) -> list[Section]:
+    """What was trained on: counts, and the first images as cropped, with their captions."""
+    data = record.data
+    if data is None:
+        return []
+    rows = [("images", str(data["images"]))]
+    if data.get("edited"):
+        rows.append(("edited from references", f"{data['edited']}; below, left of the image"))
+    rows += [
+        ("captions from", data["source"]),
+        *((f"at {size}", str(count)) for size, count in data["buckets"].items()),
+        ("SHA-256 of images and captions", data["sha256"]),
+    ]
+    captions = tuple(data["examples"])
+    images = tuple(record.data_images[: len(captions)])
+    return [
+        Section(
+            "Data", rows=rows, panels=[Panel("Examples, as cropped", captions, (("", images),))]
+        )
+    ]
+
+
+def _sampler_section(previews: Sequence[ShownPreview]) -> Section:
+    """The sampler's noise levels; they depend on the size of an image, so there may be several."""
+    levels = dict.fromkeys(
+        tuple(prompt["sigmas"]) for preview in previews[-1:] for prompt in preview.prompts
+    )
+    sentences = [
+        f"{len(sigmas) - 1} steps for an image, each one forward of the network, at the noise "
+        f"levels {' → '.join(f'{sigma:.3g}' for sigma in sigmas)} (1 is pure noise)."
+        for sigmas in levels
+    ]
+    return Section("Sampler", sentences=sentences)
