@@ -33,6 +33,7 @@ test-all: env  ## all tests
 
 lint: env  ## ruff and pyright
 	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check --quiet . || { echo "Run: .venv/bin/ruff format ." >&2; exit 1; }
 	@.venv/bin/pyright
 
 docs: env  ## build the documentation into build/site; a broken link or anchor is an error

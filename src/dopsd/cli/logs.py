@@ -27,7 +27,7 @@ class _Screen(logging.Handler):
     def filter(self, record: logging.LogRecord) -> bool:
         if self._verbose:
             return record.levelno >= logging.INFO
-        if record.name.split(".")[0] != "dopsd":
+        if not f"{record.name}.".startswith("dopsd."):
             return record.levelno >= logging.ERROR
         return record.levelno >= logging.WARNING or getattr(record, "screen", False)
 
