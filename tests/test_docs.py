@@ -13,6 +13,7 @@ from typing import Protocol
 import pytest
 import typer.main
 from pydantic import BaseModel
+from typer.core import TyperGroup
 
 from dopsd.cli.app import app
 from dopsd.config.schema import Recipe
@@ -232,9 +233,9 @@ COMMANDS = [
 )
 def test_a_command_line_of_a_page_parses(path: Path, line: str):
     command, words = typer.main.get_command(app), shlex.split(line, comments=True)[1:]
-    while hasattr(command, "commands"):
-        assert words and words[0] in command.commands, f"{words[:1]} is no command"  # type: ignore[attr-defined]
-        command, words = command.commands[words[0]], words[1:]  # type: ignore[attr-defined]
+    while isinstance(command, TyperGroup):
+        assert words and words[0] in command.commands, f"{words[:1]} is no command"
+        command, words = command.commands[words[0]], words[1:]
     command.make_context("dopsd", words)  # raises for an unknown option or a missing argument
 
 

@@ -20,7 +20,7 @@ from dopsd.models import FAMILIES, family_class, load_family
 from dopsd.models.base import Family, network_on_meta
 from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.training.adapters import add_lora, coverage
-from dopsd.training.loop import Plan, steps
+from dopsd.training.loop import Plan, train_steps
 from dopsd.training.roles import Teacher, make_roles
 
 CPU = torch.device("cpu")
@@ -115,7 +115,7 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
     )
     optimizer = torch.optim.AdamW(student.values(), weight_decay=0.0)
     plan = Plan(max_steps=2, learning_rate=1e-3)
-    for report in steps(roles, settings, Same(batch), student, optimizer, teacher, CPU, plan):
+    for report in train_steps(roles, settings, Same(batch), student, optimizer, teacher, CPU, plan):
         assert (
             math.isfinite(report.log["loss"])
             and math.isfinite(report.grad_norm)
@@ -178,4 +178,4 @@ def test_every_cell_is_open_or_says_why():
     }
     closed = {cell: why for cell, why in cells.items() if why}
     assert closed.keys() == {("sdxl", "dopsd")}
-    assert "read no picture" in closed["sdxl", "dopsd"]
+    assert "read no image" in closed["sdxl", "dopsd"]

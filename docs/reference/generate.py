@@ -17,6 +17,7 @@ import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from typer.core import TyperGroup
 
 import dopsd
 from dopsd.cli.app import app
@@ -139,7 +140,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 
     def walk(group: Any, before: str) -> Iterator[tuple[str, Any]]:
         for name, command in group.commands.items():
-            if hasattr(command, "commands"):
+            if isinstance(command, TyperGroup):
                 yield from walk(command, f"{before}{name} ")
             else:
                 yield f"{before}{name}", command
@@ -159,11 +160,9 @@ def _usage(name: str, command: Any) -> str:
 def _option_row(option: Any) -> str:
     is_argument = option.param_type_name == "argument"
     names = [option.name.upper()] if is_argument else [*option.opts, *option.secondary_opts]
-    default = option.default
-    empty = default is None or default is False or default == () or default == []
-    empty = empty or "Sentinel" in type(default).__name__  # click's word for "none given"
-    shown = "required" if option.required else "" if empty else f"`{default}`"
-    meaning = _cell(getattr(option, "help", None) or "")  # arguments without a help text have none
+    no_default = option.default is None or option.default is False
+    shown = "required" if option.required else "" if no_default else f"`{option.default}`"
+    meaning = _cell(option.help or "")
     return f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {meaning} |"
 
 

@@ -161,7 +161,7 @@ def test_dopsd_without_a_teacher_context_is_refused_and_listed(desk, monkeypatch
 
     monkeypatch.setattr(ZImage, "teacher_contexts", ())  # a family whose encoders read no image
     result = CliRunner().invoke(app, ["train", "recipe.yaml"])
-    assert result.exit_code == 2 and "its encoders read no picture" in " ".join(
+    assert result.exit_code == 2 and "its text encoders read no image" in " ".join(
         result.output.split()
     )
     assert "no: its encoders" in " ".join(CliRunner().invoke(app, ["list"]).output.split())

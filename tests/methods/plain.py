@@ -1,4 +1,4 @@
-"""Ground for the methods' tests: a denoiser anyone can read, in float64, and batches for it."""
+"""For the tests of methods: a small denoiser in float64, batches for it, and roles."""
 
 from dataclasses import dataclass
 
@@ -14,19 +14,18 @@ SHAPE = (2, 4, 4)
 
 
 class Plain(nn.Module):
-    """A small smooth denoiser: two linear layers over the flattened latent, the time, and the mean
-    context."""
+    """Two linear layers over the flattened latents, the time and the mean context token."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.first, self.second = nn.Linear(2 * 4 * 4 + 1 + 3, 24), nn.Linear(24, 2 * 4 * 4)
         self.double()
 
     def forward(self, z: Tensor, t: Tensor, context: Context) -> Tensor:
-        told = torch.cat([z.flatten(1), t[:, None].to(z), context.tokens.mean(1)], 1)
-        return self.second(torch.tanh(self.first(told))).view_as(z)
+        features = torch.cat([z.flatten(1), t[:, None].to(z), context.tokens.mean(1)], 1)
+        return self.second(torch.tanh(self.first(features))).view_as(z)
 
 
 def latents(seed: int, rows: int = 3) -> Tensor:
@@ -42,38 +41,40 @@ def context(seed: int, rows: int = 3) -> Context:
     return Context(tokens, (5,) * rows)
 
 
-def batch(rows: int = 3, **more) -> Batch:
+def batch(rows: int = 3, **parts) -> Batch:
     weight = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)[:rows]
-    return Batch(latents(1, rows), context(2, rows), ("a", "b", "c")[:rows], weight, **more)
+    return Batch(latents(1, rows), context(2, rows), ("a", "b", "c")[:rows], weight, **parts)
 
 
 def roles(student, teacher=None, base=None, score=None, times: Tensor = TIMES) -> Roles:
-    """Of these velocities, with a sampler of four Euler steps."""
+    """Roles of these velocities with a sampler of Euler steps at `times`."""
     schedule = Schedule(times, (0.0,) * (len(times) - 1))
     return Roles(student, teacher or student, base or student, lambda nfe, h, w: schedule, score)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a batch's pieces added up to."""
+    """Sums over the pieces of a batch: what they report, and their gradients by parameter."""
 
-    told: dict[str, float]
+    log: dict[str, float]
     gradients: list[Tensor]
     pieces: int
 
 
-def run(method: Method, parts: Roles, data: Batch, student: nn.Module, seed: int = 7) -> Outcome:
-    """Backward on each piece as the loop does it."""
+def run(
+    method: Method, of_roles: Roles, of_batch: Batch, student: nn.Module, seed: int = 7
+) -> Outcome:
+    """Backward on each piece, as the optimizer loop does."""
     student.zero_grad()
-    told: dict[str, float] = {}
+    log: dict[str, float] = {}
     count = 0
-    for piece in method.losses(parts, data, torch.Generator().manual_seed(seed)):
+    for piece in method.losses(of_roles, of_batch, torch.Generator().manual_seed(seed)):
         count += 1
         piece.surrogate.backward()
-        for name, value in piece.log.items():
-            told[name] = told.get(name, 0.0) + value.item()
+        for name, value in {**piece.log, **piece.counts}.items():
+            log[name] = log.get(name, 0.0) + value.item()
     assert piece.last
-    return Outcome(told, [p.grad.clone() for p in student.parameters()], count)
+    return Outcome(log, [p.grad.clone() for p in student.parameters()], count)
 
 
 def same(

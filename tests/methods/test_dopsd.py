@@ -40,7 +40,7 @@ def check_space(space, weight_of):
     )
     expected = one_graph_loss(student, teacher, data, noise, weight_of)
     expected.backward()
-    assert abs(mine.told["loss"] - expected.item()) < 1e-12
+    assert abs(mine.log["loss"] - expected.item()) < 1e-12
     assert same(mine.gradients, [p.grad for p in student.parameters()], tolerance=1e-10)
 
 
@@ -55,7 +55,7 @@ def test_accumulated_gradient_equals_the_one_graph_gradient_in_clean_space():
 def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_student():
     student = Plain()
     found = run(DOPSD(), roles(student), seeing(same_contexts=True), student)
-    assert found.told["loss"] == 0
+    assert found.log["loss"] == 0
     assert all(not gradient.any() for gradient in found.gradients)
 
 
@@ -151,10 +151,10 @@ def test_retention_is_exactly_0_at_the_start_and_pulls_back_later():
     found = run(
         DOPSD(retention=3.0), roles(student), data, student
     )  # contexts agree: nothing but retention could pull
-    assert found.told["retention"] == 0 and not any(gradient.any() for gradient in found.gradients)
+    assert found.log["retention"] == 0 and not any(gradient.any() for gradient in found.gradients)
     moved = run(DOPSD(retention=3.0), roles(student, teacher=student, base=Plain(1)), data, student)
-    assert moved.told["retention"] > 0 and moved.told["loss"] == pytest.approx(
-        3 * moved.told["retention"]
+    assert moved.log["retention"] > 0 and moved.log["loss"] == pytest.approx(
+        3 * moved.log["retention"]
     )
     assert any(gradient.any() for gradient in moved.gradients)
 

@@ -46,7 +46,7 @@ def test_invariant_21_each_space_measures_the_error_of_its_own_estimate(space):
         "noise": (z + (1 - rows) * u) - noise,
     }[space]
     loss = (data.weight * error.square().mean((1, 2, 3))).mean()
-    assert found.told["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert found.log["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_min_snr_is_the_noise_error_times_the_papers_weight():
@@ -67,7 +67,7 @@ def test_invariant_22_without_weight_dreambooth_is_sft():
     sft = run(SFT(), roles(student), data, student)
     assert (
         same(dreambooth.gradients, sft.gradients, tolerance=0)
-        and dreambooth.told["loss"] == sft.told["loss"]
+        and dreambooth.log["loss"] == sft.log["loss"]
     )
 
 
@@ -113,6 +113,6 @@ def test_sft_on_the_teachers_samples_learns_what_the_teacher_paints():
     noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     t = torch.rand(3, generator=rng)
     error = student(noisy(z, noise, t), t, data.context) - noise + z
-    assert found.told["loss"] == pytest.approx(
+    assert found.log["loss"] == pytest.approx(
         (data.weight * error.square().mean((1, 2, 3))).mean().item(), rel=1e-6
     )

@@ -136,7 +136,7 @@ def test_invariant_7_the_pieces_gradient_is_that_of_one_graph(form, weights, las
     student.zero_grad()
     loss = flat_pso(student, base, data, 2, 0.5, form, weights == "normalised", last == "noised")
     loss.backward()
-    assert mine.told["loss"] == pytest.approx(loss.item(), abs=1e-12)
+    assert mine.log["loss"] == pytest.approx(loss.item(), abs=1e-12)
     assert same(mine.gradients, [p.grad for p in student.parameters()])
 
 
@@ -148,24 +148,24 @@ def test_invariant_7_the_pieces_gradient_is_that_of_one_graph(form, weights, las
 def test_invariant_1_an_untouched_student_starts_at_log_2(method):
     student = Plain()
     found = outcome(method, student, student)
-    assert found.told["loss"] == pytest.approx(
+    assert found.log["loss"] == pytest.approx(
         math.log(2) * offline().weight.mean().item(), abs=1e-12
     )
-    assert found.told["margin"] == 0
+    assert found.log["margin"] == 0
 
 
 def test_invariant_1_the_hinge_starts_at_1_relative_to_the_base():
     student = Plain()
     data = replace(offline(), weight=torch.ones(3, dtype=torch.float64))
     found = outcome(PSO(form="forward", link="hinge"), student, student, data)
-    assert found.told["loss"] == pytest.approx(1.0, abs=1e-12)
+    assert found.log["loss"] == pytest.approx(1.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", [DPO(beta=2), PSO(beta=2, form="forward")])
 def test_invariant_2_equal_pictures_teach_nothing_whatever_the_weights(method):
     student, data = Plain(0), offline()
     found = outcome(method, student, Plain(1), replace(data, rejected=data.latents))
-    assert found.told["margin"] == 0
+    assert found.log["margin"] == 0
     assert all(gradient.abs().max() < 1e-12 for gradient in found.gradients)
 
 
@@ -174,7 +174,7 @@ def test_invariant_3_swapping_the_pair_changes_the_loss_by_the_margin(method):
     student, base = Plain(0), Plain(1)
     data = replace(offline(), weight=torch.ones(3, dtype=torch.float64))
     swapped = replace(data, latents=data.rejected, rejected=data.latents)
-    one, other = (outcome(method, student, base, each).told for each in (data, swapped))
+    one, other = (outcome(method, student, base, each).log for each in (data, swapped))
     assert other["loss"] - one["loss"] == pytest.approx(one["margin"], abs=1e-10)
     assert other["margin"] == pytest.approx(-one["margin"], abs=1e-12)
 
@@ -222,7 +222,7 @@ def test_invariant_4_the_first_gradient_on_a_velocity_has_a_closed_form():
 def test_invariant_5_a_small_beta_leaves_the_difference_of_two_fine_tunings():
     student, base, data = Plain(0), Plain(1), offline()
     found = outcome(DPO(beta=1e-7), student, base, data)
-    assert found.told["loss"] == pytest.approx(math.log(2) * data.weight.mean().item(), abs=1e-6)
+    assert found.log["loss"] == pytest.approx(math.log(2) * data.weight.mean().item(), abs=1e-6)
     student.zero_grad()
     rng = torch.Generator().manual_seed(7)
     noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
@@ -381,7 +381,7 @@ def test_invariant_14_every_state_in_a_likelihood_drew_noise():
     for last, pieces in (("noised", 8), ("left_out", 6)):
         found = outcome(PSO(last_step=last), student, Plain(1))
         assert found.pieces == pieces
-        assert all(math.isfinite(value) for value in found.told.values())
+        assert all(math.isfinite(value) for value in found.log.values())
     with pytest.raises(ValueError, match="only the last"):
         PSO(last_step="left_out").refuse_nfe(1)
 
@@ -503,7 +503,7 @@ def test_online_steps_raise_the_score_on_walks_that_were_not_trained_on():
     def score() -> float:
         return (
             sum(
-                run(method, parts, data, student, seed=seed).told["score"]
+                run(method, parts, data, student, seed=seed).log["score"]
                 for seed in range(900, 908)
             )
             / 8
@@ -526,10 +526,10 @@ def test_invariant_19_ties_and_missing_scores_drop_the_pair():
         return torch.tensor([0.5, float("nan"), 1.0]) if first else torch.tensor([0.5, 1.0, 2.0])
 
     found = online(some)
-    assert found.told["pairs"] == 1
+    assert found.log["pairs"] == 1
     for empty in (0.0, float("nan")):
         nothing = online(lambda images, prompts, empty=empty: torch.full((3,), empty))
-        assert nothing.told["pairs"] == 0 and not any(
+        assert nothing.log["pairs"] == 0 and not any(
             gradient.any() for gradient in nothing.gradients
         )
 
@@ -636,5 +636,5 @@ def test_invariant_26_velocities_in_bfloat16_move_the_margin_by_less_than_two_pe
 def test_invariant_27_the_same_seed_gives_the_same_pairs(method):
     student, base = Plain(0), Plain(1)
     one, again, other = (outcome(method, student, base, seed=seed) for seed in (7, 7, 8))
-    assert one.told == again.told and same(one.gradients, again.gradients, tolerance=0)
-    assert one.told != other.told
+    assert one.log == again.log and same(one.gradients, again.gradients, tolerance=0)
+    assert one.log != other.log

@@ -25,12 +25,12 @@ def anchored():
 def test_the_pages_method_pulls_to_the_pictures_and_to_the_base(anchored):
     student, base, data = Plain(0), Plain(1), batch()
     found = run(anchored(anchor=0.5), roles(student, base=base), data, student)
-    assert found.pieces == 1 and found.told["loss"] == pytest.approx(
-        found.told["fit"] + 0.5 * found.told["stay"]
+    assert found.pieces == 1 and found.log["loss"] == pytest.approx(
+        found.log["fit"] + 0.5 * found.log["stay"]
     )
-    assert found.told["stay"] > 0
+    assert found.log["stay"] > 0
     at_rest = run(anchored(anchor=0.5), roles(student, base=student), data, student)
-    assert at_rest.told["stay"] == 0
+    assert at_rest.log["stay"] == 0
 
 
 def test_the_pages_method_without_its_anchor_is_sft(anchored):

@@ -379,7 +379,7 @@ def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(
     cases = (
         ({"name_or_path": base}, concept, "sft", "many-step base model"),
         ({"name_or_path": turbo}, edited, "sft", "sdxl edits none"),
-        ({"name_or_path": turbo}, concept, "dopsd", "read no picture"),
+        ({"name_or_path": turbo}, concept, "dopsd", "read no image"),
         (
             {"name_or_path": turbo, "distilled_by": str(dmd2_lora)},
             concept,

@@ -267,7 +267,7 @@ def test_pictures_painted_one_by_one_are_those_painted_together(
         return denoiser(z, t, text)
 
     together = generate(velocity, vae, pocket.schedule(2, side, side), context, noise)
-    monkeypatch.setattr("dopsd.diffusion.sampling.PIXELS_AT_ONCE", 2 * pocket.resolution**2)
+    monkeypatch.setattr("dopsd.diffusion.sampling.MAX_PIXELS", 2 * pocket.resolution**2)
     apart = generate(velocity, vae, pocket.schedule(2, side, side), context, noise)
     assert sizes == [3, 3, 2, 2, 1, 1]
     assert (together.int() - apart.int()).abs().max() <= 1

@@ -30,7 +30,7 @@ from dopsd.runs.resolve import resolve
 from dopsd.runs.session import Session
 from dopsd.runs.train import train
 from dopsd.training.checkpoint import checkpoint_path
-from dopsd.training.loop import Plan, steps
+from dopsd.training.loop import Plan, train_steps
 from dopsd.training.memory_meter import LiveBytes
 
 CPU = torch.device("cpu")
@@ -308,7 +308,7 @@ def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(
     resident = sum({id(tensor): tensor.nbytes for group in held for tensor in group}.values())
     plan = Plan(max_steps=2, learning_rate=1e-4)
     with LiveBytes() as meter:
-        for _ in steps(
+        for _ in train_steps(
             session.roles,
             recipe.method,
             Loader(rows, 2, seed=0),

@@ -13,7 +13,7 @@ from dopsd.models import load_family
 from dopsd.runs.memory import forecast
 from dopsd.runs.resolve import resolve
 from dopsd.runs.session import Session
-from dopsd.training.loop import Plan, steps
+from dopsd.training.loop import Plan, train_steps
 from dopsd.training.memory_meter import LiveBytes
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
     )
     loader = Loader(rows, recipe.train.batch_size, seed=0)
     plan = Plan(
-        max_steps=2, learning_rate=1e-4, accumulate=recipe.train.gradient_accumulation_steps
+        max_steps=2, learning_rate=1e-4, accumulation_steps=recipe.train.gradient_accumulation_steps
     )
     run = replace(resolve(recipe), dtype=dtype)
     session = Session.open(run, recompute, pocket_text_encoder.context(["a toy"]))
@@ -75,7 +75,7 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
         tensors += family.load_vae(CPU, torch.float32).autoencoder.parameters()
     resident = sum(tensor.nbytes for tensor in tensors)
     with LiveBytes() as meter:
-        for _ in steps(
+        for _ in train_steps(
             session.roles,
             recipe.method,
             loader,

@@ -11,7 +11,7 @@ from dopsd.diffusion.batch import Batch, Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
 from dopsd.methods import DOPSD, SFT
-from dopsd.training.loop import Plan, backward, generator_at
+from dopsd.training.loop import Plan, accumulate_gradient, generator_at
 from dopsd.training.roles import Teacher, make_roles, velocity_under
 from dopsd.training.trainable import full_student
 
@@ -60,7 +60,9 @@ def train_by_hand(dtype, method, steps, rate=1e-2, decay=None):
     optimizer = torch.optim.SGD(student.weights.values(), lr=rate)
     history = []
     for step in range(steps):
-        backward(roles, method, Same(), CPU, Plan(max_steps=steps, learning_rate=rate), step)
+        accumulate_gradient(
+            roles, method, Same(), CPU, Plan(max_steps=steps, learning_rate=rate), step
+        )
         optimizer.step()
         student.publish()
         teacher.follow()

@@ -1,2 +1,2 @@
-"""The mathematics and the interfaces: noise path, sampler step, rollout, sampling, batches and
-components."""
+"""Diffusion mathematics (noise path, sampler step, rollout, sampling) and the interfaces of
+batches, contexts and model parts."""

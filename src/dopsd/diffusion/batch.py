@@ -1,25 +1,29 @@
-"""What travels: a batch of training examples, and the contexts that a family's denoiser reads.
+"""A batch of training examples, and the contexts (encoded prompts) that a denoiser reads.
 
-A Context is opaque to everyone but the family that made it; the house only stacks, splits and moves
-it.
+Only the model family that made a Context knows what its tensors mean; all other code stacks, splits
+and moves it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
+Part = Literal["latents", "prior", "replay"]  # parts of a batch that a loss may be a mean over
 
 
 @dataclass(frozen=True)
 class Context:
-    """tokens: [B, L, D] hidden states, padded on the right with zeros; lengths: of each row without
-    its padding; extras: further batch-first tensors, which have no padding: contexts of one
-    `layout` can be stacked."""
+    """What a denoiser reads beside the latents.
+
+    tokens: [B, L, D] hidden states, padded on the right with zeros. lengths: of each row without
+    padding. extras: further tensors with a batch axis first and no padding; contexts of one
+    `layout` can be stacked.
+    """
 
     tokens: Tensor
     lengths: tuple[int, ...]
@@ -41,11 +45,11 @@ class Context:
         return replace(self, tokens=self.tokens.to(device), extras=extras)
 
     def rows(self) -> list[Tensor]:
-        """Each row's tokens without their padding: [l, D]."""
+        """The tokens of each row without padding: [l, D] each."""
         return [tokens[:length] for tokens, length in zip(self.tokens, self.lengths, strict=True)]
 
     def row(self, index: int) -> Self:
-        """One example without its padding: tokens [1, l, D]."""
+        """One example without padding: tokens [1, l, D]."""
         length = self.lengths[index]
         return replace(
             self,
@@ -56,11 +60,9 @@ class Context:
 
     @classmethod
     def stack(cls, contexts: Sequence["Context"]) -> "Context":
-        """Contexts of one layout, of any batch sizes and lengths, as one; tokens are padded on the
-        right with zeros."""
-        assert len({c.layout for c in contexts}) == 1, (
-            "contexts of several layouts do not fit into one tensor"
-        )
+        """Contexts of one layout as one, in order; batch sizes and lengths may differ. Tokens are
+        padded on the right with zeros."""
+        assert len({c.layout for c in contexts}) == 1, "contexts of several layouts cannot be one"
         return cls(
             tokens=pad_sequence([row for c in contexts for row in c.rows()], batch_first=True),
             lengths=tuple(length for c in contexts for length in c.lengths),
@@ -74,10 +76,11 @@ class Context:
 class Batch:
     """One micro-batch of examples of one size.
 
-    latents: clean, float32 [B, C, h, w]. context: what the student reads. weight: [B] float32, 1 =
-    an ordinary example. What a method asked for, else None: privileged, what the teacher reads, one
-    per (caption, image) pair; rejected, the latents of a worse image for the same prompt; prior, as
-    many images of the class; replay, as many prompts that have nothing to do with the data.
+    latents: clean, float32 [B, C, h, w]. context: what the student reads. prompts: as texts.
+    weight: float32 [B], 1 = an ordinary example. The rest is None unless the method needs it.
+    privileged: what the teacher reads, of prompt and image. rejected: latents of a worse image for
+    the same prompt, like `latents`. prior: images of the class. replay: prompts unrelated to the
+    data.
     """
 
     latents: Tensor
@@ -92,8 +95,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def rows_of(self, part: Part) -> int:
+        """Number of rows of a part; 0 where the batch does not have it."""
+        value: Tensor | Batch | Context | None = getattr(self, part)
+        return 0 if value is None else len(value)
+
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """The same batch on another device; dtypes stay."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {
             name: part.to(device)

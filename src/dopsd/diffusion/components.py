@@ -10,12 +10,12 @@ from dopsd.diffusion.batch import Context
 
 
 class TextEncoder(Protocol):
-    """Reads prompts (and images: those that a prompt is about, and the teacher's) before training,
-    then leaves memory."""
+    """Encodes prompts, and images where the family can; used before training, then released.
 
-    fingerprint: (
-        str  # changes whenever the same prompt would give another context; part of cache keys
-    )
+    fingerprint: part of cache keys; differs whenever the same prompt would give another context.
+    """
+
+    fingerprint: str
 
     def context(
         self,
@@ -23,33 +23,40 @@ class TextEncoder(Protocol):
         images: Sequence[Image.Image] | None = None,
         references: Sequence[Sequence[Image.Image]] | None = None,
     ) -> Context:
-        """Contexts of prompts [B]; with images [B], what the teacher sees. references [B]: the
-        images that each prompt edits, as the user has them, of the same number and sizes in every
-        row; None where the family takes none. Raises ValueError for a prompt (plus image) over the
-        family's limit, nothing being cut in silence, and for a reference that the pipeline would
-        refuse."""
+        """Contexts of B prompts.
+
+        images: one for each prompt; then the contexts are the teacher's, which sees them.
+        references: for each prompt the images that it edits, not resized, of the same number and
+        sizes in every row. Raises ValueError for a prompt (with its image) over the family's limit,
+        since nothing is truncated, and for a reference that the pipeline would refuse.
+        """
         ...
 
 
 class VAE(Protocol):
-    """The autoencoder."""
+    """The autoencoder.
+
+    fingerprint: part of cache keys. vae_scale_factor: pixels along one side of a latent cell.
+    """
 
     fingerprint: str
-    vae_scale_factor: int  # pixels along a side of a latent cell
+    vae_scale_factor: int
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shift and scale
-        applied."""
+        """pixels [B, 3, H, W] in [-1, 1] -> clean latents [B, C, h, w] float32, shifted and scaled
+        as the denoiser expects them."""
         ...
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """The way back: float32 [B, 3, H, W] in about [-1, 1]."""
+        """Clean latents [B, C, h, w] -> pixels [B, 3, H, W] float32, about in [-1, 1]."""
         ...
 
 
 class Denoiser(nn.Module):
-    """The network, in the house's clock. `network` is the diffusers module that adapters are put
-    on."""
+    """The network as a velocity on the path of `flow`.
+
+    network: the diffusers module, which adapters are put on.
+    """
 
     network: nn.Module
 

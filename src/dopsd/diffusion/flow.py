@@ -1,11 +1,12 @@
-"""The one clock. Every family lives on the straight path z = (1-t) clean + t noise; pure tensors,
-no model.
+"""Noise path, times, and the step of a few-step sampler. Tensors only, no model.
 
-t         time in [0, 1], 1 = noise
-velocity  u = noise - clean, what every denoiser answers
-z'        = (1-t') clean + t' (sqrt(1-r^2) noise + r fresh), one step of any few-step sampler:
-            r = 0 flow Euler, r = 1 re-noising (LCM, DMD2), between: ancestral and CPS samplers
-eta       the same share as an angle, r = sin(eta pi/2), as recipes say it (CPS, arXiv:2509.05952)
+Every model family is translated to one straight path z = (1-t) clean + t noise.
+
+t         time in [0, 1]; 1 = noise
+velocity  u = noise - clean; what every denoiser predicts
+z'        = (1-t') clean + t' (sqrt(1-r^2) noise + r fresh); one step of any few-step sampler:
+            r = 0: Euler; r = 1: full re-noising (LCM, DMD2); between: ancestral and CPS samplers
+eta       r = sin(eta pi/2), the share of fresh noise as in CPS (arXiv:2509.05952); used in recipes
 """
 
 import math
@@ -17,15 +18,16 @@ import torch
 from torch import Tensor
 
 Space = Literal["velocity", "clean", "noise"]
-Rng = (
-    torch.Generator | Sequence[torch.Generator]
-)  # one for a whole batch, or one for each of its rows
+# One generator for a whole batch, or one for each of its rows
+Rng = torch.Generator | Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sampler: from time `now` to `after`, both float32 0-d, with renoise share r in
-    [0, 1]."""
+    """One step of a sampler, from time `now` to time `after`, both 0-d.
+
+    renoise: r in [0, 1], the share of fresh noise.
+    """
 
     index: int
     now: Tensor
@@ -35,9 +37,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A sampler's times, float32 [N+1], strictly falling from `times[0]` to 0, and its renoise
-    share per step. start: what unit noise is multiplied by to be the first state; 1 where the walk
-    starts at t = 1."""
+    """Times of a sampler: float32 [N+1], strictly decreasing from `times[0]` to 0.
+
+    renoise: r of each step. start: factor from unit noise to the first state; 1 where the sampler
+    starts at t = 1.
+    """
 
     times: Tensor
     renoise: tuple[float, ...]
@@ -45,7 +49,7 @@ class Schedule:
 
     @property
     def nfe(self) -> int:
-        """Network forwards of one walk."""
+        """Number of function evaluations: network forwards of one rollout."""
         return len(self.renoise)
 
     def steps(self) -> Iterator[Step]:
@@ -54,13 +58,14 @@ class Schedule:
             yield Step(index, self.times[index], self.times[index + 1], r)
 
     def stochastic(self, eta: float, indices: Collection[int]) -> "Schedule":
-        """The same times with r = sin(eta pi/2) at the steps `indices`; the others stay. The last
-        step ends at t = 0, where there is no noise to draw, and must not be among them."""
+        """The same times with r = sin(eta pi/2) at the steps `indices`; other steps keep their r.
+
+        The last step is not allowed: it ends at t = 0, where no noise is drawn.
+        """
         assert self.nfe - 1 not in indices, "the last step has no transition density"
         r = math.sin(eta * math.pi / 2)
-        return replace(
-            self, renoise=tuple(r if k in indices else own for k, own in enumerate(self.renoise))
-        )
+        renoise = (r if k in indices else own for k, own in enumerate(self.renoise))
+        return replace(self, renoise=tuple(renoise))
 
 
 def per_row(t: Tensor, like: Tensor) -> Tensor:
@@ -70,38 +75,40 @@ def per_row(t: Tensor, like: Tensor) -> Tensor:
 
 
 def noisy(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The state at time t: [B] or 0-d, between clean and noise [B, C, h, w]."""
+    """The state [B, ...] at time t ([B] or 0-d) between clean and noise, [B, ...] each."""
     return torch.lerp(clean, noise, per_row(t, clean).to(clean))
 
 
 def clean_of(z: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """Where the velocity says the image is."""
+    """The clean estimate [B, ...] that a velocity implies at z, t."""
     return z - per_row(t, z) * velocity
 
 
 def noise_of(z: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """Where the velocity says the noise is."""
+    """The noise estimate [B, ...] that a velocity implies at z, t."""
     return z + (1 - per_row(t, z)) * velocity
 
 
 def noise_like(z: Tensor, rng: Rng) -> Tensor:
-    """Unit noise of z's shape and dtype, drawn where the generator lives and moved to z. With a
-    generator for each row a row's noise does not depend on what else is in the batch."""
+    """Unit noise of z's shape and dtype, drawn on the generator's device and moved to z's.
+
+    With one generator per row, the noise of a row does not depend on the rest of the batch.
+    """
     if isinstance(rng, torch.Generator):
         return torch.randn(z.shape, generator=rng, device=rng.device, dtype=z.dtype).to(z.device)
     return torch.cat([noise_like(row, own) for row, own in zip(z.split(1), rng, strict=True)])
 
 
 def step(z: Tensor, velocity: Tensor, s: Step, rng: Rng | None = None) -> Tensor:
-    """The next state of a walk. `rng` is needed where the step renoises.
+    """The sampler's next state [B, ...]. A step that re-noises needs `rng`.
 
-    The Euler case is written as the schedulers write it, z + (t' - t) u: the same number up to
-    rounding, and then bit-equal to diffusers' FlowMatchEulerDiscreteScheduler.
+    The Euler case is written as z + (t' - t) u, as schedulers do: equal up to rounding to the
+    general formula, and bit-equal to diffusers' FlowMatchEulerDiscreteScheduler.
     """
     if s.renoise == 0:
         return z + (s.after - s.now) * velocity
     clean, noise = clean_of(z, velocity, s.now), noise_of(z, velocity, s.now)
-    assert rng is not None, "a step that renoises draws from a generator"
+    assert rng is not None, "a step that re-noises needs a generator"
     return (1 - s.after) * clean + s.after * (
         math.sqrt(1 - s.renoise**2) * noise + s.renoise * noise_like(z, rng)
     )
@@ -109,17 +116,16 @@ def step(z: Tensor, velocity: Tensor, s: Step, rng: Rng | None = None) -> Tensor
 
 @dataclass(frozen=True)
 class Transition:
-    """A stochastic step seen as a Gaussian policy: z' ~ Normal(mean, std^2), mean = (1-t'+q) z -
-    slope * velocity.
+    """A re-noising step as a Gaussian policy: z' ~ Normal(share z - slope velocity, std^2).
 
-    Its log-density ratio between two velocities is, per element, -weight (|u_1 - implied|^2 - |u_2
-    - implied|^2), where `implied` is the velocity whose mean would be exactly z'. Float64 0-d:
-    these are ratios of small numbers.
+    The log-density ratio of two velocities u_1, u_2 is, per latent element,
+    -weight (|u_1 - implied|^2 - |u_2 - implied|^2), where `implied` is the velocity whose mean is
+    exactly z'. Fields are float64 0-d, because these are ratios of small numbers.
     """
 
     std: Tensor
     slope: Tensor
-    share: Tensor  # 1 - t' + q, what of z survives in the mean
+    share: Tensor
 
     @property
     def weight(self) -> Tensor:
@@ -127,26 +133,29 @@ class Transition:
         return self.slope**2 / (2 * self.std**2)
 
     def implied(self, z: Tensor, z_next: Tensor) -> Tensor:
-        """The velocity that would have led from z straight to z_next."""
+        """The velocity [B, ...] whose step without fresh noise leads from z to z_next."""
         return ((self.share * z.double() - z_next.double()) / self.slope).to(z)
 
 
 def transition(s: Step) -> Transition:
-    """The density of a step that renoises. Raises ValueError for one that does not: a point has no
-    density."""
-    now, after = s.now.double(), s.after.double()
-    std = after * s.renoise
+    """The density of a step that re-noises. Raises ValueError for a deterministic step."""
     if s.renoise == 0:
         raise ValueError(
-            f"step {s.index} draws no noise, so it has no transition density: give it an eta above 0."
+            f"step {s.index} draws no noise, so it has no transition density: give it an eta "
+            "above 0."
         )
-    kept = after * math.sqrt(1 - s.renoise**2)  # q: of the noise that was
-    return Transition(std, now * (1 - after) - (1 - now) * kept, 1 - after + kept)
+    now, after = s.now.double(), s.after.double()
+    old_noise = after * math.sqrt(1 - s.renoise**2)
+    return Transition(
+        std=after * s.renoise,
+        slope=now * (1 - after) - (1 - now) * old_noise,
+        share=1 - after + old_noise,
+    )
 
 
 def loss_weight(t: Tensor, space: Space) -> Tensor:
-    """What a squared velocity error is multiplied by to be a squared error in `space`, at the same
-    state."""
+    """Factor [B] from a squared velocity error at time t to the squared error, at the same state,
+    of the quantity named by `space`."""
     if space == "clean":
         return t**2
     if space == "noise":

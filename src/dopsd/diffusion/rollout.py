@@ -1,5 +1,4 @@
-"""The few-step rollout, written once: sampling exhausts it, D-OPSD trains at each visit, previews
-decode its end."""
+"""The few-step rollout, used by training and sampling alike, and the sample at its end."""
 
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -10,18 +9,21 @@ from torch import Tensor
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.flow import Rng, Schedule, Step, step
 
-Velocity = Callable[
-    [Tensor, Tensor, Context], Tensor
-]  # (z [B, C, h, w], t [B], context) -> [B, C, h, w] float32
+# (z [B, C, h, w] float32, t [B] in [0, 1], context of B rows) -> velocity, float32, like z
+Velocity = Callable[[Tensor, Tensor, Context], Tensor]
 
 
 @dataclass(frozen=True)
 class RolloutStep:
-    """A state of the walk: z before the step, the velocity there (with its graph, if any), and the
-    detached next z."""
+    """One step of a rollout.
+
+    z: [B, C, h, w], the state before the step. t: [B], its time, on z's device. velocity: at z,
+    with its graph where one was built. z_next: the state after the step, detached.
+    """
 
     step: Step
     z: Tensor
+    t: Tensor
     velocity: Tensor
     z_next: Tensor
 
@@ -34,18 +36,21 @@ def rollout(
     rng: Rng | Callable[[Step], Rng] | None = None,
     graph_at: Container[int] | None = None,
 ) -> Iterator[RolloutStep]:
-    """Walk unit noise [B, C, h, w] (float32) down the schedule. The next state is always detached:
-    no graph spans two steps, so whoever runs backward at each visit keeps one forward's activations
-    alive, not all of them. rng: what steps that renoise draw from, or says it of each. graph_at:
-    the steps whose velocity gets a graph at all; default: every one."""
-    z = schedule.start * noise
+    """Run the sampler from unit noise [B, C, h, w] (float32) down the schedule.
+
+    Each state is detached from the previous step, so no graph spans two steps. A caller that runs
+    backward at each step has the activations of one forward in memory. rng: for steps that
+    re-noise; a function gives one for each step. graph_at: indices of the steps whose velocity gets
+    a graph; default: all.
+    """
+    z, times = schedule.start * noise, schedule.times.to(noise.device)
     for s in schedule.steps():
-        with torch.set_grad_enabled(
-            torch.is_grad_enabled() and (graph_at is None or s.index in graph_at)
-        ):
-            u = velocity(z, s.now.expand(len(z)).to(z.device), context)
+        t = times[s.index].expand(len(z))
+        with_graph = torch.is_grad_enabled() and (graph_at is None or s.index in graph_at)
+        with torch.set_grad_enabled(with_graph):
+            u = velocity(z, t, context)
         z_next = step(z, u.detach(), s, rng(s) if callable(rng) else rng)
-        yield RolloutStep(s, z, u, z_next)
+        yield RolloutStep(s, z, t, u, z_next)
         z = z_next
 
 
@@ -53,7 +58,7 @@ def rollout(
 def sample(
     velocity: Velocity, noise: Tensor, schedule: Schedule, context: Context, rng: Rng | None = None
 ) -> Tensor:
-    """The clean latents at the end of the walk from unit noise."""
+    """The clean latents [B, C, h, w] at the end of the rollout from unit noise [B, C, h, w]."""
     z = noise
     for state in rollout(velocity, noise, schedule, context, rng):
         z = state.z_next

@@ -1,4 +1,4 @@
-"""The methods by name, and which of them a family can run."""
+"""Registry of the training methods, and which of them a model family can run."""
 
 from typing import Annotated
 
@@ -40,9 +40,9 @@ __all__ = [
 
 
 def missing(method: Method | type[Method], teacher_contexts: tuple[str, ...]) -> str | None:
-    """Why a family with these teacher contexts cannot run the method, as it is set or by default;
-    None where it can."""
+    """Why a family with these teacher contexts cannot run the method; None where it can. A class
+    stands for its default settings."""
     settings = method if isinstance(method, Method) else method.model_construct()
     if "privileged" in settings.needs and not teacher_contexts:
-        return "its encoders read no picture, so there is no teacher that sees the target"
+        return "its text encoders read no image, so there is no teacher that sees the target"
     return None

@@ -1,44 +1,53 @@
-"""The verb: a method looks at a batch, asks the roles for velocities, and yields losses.
+"""Interface of a training objective: from a batch and three roles of one network to losses.
 
-A method knows no file, device, optimizer or family. The gradients of the pieces it yields add up to
-the batch's, and whoever receives a piece runs backward on it at once, so that one forward's
-activations are alive, not all of them.
+A method knows no file, device, optimizer or model family. It yields its loss in pieces whose
+gradients add up; the caller runs backward on each piece at once, so that the activations of one
+forward are in memory, not those of all.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.batch import Batch, Part
 from dopsd.diffusion.flow import Schedule
 from dopsd.diffusion.rollout import Velocity
 
-# What a method cannot do without: roles, and what a batch brings beside images and prompts.
+# What a method requires: roles, and parts of a batch beside images and prompts.
 Need = Literal["teacher", "base", "reward", "privileged", "rejected", "prior", "replay"]
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One piece of a batch's loss. surrogate: 0-d, what to differentiate; log: what to report,
-    detached 0-d tensors summed over the pieces, read only at the end of a step, so that no device
-    waits in between; last: whether it closes the batch."""
+    """One piece of a batch's loss.
+
+    surrogate: 0-d, what to differentiate; a mean over the rows of the batch's part `over`. last:
+    whether it is the batch's last piece. log and counts: detached 0-d tensors to report, added up
+    over the pieces of a batch, and read only at the end of an optimizer step, so that no device
+    waits in between. Over micro-batches a log entry is averaged as the surrogate is, and a count is
+    summed: how many examples the loss uses. A step whose counts are all 0 has no gradient.
+    """
 
     surrogate: Tensor
     log: Mapping[str, Tensor]
     last: bool
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+    over: Part = "latents"
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What a method may ask. student, teacher, base: velocities of one network under three sets of
-    weights; only the student carries gradient. schedule: (nfe or None for the model's own, h, w in
-    cells) -> the sampler's times. Where the method needs a reward: score, (clean latents, prompts)
-    -> float32 [B], higher is better, NaN = no answer.
+    """What a method may evaluate.
+
+    student, teacher, base: velocities of one network under three sets of weights; only the student
+    carries gradient. schedule: (steps, or None for the model's own number; height and width of the
+    latents) -> the sampler's times. score, for methods that need a reward: (clean latents
+    [B, C, h, w], prompts) -> float32 [B], higher is better, NaN where there is no score.
     """
 
     student: Velocity
@@ -50,8 +59,11 @@ class Roles:
 
 @dataclass(frozen=True)
 class ToGenerate:
-    """Images that the base model generates before training, at its own NFE. what: the batch's field
-    they become; count: images a prompt; prompt: None = each example's own caption."""
+    """Images that the base model generates before training, with its own number of steps.
+
+    what: the part of a batch that they become. count: images for each prompt. prompt: None for each
+    example's own caption.
+    """
 
     what: Literal["prior", "rejected"]
     count: int
@@ -59,7 +71,7 @@ class ToGenerate:
 
 
 class Method(BaseModel):
-    """A frozen set of hyperparameters with one function, `losses`."""
+    """Hyperparameters of a training objective, frozen, and its losses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -72,7 +84,7 @@ class Method(BaseModel):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it cannot do without, as it is set."""
+        """What it requires with these settings."""
         return frozenset()
 
     @property
@@ -82,39 +94,40 @@ class Method(BaseModel):
 
     @property
     def reward_name(self) -> str | None:
-        """Name of the reward that scores images while training."""
+        """Name of the reward that scores images during training."""
         return None
 
     @property
     def teacher_sees_another(self) -> bool:
-        """Whether the teacher is shown another image of the concept than the one that is trained
-        on."""
+        """Whether the teacher sees another image of the concept than the one trained on."""
         return False
 
     def refuse_nfe(self, nfe: int) -> None:
-        """Raise ValueError for settings that a walk of `nfe` steps cannot have."""
+        """Raise ValueError for settings that do not fit a sampler of `nfe` steps."""
 
     def forwards(self, nfe: int) -> int:
-        """Network forwards an image costs at this nfe, a backward counted as two."""
+        """Network forwards for each image of a batch at this nfe; a backward counts as two."""
         raise NotImplementedError
 
     @property
     def decay(self) -> float:
-        """Of the teacher's average after each optimizer step; 1 = it never moves."""
+        """Decay of the teacher's average after each optimizer step; 1 = it never changes."""
         return 1.0
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        """The pieces of the batch's loss, in an order and number that depend on nothing but
-        settings and sizes."""
+        """The pieces of the batch's loss. Their order and number depend on nothing but settings
+        and sizes, never on values or random draws. rng: on the CPU."""
         raise NotImplementedError
 
 
 def row_errors(left: Tensor, right: Tensor) -> Tensor:
-    """Each row's mean squared difference. [B, ...] x 2 -> [B]. In float32 (or wider): formed from
-    bf16 values the difference would lose its signal."""
+    """Mean squared difference of each row, [B, ...] and [B, ...] -> [B].
+
+    Pass float32 or wider: a difference of bf16 velocities is mostly rounding error.
+    """
     return (left - right).square().flatten(1).mean(1)
 
 
 def mean_error(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean of the row errors over the batch. [B, ...] x 2, [B] -> 0-d."""
+    """Mean over the batch of weight times `row_errors`: [B, ...], [B, ...], [B] -> 0-d."""
     return (weight * row_errors(left, right)).mean()

@@ -1,7 +1,8 @@
-"""Diffusion-DPO (arXiv:2311.12908) for flow models: of two images for a prompt, one was preferred.
+"""Diffusion-DPO (arXiv:2311.12908) for flow models: of two images for a prompt, one is preferred.
 
-t ~ times, one noise for both;  z = (1-t) image + t noise;  wanted: noise - image
-margin = beta w(t) [ E(rejected) - E(chosen) ]                       E as in `preference`
+t ~ times; one noise for both images
+for each image:  z = (1-t) image + t noise;  wanted = noise - image
+margin = beta w(t) [ E(rejected) - E(chosen) ]                  E as in `preference`
 """
 
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from dopsd.methods.preference import Preference, Term, pairwise_losses
 
 
 class DPO(DrawsTimes, Preference):
-    """Errors are means over latent elements, so beta does not depend on the image's size."""
+    """Errors are means over latent elements, so beta does not depend on the image size."""
 
     name: Literal["dpo"] = "dpo"
     beta: float = Field(
-        default=1000.0, gt=0, description="Multiplies the margin; codes with beta / 2 call it 2000."
+        default=1000.0,
+        gt=0,
+        description="Multiplies the margin; codes with beta / 2 call this value 2000.",
     )
     space: Space = Field(
         default="velocity", description="Where the error is measured: velocity, clean or noise."
@@ -33,10 +36,10 @@ class DPO(DrawsTimes, Preference):
         return frozenset({"base", "rejected"})
 
     def forwards(self, nfe: int) -> int:
-        return 10  # of each branch: student, base, and the student again with a backward
+        return 10  # for each image: student, base, and student again with a backward
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        assert batch.rejected is not None, "the run must bring the rejected pictures"
+        assert batch.rejected is not None, "the run must provide the rejected images"
         noise = noise_like(batch.latents, rng)
         t = self.draw_times(roles, batch.latents, rng)
         weight = loss_weight(t, self.space)

@@ -1,7 +1,7 @@
-"""DreamBooth with prior preservation (arXiv:2208.12242): SFT on the subject and, beside it, on
-images of its class that the base model generated before training.
+"""DreamBooth with prior preservation (arXiv:2208.12242): SFT on the subject's images, and on images
+of its class that the base model generated before training.
 
-loss = matching(images, prompts) + prior_weight matching(class images, class prompt)
+    loss = matching(images, prompts) + prior_weight matching(class images, class prompt)
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,13 @@ class DreamBooth(FlowMatching):
 
     name: Literal["dreambooth"] = "dreambooth"
     class_prompt: str = Field(
-        min_length=1, description="What the class pictures show.", examples=["a photo of a dog"]
+        min_length=1, description="Prompt of the class images.", examples=["a photo of a dog"]
     )
-    class_images: int = Field(default=100, ge=1, description="How many the untouched model paints.")
+    class_images: int = Field(
+        default=100, ge=1, description="How many class images the base model generates."
+    )
     prior_weight: float = Field(
-        default=1.0, ge=0, description="Of the class pictures' loss; 0 is SFT."
+        default=1.0, ge=0, description="Weight of the loss on class images; 0 is SFT."
     )
 
     @property
@@ -39,9 +41,10 @@ class DreamBooth(FlowMatching):
         return 6
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        assert batch.prior is not None, "the run must paint the class pictures"
+        assert batch.prior is not None, "the run must generate the class images"
         subject = self.matching_error(roles, batch, batch.latents, rng)
         yield Loss(subject, {"loss": subject.detach(), "subject": subject.detach()}, last=False)
         prior = self.matching_error(roles, batch.prior, batch.prior.latents, rng)
         weighted = self.prior_weight * prior
-        yield Loss(weighted, {"loss": weighted.detach(), "prior": prior.detach()}, last=True)
+        log = {"loss": weighted.detach(), "prior": prior.detach()}
+        yield Loss(weighted, log, last=True, over="prior")

@@ -1,7 +1,7 @@
-"""Flow matching on noised images: what SFT, DreamBooth and Diffusion-DPO share. How times are drawn
-and weighed.
+"""Flow matching on noised images, shared by SFT, DreamBooth and Diffusion-DPO: how times are drawn
+and weighted.
 
-noisy at t:  z = (1-t) clean + t noise;  wanted there: noise - clean
+    t ~ times;  z = (1-t) clean + t noise;  wanted = noise - clean
 """
 
 from typing import Literal, Self
@@ -18,18 +18,21 @@ Times = Literal["uniform", "logit_normal", "shift", "own_steps"]
 
 
 class DrawsTimes(Method):
-    """A method that meets its images at drawn times."""
+    """A method that noises images at random times."""
 
     times: Times = Field(
         default="shift",
-        description="How t is drawn: uniform; logit_normal (sigmoid of a standard normal); shift (uniform, moved "
-        "toward noise by s t / (1 + (s-1) t), s = `shift`); own_steps (the sampler's own, its noise end included).",
+        description="How t is drawn: uniform; logit_normal (sigmoid of a standard normal); shift "
+        "(uniform, moved toward noise by s t / (1 + (s-1) t), s = `shift`); own_steps (the "
+        "sampler's own times, its noise end included).",
     )
-    shift: float = Field(default=3.0, gt=0, description="Of times: shift.")
+    shift: float = Field(default=3.0, gt=0, description="s of times: shift.")
 
     def draw_times(self, roles: Roles, clean: Tensor, rng: torch.Generator) -> Tensor:
-        """t: float32 [B], from 0 to where the sampler starts: 1, or below it where the network was
-        trained on no more noise than that."""
+        """t: float32 [B] on the device of clean [B, C, h, w], in [0, the sampler's first time].
+
+        That is 1, or less where the network was trained on no more noise than that.
+        """
         size, times = (len(clean),), roles.schedule(self.nfe, *clean.shape[-2:]).times
         if self.times == "own_steps":
             own = torch.randint(len(times) - 1, size, generator=rng, device=rng.device)
@@ -43,7 +46,7 @@ class DrawsTimes(Method):
 
 
 class FlowMatching(DrawsTimes):
-    """Regression on the images' own velocity."""
+    """Regression on the velocity of noised images."""
 
     space: Space = Field(
         default="velocity", description="Where the error is measured: velocity, clean or noise."
@@ -61,9 +64,11 @@ class FlowMatching(DrawsTimes):
         return self
 
     def time_weight(self, t: Tensor) -> Tensor:
-        """What the squared velocity error at t [B] counts. With min-SNR, (1-t)^2 min(SNR, gamma) /
-        SNR for the signal to noise ratio SNR = ((1-t)/t)^2, written without the division by 0 at t
-        = 1."""
+        """Weight [B] of the squared velocity error at t [B].
+
+        With min-SNR it is (1-t)^2 min(SNR, gamma) / SNR, where SNR = ((1-t)/t)^2, written without
+        the division by 0 at t = 1.
+        """
         if self.min_snr_gamma is None:
             return loss_weight(t, self.space)
         return torch.minimum((1 - t) ** 2, self.min_snr_gamma * t**2)
@@ -71,8 +76,8 @@ class FlowMatching(DrawsTimes):
     def matching_error(
         self, roles: Roles, batch: Batch, clean: Tensor, rng: torch.Generator
     ) -> Tensor:
-        """The batch's loss, 0-d, with `clean` [B, C, h, w] in place of its images."""
+        """The loss of a batch, 0-d, with `clean` [B, C, h, w] in place of its latents."""
         noise = noise_like(clean, rng)
         t = self.draw_times(roles, clean, rng)
-        errors = row_errors(roles.student(noisy(clean, noise, t), t, batch.context), noise - clean)
-        return (batch.weight * self.time_weight(t) * errors).mean()
+        velocity = roles.student(noisy(clean, noise, t), t, batch.context)
+        return (batch.weight * self.time_weight(t) * row_errors(velocity, noise - clean)).mean()

@@ -1,10 +1,10 @@
-"""PSO, online (arXiv:2410.03190): two walks of the student a prompt, and a reward says which image
-is better.
+"""PSO, online (arXiv:2410.03190): for each prompt two rollouts of the student, ranked by a reward.
 
-Some steps of the walks draw fresh noise (eta), the others are the sampler's own. At each of those,
-the velocity wanted is the one that the walk's next state implies; the better walk is the winner.
-The label holds for the whole pair.
-margin = beta sum_k w_k [ E_k(loser) - E_k(winner) ]               E as in `preference`, w_k as in `pso`, normalised
+some steps of the rollouts draw fresh noise (eta), the others are the sampler's own
+at each of those steps  wanted = the velocity that the rollout's own next state implies
+winner, loser = the rollouts with the higher and the lower reward of their final images
+margin = beta sum_k w_k [ E_k(loser) - E_k(winner) ]
+E_k as in `preference`; w_k as in `pso`, normalised to mean 1
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Step, noise_like, transition
-from dopsd.diffusion.rollout import rollout
+from dopsd.diffusion.rollout import RolloutStep, rollout
 from dopsd.methods.base import Loss, Need, Roles, row_errors
 from dopsd.methods.preference import Branch, Preference, Term, normalised, pairwise_losses
 
@@ -25,12 +25,13 @@ Index = Annotated[int, Field(ge=0)]
 
 
 class PSOOnline(Preference):
-    """Pairs whose images score alike, or one of which has no score (NaN), are dropped."""
+    """Pairs with equal scores, or with a missing score (NaN), are left out."""
 
     name: Literal["pso_online"] = "pso_online"
     reward: str = Field(
         min_length=1,
-        description="Scores pictures, higher is better: red, pickscore, clip, ... or package.module:callable.",
+        description="Scores images, higher is better: red, pickscore, clip, ... or "
+        "package.module:callable.",
         examples=["pickscore"],
     )
     eta: float = Field(
@@ -38,7 +39,8 @@ class PSOOnline(Preference):
     )
     start: Literal["shared", "own"] = Field(
         default="shared",
-        description="Start and sampler's own noise: shared, so that the trained steps decide; own is the paper's code.",
+        description="Start and the sampler's own noise of the two rollouts: shared, so that only "
+        "the trained steps differ; own, as in the paper's code.",
     )
     stochastic_steps: tuple[Index, ...] | None = Field(
         default=None,
@@ -57,70 +59,75 @@ class PSOOnline(Preference):
     def refuse_nfe(self, nfe: int) -> None:
         if nfe == 1:
             raise ValueError(
-                "pso_online needs a walk of 2 steps or more: the last step draws no noise. Set method.nfe."
+                "pso_online needs a walk of 2 steps or more: the last step draws no noise. "
+                "Set method.nfe."
             )
         if late := [step for step in self.stochastic_steps or () if step >= nfe - 1]:
-            able = f"a walk of {nfe} steps draws noise at 0 to {nfe - 2}"
-            raise ValueError(f"method.stochastic_steps names step {late[0]}, and {able}.")
+            raise ValueError(
+                f"method.stochastic_steps names step {late[0]}, and a walk of {nfe} steps draws "
+                f"noise at 0 to {nfe - 2}."
+            )
 
-    def _stochastic(self, nfe: int) -> tuple[int, ...]:
-        own = self.stochastic_steps or tuple(range(1, min(3, nfe - 1))) or (0,)
-        return tuple(sorted(set(own)))
+    def _trained_steps(self, nfe: int) -> tuple[int, ...]:
+        default = tuple(range(1, min(3, nfe - 1))) or (0,)
+        return tuple(sorted(set(self.stochastic_steps or default)))
 
     def forwards(self, nfe: int) -> int:
-        return 2 * nfe + 10 * len(self._stochastic(nfe))
+        # Two rollouts; for each trained step and branch student, base, and student with backward
+        return 2 * nfe + 10 * len(self._trained_steps(nfe))
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        assert roles.score is not None, "the run must bring a judge"
+        assert roles.score is not None, "the run must provide a reward"
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
-        chosen = self._stochastic(schedule.nfe)
-        schedule = schedule.stochastic(self.eta, chosen)
-        first = noise_like(batch.latents, rng)
-        starts = (first, first if self.start == "shared" else noise_like(first, rng))
-        drawn = Random(rng.initial_seed())  # no tensor: the forecast walks where none has a value
-        seeds = [[drawn.getrandbits(62) for _ in range(schedule.nfe)] for _ in starts]
-        if (
-            self.start == "shared"
-        ):  # what the sampler itself draws, at steps that are not trained, decides nothing
-            seeds[1] = [
-                (own if k in chosen else other)
-                for k, (other, own) in enumerate(zip(*seeds, strict=True))
-            ]
+        trained = self._trained_steps(schedule.nfe)
+        schedule = schedule.stochastic(self.eta, trained)
+
+        # Two rollouts for each prompt
+        first_start = noise_like(batch.latents, rng)
+        second_start = first_start if self.start == "shared" else noise_like(first_start, rng)
+        first_seeds, second_seeds = self._noise_seeds(rng.initial_seed(), schedule.nfe, trained)
+
+        def states(start: Tensor, seeds: list[int]) -> list[RolloutStep]:
+            noise = _generator_of_step(seeds, rng.device)
+            return list(rollout(roles.student, start, schedule, batch.context, noise))
+
         with torch.no_grad():
-            rollouts = [
-                list(rollout(roles.student, start, schedule, batch.context, _drawing(own, rng)))
-                for start, own in zip(starts, seeds, strict=True)
-            ]
-        ends = [sample[-1].z_next for sample in rollouts]
+            first, second = states(first_start, first_seeds), states(second_start, second_seeds)
+
+        # The reward names the winner
+        ends = [first[-1].z_next, second[-1].z_next]
         scores = torch.stack([roles.score(end, batch.prompts).to(end) for end in ends])
-        better = _better(scores)
-        moves = [transition(step) for step in schedule.steps() if step.index in chosen]
+        order = (scores[0] - scores[1]).sign().nan_to_num(0)  # [B]: 1 = first won, 0 = left out
+
+        # A winner and a loser at each trained step
+        steps = [step for step in schedule.steps() if step.index in trained]
+        weights = normalised([transition(step).weight for step in steps])
         terms = []
-        for k, move, weight in zip(
-            chosen, moves, normalised([move.weight for move in moves]), strict=True
-        ):
-            first, second = (sample[k] for sample in rollouts)
-            t = first.step.now.to(first.z).expand(len(first.z))
-            sides: dict[Branch, Tensor] = {"winner": better > 0, "loser": better < 0}
-            for branch, is_first in sides.items():
-                rows = is_first.view(-1, 1, 1, 1)
-                z, z_next = (
-                    torch.where(rows, a, b)
-                    for a, b in ((first.z, second.z), (first.z_next, second.z_next))
-                )
-                terms.append(Term(branch, k, z, t, move.implied(z, z_next), weight))
-        told = {"score": scores.nanmean(), "diversity": row_errors(*ends).sqrt().mean()}
+        for step, weight in zip(steps, weights, strict=True):
+            one, other = first[step.index], second[step.index]
+            takes_first: dict[Branch, Tensor] = {"winner": order > 0, "loser": order < 0}
+            for branch, from_first in takes_first.items():
+                rows = from_first.view(-1, 1, 1, 1)
+                z = torch.where(rows, one.z, other.z)
+                z_next = torch.where(rows, one.z_next, other.z_next)
+                wanted = transition(step).implied(z, z_next)
+                terms.append(Term(branch, step.index, z, one.t, wanted, weight))
+        extra_log = {"score": scores.nanmean(), "diversity": row_errors(*ends).sqrt().mean()}
+        pair_weight = batch.weight * (order != 0)
         yield from pairwise_losses(
-            roles, batch.context, terms, self.beta, batch.weight * (better != 0), told=told
+            roles, batch.context, terms, self.beta, pair_weight, extra_log=extra_log
         )
 
+    def _noise_seeds(self, seed: int, nfe: int, trained: tuple[int, ...]) -> list[list[int]]:
+        """A seed for each step of both rollouts. With a shared start, steps that are not trained
+        share theirs: noise that the loss does not see must not decide who wins. Python's generator
+        draws them, so that the memory forecast, whose tensors have no values, can run."""
+        draw = Random(seed)
+        first, second = ([draw.getrandbits(62) for _ in range(nfe)] for _ in range(2))
+        if self.start == "shared":
+            second = [second[k] if k in trained else first[k] for k in range(nfe)]
+        return [first, second]
 
-def _drawing(seeds: list[int], rng: torch.Generator) -> Callable[[Step], torch.Generator]:
-    """A generator of its own for each step of a walk, where `rng` lives."""
-    return lambda step: torch.Generator(rng.device).manual_seed(seeds[step.index])
 
-
-def _better(scores: Tensor) -> Tensor:
-    """Of scores [2, B]: 1 where the first walk won, -1 where the second did, 0 for a tie or a
-    missing score."""
-    return (scores[0] - scores[1]).sign().nan_to_num(0)
+def _generator_of_step(seeds: list[int], device: torch.device) -> Callable[[Step], torch.Generator]:
+    return lambda step: torch.Generator(device).manual_seed(seeds[step.index])

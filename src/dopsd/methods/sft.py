@@ -1,7 +1,7 @@
-"""SFT: plain flow matching on the images, what most tools do. The baseline that loses the few-step
-ability.
+"""SFT: flow matching on the images, as most trainers do. Baseline that loses the few-step ability.
 
-loss = w(t) |student((1-t) clean + t noise, t, prompt) - (noise - clean)|^2,  t ~ times
+t ~ times;  z = (1-t) clean + t noise
+loss = w(t) |student(z, t, prompt) - (noise - clean)|^2
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,14 @@ from dopsd.methods.flow_matching import FlowMatching
 
 
 class SFT(FlowMatching):
-    """samples: "data", the images themselves; "teacher", what the base model generates with the
-    image in its context, an ablation of D-OPSD: the same knowledge, learned off policy."""
+    """With samples: teacher it learns from what the base model generates with the image in its
+    context: an off-policy ablation of D-OPSD with the same source of knowledge."""
 
     name: Literal["sft"] = "sft"
     samples: Literal["data", "teacher"] = Field(
         default="data",
-        description="Pictures learned from: the data's, or what the teacher paints when it sees them.",
+        description="Images learned from: the data's, or those that the teacher generates when it "
+        "sees them.",
     )
 
     @property

@@ -26,7 +26,7 @@ from dopsd.methods.base import Score
 from dopsd.models.base import Family, Size, fitted_size, latent_size
 from dopsd.runs.resolve import ResolvedRun, frozen_dtype
 from dopsd.training.adapters import add_lora, base_tensors
-from dopsd.training.loop import Plan, backward
+from dopsd.training.loop import Plan, accumulate_gradient
 from dopsd.training.memory_meter import LiveBytes
 from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import saved_bytes
@@ -114,8 +114,8 @@ def forecast(
 
         # One step.
         plan = Plan(max_steps=1, learning_rate=1.0)
-        backward(roles, method, _SameBatch(batch), CPU, plan, step=0)
-        torch.nn.utils.clip_grad_norm_(weights.values(), plan.clip)
+        accumulate_gradient(roles, method, _SameBatch(batch), CPU, plan, step=0)
+        torch.nn.utils.clip_grad_norm_(weights.values(), plan.max_grad_norm)
         optimizer.step()
         teacher.follow()
     return Forecast(resident - elsewhere, meter.peak - elsewhere)

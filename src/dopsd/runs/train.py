@@ -25,7 +25,7 @@ from dopsd.runs.prepare import EncodedRun, Progress, encode_run
 from dopsd.runs.resolve import ResolvedRun, resolve
 from dopsd.runs.session import Session
 from dopsd.training.checkpoint import load_checkpoint, save_checkpoint
-from dopsd.training.loop import Plan, StepReport, steps
+from dopsd.training.loop import Plan, StepReport, train_steps
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _train(
     monitor = HealthMonitor(session, encoded.health, start, trackers)
     seconds = sum(row["seconds"] for row in read_rows(metrics.path))
     max_seconds = recipe.train.max_seconds or math.inf
-    for report in steps(
+    for report in train_steps(
         session.roles,
         recipe.method,
         _loader(recipe, encoded),
@@ -224,11 +224,11 @@ def _plan(settings: TrainSection) -> Plan:
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
-        decay=settings.lr_schedule,
-        accumulate=settings.gradient_accumulation_steps,
-        clip=settings.max_grad_norm,
+        lr_schedule=settings.lr_schedule,
+        accumulation_steps=settings.gradient_accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
-        most_skipped=settings.max_skipped_steps,
+        max_skipped_steps=settings.max_skipped_steps,
     )
 
 

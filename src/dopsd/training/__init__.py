@@ -1,1 +1,1 @@
-"""What turns a method's losses into weights: adapters, roles, the loop, checkpoints."""
+"""Optimizer loop, weights of student, teacher and base, adapters, memory savers, checkpoints."""

@@ -106,6 +106,6 @@ def base_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: torch.zeros_like(t) if ".lora_B." in n else t.detach() for n, t in tensors.items()}
 
 
-def unmoved(tensors: dict[str, Tensor]) -> list[str]:
+def unmoved_modules(tensors: dict[str, Tensor]) -> list[str]:
     """The modules whose B is still all zero."""
     return [path for path, (_, b) in lora_pairs(tensors).items() if not b.detach().any()]
