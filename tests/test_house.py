@@ -214,9 +214,8 @@ def test_modules_are_imported_from_their_homes_and_not_from_the_public_face():
                 imported.name.rpartition(".")[0] == "dopsd" and imported.name not in MODULES
             )
             if of_the_face:
-                faults.append(
-                    f"{file.at(imported.line)}: import {imported.name} from the module that defines it"
-                )
+                where = file.at(imported.line)
+                faults.append(f"{where}: import {imported.name} from where it is defined")
     refuse(faults)
 
 
