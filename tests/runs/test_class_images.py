@@ -14,7 +14,7 @@ from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.models.pipeline import sample
 from dopsd.runs.check import check
 from dopsd.runs.class_images import FIRST_SEED, generate_once, with_generated
-from dopsd.runs.resolve import open_family, read_data, resolve
+from dopsd.runs.resolve import open_family, resolve
 
 
 def recipe_of(concept: Path, folder: Path, **method) -> Recipe:
@@ -35,14 +35,14 @@ def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(
     recipe = recipe_of(
         concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3
     )
-    listing, beside = with_generated(recipe, pocket, read_data(recipe))
+    listing, beside = with_generated(resolve(recipe))
     assert len(beside) == 3 and {example.caption for example in beside} == {"a red star"}
     expected = sample("pocket", ["a red star"] * 3, seed=FIRST_SEED)
     for example, image in zip(beside, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(example.path)), np.asarray(image))
     folder = beside[0].path.parent
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert with_generated(recipe, pocket, listing)[1] == beside
+    assert with_generated(resolve(recipe))[1] == beside
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert rows == [{"file_name": example.path.name, "text": "a red star"} for example in beside]
@@ -90,7 +90,7 @@ def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket
     ]
     (concept / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = recipe_of(concept, tmp_path, name="pso", form="forward", losers=2)
-    listing, beside = with_generated(recipe, pocket, read_data(recipe))
+    listing, beside = with_generated(resolve(recipe))
     assert (
         beside == ()
         and len(listing.examples) == 8
@@ -108,11 +108,9 @@ def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket
     assert all(
         told[path.name] == caption for caption, files in by_caption.items() for path in files
     )
-    again, _ = with_generated(
-        recipe_of(concept, tmp_path, name="pso", form="forward", losers=2, loser_prompt="a star"),
-        pocket,
-        read_data(recipe),
-    )
+    of_one_prompt = {"losers": 2, "loser_prompt": "a star"}
+    recipe = recipe_of(concept, tmp_path, name="pso", form="forward", **of_one_prompt)
+    again, _ = with_generated(resolve(recipe))
     assert len(again.examples) == 4 and len({example.rejected for example in again.examples}) == 1
 
 

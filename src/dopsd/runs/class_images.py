@@ -20,19 +20,21 @@ from dopsd.files import atomic_path, write_jsonl
 from dopsd.images import to_pil
 from dopsd.models.base import Family, latent_size
 from dopsd.models.pipeline import ImagePipeline, ImageRequest
+from dopsd.runs.resolve import ResolvedRun
 
 FIRST_SEED = 960_000  # far from the seeds of previews and health checks
 Progress = Callable[[int, int], None]  # images done, of how many
 
 
 def with_generated(
-    recipe: Recipe, family: Family, listing: Listing, progress: Progress | None = None
+    run: ResolvedRun, progress: Progress | None = None
 ) -> tuple[Listing, tuple[Example, ...]]:
     """Generate what the method asks for.
 
-    Returns the listing, its examples with their rejected images where the method learns from pairs
+    Returns the run's listing, its examples with their rejected images where the method learns from pairs
     that it generates, and the class images of a method with prior preservation (else none).
     """
+    recipe, family, listing = run.recipe, run.family, run.listing
     wanted = recipe.method.to_generate
     if wanted is None:
         return listing, ()

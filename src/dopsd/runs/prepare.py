@@ -40,9 +40,7 @@ def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun
     recipe, family = run.recipe, run.family
 
     # Images that the base model generates for the method: class images, or rejected ones.
-    listing, class_examples = with_generated(
-        recipe, family, run.listing, _named(progress, "generating")
-    )
+    listing, class_examples = with_generated(run, _named(progress, "generating"))
     text_encoder = family.load_text_encoder(run.device, run.dtype, images=run.learns_from_teacher)
     vae = family.load_vae(run.device, torch.float32)
 
