@@ -99,7 +99,7 @@ def fuse(
     """Write the model as a diffusers folder with the LoRA added to its weights; opening it needs no
     LoRA file.
 
-    name_or_path: None: the model in the LoRA file's metadata (`lora.model_for`). Raises ValueError
+    name_or_path: None: the model in the LoRA file's metadata (`model_for`). Raises ValueError
     where the folder exists, or for a LoRA that does not fit.
     """
     if folder.exists():
