@@ -90,8 +90,8 @@ class Method(BaseModel):
     @property
     def loss_spaces(self) -> tuple[Space, ...]:
         """The values that its setting `space` can have; empty where it has no such setting."""
-        field = type(self).model_fields.get("space")
-        return get_args(field.annotation) if field else ()
+        setting = type(self).model_fields.get("space")
+        return get_args(setting.annotation) if setting else ()
 
     @property
     def to_generate(self) -> ToGenerate | None:
