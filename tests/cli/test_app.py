@@ -216,7 +216,7 @@ def test_sample_writes_images(desk):
     ("name", "content", "sentence"),
     [
         ("lora.safetensors", b"not safetensors", "not a readable safetensors file"),
-        ("lora.bin", b"pickle", "no .safetensors file"),
+        ("lora.bin", b"pickle", "not a .safetensors file"),
         ("absent.safetensors", None, "not a readable safetensors file"),
     ],
 )

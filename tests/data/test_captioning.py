@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 from dopsd.data.captioning import QUESTION, uncaptioned, write_captions
 from dopsd.models.hub import Checkpoint
-from dopsd.models.qwen3 import image_tokens, load_processor, with_image
+from dopsd.models.qwen3_prompts import with_image
+from dopsd.models.qwen3_vl import image_tokens, load_processor
 
 TOKENS = 6
 

@@ -17,8 +17,8 @@ from dopsd.images import to_pixels
 from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
 from dopsd.models.base import Family
 from dopsd.pocket.benchmark import unrelated_statements
-from dopsd.pocket.world.datasets import write_concept
 from dopsd.pocket.world.captions import caption_of
+from dopsd.pocket.world.datasets import write_concept
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles

@@ -188,7 +188,7 @@ def test_references_are_fitted_by_the_pipelines_rule(klein):
         try:
             processor.check_image_input(image)
         except ValueError:
-            with pytest.raises(ValueError, match="a picture to edit is"):
+            with pytest.raises(ValueError, match="an image to edit is"):
                 klein.reference_size((width, height))
             continue
         found = processor._resize_if_exceeds_area(image).size
@@ -264,8 +264,8 @@ def test_the_suffix_is_the_users_to_choose(folder):
     for suffix, told in (("as it is", "a star as it is"), ("", "a star")):
         family = load_family(str(folder), teacher_vision=TeacherVision(suffix=suffix))
         assert (
-            family.teachers_prompt("a star", False)
-            == family.teachers_prompt("a star", True)
+            family.edit_prompt("a star", False)
+            == family.edit_prompt("a star", True)
             == told
         )
 
@@ -413,7 +413,7 @@ def test_a_vlm_that_reads_texts_otherwise_is_refused(tmp_path, folder):
     family = load_family(str(folder), teacher_vision=TeacherVision("vlm", str(vlm)))
     with pytest.raises(
         ValueError,
-        match="reads a text without a picture otherwise than the checkpoint's text encoder",
+        match="encodes a text without an image differently from the checkpoint's text encoder",
     ):
         family.load_text_encoder(CPU, torch.float32, images=True)
 

@@ -172,7 +172,7 @@ def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
         "neither a local folder nor a repository",
         "has no revision v9",
         "could not be reached",
-        "nor a name that the hub could have",
+        "nor a valid name on the hub",
         "does not exist",
     ]
     assert len(lines) == len(wanted)
@@ -228,7 +228,7 @@ def test_offline_a_checkpoint_that_is_not_whole_in_the_cache_is_refused(hub, tmp
     config.unlink()
     cases = [("tiny/zimage", None), ("other/model", None)]
     lines = run(OPEN.format(cases=cases), tmp_path, endpoint, HF_HUB_OFFLINE="1").splitlines()
-    assert len(lines) == 2 and all("is not whole in the hub's cache" in line for line in lines)
+    assert len(lines) == 2 and all("not complete in the hub's cache" in line for line in lines)
 
 
 def test_a_full_disk_is_a_sentence(monkeypatch):

@@ -132,8 +132,8 @@ def test_inspect_knows_family_rank_and_form_of_every_public_form(file, request):
         "ours": "strength 1",
         "scale in the metadata": "strength 1",
         "with alpha": "error",
-        "bare names": "nothing is loaded, in silence",
-        "raw PEFT": "nothing is loaded, in silence",
+        "bare names": "nothing is loaded, without a message",
+        "raw PEFT": "nothing is loaded, without a message",
     }
     form = request.node.callspec.params["file"]
     assert lines["diffusers"] == expected.get(form, "strength 1")

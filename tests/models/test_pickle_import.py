@@ -46,8 +46,8 @@ class Runs:
 
 def test_a_pickle_that_is_more_than_tensors_is_refused_in_one_sentence(tmp_path):
     for name, content, words in (
-        ("code", Runs(tmp_path / "ran"), "runs no code"),
-        ("code beside tensors", {"a": SHARED, "b": Runs(tmp_path / "ran")}, "runs no code"),
+        ("code", Runs(tmp_path / "ran"), "code in a file is never run"),
+        ("code beside tensors", {"a": SHARED, "b": Runs(tmp_path / "ran")}, "code in a file is never run"),
         ("list", [SHARED], "holds a list"),
         ("nested", {"state_dict": WEIGHTS}, "state_dict of type dict"),
         ("nothing", {}, "holds a dict"),
@@ -62,7 +62,7 @@ def test_a_file_that_is_none_or_a_target_that_is_taken_is_refused(tmp_path):
     for content in (b"", b"hello"):
         (tmp_path / "unet.bin").write_bytes(content)
         done = imported(tmp_path / "unet.bin")
-        assert done.exit_code == 2 and "cannot be read as weights alone" in " ".join(
+        assert done.exit_code == 2 and "cannot be read as plain weights" in " ".join(
             done.output.split()
         )
     assert imported(tmp_path / "missing.bin").exit_code == 2

@@ -295,7 +295,7 @@ def test_a_file_that_cannot_distil_is_refused(sdxl, dmd2_lora, pocket, tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "half.safetensors")
     for model, file, words in (
-        (base, "unet.bin", "`dopsd import` turns a .bin into one"),
+        (base, "unet.bin", "`dopsd import` converts a .bin"),
         (base, str(tmp_path / "other.safetensors"), "neither a LoRA nor a UNet"),
         (str(sdxl("turbo")), str(dmd2_lora), "is a few-step model already"),
         (str(pocket.checkpoint.folder), str(dmd2_lora), "zimage takes no model.distilled_by"),
@@ -309,7 +309,7 @@ def test_a_file_that_cannot_distil_is_refused(sdxl, dmd2_lora, pocket, tmp_path)
         half.licence == "other"
         and load_family(base, distilled_by=str(dmd2_lora)).licence == "cc-by-nc-4.0"
     )
-    with pytest.raises(ValueError, match="is no UNet of"):
+    with pytest.raises(ValueError, match="is not a UNet of"):
         half.load_denoiser(CPU, torch.float32)
 
 
@@ -390,7 +390,7 @@ def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(
             {"name_or_path": base, "distilled_by": "unet.bin"},
             concept,
             "sft",
-            "`dopsd import` turns a .bin into one",
+            "`dopsd import` converts a .bin",
         ),
     )
     for model, folder, method, words in cases:

@@ -18,7 +18,8 @@ from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.models import load_family
 from dopsd.models.base import TeacherVision
 from dopsd.models.pipeline import sample
-from dopsd.models.qwen3 import transplant, with_image
+from dopsd.models.qwen3_prompts import with_image
+from dopsd.models.qwen3_vl import transplant
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -202,7 +203,7 @@ def test_a_vlm_of_another_size_is_refused_and_the_keys_listed(pocket, pocket_tex
 def test_a_caption_over_the_limit_is_said_not_cut(pocket_text_encoder):
     with pytest.raises(ValueError, match="the limit is 512"):
         pocket_text_encoder.context(["star " * 600])
-    with pytest.raises(ValueError, match="16 of them the picture's; the limit is 1024"):
+    with pytest.raises(ValueError, match="16 of them the image's; the limit is 1024"):
         pocket_text_encoder.context(["star " * 1100], [Image.new("RGB", (64, 64))])
 
 

@@ -246,7 +246,7 @@ def test_what_cannot_be_edited_is_one_sentence_and_exit_2(model, pairs, tmp_path
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     Image.new("RGB", (63, 64)).save(folder / "small.png")
     cases = {
-        "small.png: a picture to edit is 63 x 64; klein takes": {
+        "small.png: an image to edit is 63 x 64; klein takes": {
             "target": "a.png",
             "references": ["small.png"],
         },

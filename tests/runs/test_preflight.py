@@ -15,8 +15,8 @@ from dopsd.config.recipe import parse_recipe
 from dopsd.evaluation.metrics.dino import DinoDistance
 from dopsd.evaluation.statistics import Interval
 from dopsd.models.pipeline import sample
-from dopsd.pocket.world.datasets import write_concept
 from dopsd.pocket.demo import demo_recipe
+from dopsd.pocket.world.datasets import write_concept
 from dopsd.runs.preflight import Preflight, preflight, verdict_of
 from dopsd.runs.train import train
 

@@ -45,7 +45,7 @@ def init(
         data,
         family=family.name,
         licence=family.licence,
-        starting_points=family.starting_points(method),
+        starting_points=family.starting_points(METHODS[method].model_construct()),
         adapter=adapter,
     )
     write_text(file, recipe)

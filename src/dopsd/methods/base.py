@@ -7,14 +7,14 @@ forward are in memory, not those of all.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dopsd.diffusion.batch import Batch, Part
-from dopsd.diffusion.flow import Schedule
+from dopsd.diffusion.flow import Schedule, Space
 from dopsd.diffusion.rollout import Velocity
 
 # What a method requires: roles, and parts of a batch beside images and prompts.
@@ -86,6 +86,12 @@ class Method(BaseModel):
     def needs(self) -> frozenset[Need]:
         """What it requires with these settings."""
         return frozenset()
+
+    @property
+    def loss_spaces(self) -> tuple[Space, ...]:
+        """The values that its setting `space` can have; empty where it has no such setting."""
+        setting = type(self).model_fields.get("space")
+        return get_args(setting.annotation) if setting else ()
 
     @property
     def to_generate(self) -> ToGenerate | None:

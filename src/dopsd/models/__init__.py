@@ -8,7 +8,7 @@ import json
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dopsd.models.hub import Checkpoint
+from dopsd.models.hub import Checkpoint, quiet_libraries
 
 if TYPE_CHECKING:
     from dopsd.models.base import Family, TeacherVision
@@ -69,7 +69,8 @@ def load_family(
 
 def _load(entry: str) -> Any:
     module, _, attribute = entry.partition(":")
-    return getattr(import_module(module), attribute)
+    with quiet_libraries():
+        return getattr(import_module(module), attribute)
 
 
 def _model_index(checkpoint: Checkpoint) -> dict:

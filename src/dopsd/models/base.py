@@ -1,8 +1,8 @@
-"""The noun: what the house needs of a model family. One file a family implements it; nobody
-branches on a name."""
+"""What the package needs to know of a model family. One file a family implements it, and all other
+code branches on these traits, never on a family's name."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -14,15 +14,18 @@ from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, Denoiser, TextEncoder
 from dopsd.diffusion.flow import Schedule, Space
 from dopsd.models.hub import Checkpoint
+from dopsd.models.lora_forms import Loaders
 
 Size = tuple[int, int]  # (width, height) in pixels, as in Pillow
 
 
 @dataclass(frozen=True)
 class TeacherVision:
-    """How a teacher is to see images. context: one of the family's `teacher_contexts`; vlm: a hub
-    id or folder, where it sees through one; suffix: words after the caption in its prompt. None:
-    the family's default."""
+    """How a teacher sees images; None: the family's default.
+
+    context: one of the family's `teacher_contexts`. vlm: hub id or folder of the vision-language
+    model, for a context that uses one. suffix: text after the caption in the teacher's prompt.
+    """
 
     context: str | None = None
     vlm: str | None = None
@@ -40,73 +43,77 @@ class Usage:
 
 
 def plain_usage(nfe: int) -> Usage:
-    """Of a pipeline that needs nothing but its number of steps."""
+    """The usage of a pipeline that needs nothing but its number of steps."""
     return Usage(f"num_inference_steps={nfe}, guidance_scale=0.0")
 
 
+class MethodTraits(Protocol):
+    """What a family's recommended settings may depend on; every `methods.Method` has it."""
+
+    @property
+    def needs(self) -> Collection[str]:
+        """Roles and parts of a batch that the method cannot do without; "privileged": a teacher
+        that sees the image."""
+        ...
+
+    @property
+    def loss_spaces(self) -> Sequence[Space]:
+        """The values that its setting `space` can have; empty: it has no such setting."""
+        ...
+
+
 class Family(Protocol):
-    """A checkpoint of one family, opened but not loaded: traits, and three workers on demand."""
+    """A checkpoint of one family: its traits, known from configs, and its components, loaded on
+    demand."""
 
     name: ClassVar[str]
     repo: ClassVar[str]  # the usual checkpoint on the hub
-    teacher_contexts: ClassVar[
-        tuple[str, ...]
-    ]  # ways a teacher can see an image, the default first; empty = none
-    vae_scale_factor: ClassVar[int]  # pixels per latent cell
+    teacher_contexts: ClassVar[tuple[str, ...]]  # ways a teacher can see an image, default first
+    vae_scale_factor: ClassVar[int]  # pixels along a side of a latent position
     multiple: ClassVar[int]  # image sides are multiples of this many pixels
-    native_space: ClassVar[Space]  # of the network's own answer
+    native_space: ClassVar[Space]  # what the network predicts
     lora_targets: ClassVar[str]  # regular expression over the network's module names
-    quantizable: ClassVar[
-        str
-    ]  # likewise: the linears that may be put in few bits; all others stay as they are
-    export_prefix: ClassVar[
-        str
-    ]  # the network's folder in a checkpoint, and diffusers' word for it in LoRA names
+    quantizable: ClassVar[str]  # likewise: the linear layers that may be quantized
+    export_prefix: ClassVar[str]  # the network's folder, and diffusers' prefix of its LoRA keys
+    lora_key_pattern: ClassVar[str]  # regular expression that only this family's LoRA keys match
+    lora_loaders: ClassVar[Loaders]  # what other software makes of the public forms of a LoRA file
+    distillable: ClassVar[bool]  # whether model.distilled_by can make a base checkpoint few-step
+    base_version: ClassVar[str]  # as ss_base_model_version, by which interfaces sort LoRA files
 
-    distillable: ClassVar[
-        bool
-    ]  # whether a base checkpoint can be made a few-step one by a file, model.distilled_by
-    base_version: ClassVar[
-        str
-    ]  # in the words of ss_base_model_version, by which interfaces sort LoRA files
-
-    architecture: str  # in the words of modelspec.architecture
+    architecture: str  # as modelspec.architecture
     licence: str
     hub_licence: str  # its identifier in the hub's list; "other" where it has none there
     checkpoint: Checkpoint
-    teacher_context: str | None  # the one of `teacher_contexts` that was asked for
+    teacher_context: str | None  # the one of `teacher_contexts` that is used
     default_nfe: int
-    unrelated_prompts: tuple[
-        str, ...
-    ]  # of the checkpoint's own world, for health; empty: any prompt will do
+    unrelated_prompts: tuple[str, ...]  # of the checkpoint's domain, for health; empty: any will do
     distilled: bool  # whether the checkpoint is a few-step one
-    resolution: int  # of the checkpoint's usual square image, in pixels
+    resolution: int  # side of the checkpoint's usual square image, in pixels
     channels: int  # of the latents
 
     def load_text_encoder(
         self, device: torch.device, dtype: torch.dtype, images: bool
     ) -> TextEncoder:
-        """The text encoder; with `images`, also what reads the teacher's image."""
+        """The text encoder; images: also what encodes the image that a teacher sees."""
         ...
 
     def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> VAE:
-        """The autoencoder; tiled: decodes large images in overlapping tiles, with less memory."""
+        """The VAE; tiled: large images are decoded in overlapping tiles, with less memory."""
         ...
 
     def empty_vae(self, tiled: bool) -> VAE:
-        """The autoencoder from its config, without weights; called where tensors have shapes and no
-        storage."""
+        """The VAE from its config, with unloaded weights. Call it where tensors have no storage:
+        under `torch.device("meta")` or a FakeTensorMode."""
         ...
 
     def empty_denoiser(self) -> Denoiser:
-        """The denoiser from its config, without weights; called where tensors have shapes and no
-        storage."""
+        """The denoiser from its config, with unloaded weights; likewise."""
         ...
 
     def count_tokens(
         self, prompts: Sequence[str], sizes: Sequence[Size] | None = None
     ) -> list[int]:
-        """Of each prompt as the text encoder would see it; with image sizes, as the teacher's.
+        """Tokens of each prompt in the student's context, or with image sizes in the teacher's.
         Raises ValueError for a prompt over the limit. Reads the tokenizer and configs, no weights.
         """
         ...
@@ -117,44 +124,46 @@ class Family(Protocol):
         sizes: Sequence[Size] | None = None,
         references: Sequence[Sequence[Size]] | None = None,
     ) -> Context:
-        """Zeros in the shape of what the text encoder would answer, likewise."""
+        """Zeros in the shape of the context that the text encoder would return, likewise."""
         ...
 
     @property
     def reference_size(self) -> Callable[[Size], Size] | None:
-        """The size that an image to edit is brought to, which raises ValueError for one that the
-        pipeline would refuse; None: prompts of this family come without images."""
+        """From the size of an image to edit to the size that the pipeline resizes it to; the
+        function raises ValueError for one that the pipeline would refuse. None: the family edits no
+        images."""
         ...
 
-    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser: ...
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser:
+        """The denoiser with its weights."""
+        ...
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
-        """The pipeline's own times for `nfe` forwards at a latent size of height x width cells."""
+        """The pipeline's own times for `nfe` forwards at a latent height and width."""
         ...
 
     def usage(self, nfe: int) -> Usage:
-        """What to write to generate with `nfe` forwards in diffusers."""
+        """How to generate with `nfe` forwards in diffusers."""
         ...
 
     def settle(self, folder: Path) -> None:
-        """Make a copy of the checkpoint's folder, which holds this family's network as it is
-        loaded, say which sampler the network is for where the checkpoint itself does not."""
+        """Complete a copy of the checkpoint's folder that holds this family's network as loaded:
+        write its scheduler where it is not the checkpoint's own."""
         ...
 
     def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A LoRA's tensors in any public form as `<export_prefix>.<module>.lora_A.weight` /
-        `.lora_B.weight`, with their alpha multiplied in. Raises ValueError or KeyError for a form
-        that is not known."""
+        """A LoRA's tensors in any public form as `<export_prefix>.<module>.lora_A.weight` and
+        `.lora_B.weight`, alpha multiplied in. Raises ValueError or KeyError for an unknown form."""
         ...
 
     def lora_in_public_form(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """The way out: A [r, in] and B [out, r] by module path, with the scale in B, as the tensors
-        of a file that the family's usual loaders read at strength 1."""
+        """A [r, in] and B [out, r] by module path, scale in B, as the tensors of a file that the
+        family's usual loaders read at strength 1."""
         ...
 
-    def starting_points(self, method: str) -> dict[str, Any]:
-        """Recipe keys (`section.key`) whose value should differ from the general default for this
-        checkpoint and method."""
+    def starting_points(self, method: MethodTraits) -> dict[str, Any]:
+        """Recommended settings, as `section.key` to value, where they differ from the general
+        defaults for this checkpoint and method."""
         ...
 
 
@@ -166,7 +175,7 @@ def network_on_meta(family: Family) -> nn.Module:
 
 
 def fingerprint_of(module: nn.Module) -> str:
-    """A short hash of a module's weights: shapes, dtypes, and a sample of every tensor's bytes."""
+    """A short hash of a module's weights: names, shapes, dtypes, and a sample of every tensor."""
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
@@ -178,11 +187,11 @@ def fingerprint_of(module: nn.Module) -> str:
 
 
 def fitted_size(family: Family, path: Path, size: Size) -> Size:
-    """What an image to edit is brought to. Raises ValueError where the family edits none, or none
-    of this shape."""
+    """The size that an image to edit is resized to. Raises ValueError where the family edits no
+    images, or none of this shape."""
     if family.reference_size is None:
         raise ValueError(
-            f"{path} is a picture to edit, and {family.name} edits none: leave the references out."
+            f"{path} is an image to edit, and {family.name} edits none: leave the references out."
         )
     try:
         return family.reference_size(size)
@@ -191,8 +200,8 @@ def fitted_size(family: Family, path: Path, size: Size) -> Size:
 
 
 def latent_size(family: Family, height: int, width: int) -> tuple[int, int]:
-    """An image size in pixels as latent cells. Raises ValueError where the family cannot generate
-    it."""
+    """An image size in pixels as latent (height, width). Raises ValueError where the family cannot
+    generate it."""
     if height % family.multiple or width % family.multiple:
         raise ValueError(
             f"{width} x {height} pixels: both sides must be multiples of {family.multiple}."

@@ -1,4 +1,4 @@
-"""Prompts through a pair of CLIP text encoders, as SDXL's pipelines read them."""
+"""A pair of CLIP text encoders: prompts as SDXL's pipelines encode them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from dopsd.models.hub import Checkpoint, variant_of
 
 
 class ClipTextEncoders:
-    """Prompts padded to the limit: both encoders' penultimate states side by side, and the second
-    one's pooled answer as the extra `pooled`."""
+    """Prompts padded to the limit: the penultimate states of both encoders, concatenated, and the
+    second one's pooled output as the extra `pooled`."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.device, self.encoders, self.tokenizers = device, [], []
@@ -33,8 +33,8 @@ class ClipTextEncoders:
             with checkpoint.reading(f"text_encoder{end}"):
                 encoder = kind.from_pretrained(part, dtype=dtype, variant=variant_of(part))
             self.encoders.append(encoder.to(device).eval().requires_grad_(False))
-        marks = [*(fingerprint_of(encoder) for encoder in self.encoders), str(dtype)]
-        self.fingerprint = hashlib.sha256("|".join(marks).encode()).hexdigest()[:16]
+        identity = [*(fingerprint_of(encoder) for encoder in self.encoders), str(dtype)]
+        self.fingerprint = hashlib.sha256("|".join(identity).encode()).hexdigest()[:16]
 
     @torch.no_grad()
     def context(
@@ -43,7 +43,7 @@ class ClipTextEncoders:
         images: Sequence[Image.Image] | None = None,
         references: Sequence[Sequence[Image.Image]] | None = None,
     ) -> Context:
-        assert images is None and references is None, "no encoder here reads pictures"
+        assert images is None and references is None, "no encoder here reads images"
         states = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             count_tokens(tokenizer, prompts)
@@ -51,21 +51,20 @@ class ClipTextEncoders:
             ids = tokenizer(
                 list(prompts), padding="max_length", max_length=limit, return_tensors="pt"
             ).input_ids
-            answer = encoder(ids.to(self.device), output_hidden_states=True)
-            states.append(answer.hidden_states[-2])
+            output = encoder(ids.to(self.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
         tokens = torch.cat(states, dim=-1)
-        return Context(tokens, (tokens.shape[1],) * len(tokens), {"pooled": answer.text_embeds})
+        return Context(tokens, (tokens.shape[1],) * len(tokens), {"pooled": output.text_embeds})
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt. Raises ValueError for one that the pipeline would cut."""
-    lengths = [
-        len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids
-    ]  # too long is said below
+    """Tokens of each prompt. Raises ValueError for one that the pipeline would truncate."""
+    # verbose=False: a prompt that is too long is refused below, not warned about.
+    lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > tokenizer.model_max_length:
             raise ValueError(
-                f'the caption "{shorten(prompt, 60)}" makes {length} tokens; the limit is {tokenizer.model_max_length}. '
-                "Shorten it."
+                f'the caption "{shorten(prompt, 60)}" makes {length} tokens; the limit is '
+                f"{tokenizer.model_max_length}. Shorten it."
             )
     return lengths

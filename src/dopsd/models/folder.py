@@ -1,8 +1,7 @@
-"""A whole model as a diffusers folder: a tuned network beside the parts of the checkpoint that it
-came from.
+"""A complete model as a diffusers folder: a tuned network with the other parts of its checkpoint.
 
-`dopsd.json` in it says how it was tuned, as a LoRA file's metadata do; what opens the folder needs
-no dopsd.
+`dopsd.json` in it records how it was tuned, as a LoRA file's metadata does; software that opens the
+folder needs no dopsd.
 """
 
 import json
@@ -26,11 +25,11 @@ ABOUT, TUNED = "dopsd.json", "tuned"
 def write_model(
     folder: Path, network: nn.Module, family: Family, tuned: Mapping[str, str] | None = None
 ) -> None:
-    """Write the network in place of the family's own, reopen the folder and compare every tensor
-    with the live one.
+    """Write the checkpoint with this network in place of its own, reopen the folder and compare
+    every tensor with the one in memory.
 
-    tuned: what the folder says of its tuning. The folder appears whole or not at all, in place of
-    an older one. Raises ValueError when it does not hold the network.
+    tuned: metadata of the tuning. The folder is replaced atomically. Raises ValueError where the
+    written network is not the one in memory.
     """
     with atomic_path(folder) as temporary:
         source = family.checkpoint.whole()
@@ -39,20 +38,18 @@ def write_model(
         )
         part = temporary / family.export_prefix
         try:
-            network.save_pretrained(part)  # type: ignore[operator] - of every diffusers model
-        except SafetensorError as error:  # how safetensors says "no space left"
+            network.save_pretrained(part)  # type: ignore[operator] - every diffusers model
+        except SafetensorError as error:  # raised where no space is left
             raise OSError(str(error)) from error
-        for file in temporary.glob(
-            "*/*.fp16.safetensors"
-        ):  # there alone, it is found under the plain name too
+        # A part that exists only in half precision gets the plain name, which every loader finds.
+        for file in temporary.glob("*/*.fp16.safetensors"):
             plain = file.with_name(file.name.replace(".fp16.", "."))
             if not plain.exists():
                 file.rename(plain)
         family.settle(temporary)
         if tuned is not None:
-            (temporary / "README.md").unlink(
-                missing_ok=True
-            )  # the card of the untouched checkpoint
+            # The original checkpoint's model card does not describe the tuned model.
+            (temporary / "README.md").unlink(missing_ok=True)
             write_json(temporary / ABOUT, _about(temporary) | {TUNED: dict(tuned)})
         load_family(str(temporary))
         _refuse_other_tensors(part, network)
@@ -64,10 +61,10 @@ def is_model(path: Path) -> bool:
 
 
 def tuning_metadata(folder: Path) -> dict[str, str]:
-    """What a model folder says of its tuning; nothing, where dopsd did not tune it."""
+    """The metadata of a model folder's tuning; empty where dopsd did not tune it."""
     tuned = _about(folder).get(TUNED, {})
     if not isinstance(tuned, dict):
-        raise ValueError(f"{folder / ABOUT} is damaged: `{TUNED}` holds no names and values.")
+        raise ValueError(f"{folder / ABOUT} is damaged: `{TUNED}` is not a mapping.")
     return {str(key): str(value) for key, value in tuned.items()}
 
 
@@ -85,10 +82,11 @@ def _refuse_other_tensors(part: Path, network: nn.Module) -> None:
         for name, tensor in read_tensors(file).items():
             if name not in live or not torch.equal(tensor, live.pop(name).cpu()):
                 raise ValueError(
-                    f"{file}: {name} does not read back as trained; the folder is not to be trusted."
+                    f"{file}: {name} reads back with other values than were written; "
+                    "do not use the folder."
                 )
     if live:
-        raise ValueError(f"{part} lacks {next(iter(live))}; the folder is not to be trusted.")
+        raise ValueError(f"{part} lacks {next(iter(live))}; do not use the folder.")
 
 
 def fuse(
@@ -101,7 +99,7 @@ def fuse(
     """Write the model as a diffusers folder with the LoRA added to its weights; opening it needs no
     LoRA file.
 
-    name_or_path: None: the model in the LoRA file's metadata (`lora.model_for`). Raises ValueError
+    name_or_path: None: the model in the LoRA file's metadata (`model_for`). Raises ValueError
     where the folder exists, or for a LoRA that does not fit.
     """
     if folder.exists():

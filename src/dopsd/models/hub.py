@@ -1,35 +1,31 @@
-"""Where a checkpoint lies: a local folder, or a repository on the hub whose parts are fetched when
-asked for."""
+"""Checkpoints: a local folder, or a repository on the hub whose parts are fetched on demand; what
+libraries say of a broken one becomes one sentence."""
 
 import errno
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CONFIGS = (
-    "*.json",
-    "*.txt",
-    "*.jinja",
-    "*.model",
-)  # what can be known without weights, tokenizers included
-WHOLE = (
-    *CONFIGS,
-    "*.md",
-    "*/*.safetensors",
-)  # not the weights of all parts in one file, nor those of other libraries
-TWICE = ("*.fp16.safetensors",)  # the same weights again, in half precision
+# What is known without weights; tokenizers included.
+CONFIGS = ("*.json", "*.txt", "*.jinja", "*.model")
+# Not the weights of all parts in one file, nor those of other libraries.
+WHOLE = (*CONFIGS, "*.md", "*/*.safetensors")
+HALF_PRECISION = ("*.fp16.safetensors",)  # a second copy of the weights
+NOISY = ("bitsandbytes", "diffusers", "transformers")
 
 
 class Checkpoint:
-    """A folder of configs and safetensors, `folder`. Of a hub repository only the configs are there
-    at first."""
+    """A checkpoint's local `folder` of configs and safetensors. Of a hub repository it holds only
+    the configs at first."""
 
     def __init__(self, name: str, revision: str | None = None, called: str | None = None):
-        """name: local folder or hub id; called: how sentences speak of it. Raises ValueError, in
-        one sentence, when there is no such thing."""
+        """name: local folder or hub id. called: its name in messages. Raises ValueError where it
+        does not exist or cannot be fetched."""
         self.name, self._repo = called or name, None if os.path.isdir(name) else name
         if self._repo is None:
             self.folder = Path(name)
@@ -45,7 +41,8 @@ class Checkpoint:
         folder."""
         if missing := [part for part in parts if not index.get(part)]:
             raise ValueError(
-                f"{self.name} lacks {', '.join(missing)} in its model_index.json: it is no whole {family}."
+                f"{self.name} lacks {', '.join(missing)} in its model_index.json: "
+                f"it is not a complete {family}."
             )
         if missing := [part for part in parts if not (self.folder / part).is_dir()]:
             raise ValueError(
@@ -54,26 +51,24 @@ class Checkpoint:
 
     def part(self, name: str = ".") -> Path:
         """The folder of a part (".": the whole is one model) with its weights. Raises ValueError
-        when it has none."""
-        part, patterns = (
-            self.folder / name,
-            [f"{name}/*.safetensors" if name != "." else "*.safetensors"],
-        )
-        if (
-            self._repo is not None
-        ):  # by the commit that the configs are of, whatever is pushed meanwhile
-            _fetch(self._repo, self.folder.name, patterns, TWICE)
-            if not any(part.glob("*.safetensors")):  # there in half precision alone
+        where it has none."""
+        part = self.folder / name
+        patterns = [f"{name}/*.safetensors" if name != "." else "*.safetensors"]
+        if self._repo is not None:
+            # By the commit of the configs, whatever is pushed meanwhile.
+            _fetch(self._repo, self.folder.name, patterns, HALF_PRECISION)
+            if not any(part.glob("*.safetensors")):  # only in half precision
                 _fetch(self._repo, self.folder.name, patterns)
         if not any(part.glob("*.safetensors")):
             raise ValueError(
-                f"{self.name}: {name} holds no .safetensors weights; it is incomplete, or of another form."
+                f"{self.name}: {name} holds no .safetensors weights; "
+                "it is incomplete or in another format."
             )
         return part
 
     def mark(self, distilled_by: str | None) -> list[Any]:
-        """What tells its weights, and those of a file that distils it, from others, as JSON: the
-        commit on the hub, or name, size and time of local files."""
+        """An identity of its weights, and of a file that distils it, as JSON: the commit on the
+        hub, or name, size and time of local files."""
         distiller = _mark_of(distilled_by or "")
         if self._repo is not None:
             return [[self._repo, self.folder.name], distiller]
@@ -85,25 +80,25 @@ class Checkpoint:
 
     @contextmanager
     def reading(self, part: str) -> Iterator[None]:
-        """A block in which a library reads a part: whatever it says of a damaged file becomes one
-        sentence."""
+        """A block in which a library reads a part. Any error becomes a ValueError of one sentence;
+        the libraries' warnings and progress bars are off."""
         try:
-            yield
-        except (
-            Exception
-        ) as error:  # configs and weights of any content: KeyError, TypeError, SafetensorError, ...
+            with quiet_libraries():
+                yield
+        # Configs and weights of any content: KeyError, TypeError, SafetensorError, ...
+        except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"{self.name}: {part} cannot be read ({type(error).__name__}: {reason[:200]}); it is missing, damaged, "
-                "or of another form."
+                f"{self.name}: {part} cannot be read ({type(error).__name__}: {reason[:200]}); "
+                "it is missing, damaged or in another format."
             ) from error
 
     def whole(self) -> Path:
         """The folder with every part of the repository."""
         if self._repo is not None:
-            _fetch(self._repo, self.folder.name, WHOLE, TWICE)
+            _fetch(self._repo, self.folder.name, WHOLE, HALF_PRECISION)
             for config in self.folder.glob("*/config.json"):
-                self.part(config.parent.name)  # where it is there in half precision alone
+                self.part(config.parent.name)  # also those only in half precision
         return self.folder
 
 
@@ -118,37 +113,55 @@ def is_hub_file(name: str) -> bool:
 
 
 def variant_of(part: Path) -> str | None:
-    """The libraries' word for weights that are there in half precision alone."""
-    return (
-        "fp16"
-        if all(file.name.endswith(TWICE[0][1:]) for file in part.glob("*.safetensors"))
-        else None
-    )
+    """diffusers' `variant` for a folder of weights: "fp16" where it holds no others."""
+    is_half = all(file.match(HALF_PRECISION[0]) for file in part.glob("*.safetensors"))
+    return "fp16" if is_half else None
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """A block in which the libraries that open models log nothing below errors and draw no progress
+    bars."""
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    modules = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    with_bars = [module for module in modules if module and module.is_progress_bar_enabled()]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    for module in with_bars:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for module in with_bars:
+            module.enable_progress_bar()
 
 
 def _mark_of(file: str | Path) -> list[Any]:
-    """Of one file: size and time, or its address on the hub."""
+    """Size and time of a local file; otherwise its address on the hub."""
     if not Path(file).is_file():
         return [str(file)]
-    found = Path(file).stat()
-    return [found.st_size, found.st_mtime_ns]
+    status = Path(file).stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def weights_file(name: str, called: str) -> Path:
-    """A safetensors file by its path, or on the hub as owner/name/file. called: the key that names
-    it, for sentences. Raises ValueError when there is no such thing."""
+    """A safetensors file by its path, or on the hub as owner/name/file. called: the recipe key that
+    names it, for messages. Raises ValueError where it does not exist."""
     if Path(name).is_file():
         return Path(name)
     repository, file = hub_address(name, called)
-    found = _fetch(repository, None, [file]) / file
-    if not found.is_file():
+    path = _fetch(repository, None, [file]) / file
+    if not path.is_file():
         raise ValueError(f"{called}: {repository} on the hub holds no {file}.")
-    return found
+    return path
 
 
 def weights_here(name: str, called: str) -> Path | None:
-    """Such a file if it is on this machine; None where it is on the hub alone. Raises ValueError
-    when there is no such thing, without fetching it."""
+    """Such a file where it is on this machine; None where it is only on the hub. Raises ValueError
+    where it does not exist, without fetching it."""
     if Path(name).is_file():
         return Path(name)
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -156,8 +169,8 @@ def weights_here(name: str, called: str) -> Path | None:
     repository, file = hub_address(name, called)
     with _refusals(repository, None):
         cached = try_to_load_from_cache(repository, file)
-        there = isinstance(cached, str) or HfApi().file_exists(repository, file)
-    if not there:
+        exists = isinstance(cached, str) or HfApi().file_exists(repository, file)
+    if not exists:
         raise ValueError(
             f"{called}: there is no {file} in {repository} on the hub, or it is private."
         )
@@ -165,13 +178,14 @@ def weights_here(name: str, called: str) -> Path | None:
 
 
 def hub_address(name: str, called: str) -> tuple[str, str]:
-    """Repository and file of owner/name/file. Raises ValueError, naming the key `called`, for any
-    other form."""
+    """Repository and file of owner/name/file. Raises ValueError, naming the key `called`, for
+    another form."""
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
     if not is_hub_file(name):
         raise ValueError(
-            f"{called} {name} does not exist: give a file, or owner/name/file.safetensors on the hub."
+            f"{called} {name} does not exist: "
+            "give a file, or owner/name/file.safetensors on the hub."
         )
     return f"{owner}/{repository}", file
 
@@ -179,8 +193,8 @@ def hub_address(name: str, called: str) -> tuple[str, str]:
 def _fetch(
     repo: str, revision: str | None, patterns: Sequence[str], without: Sequence[str] = ()
 ) -> Path:
-    """The snapshot folder, these files of it up to date; from the cache where the hub cannot be
-    reached."""
+    """The snapshot's folder with the matching files up to date; from the cache where the hub cannot
+    be reached."""
     from huggingface_hub import snapshot_download
 
     with _refusals(repo, revision):
@@ -196,7 +210,7 @@ def _fetch(
 
 @contextmanager
 def _refusals(repo: str, revision: str | None) -> Iterator[None]:
-    """A block that asks the hub: whatever it says becomes one sentence."""
+    """A block that calls the hub: any error becomes a ValueError of one sentence."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -211,7 +225,7 @@ def _refusals(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise ValueError(
-            f"{repo} is neither a local folder nor a name that the hub could have."
+            f"{repo} is neither a local folder nor a valid name on the hub."
         ) from error
     except GatedRepoError as error:
         raise ValueError(
@@ -227,23 +241,22 @@ def _refusals(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"{repo} is no local folder, is not whole in the hub's cache, and the hub could not be reached: go online, "
-            "or give a folder."
+            f"{repo} is not a local folder and not complete in the hub's cache, and the hub could "
+            "not be reached: go online, or give a folder."
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(
             f"the hub did not give {repo} ({str(error).splitlines()[0]}): try again."
         ) from error
-    except (
-        Exception
-    ) as error:  # the client's transport raises its own kinds: proxies, broken connections, ...
+    # The client's transport raises errors of its own: proxies, broken connections, ...
+    except Exception as error:
         if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{repo} could not be fetched ({reason}): what has come so far is kept."
+                f"{repo} could not be fetched ({reason}): what was downloaded is kept."
             ) from error
         free = shutil.disk_usage(Path(constants.HF_HUB_CACHE).anchor or ".").free / 2**30
         raise ValueError(
-            f"no space left for {repo}: {free:.1f} GiB are free at {constants.HF_HUB_CACHE}. Make room, or set HF_HOME "
-            "to another disk; what has come so far is kept."
+            f"no space left for {repo}: {free:.1f} GiB are free at {constants.HF_HUB_CACHE}. "
+            "Free some, or set HF_HOME to another disk; what was downloaded is kept."
         ) from error

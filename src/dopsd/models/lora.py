@@ -1,8 +1,8 @@
-"""LoRA files: their names in public and in the house, and their deltas added to a network's
-weights.
+"""LoRA files: reading every public form, and adding a LoRA to a network's weights.
 
-In the house a LoRA is (A [r, in], B [out, r]) by module path with the scale in B; each family says
-how its public files call the modules. Writing what a run has trained is left to `export`.
+Inside the package a LoRA is (A [r, in], B [out, r]) by module path, with the scale in B. Each
+family maps its public forms to that (`Family.lora_in_own_form`). Runs write theirs in
+`runs/outputs/lora_export.py`.
 """
 
 import json
@@ -24,11 +24,11 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by modul
 
 
 def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA file's (A [r, in], B [out, r], scale in it) by module path, whichever tool wrote it;
-    of a convolution `in` counts its kernel's places. Raises ValueError for a file that is no LoRA
-    of this family, or of a kind whose deltas are not B @ A."""
+    """A LoRA file's A [r, in] and B [out, r], scale in B, by module path, whichever tool wrote it;
+    for a convolution, `in` is input channels times kernel size. Raises ValueError for a file that
+    is not a LoRA of this family, or of a kind whose deltas are not B @ A."""
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no .safetensors file; dopsd reads no other form of weights.")
+        raise ValueError(f"{path} is not a .safetensors file; no other format is read.")
     tensors, scale = read_tensors(path), _scale_in_metadata(path, family.export_prefix)
     refuse_other_kinds(path, tensors)
     try:
@@ -39,8 +39,8 @@ def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
         RuntimeError,
         TypeError,
         IndexError,
-    ) as error:  # of diffusers, on any content
-        raise ValueError(f"{path} is no LoRA that {family.name} can read ({error}).") from error
+    ) as error:  # raised by diffusers, on any content
+        raise ValueError(f"{path} is not a LoRA that {family.name} can read ({error}).") from error
     pairs = _pairs(path, own, family.export_prefix)
     for module, (a, b) in pairs.items():
         if a.dtype not in DTYPES or b.dtype not in DTYPES:
@@ -59,7 +59,7 @@ def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
             )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError(
-                f"{path}: {module} holds numbers that are not finite; the training broke down."
+                f"{path}: {module} holds NaN or infinite values: its training diverged."
             )
     return {module: (a.flatten(1), b.flatten(1) * scale) for module, (a, b) in pairs.items()}
 
@@ -95,18 +95,18 @@ def model_for(
             f"{lora} was tuned on a local model called {base}, whose path it does not record: "
             f"{how}."
         )
-    if distilled_by is None and (distilled_by := metadata.get("distilled_by")):
-        if not is_hub_file(distilled_by):
-            raise ValueError(
-                f"{lora} was tuned on {base} distilled by a local file {distilled_by}, whose path "
-                "it does not record: give it with --distilled-by (distilled_by in Python)."
-            )
-    return ModelReference(base, distilled_by)
+    recorded = metadata.get("distilled_by")
+    if distilled_by is None and recorded and not is_hub_file(recorded):
+        raise ValueError(
+            f"{lora} was tuned on {base} distilled by a local file {recorded}, whose path it does "
+            "not record: give it with --distilled-by (distilled_by in Python)."
+        )
+    return ModelReference(base, distilled_by or recorded)
 
 
 def diffusers_form(prefix: str, pairs: Pairs) -> dict[str, Tensor]:
-    """`<prefix>.<diffusers module path>.lora_A.weight` / `.lora_B.weight`, no alpha: for
-    transformers the one form that diffusers and ComfyUI both read at strength 1."""
+    """`<prefix>.<diffusers module path>.lora_A.weight` and `.lora_B.weight`, no alpha: for
+    transformers the one form that both diffusers and ComfyUI read at strength 1."""
     a = {f"{prefix}.{module}.lora_A.weight": pair[0] for module, pair in pairs.items()}
     return a | {f"{prefix}.{module}.lora_B.weight": pair[1] for module, pair in pairs.items()}
 
@@ -120,10 +120,10 @@ def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
 
 
 def _scale_in_metadata(path: Path, prefix: str) -> float:
-    """alpha / rank where the file says it the way peft through diffusers does; else 1."""
+    """alpha / rank where the metadata give them as diffusers writes peft's config; else 1."""
     try:
-        said = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-        rank, alpha = said.get(f"{prefix}.r"), said.get(f"{prefix}.lora_alpha")
+        config = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+        rank, alpha = config.get(f"{prefix}.r"), config.get(f"{prefix}.lora_alpha")
         return alpha / rank if rank and alpha else 1.0
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: its lora_adapter_metadata cannot be read ({error}).") from error
@@ -132,24 +132,24 @@ def _scale_in_metadata(path: Path, prefix: str) -> float:
 def _pairs(
     path: Path, tensors: Mapping[str, Tensor], prefix: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    left, pairs = dict(tensors), {}
+    unpaired, pairs = dict(tensors), {}
     for name in tensors:
         partner = name.replace(".lora_A.weight", ".lora_B.weight")
-        if name.startswith(f"{prefix}.") and name != partner and partner in left:
+        if name.startswith(f"{prefix}.") and name != partner and partner in unpaired:
             module = name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
-            pairs[module] = (left.pop(name), left.pop(partner))
-    if left or not pairs:
-        example = next(iter(left), "nothing")
+            pairs[module] = (unpaired.pop(name), unpaired.pop(partner))
+    if unpaired or not pairs:
+        example = next(iter(unpaired), "nothing")
         raise ValueError(
-            f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight (found {example})."
+            f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight: it holds {example}."
         )
     return pairs
 
 
 def refuse_strength(strength: float) -> None:
-    """Raise ValueError for what is no strength."""
+    """Raise ValueError for a strength that is not finite."""
     if not math.isfinite(strength):
-        raise ValueError(f"the strength is {strength}; it must be a number, 1 is what was trained.")
+        raise ValueError(f"the strength is {strength}; it must be a finite number (1: as trained).")
 
 
 @torch.no_grad()
@@ -166,8 +166,8 @@ def merge_lora(network: nn.Module, path: Path, family: Family, strength: float =
 def refuse_misfit(
     path: Path, module: str, network: nn.Module, size: tuple[int, int]
 ) -> nn.Parameter:
-    """The weight that a delta of this size (out, in) is for. Raises ValueError when the network has
-    no such weight."""
+    """The weight that a delta of this size (out, in) belongs to. Raises ValueError where the
+    network has no such weight."""
     try:
         weight = network.get_parameter(f"{module}.weight")
     except AttributeError as error:

@@ -158,7 +158,7 @@ def sample(
     """Generate one image for each prompt as the model is deployed, image i from seed + i.
 
     name_or_path: a diffusers folder, a hub id, or the name of a built-in model; None: the model in
-    the LoRA file's metadata (`lora.model_for`). nfe: forwards of the sampler; None: the model's
+    the LoRA file's metadata (`model_for`). nfe: forwards of the sampler; None: the model's
     own number. width, height: in pixels; None: of the first reference, else the model's own.
     references: images that every prompt edits. distilled_by: a file that makes a base checkpoint a
     few-step model. Raises ValueError for what the model cannot generate or load.

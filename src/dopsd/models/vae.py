@@ -1,4 +1,4 @@
-"""KL autoencoders: pixels to latents and back, for the families that generate through one."""
+"""KL autoencoders: pixels to latents and back."""
 
 from functools import cached_property
 from typing import TypeVar
@@ -10,11 +10,9 @@ from torch import Tensor
 from dopsd.models.base import fingerprint_of
 from dopsd.models.hub import Checkpoint, variant_of
 
-PIXELS_AT_ONCE = (
-    1024 * 1024
-)  # that the autoencoder gets in one call: 2.8 GiB of activations in float32
-TILE = 512  # pixels of a tile's side, where images are decoded in tiles
-
+# What the autoencoder gets in one call: 2.8 GiB of activations in float32.
+PIXELS_AT_ONCE = 1024 * 1024
+TILE = 512  # side of a tile in pixels, where images are decoded in tiles
 
 Autoencoder = TypeVar("Autoencoder", AutoencoderKL, AutoencoderKLFlux2)
 
@@ -22,21 +20,21 @@ Autoencoder = TypeVar("Autoencoder", AutoencoderKL, AutoencoderKLFlux2)
 def load_autoencoder(
     kind: type[Autoencoder], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> Autoencoder:
-    """The checkpoint's part `vae`."""
+    """The checkpoint's `vae` with its weights, on the device."""
     part = checkpoint.part("vae")
     with checkpoint.reading("vae"):
         return kind.from_pretrained(part, torch_dtype=dtype, variant=variant_of(part)).to(device)
 
 
 def empty_autoencoder(kind: type[Autoencoder], checkpoint: Checkpoint) -> Autoencoder:
-    """The part `vae` by its config, without weights."""
+    """The checkpoint's `vae` from its config, without weights."""
     with checkpoint.reading("vae"):
         return kind.from_config(kind.load_config(checkpoint.folder / "vae"))  # type: ignore[return-value]
 
 
 class KLVAE:
-    """An autoencoder with scale and shift applied, where it has them. Encodes to the mode, and
-    whole, so an image has one latent."""
+    """An autoencoder with its scale and shift applied. Encodes to the mode and without tiles, so
+    that an image has one latent."""
 
     def __init__(self, autoencoder: AutoencoderKL | AutoencoderKLFlux2, tiled: bool = False):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
@@ -56,9 +54,9 @@ class KLVAE:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the weights, and of what their latents are scaled by."""
-        config = self.autoencoder.config
-        return f"{fingerprint_of(self.autoencoder)}:{config.get('shift_factor')}:{config.get('scaling_factor')}"
+        """Of the weights, and of the latents' shift and scale."""
+        shift, scale = map(self.autoencoder.config.get, ("shift_factor", "scaling_factor"))
+        return f"{fingerprint_of(self.autoencoder)}:{shift}:{scale}"
 
     def latents(self, pixels: Tensor) -> Tensor:
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))

@@ -7,13 +7,15 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from dopsd.models.hub import Checkpoint
-from dopsd.models.qwen3 import image_marks, image_tokens, load_processor, load_vlm, templated
+from dopsd.models.qwen3_prompts import image_placeholders, templated
+from dopsd.models.qwen3_vl import image_tokens, load_processor, load_vlm
 
 
 class Captioner:
-    """A Qwen3-VL that says what it sees, by greedy search."""
+    """A Qwen3-VL that answers by greedy decoding."""
 
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype):
+        """path: a local folder or a hub id. Raises ValueError where it is no Qwen3-VL."""
         checkpoint = Checkpoint(path)
         self.vlm = load_vlm(Qwen3VLForConditionalGeneration, checkpoint, dtype).to(device)
         with checkpoint.reading("tokenizer"):
@@ -26,12 +28,13 @@ class Captioner:
 
     @torch.no_grad()
     def answer(self, images: Sequence[Image.Image], question: str, most_tokens: int) -> str:
-        """The answer to a question about images that stand before it in the same turn, on one line."""
+        """The answer, on one line, to a question that follows the images in one user turn."""
         patches = self.processor(images=list(images), return_tensors="pt").to(self.vlm.device)
-        marks = "".join(image_marks(image_tokens(self.processor, image.size)) for image in images)
-        text = templated(self.tokenizer, marks + question, thinking=True)
+        counts = [image_tokens(self.processor, image.size) for image in images]
+        placeholders = "".join(map(image_placeholders, counts))
+        text = templated(self.tokenizer, placeholders + question, thinking=True)
         ids = self.tokenizer([text], return_tensors="pt").input_ids.to(self.vlm.device)
-        answer = self.vlm.generate(
+        output = self.vlm.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=patches["pixel_values"],
@@ -40,5 +43,5 @@ class Captioner:
             max_new_tokens=most_tokens,
             do_sample=False,
         )
-        words = self.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        words = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         return " ".join(words.split())

@@ -1,7 +1,7 @@
 """Z-Image-Turbo: Qwen3 text encoder, Qwen3-VL teacher, flow transformer, KL autoencoder.
 
-Z-Image counts time from noise (0) to clean (1) and answers clean - noise; `ZImageDenoiser` turns
-both round. The teacher reads its image through a Qwen3-VL whose language weights are replaced by
+Z-Image counts time from noise (0) to clean (1) and predicts clean - noise; `ZImageDenoiser`
+reverses both. A teacher sees the image through a Qwen3-VL whose language weights are replaced by
 the pipeline's text encoder.
 """
 
@@ -24,17 +24,27 @@ from torch import Tensor
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.flow import Schedule
-from dopsd.models.base import Size, TeacherVision, Usage, plain_usage
+from dopsd.models.base import MethodTraits, Size, TeacherVision, Usage, plain_usage
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import Pairs, diffusers_form
-from dopsd.models.qwen3 import QwenTextEncoder, Reading, count_tokens, text_width
+from dopsd.models.lora_forms import (
+    ALPHA,
+    AT_STRENGTH_1,
+    BAKED,
+    BARE,
+    IGNORED,
+    IN_METADATA,
+    KOHYA,
+    Loaders,
+)
+from dopsd.models.qwen3 import QwenTextEncoder
+from dopsd.models.qwen3_prompts import Reading, count_tokens, text_width
 from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 LENGTH: int = inspect.signature(ZImagePipeline.__call__).parameters["max_sequence_length"].default
-READING = Reading(
-    layers=(-2,), thinking=True, padded=False, length=LENGTH
-)  # as ZImagePipeline.encode_prompt
+# As ZImagePipeline.encode_prompt.
+READING = Reading(layers=(-2,), thinking=True, padded=False, length=LENGTH)
 # Of the reference code's Z-Image script: 4 images a step, 2000 steps.
 TURBO_STARTING_POINTS = {
     "lora.rank": 32,
@@ -43,11 +53,25 @@ TURBO_STARTING_POINTS = {
     "train.gradient_accumulation_steps": 4,
     "train.learning_rate": 1e-4,
 }
-DISTILLED_SHIFT = 3.0  # Turbo's scheduler; the many-step base model ships 6.0
+DISTILLED_SHIFT = 3.0  # of Turbo's scheduler; the many-step base model ships 6.0
+TURBO_NFE = 8
+LOADERS: Loaders = {
+    ("transformer.", BAKED): (AT_STRENGTH_1, AT_STRENGTH_1),
+    ("transformer.", IN_METADATA): (
+        AT_STRENGTH_1,
+        "off by alpha / rank: it does not read the metadata",
+    ),
+    ("transformer.", ALPHA): ("error", AT_STRENGTH_1),
+    ("diffusion_model.", BAKED): (AT_STRENGTH_1, AT_STRENGTH_1),
+    ("diffusion_model.", ALPHA): (AT_STRENGTH_1, AT_STRENGTH_1),
+    (BARE, BAKED): (IGNORED, AT_STRENGTH_1),
+    ("base_model.model.", BAKED): (IGNORED, "no"),
+    (KOHYA, ALPHA): (AT_STRENGTH_1, "only with the original model's names"),
+}
 
 
 class ZImage:
-    """A Z-Image checkpoint. See `families.base.Family` for what each member is."""
+    """A Z-Image checkpoint. See `models.base.Family` for what each member is."""
 
     name = "zimage"
     repo = "Tongyi-MAI/Z-Image-Turbo"
@@ -60,10 +84,14 @@ class ZImage:
         r"(layers|noise_refiner|context_refiner)\.\d+\."
         r"(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     )
-    # The refiners, the embedders and the modulation stay: a seventh of the weights, and every token
-    # passes them first.
+    # Not the refiners, the embedders and the modulation: they are a seventh of the weights, and
+    # every token passes them first.
     quantizable = r"layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     export_prefix = "transformer"
+    lora_key_pattern = (
+        r"(noise_refiner|context_refiner)[._]\d|layers[._]\d+[._](attention|feed_forward)"
+    )
+    lora_loaders = LOADERS
     distillable = False
     base_version = "zimage"
     architecture = "Z-Image"
@@ -76,35 +104,34 @@ class ZImage:
     ):
         self.checkpoint, folder = checkpoint, checkpoint.folder
         checkpoint.refuse_missing(PARTS, index, "Z-Image")
-        own = folder / "vlm"
-        self.teacher_context, teacher_vision = "vlm", teacher_vision or TeacherVision()
-        self.vlm = teacher_vision.vlm or (str(own) if own.is_dir() else self.default_vlm)
+        teacher_vision, own_vlm = teacher_vision or TeacherVision(), folder / "vlm"
+        self.teacher_context = "vlm"
+        self.vlm = teacher_vision.vlm or (str(own_vlm) if own_vlm.is_dir() else self.default_vlm)
         self.suffix = teacher_vision.suffix or ""
         with checkpoint.reading("scheduler"):
             self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-            # Z-Image's base and Turbo differ in nothing but weights and the scheduler's shift
+            # Z-Image's base and Turbo differ only in weights and in the scheduler's shift.
             self.distilled = self._scheduler.config.shift == DISTILLED_SHIFT
         with checkpoint.reading("vae"):
             vae = AutoencoderKL.load_config(folder / "vae")
             self.channels: int = vae["latent_channels"]
             self.vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-            self.multiple = 2 * self.vae_scale_factor  # the transformer's patches are 2 x 2 cells
+            self.multiple = 2 * self.vae_scale_factor  # the patches are 2 x 2 positions
             self.resolution: int = vae["sample_size"]
-        with checkpoint.reading(
-            "dopsd.json"
-        ):  # what a checkpoint that is not Turbo itself says of itself
-            about = folder / "dopsd.json"
-            said = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-            self.default_nfe: int = said.get("nfe", 8)
-            self.unrelated_prompts: tuple[str, ...] = tuple(said.get("unrelated_prompts", ()))
-            self._starting_points: dict[str, Any] = said.get(
+        # What a checkpoint other than Turbo records of itself.
+        with checkpoint.reading("dopsd.json"):
+            file = folder / "dopsd.json"
+            about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            self.default_nfe: int = about.get("nfe", TURBO_NFE)
+            self.unrelated_prompts: tuple[str, ...] = tuple(about.get("unrelated_prompts", ()))
+            self._starting_points: dict[str, Any] = about.get(
                 "starting_points", TURBO_STARTING_POINTS
             )
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
-        """ZImagePipeline's times: its scheduler, asked as the pipeline asks it."""
+        """ZImagePipeline's times: its scheduler, called as the pipeline calls it."""
         if nfe < 1:
-            raise ValueError(f"nfe is {nfe}; a walk needs at least 1 forward.")
+            raise ValueError(f"nfe is {nfe}; sampling needs at least 1 forward.")
         config = self._scheduler.config
         shift = calculate_shift(
             (height // 2) * (width // 2),
@@ -119,8 +146,8 @@ class ZImage:
     def load_text_encoder(
         self, device: torch.device, dtype: torch.dtype, images: bool
     ) -> QwenTextEncoder:
-        twin = self.vlm if images else None
-        return QwenTextEncoder(self.checkpoint, READING, twin, self.suffix, device, dtype)
+        vlm = self.vlm if images else None
+        return QwenTextEncoder(self.checkpoint, READING, vlm, self.suffix, device, dtype)
 
     def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLVAE:
         return KLVAE(load_autoencoder(AutoencoderKL, self.checkpoint, device, dtype), tiled)
@@ -155,18 +182,20 @@ class ZImage:
             network = ZImageTransformer2DModel.from_pretrained(part, torch_dtype=dtype)
         return ZImageDenoiser(network.to(device))
 
-    def starting_points(self, method: str) -> dict[str, Any]:
-        sample = {"method.nfe": 4} if method == "dopsd" and self.default_nfe == 8 else {}
-        return self._starting_points | sample
+    def starting_points(self, method: MethodTraits) -> dict[str, Any]:
+        """With a teacher that sees the image, training takes half of Turbo's steps, as the paper's
+        does."""
+        halved = "privileged" in method.needs and self.default_nfe == TURBO_NFE
+        return self._starting_points | ({"method.nfe": TURBO_NFE // 2} if halved else {})
 
     def usage(self, nfe: int) -> Usage:
         return plain_usage(nfe)
 
     def settle(self, folder: Path) -> None:
-        pass  # the checkpoint says it itself
+        pass  # the scheduler is the checkpoint's own
 
     def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By diffusers' conversion, which wants bare names; raw PEFT files and ours bring a prefix."""
+        """By diffusers' conversion, which expects names without a prefix."""
         bare = {
             name.removeprefix("base_model.model.").removeprefix("transformer."): t
             for name, t in tensors.items()
@@ -182,7 +211,7 @@ class ZImage:
 
 
 class ZImageDenoiser(Denoiser):
-    """ZImageTransformer2DModel in the house's clock."""
+    """ZImageTransformer2DModel in this package's time and velocity."""
 
     def __init__(self, network: ZImageTransformer2DModel):
         super().__init__()
@@ -192,5 +221,5 @@ class ZImageDenoiser(Denoiser):
         dtype = next(self.network.parameters()).dtype
         captions = [row.to(dtype) for row in context.rows()]
         images = list(z.to(dtype).unsqueeze(2).unbind(0))
-        answer = self.network(images, (1 - t).to(z), captions, return_dict=False)[0]
-        return -torch.stack([row.float() for row in answer]).squeeze(2)
+        prediction = self.network(images, (1 - t).to(z), captions, return_dict=False)[0]
+        return -torch.stack([row.float() for row in prediction]).squeeze(2)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config.recipe import Recipe, parse_recipe
+from dopsd.methods import SFT
 from dopsd.runs.class_images import Progress, generate_once
 from dopsd.runs.resolve import open_family
 
@@ -34,7 +35,7 @@ def adapter_recipe(
         "method": {"name": "sft"},
     }
     family = open_family(parse_recipe(tree | {"run_name": "adapter"}, "the adapter"))
-    for place, value in family.starting_points("sft").items():
+    for place, value in family.starting_points(SFT()).items():
         section, _, key = place.partition(".")
         tree.setdefault(section, {})[key] = value
     for section, value in changes.items():

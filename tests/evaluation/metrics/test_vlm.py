@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from dopsd.evaluation.metrics.vlm import ObjectReward, StyleReward, grade_of
 from dopsd.images import as_bytes, to_pil
 from dopsd.models.hub import Checkpoint
-from dopsd.models.qwen3 import load_processor
+from dopsd.models.qwen3_vl import load_processor
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.models.pipeline import sample
-from dopsd.pocket.world.datasets import CONCEPT_FILE, concept_of
 from dopsd.pocket.benchmark import METRICS
 from dopsd.pocket.demo import STEPS, demo_recipe
+from dopsd.pocket.world.datasets import CONCEPT_FILE, concept_of
 from dopsd.runs.comparison.budget import on_budget_of, rule_of
 from dopsd.runs.comparison.compare import Repeat, compare, train_recipes
 from dopsd.runs.comparison.evaluate import Candidate, Evaluator
