@@ -36,7 +36,7 @@ class Benchmark(Protocol):
     about: Any  # what results depend on besides the model, as JSON; part of the cache key
     metrics: tuple[str, ...]  # columns of the comparison table
     learned: str | None  # the metric that training should lower, where there is one
-    explanation: tuple[str, ...]  # sentences that define the metrics
+    definitions: Mapping[str, str]  # metric -> what it measures, and which way is better
     captions: Mapping[str, tuple[str, ...]]  # topic -> captions of the images that are shown
     truth: Mapping[str, Sequence[Tensor]]  # topic -> true images uint8 [H, W, 3], where known
     asks_teacher: bool  # whether `ask` can measure a teacher

@@ -7,6 +7,7 @@ pixels and on fixed noise.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,20 @@ NOISE_SEED = 50_000
 DISTRACTORS = tuple(range(2 * HELD_OUT, 2 * HELD_OUT + 63))  # seeds of thing_hit's other things
 METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
 MEASURED = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes", "others_error")
-EXPLANATION = (
-    "thing_error (lower is better) and thing_hit (higher) compare images of 24 unseen scenes with "
-    "the true thing. bleed (lower) is by how much thing_error falls, compared with the base model, "
-    "where the prompt gives another name or none. sharpness (higher), speckle (lower) and "
-    "attributes (higher) are measured on 96 unrelated prompts.",
-    "The teacher is the base model with one of the images in its context: what D-OPSD learns from.",
-)
+DEFINITIONS = {
+    "thing_error": "root mean square difference to the true image within the thing (0 to 1), in "
+    "24 unseen scenes; lower is better",
+    "thing_hit": "share of those images that are nearer to the thing than to every one of some "
+    "other things; higher is better",
+    "bleed": "by how much thing_error falls, compared with the base model, where the prompt gives "
+    "another name or none; lower is better",
+    "sharpness": "strength of edges, over that of a clean drawing of the same scene (0 to 1), on "
+    "96 unrelated prompts; higher is better",
+    "speckle": "mean absolute Laplacian where that drawing is flat; lower is better",
+    "attributes": "share of the attributes in those prompts that the image shows; higher is better",
+    "teacher": "the base model with one of the training images in its context: what D-OPSD learns "
+    "from",
+}
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class ConceptBenchmark:
 
     metrics: tuple[str, ...] = METRICS
     learned: str | None = "thing_error"
-    explanation: tuple[str, ...] = EXPLANATION
+    definitions: Mapping[str, str] = MappingProxyType(DEFINITIONS)
 
     def __init__(self, data: Path, pipeline: ImagePipeline):
         thing = concept_of(data)

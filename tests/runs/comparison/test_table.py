@@ -8,10 +8,10 @@ import pytest
 from dopsd.evaluation.benchmarks import BenchmarkResult
 from dopsd.pocket.benchmark import METRICS, ConceptBenchmark
 from dopsd.runs.comparison.evaluate import Candidate
-from dopsd.runs.comparison.table import Entry, notes, tabulate
+from dopsd.runs.comparison.table import Entry, definitions, notes, tabulate, verdict
 
 LEARNED, RETAINED = METRICS[:2], METRICS[2:]
-BENCHMARK = ConceptBenchmark.__new__(ConceptBenchmark)  # its metrics and explanation, no model
+BENCHMARK = ConceptBenchmark.__new__(ConceptBenchmark)  # its metrics and definitions, no model
 
 
 def result(shift: float, bled: float, teacher: bool = False) -> BenchmarkResult:
@@ -93,3 +93,23 @@ def test_the_spread_over_trainings_is_told(entries):
     (sentence,) = (note for note in notes(many, (4,), BENCHMARK) if "Standard deviation" in note)
     assert "tuned thing_error 0.020, thing_hit 0.020, bleed 0.000" in sentence
     assert not any("Standard deviation" in note for note in notes(entries, (4,), BENCHMARK))
+
+
+def test_the_verdict_names_only_differences_beyond_their_interval(entries):
+    (sentence,) = verdict(entries, 4, METRICS).splitlines()
+    assert sentence == (
+        "tuned differs from the base model in thing_error (-0.080±0.000), thing_hit "
+        "(-0.080±0.000), bleed (+0.020±0.000)."
+    )
+
+
+def test_a_model_like_the_base_differs_in_no_metric(entries):
+    same = Entry([Candidate("same")], results=entries[0].results)
+    assert verdict([entries[0], same], 4, METRICS) == (
+        "same differs from the base model in no metric."
+    )
+
+
+def test_every_column_is_defined_below_the_table(entries):
+    terms = ", ".join(definitions(entries, BENCHMARK))
+    assert all(column in terms for column in tabulate(entries, (4,), METRICS).header[1:])

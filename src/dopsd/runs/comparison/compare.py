@@ -17,7 +17,15 @@ from dopsd.models.folder import is_model
 from dopsd.models.lora import read_lora
 from dopsd.runs.comparison.budget import Rule, forwards_a_step, on_budget_of
 from dopsd.runs.comparison.evaluate import Candidate, Evaluator
-from dopsd.runs.comparison.table import Comparison, Entry, notes, panels, tabulate
+from dopsd.runs.comparison.table import (
+    Comparison,
+    Entry,
+    definitions,
+    notes,
+    panels,
+    tabulate,
+    verdict,
+)
 from dopsd.runs.outputs.folder import read_rows
 from dopsd.runs.prepare import Progress
 from dopsd.runs.train import train
@@ -103,9 +111,17 @@ def measure(
     progress("measuring", len(entries), len(entries))
     benchmark = evaluators[0].benchmark
     comparison = tabulate(entries, nfes, benchmark.metrics)
-    sentences = notes(entries, nfes, benchmark)
-    grids = panels(benchmark, entries, nfes)
-    write_comparison(report, title, intro, comparison.header, comparison.table, grids, sentences)
+    write_comparison(
+        report,
+        title,
+        intro,
+        comparison.header,
+        comparison.table,
+        panels(benchmark, entries, nfes),
+        notes(entries, nfes, benchmark),
+        verdict(entries, nfes[-1], benchmark.metrics),
+        definitions(entries, benchmark),
+    )
     return comparison
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ class PlainImages:
 
     metrics: tuple[str, ...] = ("bleed",)
     learned: str | None = None
-    explanation: tuple[str, ...] = (
-        "bleed: by how much images of prompts that have nothing to do with the data are nearer to "
-        "the nearest training image than the base model's (0 to 1; 0 is none).",
+    definitions: Mapping[str, str] = MappingProxyType(
+        {
+            "bleed": "by how much images of prompts that have nothing to do with the data are "
+            "nearer to the nearest training image than the base model's (0 to 1); lower is better"
+        }
     )
     asks_teacher: bool = False
     many_step: Callable[[], Velocity] | None = None

@@ -1,4 +1,4 @@
-"""Comparison table with paired bootstrap intervals, its explanation, and grids of images."""
+"""Comparison table with paired bootstrap intervals, its verdict and definitions, image grids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from dopsd.runs.comparison.evaluate import Candidate
 COSTS = ("seconds", "images", "forwards")
 # Bleed is derived: by how much OTHERS is lower than the base model's.
 BLEED, OTHERS = "bleed", "others_error"
-ABOUT_CELLS = (
-    "Each cell: the mean; the mean difference to the base model on the same prompts and noise; "
-    'after ± half of its 95% bootstrap interval over prompts. The row "base, other noise" is the '
-    "noise floor. Forwards are those of training, a backward counted as two."
-)
-ABOUT_MANY_STEP = (
-    "The many-step model is what the base model was distilled from. It runs with classifier-free "
-    "guidance: two forwards a step."
+CELLS = {
+    "a cell": "the mean; its difference to the base model on the same prompts and noise; after ± "
+    "half of the 95% bootstrap interval of that difference over prompts",
+    "base, other noise": "the noise floor: the base model again, on noise of other seeds",
+    "seconds, images, forwards": "of training; a backward counts as two forwards",
+}
+MANY_STEP = (
+    "what the base model was distilled from, with classifier-free guidance: two forwards a step"
 )
 
 
@@ -57,7 +57,7 @@ class Entry:
         return self.candidates[0].kind
 
     def values(self, nfe: int, metric: str) -> list[np.ndarray] | None:
-        """[prompts, seeds] for each repeat; None where the metric is not measured for this model."""
+        """[prompts, seeds] for each repeat; None where this model is not measured by the metric."""
         parts = [np.asarray(result.values[metric]) for result in self.results[nfe]]
         return [part.reshape(len(part), -1) for part in parts] if len(parts[0]) else None
 
@@ -97,6 +97,10 @@ class _Score:
     difference: Interval
     replicates: list[float]
 
+    @property
+    def half_interval(self) -> float:
+        return (self.difference.high - self.difference.low) / 2
+
     def as_numbers(self) -> dict[str, Any]:
         return {
             **self.value._asdict(),
@@ -125,7 +129,7 @@ def _cell(score: _Score | None, is_base: bool, metric: str) -> str:
     difference = score.difference
     if is_base:
         return "0" if metric == BLEED else value
-    half_interval = f"±{(difference.high - difference.low) / 2:.3f}"
+    half_interval = f"±{score.half_interval:.3f}"
     if metric == BLEED:
         return f"{value}{half_interval}"
     return f"{value} {difference.value:+.3f}{half_interval}"
@@ -151,14 +155,35 @@ def panels(benchmark: Benchmark, entries: Sequence[Entry], nfes: Sequence[int]) 
     return grids
 
 
+def verdict(entries: Sequence[Entry], nfe: int, metrics: Sequence[str]) -> str:
+    """In which metrics each tuned model differs from the base model by more than its 95%
+    interval."""
+    sentences = []
+    for entry in entries:
+        if entry.kind != "tuned":
+            continue
+        scores = {metric: _score(entry, entries[0], nfe, metric) for metric in metrics}
+        differences = [
+            f"{metric} ({score.difference.value:+.3f}±{score.half_interval:.3f})"
+            for metric, score in scores.items()
+            if score and not score.difference.low <= 0 <= score.difference.high
+        ]
+        listed = ", ".join(differences) or "no metric"
+        sentences.append(f"{entry.name} differs from the base model in {listed}.")
+    return " ".join(sentences)
+
+
+def definitions(entries: Sequence[Entry], benchmark: Benchmark) -> dict[str, str]:
+    """What the columns, cells and rows of the table are."""
+    rows = {entry.name: MANY_STEP for entry in entries if entry.kind == "many_step"}
+    return {**benchmark.definitions, **rows, **CELLS}
+
+
 def notes(entries: Sequence[Entry], nfes: Sequence[int], benchmark: Benchmark) -> list[str]:
-    """Sentences under the table: what the columns mean, the spread over repeats, how much of what
-    was learned bled, and where training should have stopped."""
-    sentences = [ABOUT_CELLS, *benchmark.explanation]
-    if any(entry.kind == "many_step" for entry in entries):
-        sentences.append(ABOUT_MANY_STEP)
+    """Sentences under the images: the spread over repeats, how much of what was learned bled, and
+    where training should have stopped."""
     tuned = [entry for entry in entries if entry.kind == "tuned"]
-    sentences += _spread(tuned, entries[0], nfes[-1], benchmark.metrics)
+    sentences = _spread(tuned, entries[0], nfes[-1], benchmark.metrics)
     if benchmark.learned:
         sentences += _share_that_bled(tuned, entries[0], nfes[-1], benchmark.learned)
     return [*sentences, *(f"{entry.name}: {entry.advice}" for entry in tuned if entry.advice)]
@@ -173,7 +198,7 @@ def _spread(tuned: Sequence[Entry], base: Entry, nfe: int, metrics: Sequence[str
             spreads = [
                 f"{metric} {np.std(score.replicates, ddof=1):.3f}"
                 for metric, score in scores.items()
-                if score
+                if score and not score.difference.low <= 0 <= score.difference.high
             ]
             rows.append(f"{entry.name} {', '.join(spreads)}")
     if not rows:
