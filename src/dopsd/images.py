@@ -1,76 +1,65 @@
-"""Images: open, crop, resize, tensors to PIL and back, image grids."""
+"""Images: which formats are read, open, crop, resize, tensors to PIL and back, image grids."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 Size = tuple[int, int]
 
-
-def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:
-    """The largest centred rectangle with the aspect of `size` in an image: left, upper, right,
-    lower in pixels."""
-    wide = min(float(width), height * size[0] / size[1])
-    high = min(float(height), width * size[1] / size[0])
-    return (width - wide) / 2, (height - high) / 2, (width + wide) / 2, (height + high) / 2
-
-
-def cover_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The image scaled until it covers `size` and cropped around its centre; exactly `size`, no
-    edge added.
-
-    Crop and scale are one resampling: a 20 x 9000 strip scaled first and cropped later would not
-    fit in memory.
-    """
-    return image.resize(size, Image.Resampling.LANCZOS, box=crop_box(*image.size, size))
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as float32 [3, H, W] in [-1, 1]."""
-    assert image.mode == "RGB", f"a {image.mode} picture; folder.open_picture gives RGB"
-    values = np.array(image, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-
-
+# File extensions that are read, and Pillow's names of their formats. No other format is tried:
+# Pillow hands PostScript, whatever the file is called, to Ghostscript.
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+# Image extensions that are not read, and what to do; a folder of them must not shrink unnoticed.
+CONVERT = "convert it to JPEG or PNG"
+NOT_READ: dict[str, str] = dict.fromkeys((".gif", ".jxl", ".tif", ".tiff"), CONVERT)
 
+if features.check("avif"):
+    FORMATS[".avif"] = "AVIF"
+else:
+    NOT_READ[".avif"] = f"pip install --upgrade pillow, or {CONVERT}"
 
-OPENED = tuple(
-    dict.fromkeys(FORMATS.values())
-)  # no others: Pillow hands a renamed PostScript file to Ghostscript
+if find_spec("pillow_heif"):
+    import pillow_heif  # pyright: ignore[reportMissingImports]
+
+    pillow_heif.register_heif_opener()
+    FORMATS |= {".heic": "HEIF", ".heif": "HEIF"}
+else:
+    NOT_READ |= dict.fromkeys((".heic", ".heif"), f"pip install 'dopsd[heif]', or {CONVERT}")
+
+FORMAT_NAMES = tuple(dict.fromkeys(FORMATS.values()))
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image as one sees it, in RGB: EXIF rotation applied, transparency on white, 16-bit grey
-    as 8-bit.
+    """The image as it is displayed, in RGB: EXIF rotation applied, transparency on white, 16-bit
+    grey as 8-bit.
 
-    Raises ValueError for an image that cannot be decoded, or that is too large to be an honest one.
+    Raises ValueError for a file that is no image of a known format, cannot be decoded, or is so
+    large that Pillow takes it for a decompression bomb.
     """
     try:
-        with Image.open(path, formats=OPENED) as image:
+        with Image.open(path, formats=FORMAT_NAMES) as image:
             return _as_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{path} holds no {' / '.join(OPENED)} picture, or a broken one."
+            f"{path} is not a {' / '.join(FORMAT_NAMES)} image, or it is broken."
         ) from error
-    except (
-        Exception
-    ) as error:  # on a broken file Pillow raises anything, from SyntaxError to struct.error
+    except Exception as error:  # on broken files Pillow raises anything, even struct.error
         raise ValueError(
             f"{path} cannot be decoded ({str(error) or type(error).__name__})."
         ) from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of what `open_picture` would return, from the file's header."""
-    with Image.open(path, formats=OPENED) as image:
+def image_size(path: Path) -> Size:
+    """(width, height) in pixels of what `open_image` would return, from the file's header."""
+    with Image.open(path, formats=FORMAT_NAMES) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # the quarter turns
-    return (height, width) if turned else (width, height)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)  # quarter turns
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -81,6 +70,31 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:
+    """The largest centred rectangle of the aspect ratio of `size` in an image of width x height:
+    left, upper, right, lower in pixels."""
+    crop_width = min(float(width), height * size[0] / size[1])
+    crop_height = min(float(height), width * size[1] / size[0])
+    left, upper = (width - crop_width) / 2, (height - crop_height) / 2
+    return left, upper, (width + crop_width) / 2, (height + crop_height) / 2
+
+
+def cover_crop(image: Image.Image, size: Size) -> Image.Image:
+    """The image scaled until it covers `size` and cropped around its centre, to exactly `size`.
+
+    Crop and scale are one resampling: a strip of 20 x 9000 pixels that is scaled first and cropped
+    later would not fit in memory.
+    """
+    return image.resize(size, Image.Resampling.LANCZOS, box=crop_box(*image.size, size))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as float32 [3, H, W] in [-1, 1]."""
+    assert image.mode == "RGB", f"a {image.mode} image; open_image gives RGB"
+    values = np.array(image, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -94,8 +108,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def grid(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Image.Image:
-    """Rows of images (uint8 [H, W, 3] each) as one image on white; a column is as wide as its
-    widest."""
+    """Rows of images (uint8 [H, W, 3] each) as one image on white. Columns are as wide as their
+    widest image, rows as high as the highest of all. gap: pixels between images."""
     height = max(image.shape[0] for row in rows for image in row)
     count = max(len(row) for row in rows)
     widths = [

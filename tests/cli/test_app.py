@@ -118,7 +118,7 @@ BAD = {
     "nfe 0": (lambda: write_recipe({"method": {"nfe": 0}}), "method.nfe is 0"),
     "sample nfe 0": (lambda: write_recipe({"sample": {"nfe": 0}}), "sample.nfe is 0"),
     "no folder": (lambda: shutil.rmtree("images"), "images"),
-    "no pictures": (no_images, "no pictures in"),
+    "no pictures": (no_images, "no images in"),
     "no captions": (no_captions, "instance_prompt"),
     "truncated picture": (truncated_image, "0.png"),
     "model missing": (

@@ -27,7 +27,7 @@ def test_buckets_have_about_the_same_area_and_fitting_sides(resolution, multiple
         )
 
 
-def test_a_large_resolution_reaches_wide_and_tall_pictures_with_few_buckets():
+def test_a_large_resolution_reaches_wide_and_tall_images_with_few_buckets():
     buckets = bucket_sizes(1024, 16)
     assert max(w / h for w, h in buckets) > 1.8 and len(buckets) < 20
     aspects = sorted(w / h for w, h in buckets)
@@ -39,7 +39,7 @@ def test_a_resolution_below_one_multiple_is_refused():
         bucket_sizes(4, 16)
 
 
-def test_pictures_get_the_bucket_nearest_in_shape_whatever_their_size():
+def test_images_get_the_bucket_nearest_in_shape_whatever_their_size():
     buckets = bucket_sizes(1024, 16)
     for width, height in buckets:
         assert nearest_bucket(width, height, buckets) == (width, height)
@@ -61,7 +61,7 @@ def test_crop_boxes_of_ten_thousand_sizes_are_inside_centred_and_as_large_as_can
         assert left + right == pytest.approx(width) and upper + lower == pytest.approx(height)
 
 
-def test_crops_of_white_pictures_have_no_dark_edge():
+def test_crops_of_white_images_have_no_dark_edge():
     rng = np.random.default_rng(1)
     buckets = bucket_sizes(64, 16)
     sizes = [
@@ -78,7 +78,7 @@ def test_crops_of_white_pictures_have_no_dark_edge():
             assert crop.size == size and np.asarray(crop).min() == 255
 
 
-def test_a_crop_keeps_the_middle_of_the_picture():
+def test_a_crop_keeps_the_middle_of_the_image():
     image = Image.new("RGB", (300, 100), "red")
     image.paste((0, 255, 0), (100, 0, 200, 100))
     crop = np.asarray(cover_crop(image, (64, 64)))

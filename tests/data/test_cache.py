@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dopsd import files
 from dopsd.data.cache import Row, prepare, read_context, read_latents
-from dopsd.data.folder import Example
+from dopsd.data.examples import Example
 from dopsd.diffusion.batch import Context
 from dopsd.files import read_tensors
 from dopsd.images import cover_crop, open_image, to_pixels
@@ -137,7 +137,7 @@ def test_rows_hold_what_the_encoders_say_of_each_example_alone_without_padding(s
     assert tensors["latents"].dtype == torch.float32 and tensors["latents"].shape == (3, 8, 8)
 
 
-def test_the_privileged_picture_is_the_crop_that_is_trained_on(shop):
+def test_the_privileged_image_is_the_crop_that_is_trained_on(shop):
     rows = shop.prepare()
     seen = {
         p: i
@@ -173,10 +173,10 @@ def test_a_second_run_reuses_every_file(shop):
 
 
 def test_progress_counts_files_and_begins_with_the_reused_ones(shop):
-    said: list[tuple[int, int]] = []
+    message: list[tuple[int, int]] = []
     shop.prepare(privileged=False)
-    shop.prepare(progress=lambda done, total: said.append((done, total)))
-    assert said[0] == (12, 18) and said[-1] == (18, 18) and said == sorted(said)
+    shop.prepare(progress=lambda done, total: message.append((done, total)))
+    assert message[0] == (12, 18) and message[-1] == (18, 18) and message == sorted(message)
 
 
 def test_examples_with_one_caption_share_its_context(shop):
@@ -185,7 +185,7 @@ def test_examples_with_one_caption_share_its_context(shop):
     assert shop.work() == (6, 1, 6)
 
 
-def test_a_changed_caption_is_read_again_and_the_picture_is_not(shop):
+def test_a_changed_caption_is_read_again_and_the_image_is_not(shop):
     shop.prepare()
     shop.examples[2] = replace(shop.examples[2], caption="another")
     rows = shop.prepare()
@@ -193,7 +193,7 @@ def test_a_changed_caption_is_read_again_and_the_picture_is_not(shop):
     assert read_context(rows[2].context).tokens.shape == (1, len("another"), 3)
 
 
-def test_a_changed_picture_under_the_same_name_is_painted_again(shop):
+def test_a_changed_image_under_the_same_name_is_painted_again(shop):
     before = shop.prepare()
     shop.example("2.png", "", (64, 64), seed=99)
     after = shop.prepare()
@@ -204,7 +204,7 @@ def test_a_changed_picture_under_the_same_name_is_painted_again(shop):
     )
 
 
-def test_a_renamed_picture_is_known_again(shop):
+def test_a_renamed_image_is_known_again(shop):
     shop.prepare()
     shop.examples[0] = replace(
         shop.examples[0], path=shop.examples[0].path.rename(shop.folder / "renamed.png")
@@ -287,7 +287,7 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_file(shop, monkeypa
     assert shop.prepare() == rows and shop.work() == (1, 0, 0)
 
 
-def test_latents_that_are_not_finite_are_refused_with_the_pictures_name(shop, monkeypatch):
+def test_latents_that_are_not_finite_are_refused_with_the_images_name(shop, monkeypatch):
     monkeypatch.setattr(
         MeanVAE, "latents", lambda self, pixels: torch.full((len(pixels), 1, 2, 2), float("nan"))
     )

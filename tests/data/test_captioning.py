@@ -1,4 +1,4 @@
-"""Captions by a Qwen3-VL: greedy search by hand as the oracle; only what lacks a caption changes."""
+"""Captions by a Qwen3-VL, with greedy search by hand as the oracle; written where none was."""
 
 from pathlib import Path
 
@@ -43,12 +43,12 @@ def greedy(vlm: Path, image: Image.Image) -> str:
     return " ".join(tokenizer.decode(ids[0, start:], skip_special_tokens=True).split())
 
 
-def test_only_pictures_without_a_caption_get_one_and_it_is_the_models_greedy_answer(vlm, folder):
+def test_only_images_without_a_caption_get_one_and_it_is_the_models_greedy_answer(vlm, folder):
     result = CliRunner().invoke(
         app, ["caption", str(folder), "--model", str(vlm), "--most-tokens", str(TOKENS)]
     )
     assert result.exit_code == 0, result.output
-    assert "2 captions written, 1 kept" in result.output
+    assert "2 captions written, 1 left as they were" in result.output
     assert (folder / "b.txt").read_text() == "a blue one"
     for name in ("a.png", "c.webp"):
         wanted = greedy(vlm, Image.open(folder / name).convert("RGB"))
@@ -60,27 +60,27 @@ def test_only_pictures_without_a_caption_get_one_and_it_is_the_models_greedy_ans
 
 def test_overwrite_writes_all(folder):
     todo, kept = uncaptioned(folder, overwrite=True)
-    write_captions(todo, lambda image: "a picture")
+    write_captions(todo, lambda image: "an image")
     assert (len(todo), kept) == (3, 0)
-    assert (folder / "b.txt").read_text() == "a picture\n"
+    assert (folder / "b.txt").read_text() == "an image\n"
 
 
 def test_an_empty_answer_is_an_error_and_what_was_written_stays(folder):
     answers = iter(["a red one", ""])
-    with pytest.raises(ValueError, match=r"says nothing of c\.webp"):
+    with pytest.raises(ValueError, match=r"caption of c\.webp"):
         write_captions(uncaptioned(folder)[0], lambda image: next(answers))
     assert (folder / "a.txt").read_text() == "a red one\n" and not (folder / "c.txt").exists()
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ("metadata", "captions in metadata"),
-        ("empty", "no pictures"),
+        ("empty", "no images"),
         ("missing", "is not a folder"),
     ],
 )
-def test_a_folder_that_cannot_be_captioned_is_refused(fault, said, folder):
+def test_a_folder_that_cannot_be_captioned_is_refused(fault, message, folder):
     place = folder
     if fault == "metadata":
         (folder / "metadata.jsonl").write_text("{}")
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_captioned_is_refused(fault, said, folder):
         place = folder / fault
         if fault == "empty":
             place.mkdir()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         uncaptioned(place)
 
 

@@ -24,7 +24,7 @@ def image(path: Path, colour: str, size: tuple[int, int] = (64, 64)) -> None:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Five rows: two with one square reference, one with a wide one, one with two, one with none."""
+    """Five rows: two with a square reference, one with a wide one, one with two, one with none."""
     folder = tmp_path / "pairs"
     for name, colour in {"a": "red", "b": "green", "c": "blue", "d": "white", "e": "black"}.items():
         image(folder / f"{name}.png", colour)
@@ -54,11 +54,11 @@ def test_a_row_names_its_references_and_its_target(folder):
         ["d.png", "before/square.png", "before/wide.png"],
         ["e.png"],
     ]
-    told = read_sources([Source(folder, repeats=2)], trigger="zib").examples
+    triggered = read_sources([Source(folder, repeats=2, trigger="zib")]).examples
     assert (
-        len(told) == 10
-        and told[6].references == examples[3].references
-        and told[6].caption.startswith("zib, ")
+        len(triggered) == 10
+        and triggered[6].references == examples[3].references
+        and triggered[6].caption.startswith("zib, ")
     )
 
 
@@ -72,7 +72,7 @@ def test_a_reference_beside_the_targets_needs_no_row_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (
             {"target": "a.png", "references": ["gone.png"], "text": "x"},
@@ -82,15 +82,15 @@ def test_a_reference_beside_the_targets_needs_no_row_of_its_own(tmp_path):
         ({"target": "a.png", "references": ["/etc/passwd"], "text": "x"}, "outside the folder"),
         ({"target": "a.png", "references": [3], "text": "x"}, "which is not a file name"),
         ({"target": "a.png", "references": ["notes.txt"], "text": "x"}, "notes.txt is not one of"),
-        ({"target": "a.png", "references": ["broken.png"], "text": "x"}, "broken.png holds no"),
+        ({"target": "a.png", "references": ["broken.png"], "text": "x"}, "broken.png is not a"),
     ],
 )
-def test_a_row_whose_references_cannot_be_used_is_named(folder, row, said):
-    (folder / "notes.txt").write_text("no picture")
-    (folder / "broken.png").write_bytes(b"no picture")
+def test_a_row_whose_references_cannot_be_used_is_named(folder, row, message):
+    (folder / "notes.txt").write_text("no image")
+    (folder / "broken.png").write_bytes(b"no image")
     with (folder / "metadata.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_folder(folder)
     assert len(read_folder(folder, skip_bad=True).examples) == 5
 
@@ -124,7 +124,7 @@ class ColourReader:
             [torch.zeros(image.height, image.width) for image in column]
             for column in zip(*rows, strict=True)
         ]
-        extras = {f"picture_{i}": torch.stack(column) for i, column in enumerate(columns)}
+        extras = {f"image_{i}": torch.stack(column) for i, column in enumerate(columns)}
         texts = [Context(torch.full((1, len(p), 1), float(len(p))), (len(p),)) for p in prompts]
         return Context(Context.stack(texts).tokens, tuple(map(len, prompts)), extras)
 
@@ -154,7 +154,7 @@ def cached(folder: Path, text_encoder: ColourReader, privileged: bool = True) ->
     )
 
 
-def test_contexts_are_of_their_references_and_read_again_only_for_another_picture(folder):
+def test_contexts_are_of_their_references_and_read_again_only_for_another_image(folder):
     rows = cached(folder, ColourReader())
     assert (
         len({row.context for row in rows}) == 5
@@ -186,7 +186,7 @@ def test_a_batch_holds_rows_of_one_target_size_and_of_references_of_one_number_a
             if privileged:
                 assert [name for name, _ in batch.privileged.layout] == [
                     *seen,
-                    f"picture_{len(seen)}",
+                    f"image_{len(seen)}",
                 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dopsd.data.folder import read_folder
-from dopsd.data.importing import fill, import_data
+from dopsd.data.importing import fill_folder, import_data
 
 
 def image(colour: str, form: str = "PNG") -> bytes:
@@ -59,7 +59,7 @@ def test_the_reference_codes_rows_become_a_folder_with_all_english_captions(refe
     )
 
 
-def test_a_row_of_several_pictures_becomes_an_editing_row_with_the_last_as_its_target(tmp_path):
+def test_a_row_of_several_images_becomes_an_editing_row_with_the_last_as_its_target(tmp_path):
     for name, colour in (("one", "red"), ("two", "green"), ("three", "blue")):
         (tmp_path / f"{name}.png").write_bytes(image(colour))
     row = {
@@ -102,19 +102,19 @@ def test_a_data_set_of_the_datasets_library_becomes_a_folder(tmp_path):
 
 def test_a_recipes_data_set_fills_its_folder_once_and_another_one_is_refused(reference, tmp_path):
     out = tmp_path / "out"
-    fill(out, str(reference), caption_columns=["short_en"])
+    fill_folder(out, str(reference), caption_columns=["short_en"])
     stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    fill(out, str(reference), caption_columns=["short_en"])
+    fill_folder(out, str(reference), caption_columns=["short_en"])
     assert stamps == {path: path.stat().st_mtime_ns for path in out.iterdir()} and len(stamps) == 4
     for folder, columns in ((out, ["medium_en"]), (tmp_path / "images", ["short_en"])):
         with pytest.raises(ValueError, match="was not filled from"):
-            fill(folder, str(reference), caption_columns=columns)
+            fill_folder(folder, str(reference), caption_columns=columns)
 
 
 BAD = {
     "not JSON": ("{", "line 1 is not JSON"),
     "a list": ("[1]", "line 1 is not a JSON object"),
-    "no picture": ('{"short_en": "a"}', "names no picture"),
+    "no image": ('{"short_en": "a"}', "names no image"),
     "reference gone": (
         '{"local_path_list": ["b.png", "a.png"], "short_en": "a"}',
         "names b.png, which is neither in",
@@ -122,18 +122,18 @@ BAD = {
     "gone": ('{"path": "gone.png", "short_en": "a"}', "neither in"),
     "no caption": ('{"path": "a.png", "class_name": "x"}', "has no caption"),
     "no rows": ("", "has no rows"),
-    "no picture inside": ('{"path": "text.png", "short_en": "a"}', "row 1 of .* holds no JPEG"),
+    "no image inside": ('{"path": "text.png", "short_en": "a"}', "row 1 of .* is not a JPEG"),
 }
 
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_row_that_cannot_be_used_is_named_and_nothing_is_left(fault, tmp_path):
-    text, said = BAD[fault]
+    text, message = BAD[fault]
     (tmp_path / "a.png").write_bytes(image("red"))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "data.jsonl").write_text(text)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         import_data(str(tmp_path / "data.jsonl"), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 

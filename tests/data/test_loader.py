@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dopsd.data.cache import Row
-from dopsd.data.folder import Example
+from dopsd.data.examples import Example
 from dopsd.data.loader import Loader
 from dopsd.diffusion.batch import Batch
 from dopsd.files import write_tensors
@@ -190,7 +190,7 @@ def paired(rows: list[Row]) -> list[Row]:
     ]
 
 
-def test_rejected_pictures_come_with_the_batch_and_all_get_their_turn(rows):
+def test_rejected_images_come_with_the_batch_and_all_get_their_turn(rows):
     loader = Loader(paired(rows), 3, seed=0)
     seen: dict[str, set[float]] = {}
     for index in range(200):
@@ -205,7 +205,7 @@ def test_rejected_pictures_come_with_the_batch_and_all_get_their_turn(rows):
     assert torch.equal(again.batch(7).rejected, loader.batch(7).rejected)
 
 
-def test_class_pictures_and_replayed_prompts_come_beside_every_batch(rows):
+def test_class_images_and_replayed_prompts_come_beside_every_batch(rows):
     replay = Loader(rows, 11, seed=0)._contexts[rows[4].context]
     loader = Loader(rows[:7], 2, seed=0, prior=rows[7:10], replay=replay)
     for index in (0, 5, 12):

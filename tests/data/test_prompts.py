@@ -25,7 +25,7 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
 def test_rows_name_targets_beside_the_file_and_keep_what_they_hold(tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "0.png")
-    found = read_prompts(
+    prompts = read_prompts(
         rows(
             tmp_path / "p.jsonl",
             {
@@ -37,25 +37,25 @@ def test_rows_name_targets_beside_the_file_and_keep_what_they_hold(tmp_path):
             {"text": "a bus", "tag": "single_object"},
         )
     )
-    assert (found[0].target, found[0].kind, found[0].scored_as) == (
+    assert (prompts[0].target, prompts[0].kind, prompts[0].scored_as) == (
         tmp_path / "data/0.png",
         "rewrite",
         "dog on a hill",
     )
-    assert found[1].row == {"text": "a bus", "tag": "single_object"} and found[1].target is None
+    assert prompts[1].row == {"text": "a bus", "tag": "single_object"} and prompts[1].target is None
 
 
 def test_a_folder_of_texts_is_a_prompt_each_by_its_name(tmp_path):
     for name in ("COCOval2014_2", "midjourney10"):
-        (tmp_path / f"{name}.txt").write_text(f"a picture of {name}")
+        (tmp_path / f"{name}.txt").write_text(f"an image of {name}")
     assert [(q.name, q.prompt) for q in read_prompts(tmp_path)] == [
-        ("COCOval2014_2", "a picture of COCOval2014_2"),
-        ("midjourney10", "a picture of midjourney10"),
+        ("COCOval2014_2", "an image of COCOval2014_2"),
+        ("midjourney10", "an image of midjourney10"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("p.txt", b"a star\n\xff\xfe broken\n", r"p\.txt line 2 is not UTF-8"),
         ("p.txt", b"\n \n", "holds no prompts"),
@@ -78,9 +78,9 @@ def test_a_folder_of_texts_is_a_prompt_each_by_its_name(tmp_path):
         ),
     ],
 )
-def test_bad_prompts_are_named_by_file_and_line(name, content, said, tmp_path):
+def test_bad_prompts_are_named_by_file_and_line(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
 
 

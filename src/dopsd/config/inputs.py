@@ -89,6 +89,12 @@ class SourceSection(Section):
     instance_prompt: str | None = Field(
         None, description="Caption of every image that has none of its own."
     )
+    trigger: Word | None = Field(
+        None,
+        description="Word for what is learned, in the captions of this folder alone: takes the "
+        "place of `[trigger]`, is put before captions that lack it, and is the caption where "
+        "there is none.",
+    )
     caption_extension: str | None = Field(
         None, pattern=r"^\.?\w+$", description="Only captions of this extension, e.g. `.txt`."
     )
@@ -105,9 +111,8 @@ class DataSection(SourceSection):
     """The images and their captions."""
 
     more: tuple[SourceSection, ...] = Field(
-        (), description="Further folders, each with the keys above."
+        (), description="Further folders, each with keys of its own as above (also `trigger`)."
     )
-    trigger: Word | None = Field(None, description="Word put before every caption that lacks it.")
     caption_dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of visits with the empty caption."
     )

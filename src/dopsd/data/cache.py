@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
-from dopsd.data.folder import Example
+from dopsd.data.examples import Example
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
@@ -254,6 +254,7 @@ def _write(batch: Sequence[tuple[Path, Row]], kind: str, encode: Encode) -> None
         # a VAE in float16 overflows on some images; cached, that NaN would only show up in training
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(
-                f"the {kind} of {row.example.path} are not finite: use bfloat16 or float32 for the encoder."
+                f"the {kind} of {row.example.path} are not finite: use bfloat16 or float32 for the "
+                "encoder."
             )
         write_tensors(path, tensors, {"kind": kind})

@@ -1,7 +1,6 @@
-"""Data sets in other shapes become a folder that `folder` reads: images as they are, captions in
-metadata.jsonl.
+"""Data sets in other layouts become a folder that `folder` reads: the same images and captions.
 
-Read: the JSONL of the D-OPSD reference code, and whatever the `datasets` library opens (hub ids,
+Read are the JSONL of the D-OPSD reference code and whatever the `datasets` library opens (hub ids,
 Parquet, folders).
 """
 
@@ -14,9 +13,9 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from dopsd.data.folder import as_caption
+from dopsd.data.captions import as_caption
 from dopsd.files import atomic_path, read_jsonl, shorten, write_json, write_jsonl
-from dopsd.images import OPENED
+from dopsd.images import FORMAT_NAMES
 
 PATH_KEYS = (
     "local_path_list",
@@ -27,12 +26,20 @@ PATH_KEYS = (
     "path",
 )
 REFERENCE_CAPTIONS = ("short_en", "medium_en", "detailed_en", "user_prompt_en")
-EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "AVIF": ".avif"}
+EXTENSIONS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",  # JPEG of a phone, with further images inside
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "AVIF": ".avif",
+    "HEIF": ".heic",
+}
 
-ORIGIN = "origin.json"  # where an imported folder came from
+ORIGIN = "origin.json"  # says where an imported folder came from
 
-# An image, its captions, and further images by their column: `rejected` of a pair, `references` of
-# an editing row.
+# An image's bytes, its captions, and further images by column: `rejected` of a pair, `references`
+# of an editing row.
 Item = tuple[bytes, list[str], dict[str, list[bytes]]]
 
 
@@ -44,10 +51,12 @@ def import_data(
     split: str = "train",
     rejected_column: str | None = None,
 ) -> int:
-    """Write `target` from a .jsonl file of the reference code, or from a data set that `datasets`
-    opens; the number of images. All captions of an image are kept, and the worse image where a
-    column holds it. Raises ValueError, with nothing left behind, when `target` exists or any row
-    cannot be used."""
+    """Write the folder `target` from a .jsonl file of the reference code, or from a data set that
+    `datasets` opens. All captions of an image are kept, and the worse image where `rejected_column`
+    holds it. Returns the number of images.
+
+    Raises ValueError, with nothing left behind, when `target` exists or any row cannot be used.
+    """
     if target.exists():
         raise ValueError(
             f"{target} exists and is not overwritten: choose another folder with --out."
@@ -56,7 +65,7 @@ def import_data(
         caption_columns = caption_columns or REFERENCE_CAPTIONS
         if rejected_column:
             raise ValueError(
-                f"{source} has no pairs: a rejected column is read from a data set only."
+                f"{source} has no pairs: a rejected column is read from data sets only."
             )
         items = _reference_rows(Path(source), caption_columns)
     else:
@@ -89,7 +98,7 @@ def import_data(
     return len(rows)
 
 
-def fill(
+def fill_folder(
     folder: Path,
     source: str,
     image_column: str = "image",
@@ -97,16 +106,16 @@ def fill(
     split: str = "train",
     rejected_column: str | None = None,
 ) -> None:
-    """Import a data set into `folder` unless it was before. Raises ValueError when the folder holds
-    something else."""
+    """Import a data set into `folder` unless that was done before. Raises ValueError when the
+    folder holds something else."""
     origin = _origin(source, image_column, caption_columns, split, rejected_column)
     if not folder.exists():
         import_data(source, folder, image_column, caption_columns, split, rejected_column)
-    told = folder / ORIGIN
-    if not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != origin:
+    file = folder / ORIGIN
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != origin:
         raise ValueError(
-            f"{folder} was not filled from {source} with these columns and this split: remove it, choose another "
-            "data.folder, or leave data.dataset out to take the folder as it is."
+            f"{folder} was not filled from {source} with these columns and this split: remove it, "
+            "choose another data.folder, or leave out data.dataset to use the folder as it is."
         )
 
 
@@ -128,14 +137,12 @@ def _origin(
 
 def _extension(content: bytes, where: str) -> str:
     try:
-        with Image.open(io.BytesIO(content), formats=OPENED) as image:
+        with Image.open(io.BytesIO(content), formats=FORMAT_NAMES) as image:
             return EXTENSIONS[str(image.format)]
     except UnidentifiedImageError as error:
-        raise ValueError(f"{where} holds no {' / '.join(OPENED)} picture.") from error
+        raise ValueError(f"{where} is not a {' / '.join(FORMAT_NAMES)} image.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{where} holds a picture too large to be an honest one ({error})."
-        ) from error
+        raise ValueError(f"{where} holds an image that is too large ({error}).") from error
 
 
 def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
@@ -152,22 +159,22 @@ def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
 
 
 def _images_of(row: dict[str, Any], folder: Path, where: str) -> list[Path]:
-    """Of an editing row the references, then the target."""
+    """The images of a row; of an editing row the references, then the target."""
     key = next((key for key in PATH_KEYS if row.get(key)), None)
     if key is None:
-        raise ValueError(f"{where} names no picture: it has none of {', '.join(PATH_KEYS)}.")
+        raise ValueError(f"{where} names no image: it has none of {', '.join(PATH_KEYS)}.")
     return [
-        _found(str(name), folder, where)
+        _existing_file(str(name), folder, where)
         for name in (row[key] if isinstance(row[key], list) else [row[key]])
     ]
 
 
-def _found(name: str, folder: Path, where: str) -> Path:
+def _existing_file(name: str, folder: Path, where: str) -> Path:
     for path in (folder / name, Path(name)):
         if os.path.isfile(path):
             return path
     raise ValueError(
-        f"{where} names {shorten(name)}, which is neither in {folder} nor the working directory."
+        f"{where} names {shorten(name)}, which is neither in {folder} nor in the working directory."
     )
 
 
@@ -179,12 +186,12 @@ def _bytes_of(image: Path, where: str) -> bytes:
 
 
 def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
-    found = [row[c] for c in columns if isinstance(row.get(c), str) and row[c].strip()]
-    if not found:
+    texts = [row[c] for c in columns if isinstance(row.get(c), str) and row[c].strip()]
+    if not texts:
         raise ValueError(
             f"{where} has no caption in {', '.join(columns)} (it has {', '.join(map(str, row))})."
         )
-    return list(dict.fromkeys(as_caption(text, f"the caption of {where}") for text in found))
+    return list(dict.fromkeys(as_caption(text, f"the caption of {where}") for text in texts))
 
 
 def _dataset_rows(
@@ -198,9 +205,7 @@ def _dataset_rows(
         ) from error
     try:
         table: Any = datasets.load_dataset(source, split=split)
-    except (
-        Exception
-    ) as error:  # the library raises its own, the hub's, Arrow's and the system's errors
+    except Exception as error:  # the library's own, the hub's, Arrow's and the system's errors
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{source} cannot be opened as a data set ({type(error).__name__}: {reason})."
@@ -224,5 +229,5 @@ def _content_of(image: dict[str, Any], column: str, where: str) -> bytes:
         _bytes_of(Path(image["path"]), where) if image.get("path") else None
     )
     if content is None:
-        raise ValueError(f"{where} has no picture in {column}.")
+        raise ValueError(f"{where} has no image in {column}.")
     return content

@@ -5,21 +5,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dopsd.data.folder import CAPTION_COLUMNS, as_caption
+from dopsd.data.captions import as_caption
+from dopsd.data.metadata import CAPTION_COLUMNS
 from dopsd.files import decode_line, read_jsonl, read_lines
 
-KINDS = (
-    "",
-    "rewrite",
-    "scene",
-)  # of a target's own scene in other words, or of its thing in another scene
+# rewrite: the target's own scene in other words; scene: its object in another scene
+KINDS = ("", "rewrite", "scene")
 
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """A prompt. target: the image that what is generated should be like; kind: one of KINDS;
-    scored_as: the prompt in words that a text measure knows (a name like "zib" replaced by "dog");
-    name: of the row; row: all of it."""
+    """A prompt.
+
+    target: image that the generated one should resemble. kind: one of KINDS. scored_as: the prompt
+    in words that a text metric knows ("zib" replaced by "dog"). name: of the row. row: all of it.
+    """
 
     prompt: str
     target: Path | None = None
@@ -30,11 +30,11 @@ class EvaluationPrompt:
 
 
 def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
-    """Of a `.txt` (a prompt a line), a `.jsonl` (`prompt`; `target`, `kind`, `scored_as` where
-    there are any; targets relative to the file), or a folder of `.txt`, a prompt each
-    (DPG-Bench's). Raises ValueError where one cannot be used, naming file and line."""
+    """Prompts of a `.txt` (one a line), a `.jsonl` (`prompt` and, optionally, `target`, `kind`,
+    `scored_as`; targets relative to the file), or a folder of `.txt` files with one prompt each (as
+    DPG-Bench's). Raises ValueError, naming file and line, for one that cannot be used."""
     if path.is_dir():
-        found = [
+        prompts = [
             EvaluationPrompt(
                 as_caption(decode_line(file.read_bytes(), file.name), file.name), name=file.stem
             )
@@ -45,26 +45,26 @@ def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
             f"{path} does not exist: give a .txt or .jsonl of prompts, or a folder of .txt."
         )
     elif path.suffix == ".jsonl":
-        found = [_of_row(row, path, number) for number, row in read_jsonl(path)]
+        prompts = [_prompt_of(row, path, number) for number, row in read_jsonl(path)]
     else:
-        found = [
+        prompts = [
             EvaluationPrompt(
                 as_caption(decode_line(line, where := f"{path.name} line {number}"), where),
                 name=f"{number}",
             )
             for number, line in read_lines(path)
         ]
-    if not found:
+    if not prompts:
         raise ValueError(f"{path} holds no prompts.")
-    return tuple(found)
+    return tuple(prompts)
 
 
-def _of_row(row: dict[str, Any], path: Path, number: int) -> EvaluationPrompt:
+def _prompt_of(row: dict[str, Any], path: Path, number: int) -> EvaluationPrompt:
     where = f"{path.name} line {number}"
-    named = [column for column in CAPTION_COLUMNS if column in row]
-    if not named:
+    columns = [column for column in CAPTION_COLUMNS if column in row]
+    if not columns:
         raise ValueError(f"{where} has no prompt: a row is a JSON object with `prompt`.")
-    prompt = as_caption(row[named[0]], f"the prompt of {where}")
+    prompt = as_caption(row[columns[0]], f"the prompt of {where}")
     kind = row.get("kind", "")
     if kind not in KINDS:
         raise ValueError(f"the kind of {where} is {kind!r}: rewrite, scene, or none.")
@@ -73,7 +73,8 @@ def _of_row(row: dict[str, Any], path: Path, number: int) -> EvaluationPrompt:
         target = path.parent / as_caption(row["target"], f"the target of {where}")
         if not target.is_file():
             raise ValueError(
-                f"{where} names the target {row['target']}, and there is no such file in {path.parent}."
+                f"{where} names the target {row['target']}, and there is no such file in "
+                f"{path.parent}."
             )
     scored_as = as_caption(row["scored_as"], f"scored_as of {where}") if "scored_as" in row else ""
     return EvaluationPrompt(prompt, target, kind, scored_as, name=str(number - 1), row=row)

@@ -1,82 +1,97 @@
-"""Several folders as one listing: repeats, weights and a trigger word. What one folder holds is
-left to `folder`."""
+"""Several folders as one listing: repeats, loss weights and trigger words, each per folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dopsd.data.folder import Example, Listing, read_folder
+from dopsd.data.captions import with_trigger
+from dopsd.data.examples import Example, Listing
+from dopsd.data.folder import read_folder
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of images. repeats: how often an epoch visits each; weight: of the loss of each (a
-    regularisation folder takes less than 1)."""
+    """A folder of images.
+
+    instance_prompt: caption of images without one. trigger: the word for the new thing or style, in
+    the captions of this folder alone (`with_trigger`); without an instance prompt it is the caption
+    of images without one. repeats: how often an epoch visits each image. weight: of each image's
+    loss; a regularisation folder takes less than 1.
+    """
 
     folder: Path
     instance_prompt: str | None = None
+    trigger: str | None = None
     caption_extension: str | None = None
     repeats: int = 1
     weight: float = 1.0
 
 
-def read_sources(
-    sources: Sequence[Source], trigger: str | None = None, skip_bad: bool = False
-) -> Listing:
-    """Every source's examples, in order; `trigger` is put before each caption that lacks it. Raises
-    ValueError as `read_folder` does."""
+def read_sources(sources: Sequence[Source], skip_bad: bool = False) -> Listing:
+    """Every source's examples, in order, each with the trigger of its folder. Raises ValueError as
+    `read_folder` does, and for a `[trigger]` in the captions of a folder without a trigger."""
     listings = [
-        read_folder(s.folder, s.instance_prompt, s.caption_extension, skip_bad) for s in sources
+        read_folder(
+            source.folder,
+            source.instance_prompt,
+            source.caption_extension,
+            skip_bad,
+            trigger=source.trigger,
+        )
+        for source in sources
     ]
     examples = [
-        replace(_triggered(example, trigger), weight=source.weight)
+        replace(_with_trigger(example, source.trigger), weight=source.weight)
         for source, listing in zip(sources, listings, strict=True)
         for example in listing.examples
         for _ in range(source.repeats)
     ]
-    origins = [f"{s.folder}: {found.source}" for s, found in zip(sources, listings, strict=True)]
+    origins = [
+        f"{source.folder}: {listing.source}"
+        for source, listing in zip(sources, listings, strict=True)
+    ]
     return Listing(
         tuple(examples),
-        tuple(refusal for found in listings for refusal in found.refused),
+        tuple(refusal for listing in listings for refusal in listing.refused),
         listings[0].source if len(sources) == 1 else "; ".join(origins),
     )
 
 
-def seen_in_turn(listing: Listing) -> Listing:
-    """The same examples, where each teacher sees the next image of the same folder, the last one
-    the first. Raises ValueError for a folder of one image."""
-    folders: dict[Path, list[Path]] = {}
+def show_next_image(listing: Listing) -> Listing:
+    """The same examples, where the teacher sees the next image of the same folder instead of the
+    example's own (the first after the last). Raises ValueError for a folder of one image."""
+    images_of: dict[Path, list[Path]] = {}
     for example in listing.examples:
-        images = folders.setdefault(example.path.parent, [])
+        images = images_of.setdefault(example.path.parent, [])
         if example.path not in images:
             images.append(example.path)
-    if alone := next((folder for folder, images in folders.items() if len(images) == 1), None):
+    single = next((folder for folder, images in images_of.items() if len(images) == 1), None)
+    if single:
         raise ValueError(
-            f"{alone} holds one picture, and the teacher is to see another one: method.teacher_sees: target."
+            f"{single} holds one image, and the teacher is to see another one: add images, or set "
+            "method.teacher_sees: target."
         )
 
-    def following(path: Path) -> Path:
-        images = folders[path.parent]
+    def next_image(path: Path) -> Path:
+        images = images_of[path.parent]
         return images[(images.index(path) + 1) % len(images)]
 
     return replace(
-        listing, examples=tuple(replace(e, shown=following(e.path)) for e in listing.examples)
+        listing, examples=tuple(replace(e, shown=next_image(e.path)) for e in listing.examples)
     )
 
 
-def one_caption_each(listing: Listing) -> Listing:
+def split_captions(listing: Listing) -> Listing:
     """The same images, once with each of their captions."""
-    apart = [
+    examples = [
         replace(e, caption=text, also=()) for e in listing.examples for text in (e.caption, *e.also)
     ]
-    return replace(listing, examples=tuple(apart))
+    return replace(listing, examples=tuple(examples))
 
 
-def _triggered(example: Example, trigger: str | None) -> Example:
-    if trigger is None:
-        return example
-
-    def told(caption: str) -> str:
-        return caption if trigger in caption else f"{trigger}, {caption}"
-
-    return replace(example, caption=told(example.caption), also=tuple(map(told, example.also)))
+def _with_trigger(example: Example, trigger: str | None) -> Example:
+    return replace(
+        example,
+        caption=with_trigger(example.caption, trigger),
+        also=tuple(with_trigger(text, trigger) for text in example.also),
+    )

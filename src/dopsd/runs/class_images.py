@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from dopsd.config.recipe import Recipe
-from dopsd.data.folder import METADATA, Example, Listing
-from dopsd.data.sources import one_caption_each
+from dopsd.data.examples import Example, Listing
+from dopsd.data.metadata import METADATA
+from dopsd.data.sources import split_captions
 from dopsd.files import atomic_path, write_jsonl
 from dopsd.images import to_pil
 from dopsd.models.base import Family, latent_size
@@ -43,7 +44,7 @@ def with_generated(
         files = generate_once(recipe, family, [wanted.prompt], wanted.count, progress)
         return listing, tuple(Example(path, wanted.prompt) for path in files[wanted.prompt])
     if wanted.prompt is None:
-        listing = one_caption_each(listing)
+        listing = split_captions(listing)
     prompts = [wanted.prompt or example.caption for example in listing.examples]
     files = generate_once(recipe, family, list(dict.fromkeys(prompts)), wanted.count, progress)
     examples = tuple(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dopsd.data.cache import Row, prepare
-from dopsd.data.folder import Example
+from dopsd.data.examples import Example
 from dopsd.diffusion.batch import Context
 from dopsd.runs.class_images import with_generated
 from dopsd.runs.outputs.previews import Preview, read_previews

@@ -16,10 +16,10 @@ import torch
 
 from dopsd.config.recipe import PromptSection, Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
-from dopsd.data.folder import Example, Listing
-from dopsd.data.importing import fill
+from dopsd.data.examples import Example, Listing
+from dopsd.data.importing import fill_folder
 from dopsd.data.prompts import read_prompts
-from dopsd.data.sources import Source, read_sources, seen_in_turn
+from dopsd.data.sources import Source, read_sources, show_next_image
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.rewards import find_reward
@@ -177,7 +177,7 @@ def read_data(recipe: Recipe) -> Listing:
     sections = (recipe.data, *recipe.data.more)
     for section in sections:
         if section.dataset:
-            fill(
+            fill_folder(
                 section.folder,
                 section.dataset,
                 section.image_column,
@@ -186,12 +186,12 @@ def read_data(recipe: Recipe) -> Listing:
                 section.rejected_column,
             )
     sources = [
-        Source(s.folder, s.instance_prompt, s.caption_extension, s.repeats, s.weight)
+        Source(s.folder, s.instance_prompt, s.trigger, s.caption_extension, s.repeats, s.weight)
         for s in sections
     ]
-    listing = read_sources(sources, recipe.data.trigger, recipe.data.skip_bad)
+    listing = read_sources(sources, recipe.data.skip_bad)
     if recipe.method.teacher_sees_another:
-        listing = seen_in_turn(listing)
+        listing = show_next_image(listing)
     _refuse_incomplete_pairs(recipe, listing)
     return listing
 

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from dopsd.data.folder import read_folder
 from dopsd.data.importing import import_data
-from dopsd.images import image_size, open_image
+from dopsd.images import FORMATS, image_size, open_image
 
 LONGEST = 2000  # characters that still make a sentence
 
@@ -55,7 +55,7 @@ def png(width: int, height: int, *between: bytes, pixels: bytes = b"\0") -> byte
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(between) + body
 
 
-BROKEN, NONE = "cannot be decoded", "holds no JPEG"
+BROKEN, NONE = "cannot be decoded", "is not a JPEG"
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
 IMAGES = {  # name: (file, bytes, sentence)
     "truncated PNG": ("x.png", cut("PNG"), BROKEN),
@@ -70,13 +70,17 @@ IMAGES = {  # name: (file, bytes, sentence)
     "TIFF renamed": ("x.png", noise("TIFF"), NONE),
     "PostScript renamed": ("x.png", POSTSCRIPT, NONE),
     "PDF renamed": ("x.png", b"%PDF-1.7\n", NONE),
-    "GIF": ("x.gif", noise("GIF"), "x.gif is not one of .jpg"),
-    "TIFF": ("x.tiff", noise("TIFF"), "x.tiff is not one of .jpg"),
-    "HEIC": ("x.heic", b"from a phone", "x.heic is not one of .jpg"),
-    "JPEG XL in capitals": ("x.JXL", b"\xff\x0a", "x.JXL is not one of .jpg"),
-    "no ending": ("x", noise("PNG"), "no pictures in"),
-    "SVG": ("x.svg", b"<svg/>", "no pictures in"),
-    "hidden": (".x.png", noise("PNG"), "no pictures in"),
+    "GIF": ("x.gif", noise("GIF"), "x.gif is not read: convert it to JPEG or PNG"),
+    "TIFF": ("x.tiff", noise("TIFF"), "x.tiff is not read: convert it to JPEG or PNG"),
+    "HEIC": (
+        "x.heic",
+        b"from a phone",
+        "is not a JPEG" if ".heic" in FORMATS else "x.heic is not read: pip install 'dopsd[heif]'",
+    ),
+    "JPEG XL in capitals": ("x.JXL", b"\xff\x0a", "x.JXL is not read: convert it"),
+    "no ending": ("x", noise("PNG"), "no images in"),
+    "SVG": ("x.svg", b"<svg/>", "no images in"),
+    "hidden": (".x.png", noise("PNG"), "no images in"),
     "header of 10 gigapixels": ("x.png", png(100_000, 100_000), "decompression bomb"),
     "header of no width": ("x.png", png(0, 10), NONE),
     "fewer pixels than the header says": ("x.png", png(64, 64), BROKEN),
@@ -91,19 +95,19 @@ IMAGES = {  # name: (file, bytes, sentence)
 PLACES: dict[
     str, tuple[Callable[[], object], str]
 ] = {  # in a folder without images unless the name says otherwise
-    "a folder named like a picture": (lambda: Path("x.png").mkdir(), "no pictures in"),
+    "a folder named like an image": (lambda: Path("x.png").mkdir(), "no images in"),
     "a link to itself": (lambda: os.symlink("x.png", "x.png"), "x.png cannot be decoded"),
     "a link to nothing": (lambda: os.symlink("gone", "x.png"), "x.png cannot be decoded"),
-    "a queue named like a picture": (lambda: os.mkfifo("x.png"), "no pictures in"),
-    "pictures in a subfolder only": (
+    "a queue named like an image": (lambda: os.mkfifo("x.png"), "no images in"),
+    "images in a subfolder only": (
         lambda: (Path("deep").mkdir(), good("deep/a.png")),
         "not in its subfolders",
     ),
-    "a link to itself beside a picture": (
+    "a link to itself beside an image": (
         lambda: (good("a.png"), os.symlink("x.png", "x.png")),
         "x.png",
     ),
-    "a link to nothing beside a picture": (
+    "a link to nothing beside an image": (
         lambda: (good("a.png"), os.symlink("gone", "x.png")),
         "x.png",
     ),
@@ -126,7 +130,7 @@ CAPTIONS: dict[
     "Latin-1": ("forêt".encode("latin-1"), "the caption a.txt is not UTF-8"),
     "UTF-16": ("a cat".encode("utf-16"), "the caption a.txt is not UTF-8"),
     "half a surrogate pair": (b"a \xed\xa0\x80", "the caption a.txt is not UTF-8"),
-    "a picture": (noise("PNG"), "the caption a.txt is not UTF-8"),
+    "an image": (noise("PNG"), "the caption a.txt is not UTF-8"),
     "missing": (None, "a.png has no caption: there is no a.txt or a.caption"),
 }
 
@@ -135,7 +139,7 @@ ROWS: dict[
 ] = {  # name: (first line of metadata.jsonl, sentence); strings are lines as they are
     "file a number": (
         {"file_name": 7, "text": "x"},
-        "line 1 names its picture with 7, which is not a file name",
+        "line 1 names its image with 7, which is not a file name",
     ),
     "file null": ({"file_name": None, "text": "x"}, "with None, which is not a file name"),
     "file a list": (
@@ -169,7 +173,7 @@ ROWS: dict[
         "and there is no such file",
     ),
     "file of 300 letters": ({"file_name": "a" * 300, "text": "x"}, "and there is no such file"),
-    "file no picture": (
+    "file no image": (
         {"file_name": "metadata.jsonl", "text": "x"},
         "metadata.jsonl is not one of .jpg",
     ),
@@ -279,22 +283,22 @@ IMPORTS: dict[str, tuple[str | bytes, str]] = {  # name: (d.jsonl of the referen
     "a list": ("[1]", "d.jsonl line 1 is not a JSON object"),
     "100000 lists": ("[" * 100_000, "d.jsonl line 1 is not JSON"),
     "null": ("null", "line 1 is not a JSON object"),
-    "no picture": ('{"short_en": "a"}', "line 1 names no picture"),
-    "none": ('{"path": []}', "line 1 names no picture"),
-    "picture missing": (
+    "no image": ('{"short_en": "a"}', "line 1 names no image"),
+    "none": ('{"path": []}', "line 1 names no image"),
+    "image missing": (
         '{"path": "gone.png", "short_en": "a"}',
         "line 1 names gone.png, which is neither in",
     ),
-    "picture a number": ('{"path": 7, "short_en": "a"}', "line 1 names 7, which is neither in"),
-    "picture of 300 letters": (
+    "image a number": ('{"path": 7, "short_en": "a"}', "line 1 names 7, which is neither in"),
+    "image of 300 letters": (
         f'{{"path": "{"a" * 300}", "short_en": "a"}}',
         "which is neither in",
     ),
-    "picture that is text": (
+    "image that is text": (
         '{"path": "d.jsonl", "short_en": "a"}',
-        "row 1 of d.jsonl holds no JPEG",
+        "row 1 of d.jsonl is not a JPEG",
     ),
-    "picture of 10 gigapixels": ('{"path": "bomb.png", "short_en": "a"}', "row 1 of d.jsonl"),
+    "image of 10 gigapixels": ('{"path": "bomb.png", "short_en": "a"}', "row 1 of d.jsonl"),
     "a reference missing": (
         '{"path": ["b.png", "a.png"], "short_en": "a"}',
         "line 1 names b.png, which is neither in",
@@ -304,7 +308,7 @@ IMPORTS: dict[str, tuple[str | bytes, str]] = {  # name: (d.jsonl of the referen
     "caption a number": ('{"path": "a.png", "short_en": 7}', "line 1 has no caption in short_en"),
     "half a surrogate": ('{"path": "a.png", "short_en": "\\ud800"}', "d.jsonl line 1"),
     "into a new folder": ('{"path": "a.png"} ', "line 1 has no caption in short_en"),
-    "second row": ('{"path": "a.png", "short_en": "a"}\n{}', "d.jsonl line 2 names no picture"),
+    "second row": ('{"path": "a.png", "short_en": "a"}\n{}', "d.jsonl line 2 names no image"),
 }
 
 
@@ -348,19 +352,22 @@ def described(files: dict[str, bytes]) -> None:
 # name: (what to build, the instance prompt, what the sentence contains)
 CASES: dict[str, tuple[Callable[[], object], str | None, str]] = {
     **{
-        name: (lambda f=file, c=data: write(f, c), "a cat", said)
-        for name, (file, data, said) in IMAGES.items()
+        name: (lambda f=file, c=data: write(f, c), "a cat", message)
+        for name, (file, data, message) in IMAGES.items()
     },
-    **{name: (build, "a cat", said) for name, (build, said) in PLACES.items()},
+    **{name: (build, "a cat", message) for name, (build, message) in PLACES.items()},
     **{
-        f"caption: {name}": (lambda c=text: captioned(c), None, said)
-        for name, (text, said) in CAPTIONS.items()
+        f"caption: {name}": (lambda c=text: captioned(c), None, message)
+        for name, (text, message) in CAPTIONS.items()
     },
-    **{name: (lambda r=row: listed(r), None, said) for name, (row, said) in ROWS.items()},
-    **{name: (lambda f=files: described(f), None, said) for name, (files, said) in FILES.items()},
+    **{name: (lambda r=row: listed(r), None, message) for name, (row, message) in ROWS.items()},
     **{
-        f"import: {name}": (lambda r=rows: imported(r), None, said)
-        for name, (rows, said) in IMPORTS.items()
+        name: (lambda f=files: described(f), None, message)
+        for name, (files, message) in FILES.items()
+    },
+    **{
+        f"import: {name}": (lambda r=rows: imported(r), None, message)
+        for name, (rows, message) in IMPORTS.items()
     },
 }
 
@@ -393,7 +400,7 @@ def test_the_corpus_has_100_distinct_cases(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_cannot_be_read_is_one_sentence_and_stays_as_it_was(name, tmp_path, monkeypatch):
-    build, prompt, said = CASES[name]
+    build, prompt, message = CASES[name]
     monkeypatch.chdir(tmp_path)
     build()
     before = snapshot(tmp_path)
@@ -403,7 +410,7 @@ def test_what_cannot_be_read_is_one_sentence_and_stays_as_it_was(name, tmp_path,
         else:
             read_folder(tmp_path, prompt)
     sentence = " ".join(str(refused.value).split())
-    assert said in sentence and sentence.endswith(".") and len(sentence) < LONGEST
+    assert message in sentence and sentence.endswith(".") and len(sentence) < LONGEST
     assert snapshot(tmp_path) == before
 
 
@@ -464,7 +471,7 @@ ODD: dict[
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_picture_that_is_good_is_read_as_rgb(name, tmp_path):
+def test_an_odd_image_that_is_good_is_read_as_rgb(name, tmp_path):
     file, content, size, colour = ODD[name]
     path = tmp_path / file
     path.write_bytes(content)

@@ -1,0 +1,47 @@
+"""What a data set is made of: examples (an image with its captions) and listings of them."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dopsd.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image and its caption.
+
+    also: further captions; an epoch draws one of all. weight: of its loss. references: images that
+    the caption turns into this one, in order. rejected: worse images for the same caption, of which
+    an epoch draws one. shown: the image that the teacher sees, if it is not `path`.
+    """
+
+    path: Path
+    caption: str
+    also: tuple[str, ...] = ()
+    weight: float = 1.0
+    references: tuple[Path, ...] = ()
+    rejected: tuple[Path, ...] = ()
+    shown: Path | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The examples of a folder or of several, sorted by path within a folder.
+
+    refused: (file, reason) of what was skipped. source: where the captions came from, in words
+    ("metadata.jsonl", ".txt files", "instance prompt").
+    """
+
+    examples: tuple[Example, ...]
+    refused: tuple[tuple[Path, str], ...]
+    source: str
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images' bytes and their captions, in any order and wherever they lie."""
+        contents = sorted(
+            [*map(sha256_of, (e.path, *e.references, *e.rejected)), e.caption, *e.also]
+            for e in self.examples
+        )
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
