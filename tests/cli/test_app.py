@@ -319,3 +319,23 @@ def test_doctor_looks_and_exits_fine(monkeypatch):
     found = run_cli("doctor")
     assert found.exit_code == 0
     assert "torch" in found.output and "offline by HF_HUB_OFFLINE" in found.output
+
+
+def test_train_prints_an_event_a_line_and_the_result_last_and_logs_the_rest(desk):
+    write_recipe(
+        {"method": {"name": "sft"}, "health": {"every": 0}, "sample": {"every": 0}, "run_name": "r"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "dopsd", "train", "recipe.yaml", "--set", "model.memory=high"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "look at    runs/r/report.html"
+    events = done.stderr.splitlines()
+    wanted = ["Loading the network.", "Step 1: checkpoint saved."]
+    assert [line for line in events if line in wanted] == wanted
+    noise = ("Loading weights", "INFO", "=", "kernels", "Warning", "http")
+    assert not [line for line in events if any(word in line for word in noise)]
+    log = Path("runs/r/run.log").read_text()
+    assert "Step 1: checkpoint saved." in log and "reopened and compared" in log

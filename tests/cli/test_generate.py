@@ -90,7 +90,8 @@ def test_a_folder_instead_of_a_lora_file_is_answered_with_the_file_in_it(words):
 def test_inspect_shows_the_result_in_a_run_folder():
     write_lora("runs/star/star.safetensors", {"base_model": "pocket"})
     Path("runs/star/config.yaml").write_text(
-        "model: {name_or_path: pocket}\ndata: {folder: images}\nmethod: {name: sft}\nrun_name: star\n"
+        "model: {name_or_path: pocket}\ndata: {folder: images}\n"
+        "method: {name: sft}\nrun_name: star\n"
     )
     result, printed = run("inspect", "runs/star")
     assert result.exit_code == 0 and "result runs/star/star.safetensors" in printed

@@ -38,12 +38,15 @@ def test_without_a_terminal_a_long_phase_is_ten_lines_with_the_time_left(clock, 
     assert printed[-1] == "training  loss 0.1000  1000 of 1000"
 
 
-def test_without_a_terminal_a_quick_phase_is_one_line(clock, capsys):
+def test_without_a_terminal_a_quick_phase_is_one_line_and_a_brief_one_none(clock, capsys):
     with progress_bar() as advance:
         for done in range(5):
             clock.now += 0.1
             advance("caching", done, 4)
-    assert lines(capsys) == ["caching  4 of 4"]
+        for done in range(5):
+            clock.now += 1.0
+            advance("generating", done, 4)
+    assert lines(capsys) == ["generating  4 of 4"]
 
 
 def test_a_resumed_run_measures_its_own_time_and_a_repeated_phase_begins_again(clock, capsys):

@@ -129,7 +129,7 @@ def test_check_says_that_the_judges_own_model_comes_on_top(concept, tmp_path, mo
     scorer.mkdir()
     for reward, words in (
         ("red", ""),
-        (f"pickscore={scorer}", f"the judge's own model, {scorer}, comes on top"),
+        (f"pickscore={scorer}", f"the reward's own model, {scorer}, comes on top"),
     ):
         recipe_of(concept, tmp_path / "runs", reward).save_as(tmp_path / "recipe.yaml")
         done = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])

@@ -22,7 +22,7 @@ err = Console(stderr=True, **_PLAIN)
 def printable(text: str) -> str:
     """The text on one line, with control characters as escapes such as \\x1b: a caption or a file
     name cannot move the cursor or forge a line."""
-    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def say(text: str) -> None:

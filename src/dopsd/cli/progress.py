@@ -5,18 +5,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+import rich.progress
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from dopsd.cli.console import err, note, printable
 
 PARTS = 10  # lines of a phase, at most, where there is no terminal
 PAUSE = 5.0  # seconds between two of them, at least
+BRIEF = 1.0  # seconds: a phase that takes less prints nothing
 
-Advance = Callable[[str, int, int], None]  # phase and remark ("training  loss 0.1"), done, total
+Progress = Callable[[str, int, int], None]  # phase and remark ("training  loss 0.1"), done, total
 
 
 @contextmanager
-def progress_bar() -> Iterator[Advance]:
+def progress_bar() -> Iterator[Progress]:
     """Gives the function to call with (phase, done, total). What follows two spaces in `phase` is a
     remark that may change from call to call."""
     if not err.is_terminal:
@@ -29,14 +31,14 @@ def progress_bar() -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("left", markup=False),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    with rich.progress.Progress(*columns, console=err, transient=True) as progress:
         yield _Bar(progress).advance
 
 
 class _Bar:
     """Shows the bar of the phase that was advanced last, until that phase is finished."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: rich.progress.Progress):
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
@@ -84,7 +86,8 @@ class _Lines:
         self._last_call, phase = now, self._phases[name]
         part, when = phase.printed
         is_due = done * PARTS // total > part * PARTS // total and now - when >= PAUSE
-        if done <= phase.first or not (is_due or done == total):
+        is_last = done == total and now - phase.began >= BRIEF
+        if done <= phase.first or not (is_due or is_last):
             return
         phase.printed = (done, now)
         remaining = (now - phase.began) / (done - phase.first) * (total - done)

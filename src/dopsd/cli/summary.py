@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING
 
 from dopsd.cli.console import field
+from dopsd.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from dopsd.config.recipe import Recipe
     from dopsd.runs.check import Checked
+    from dopsd.runs.fit import Saver
+    from dopsd.runs.memory import Forecast
     from dopsd.runs.resolve import ResolvedRun
 
 EXAMPLES = 3  # captions shown
@@ -41,27 +44,51 @@ def print_summary(run: "ResolvedRun", checked: "Checked") -> None:
 
 
 def print_memory(run: "ResolvedRun", card: float | None) -> None:
-    """Peak memory of a step at each `model.memory`, and which of them fits. Raises ValueError where
-    full fine-tuning fits at neither."""
+    """Peak memory of a step at each `model.memory`, which of them fits the device, and what makes
+    it fit where neither does. Raises ValueError where full fine-tuning fits at neither."""
     from dopsd.evaluation.rewards import find_reward
-    from dopsd.runs.memory import forecast_run, planned_device, refuse_too_large
+    from dopsd.runs.fit import fitting_saver, planned_device, refuse_too_large
+    from dopsd.runs.memory import forecast_run
 
     recipe, device = run.recipe, planned_device(run, card)
-    peaks = {
-        level: forecast_run(run, device.dtype, low_memory=level == "low")
-        for level in ("low", "high")
-    }
-    values = ", ".join(f"{level} {peak.peak / 2**30:.2f} GiB" for level, peak in peaks.items())
-    fitting = [level for level, peak in peaks.items() if peak.fits(device.room)]
-    field(
-        "memory",
-        f"{values} in a training step ({str(device.dtype).removeprefix('torch.')}); "
-        f"{device.name} takes {' and '.join(fitting) or 'neither'}",
-    )
+    high = saver = None
+    with progress_bar() as advance:
+        low = forecast_run(run, device.dtype, low_memory=True, progress=advance)
+        if low.fits(device.room):  # where it does not, neither does high, which takes more
+            high = forecast_run(run, device.dtype, low_memory=False, progress=advance)
+        elif recipe.adapter == "lora":
+            saver = fitting_saver(run, low, device, advance)
+
+    levels = f"low {_gib(low)}" + (f", high {_gib(high)}" if high else "")
+    dtype = str(device.dtype).removeprefix("torch.")
+    field("memory", f"{levels} in a training step, {dtype} (model.memory)")
+    if high is None:
+        field("", f"{device.name} takes neither")
+        if recipe.adapter == "lora":
+            field("", _what_fits(saver))
+    elif high.fits(device.room):
+        field("", f"{device.name} takes both")
+    else:
+        change = "; set model.memory: low" if recipe.model.memory == "high" else ""
+        field("", f"{device.name} takes low, not high{change}")
     if (reward := recipe.method.reward_name) and (model := find_reward(reward).model):
         field("", f"the reward's own model, {model}, comes on top")
     if recipe.adapter == "full":
-        refuse_too_large(recipe, peaks["low"], device)
+        refuse_too_large(recipe, low, device)
+
+
+def _what_fits(saver: "Saver | None") -> str:
+    if saver:
+        change = f"--set model.{saver.key}={saver.value}"
+        return f"it takes low with {change}: {_gib(saver.forecast)}"
+    return (
+        "model.quantize and model.offload are not enough: use a smaller data.resolution, "
+        "train.batch_size: 1 or a larger card"
+    )
+
+
+def _gib(forecast: "Forecast") -> str:
+    return f"{forecast.peak / 2**30:.2f} GiB"
 
 
 def print_result(recipe: "Recipe") -> None:

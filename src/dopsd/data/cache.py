@@ -231,7 +231,7 @@ def _usable(path: Path, kind: str) -> bool:
         reason = f"{path} holds no {kind}."
     except ValueError as error:
         reason = str(error)
-    log.warning("cache=rebuilt kind=%s reason=%s", kind, reason)
+    log.warning("A cached file is made again: %s", reason)
     return False
 
 

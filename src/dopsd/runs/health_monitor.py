@@ -42,7 +42,7 @@ class HealthMonitor:
         values = {name: metric.value for name, metric in health.metrics.items()}
         self._trackers.numbers("health", values | {"healthy": health.healthy}, step)
         level = logging.INFO if health.healthy else logging.WARNING
-        log.log(level, "Step %d: few-step health: %s.", step, health)
+        log.log(level, "Step %d: few-step health: %s.", step, health, extra={"screen": True})
         if health.healthy:
             session.export(recipe.result("-healthy"), weights_metadata(session.run, step))
         return str(health) if recipe.stop.unhealthy and not health.healthy else None

@@ -7,12 +7,11 @@ which leave memory before training. Where a reward scores images the VAE is coun
 own model is not.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,7 +23,8 @@ from dopsd.images import image_size
 from dopsd.methods import Method
 from dopsd.methods.base import Score
 from dopsd.models.base import Family, Size, fitted_size, latent_size
-from dopsd.runs.resolve import ResolvedRun, frozen_dtype
+from dopsd.runs.prepare import Progress
+from dopsd.runs.resolve import ResolvedRun
 from dopsd.training.adapters import add_lora, base_tensors
 from dopsd.training.loop import Plan, accumulate_gradient
 from dopsd.training.memory_meter import LiveBytes
@@ -32,8 +32,6 @@ from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import saved_bytes
 from dopsd.training.roles import Teacher, make_roles
 from dopsd.training.trainable import Student, full_student
-
-log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 RESERVED = 2**30  # bytes of a device that tensors never get
@@ -70,12 +68,14 @@ def forecast(
     dtype: torch.dtype,
     low_memory: bool,
     references: Sequence[Size] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Forecast:
     """Memory of an optimizer step of a recipe.
 
     size: of the images, (width, height) in pixels. captions: of which the longest are taken.
     low_memory: with activations recomputed and images decoded in tiles. references: sizes of the
-    images that each image is edited from.
+    images that each image is edited from. progress: called with the forwards done, of how many; a
+    backward counts as two.
     """
     nfe = _fewest_steps(recipe.method, recipe.method.nfe or family.default_nfe)
     method = recipe.method.model_copy(update={"nfe": nfe})
@@ -92,6 +92,8 @@ def forecast(
             add_lora(denoiser.network, targets, recipe.lora.rank, alpha=1, seed=0)
     if low_memory:
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    if progress:
+        _report_forwards(denoiser.network, progress, method.forwards(nfe))
 
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
         # What is resident before a step, the optimizer's moments included.
@@ -119,6 +121,18 @@ def forecast(
         optimizer.step()
         teacher.follow()
     return Forecast(resident - elsewhere, meter.peak - elsewhere)
+
+
+def _report_forwards(network: nn.Module, progress: Callable[[int, int], None], total: int) -> None:
+    """Call `progress` after each forward of the network, with its backward where it has one."""
+    done = 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done = min(total, done + (3 if torch.is_grad_enabled() else 1))
+        progress(done, total)
+
+    network.register_forward_hook(count)
 
 
 @dataclass(frozen=True)
@@ -236,15 +250,14 @@ def _blank_copy(context: Context, dtype: torch.dtype) -> Context:
     return Context(torch.zeros(context.tokens.shape, dtype=dtype), context.lengths, extras)
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
-
-
-def forecast_run(run: ResolvedRun, dtype: torch.dtype, low_memory: bool) -> Forecast:
+def forecast_run(
+    run: ResolvedRun,
+    dtype: torch.dtype,
+    low_memory: bool,
+    progress: Progress | None = None,
+) -> Forecast:
     """Memory of a step at the run's largest bucket, with its largest images to edit."""
+    level = "low" if low_memory else "high"
     examples = run.listing.examples
     size = max(run.buckets, key=lambda size: size[0] * size[1])
     captions = [caption for example in examples for caption in (example.caption, *example.also)]
@@ -253,66 +266,5 @@ def forecast_run(run: ResolvedRun, dtype: torch.dtype, low_memory: bool) -> Fore
         for paths in {example.references for example in examples}
     ]
     largest = max(references, key=lambda sizes: sum(width * height for width, height in sizes))
-    return forecast(run.recipe, run.family, size, captions, dtype, low_memory, largest)
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a run is planned for. room: bytes of memory; dtype: of the frozen weights there."""
-
-    name: str
-    room: int
-    dtype: torch.dtype
-
-
-def planned_device(run: ResolvedRun, card: float | None) -> Device:
-    """A GPU of `card` GiB, or this machine's device."""
-    if card is not None:
-        gpu = torch.device("cuda")
-        dtype = frozen_dtype(run.recipe, gpu)
-        return Device(f"a card of {card:g} GiB", int(card * 2**30), dtype)
-    room = memory_of(run.device)
-    name = f"this machine's {run.device.type} with {room / 2**30:.0f} GiB"
-    return Device(name, room, run.dtype)
-
-
-def refuse_too_large(recipe: Recipe, peak: Forecast, device: Device) -> None:
-    """Raise ValueError where a step of full fine-tuning does not fit. peak: at memory: low."""
-    if peak.fits(device.room):
-        return
-    ways = ["a smaller data.resolution"]
-    if recipe.train.optimizer != "adamw_8bit":
-        ways.insert(0, "train.optimizer: adamw_8bit")
-    if not recipe.model.offload:
-        ways.insert(0, "model.offload: true (teacher and base model in main memory)")
-    raise ValueError(
-        f"full fine-tuning takes {peak.peak / 2**30:.2f} GiB in a step at model.memory: low, and "
-        f"with a tenth and 1 GiB to spare that is too much for {device.name}. Set "
-        f"{', '.join(ways)}, or tune LoRA (adapter: lora)."
-    )
-
-
-def choose_low_memory(run: ResolvedRun) -> bool:
-    """Whether to recompute activations and decode in tiles: as the recipe says, or, with `memory:
-    auto`, where the device is too small to do without.
-
-    Raises ValueError where full fine-tuning is too large for the device even then.
-    """
-    recipe = run.recipe
-    if recipe.adapter == "full":
-        peak = forecast_run(run, run.dtype, low_memory=True)
-        refuse_too_large(recipe, peak, planned_device(run, None))
-    if recipe.model.offload:
-        # Without recomputation all lent copies would stay alive until the end of the backward pass.
-        return True
-    if recipe.model.memory != "auto":
-        return recipe.model.memory == "low"
-    peak, room = forecast_run(run, run.dtype, low_memory=False), memory_of(run.device)
-    low_memory = not peak.fits(room)
-    log.info(
-        "model.memory: auto means %s here: high would take %.1f GiB of %.1f GiB.",
-        "low" if low_memory else "high",
-        peak.peak / 2**30,
-        room / 2**30,
-    )
-    return low_memory
+    count = partial(progress, f"forecasting memory ({level})") if progress else None
+    return forecast(run.recipe, run.family, size, captions, dtype, low_memory, largest, count)

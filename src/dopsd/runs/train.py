@@ -11,9 +11,9 @@ from dopsd.config.schema import TrainSection
 from dopsd.data.loader import Loader
 from dopsd.runs.check import check
 from dopsd.runs.environment import environment
+from dopsd.runs.fit import choose_low_memory
 from dopsd.runs.health_monitor import HealthMonitor
 from dopsd.runs.interrupts import Stopped, Unhealthy, noticing_signals
-from dopsd.runs.memory import choose_low_memory
 from dopsd.runs.outputs.folder import Metrics, claimed, read_rows, write_header
 from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.model_card import write_card
@@ -28,6 +28,8 @@ from dopsd.training.checkpoint import load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, train_steps
 
 log = logging.getLogger(__name__)
+
+ON_SCREEN = {"screen": True}  # `extra` of a record that the command line prints
 
 
 def train(
@@ -55,8 +57,11 @@ def train(
         tracking(recipe, is_new=not states) as trackers,
     ):
         # Encode, let the encoders leave memory, then load the network.
+        log.info("Loading the text encoder and the VAE.", extra=ON_SCREEN)
         encoded = encode_run(run, progress)
-        session = Session.open(run, choose_low_memory(run), encoded.previews[0].student.context)
+        low_memory = choose_low_memory(run, progress)
+        log.info("Loading the network.", extra=ON_SCREEN)
+        session = Session.open(run, low_memory, encoded.previews[0].student.context)
 
         # Go on from a checkpoint, or begin.
         start = _restore(session, states)
@@ -126,6 +131,7 @@ def _train(
                 session.optimizer,
                 recipe.save.keep_last,
             )
+            log.info("Step %d: checkpoint saved.", step, extra=ON_SCREEN)
         # After the checkpoint, so that an error in the report loses no step.
         if preview_due or signal or unhealthy:
             write_report(recipe.run_folder, _state(done, bool(signal or unhealthy)))
@@ -195,6 +201,7 @@ def _preview(session: Session, encoded: EncodedRun, step: int, trackers: Tracker
         run.deployed_schedule,
         run.device,
     )
+    log.info("Step %d: previews in %s.", step, folder / "grid.png", extra=ON_SCREEN)
     trackers.image("previews", folder / "grid.png", step)
 
 

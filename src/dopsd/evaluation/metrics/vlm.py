@@ -66,5 +66,5 @@ def grade_of(answer: str) -> float:
     else is NaN: a reward that does not keep to its form is not guessed at."""
     if found := re.fullmatch(r"\s*([1-4])\.?\s*", answer, flags=re.ASCII):
         return float(found[1])
-    log.warning("vlm_judge answer=%r grade=none", answer[:80])
+    log.warning("The VLM answered %r, which is no grade.", answer[:80])
     return math.nan
