@@ -281,24 +281,29 @@ def _write_page(
         )
         for each in result.comparisons
     ]
-    measured_by = (
-        f"Distance: {metric}; the threshold was set for the distance of pixels."
-        if metric
-        else "Distance: root mean square difference to the training image, 0 to 1, both downscaled "
-        f"to {SIDE} pixels on the longer side."
+    measured_by = metric or (
+        "root mean square difference to the training image (0 to 1), both downscaled to "
+        f"{SIDE} pixels on the longer side"
     )
+    suited = ", for which the threshold was not set" if metric else ""
+    definitions = {
+        "distance": f"{measured_by}, mean over {seeds} noises{suited}",
+        "teacher nearer by": "the part of the student's distance that the teacher is nearer, with "
+        "its 95% bootstrap interval over noises; in the last row over images",
+        "too little": f"less than {ENOUGH:.0%}",
+    }
     notes = [
-        f"{len(result.comparisons)} of {result.dataset_size} images, {seeds} noises each. "
-        f"{measured_by} Intervals: 95% bootstrap over noises; in the last row over images.",
-        f"Nearer by {ENOUGH:.0%} or more is taken to be enough. The distance sees where which "
-        "colours are; for everything else look at the images.",
+        f"{len(result.comparisons)} of {result.dataset_size} images were compared. The distance "
+        "sees where which colours are; for everything else look at the images.",
     ]
     write_comparison(
         path,
         f"Preflight of {recipe.run_name}",
-        result.sentence,
+        "",
         HEADER,
         result.table(),
         panels,
         notes,
+        result.sentence,
+        definitions,
     )
