@@ -229,7 +229,7 @@ MODELS: dict[str, tuple[Build, str]] = {
     "about a list": (write(ABOUT, "[]"), "json"),
     "about": (write(ABOUT, "{"), "dopsd.json"),
 }
-RESUME, NOT_WHOLE = (*TRAIN, "--resume", "latest"), "is no whole checkpoint of dopsd"
+RESUME, NOT_WHOLE = (*TRAIN, "--resume", "latest"), "is not a complete checkpoint of dopsd"
 STATES = ('{"step":', b"\xff", "{}", "[]", DEEP, '{"sha256": []}')
 RUNS: dict[str, tuple[Build, Command, str]] = {
     "a run already": (finished(), TRAIN, "runs/recipe already holds a run"),

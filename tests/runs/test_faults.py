@@ -178,7 +178,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_trained(concept, tmp_path):
     finish(recipe)
     for path in checkpoints(recipe.run_folder):
         (path / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"step-000001 is no whole checkpoint"):
+    with pytest.raises(ValueError, match=r"step-000001 is not a complete checkpoint"):
         finish(recipe, "latest")
 
 

@@ -17,7 +17,7 @@ from dopsd.models.lora import merge_lora, read_lora
 from dopsd.runs.outputs.lora_export import export_lora, start_from_lora
 from dopsd.runs.resolve import ResolvedRun
 from dopsd.runs.reward import LatentReward
-from dopsd.training.deployed_weights import as_deployed, kept
+from dopsd.training.deployed_weights import as_deployed, copy_in_main_memory
 from dopsd.training.offload import offload_blocks
 from dopsd.training.quantize import adamw_8bit, quantize
 from dopsd.training.roles import Teacher, make_roles
@@ -118,13 +118,17 @@ def _load_denoiser(run: ResolvedRun, device: torch.device) -> tuple[Denoiser, di
     none)."""
     family, model = run.family, run.recipe.model
     if model.train_on:
-        deployed = kept(family.load_denoiser(torch.device("cpu"), run.dtype).network)
+        deployed = copy_in_main_memory(family.load_denoiser(torch.device("cpu"), run.dtype).network)
         return load_family(model.train_on).load_denoiser(device, run.dtype), deployed
     denoiser = family.load_denoiser(device, run.dtype)
     if not model.training_adapter:
         return denoiser, {}
     adapted = {f"{module}.weight" for module in read_lora(model.training_adapter, family)}
-    deployed = {name: tensor for name, tensor in kept(denoiser.network).items() if name in adapted}
+    deployed = {
+        name: tensor
+        for name, tensor in copy_in_main_memory(denoiser.network).items()
+        if name in adapted
+    }
     merge_lora(denoiser.network, model.training_adapter, family)
     return denoiser, deployed
 

@@ -1,6 +1,7 @@
-"""LoRA on a denoiser's network, through peft. The only room that knows peft."""
+"""LoRA on a denoiser's network, through peft. The only file that imports peft."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +13,14 @@ ADAPTER = "student"
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the adapters reach: adapted and all linear layers inside the network's blocks, and their
-    weights."""
+    """What LoRA reaches of the linear layers inside the network's blocks: numbers of layers, of
+    their weights, and of the adapters' own parameters."""
 
     adapted: int
     linears: int
     adapted_weights: int
     linear_weights: int
-    parameters: int  # of the adapters
+    parameters: int
 
     def __str__(self) -> str:
         share = self.adapted_weights / self.linear_weights
@@ -30,56 +31,65 @@ class Coverage:
 
 
 def coverage(network: nn.Module, targets: str, rank: int) -> Coverage:
-    """What LoRA of this rank on `targets` (a regular expression over module names) would reach.
-    Works on meta tensors too. A block linear is one inside a module list. Raises ValueError when
-    the targets match nothing."""
+    """What LoRA of this rank on `targets` (a regular expression for whole module names) reaches.
+
+    A block linear is one inside a module list. Works on meta tensors. Raises ValueError where the
+    targets match nothing.
+    """
     linears = {
-        n: m
-        for n, m in network.named_modules()
-        if isinstance(m, nn.Linear) and re.search(r"\.\d+\.", n)
+        name: module for name, module in _linears(network).items() if re.search(r"\.\d+\.", name)
     }
     adapted = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
     if not adapted:
         raise ValueError(
-            f"the LoRA targets {targets!r} match no linear layer; try one like {next(iter(linears), '-')}."
+            f"the LoRA targets {targets!r} match no linear layer; try one like "
+            f"{next(iter(linears), '-')}."
         )
     return Coverage(
         adapted=len(adapted),
         linears=len(linears),
-        adapted_weights=sum(m.weight.numel() for m in adapted.values()),
-        linear_weights=sum(m.weight.numel() for m in linears.values()),
-        parameters=sum(rank * (m.in_features + m.out_features) for m in adapted.values()),
+        adapted_weights=sum(module.weight.numel() for module in adapted.values()),
+        linear_weights=sum(module.weight.numel() for module in linears.values()),
+        parameters=sum(
+            rank * (module.in_features + module.out_features) for module in adapted.values()
+        ),
     )
 
 
 def lora_sizes(
     network: nn.Module, targets: str, rank: int
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Sizes of A and B that LoRA would have on each target. Works on meta tensors too."""
-    linears = {
-        n: m
-        for n, m in network.named_modules()
-        if isinstance(m, nn.Linear) and re.fullmatch(targets, n)
+    """Shapes of A and B that LoRA would have on each target, by module name. Works on meta
+    tensors."""
+    return {
+        name: ((rank, module.in_features), (module.out_features, rank))
+        for name, module in _linears(network).items()
+        if re.fullmatch(targets, name)
     }
-    return {name: ((rank, m.in_features), (m.out_features, rank)) for name, m in linears.items()}
+
+
+def _linears(network: nn.Module) -> dict[str, nn.Linear]:
+    return {
+        name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)
+    }
 
 
 def add_lora(
     network: nn.Module, targets: str, rank: int, alpha: float, seed: int
 ) -> dict[str, nn.Parameter]:
-    """Put LoRA on the targets, freeze everything else, and return the trainable parameters by name
-    (float32).
+    """Put LoRA on the targets and freeze everything else. Returns the trainable parameters by name,
+    float32.
 
-    A is drawn from `seed`, B is zero, so the network starts unchanged. Raises ValueError when
-    nothing matches.
+    A is drawn from `seed` and B is zero, so the network's output does not change. Raises ValueError
+    where the targets match nothing.
     """
     coverage(network, targets, rank)
     network.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type] - peft divides by r, and any number will do
+            lora_alpha=alpha,  # type: ignore[arg-type] - an int in peft's annotation only
             target_modules=targets,
             lora_dropout=0.0,
             bias="none",
@@ -91,21 +101,25 @@ def add_lora(
     return trainable
 
 
-def lora_pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Trainable tensors by name -> (A [r, in], B [out, r]) by the path of the module they adapt."""
-    a_mark, b_mark = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
+def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A [r, in], B [out, r]) by the name of the module they adapt, from tensors by their names in
+    the network."""
+    a_suffix, b_suffix = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
     return {
-        name.removesuffix(a_mark): (tensor, tensors[name.removesuffix(a_mark) + b_mark])
+        name.removesuffix(a_suffix): (tensor, tensors[name.removesuffix(a_suffix) + b_suffix])
         for name, tensor in tensors.items()
-        if name.endswith(a_mark)
+        if name.endswith(a_suffix)
     }
 
 
-def base_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with every B zero: under them the network is the base."""
-    return {n: torch.zeros_like(t) if ".lora_B." in n else t.detach() for n, t in tensors.items()}
+def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with each B zero: with them the network is the base model."""
+    return {
+        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor.detach()
+        for name, tensor in tensors.items()
+    }
 
 
-def unmoved_modules(tensors: dict[str, Tensor]) -> list[str]:
-    """The modules whose B is still all zero."""
-    return [path for path, (_, b) in lora_pairs(tensors).items() if not b.detach().any()]
+def unmoved_modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the modules whose B is still all zero."""
+    return [name for name, (_, b) in lora_pairs(tensors).items() if not b.detach().any()]

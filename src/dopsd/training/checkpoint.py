@@ -1,8 +1,8 @@
-"""A run's state on disk: student, teacher and optimizer as safetensors, the step as JSON, in one
-atomic folder.
+"""Checkpoint of a run: student, teacher and optimizer as safetensors and the step as JSON, in a
+folder that appears complete or not at all.
 
-Batches, noise and learning rate are functions of the step, so nothing else needs saving for a
-bit-equal resume.
+Batches, noise and learning rate are functions of the step, so nothing else is needed to resume bit
+for bit.
 """
 
 import json
@@ -27,7 +27,7 @@ from dopsd.training.roles import Teacher
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the state after `step` optimizer steps lies."""
+    """Folder of the state after `step` optimizer steps."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
@@ -44,8 +44,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep_last: int | None = None,
 ) -> Path:
-    """Write the state after `step` steps; the folder appears whole or not at all. Then all but the
-    last `keep_last` checkpoints are removed (None: none is)."""
+    """Write the state after `step` optimizer steps and return its folder. Then remove all but the
+    last `keep_last` checkpoints (None: remove none)."""
     path = checkpoint_path(run, step)
     with atomic_path(path) as temporary:
         state = {
@@ -69,39 +69,39 @@ def load_checkpoint(
     teacher: Teacher,
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Put the state back; returns the number of steps done. Raises ValueError when the folder is
-    damaged or its adapters are not those of this run."""
-    state = path / "state.json"
+    """Restore the state in place and return the number of optimizer steps done. Raises ValueError
+    where the folder is damaged or of other adapters than this run's."""
     try:
-        found = json.loads(state.read_text(encoding="utf-8"))
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         damaged = [
-            name for name, wanted in found["sha256"].items() if sha256_of(path / name) != wanted
+            name for name, expected in state["sha256"].items() if sha256_of(path / name) != expected
         ]
-        step = int(found["step"])
+        step = int(state["step"])
         if step < 0:
-            raise ValueError(f"it says step {step}")
+            raise ValueError(f"the step is {step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {shorten(str(error))}"
         raise ValueError(
-            f"{path} is no whole checkpoint of dopsd (state.json: {reason})."
+            f"{path} is not a complete checkpoint of dopsd (state.json: {reason})."
         ) from error
     if damaged:
         raise ValueError(
-            f"{path} is damaged: the bytes of {', '.join(damaged)} are not those that were written."
+            f"{path} is damaged: {', '.join(damaged)} have other bytes than were written."
         )
-    _put(path / "student.safetensors", student)
+    _load_into(path / "student.safetensors", student)
     if teacher.state:
-        _put(path / "teacher.safetensors", teacher.state)
+        _load_into(path / "teacher.safetensors", teacher.state)
     load_optimizer_tensors(optimizer, read_tensors(path / "optimizer.safetensors"))
     return step
 
 
 @torch.no_grad()
-def _put(path: Path, target: Mapping[str, Tensor]) -> None:
+def _load_into(path: Path, target: Mapping[str, Tensor]) -> None:
     saved = read_tensors(path)
     if differing := sorted(saved.keys() ^ target.keys()):
         raise ValueError(
-            f"{path} has other adapters than this run (first: {differing[0]}): was lora.targets changed?"
+            f"{path} has other adapters than this run (first: {differing[0]}): was lora.targets "
+            "changed?"
         )
     for name, tensor in target.items():
         if saved[name].shape != tensor.shape:

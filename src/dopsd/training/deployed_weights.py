@@ -1,8 +1,8 @@
-"""Training on other weights than the ones that are deployed: a many-step parent, or a LoRA merged
-in meanwhile.
+"""Training on other weights than those that users deploy: a many-step model, or the model with a
+training adapter merged in.
 
-The network holds the weights that train; those that are deployed stay in main memory and are lent
-where a run shows what its users will get.
+The network holds the weights that train. The deployed weights stay in main memory and are put in
+place where a run shows what its users will get.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from dopsd.training.roles import Teacher, velocity_under
 from dopsd.training.trainable import Student
 
 
-def kept(network: nn.Module) -> dict[str, Tensor]:
-    """A network's parameters in main memory."""
+def copy_in_main_memory(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of a network's parameters on the CPU, by name."""
     return {name: p.detach().to("cpu", copy=True) for name, p in network.named_parameters()}
 
 
@@ -28,15 +28,18 @@ def as_deployed(
     teacher: Teacher,
     deployed: Mapping[str, Tensor],
 ) -> Roles:
-    """The roles with the deployed weights under the adapters. deployed: by the names that they have
-    without adapters; whatever it lacks is the network's own."""
+    """The roles with deployed weights under the adapters.
+
+    deployed: tensors by the names that they have in a network without adapters. Parameters that are
+    not among them keep the network's own values.
+    """
     names = {
         name.replace(".base_layer.", "."): name for name, _ in denoiser.network.named_parameters()
     }
-    own = {names[name]: tensor for name, tensor in deployed.items()}
+    weights = {names[name]: tensor for name, tensor in deployed.items()}
     return replace(
         roles,
-        student=velocity_under(denoiser, {**own, **student.weights}),
-        teacher=velocity_under(denoiser, {**own, **teacher.tensors}),
-        base=velocity_under(denoiser, {**own, **student.base}),
+        student=velocity_under(denoiser, {**weights, **student.weights}),
+        teacher=velocity_under(denoiser, {**weights, **teacher.tensors}),
+        base=velocity_under(denoiser, {**weights, **student.base}),
     )

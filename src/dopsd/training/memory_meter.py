@@ -1,5 +1,5 @@
-"""Peak memory of a stretch of code, counted in live tensor storage: the same number on every
-machine and run."""
+"""Peak memory of a stretch of code, as bytes of live tensor storage: the same number on every
+machine and in every run."""
 
 import weakref
 from typing import Any, Self
@@ -10,13 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the storage that tensor operations create and that is still alive;
-    `peak` is its maximum in bytes. Storage that existed before does not count."""
+    """Context manager that counts storage which operators create while it is active.
+
+    now: bytes alive; peak: their maximum. Storage that existed before does not count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: dict[int, int] = {}
+        self._bytes_of: dict[int, int] = {}
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -24,21 +26,23 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = tree_leaves((args, kwargs or {}))
-        before = {a.untyped_storage()._cdata for a in arguments if isinstance(a, torch.Tensor)}
-        answer = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(answer):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
-                self._count(tensor.untyped_storage())
-        return answer
+        existing = {a.untyped_storage()._cdata for a in arguments if isinstance(a, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in existing:
+                    self._count(storage)
+        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._known:
+        if key in self._bytes_of:
             return
-        self._known[key] = storage.nbytes()
-        self.now += self._known[key]
+        self._bytes_of[key] = storage.nbytes()
+        self.now += self._bytes_of[key]
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.now -= self._known.pop(key)
+        self.now -= self._bytes_of.pop(key)

@@ -1,8 +1,8 @@
-"""Student, teacher and base: one network under three sets of tensors.
+"""Student, teacher and base: one network with three sets of tensors.
 
-Nothing is ever switched: the teacher and the base run by `functional_call` with tensors of their
-own, so the student stays active and trainable whatever happens, and a checkpointed block recomputes
-with the right weights.
+Nothing is switched. The teacher and the base run through `functional_call` with their own tensors,
+so the student stays in place and trainable, and a checkpointed block is recomputed with the weights
+of its forward.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,18 +20,20 @@ from dopsd.training.adapters import base_tensors
 
 
 class Teacher:
-    """The teacher's tensors, float32: an exponential average of the student's. decay 1 = the frozen
-    start, 0 = the student itself (the tensors are then the student's own)."""
+    """The teacher's tensors: a float32 exponential moving average of the student's.
+
+    decay: 1 = the student as it starts, 0 = the student itself, whose tensors are shared.
+    """
 
     def __init__(
         self,
         student: Mapping[str, nn.Parameter],
         decay: float,
         start: Mapping[str, Tensor] | None = None,
-        home: torch.device | None = None,
+        device: torch.device | None = None,
     ):
-        """start: a frozen copy of the student as it begins, where there is one: then decay 1 makes
-        no other. home: where the average stays; default: beside the student."""
+        """start: a frozen copy of the student as it starts, where one exists; decay 1 uses it.
+        device: of the average; default: the student's."""
         self.decay = decay
         self._student, self._start = student, start
         if decay == 0:
@@ -40,19 +42,19 @@ class Teacher:
             self.tensors = start
         else:
             self.tensors = {
-                n: p.detach().to(home or p.device, torch.float32, copy=True)
-                for n, p in student.items()
+                name: p.detach().to(device or p.device, torch.float32, copy=True)
+                for name, p in student.items()
             }
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint must hold of it: nothing, where it is a whole model that is held
-        already."""
+        """What a checkpoint must store: nothing where the tensors are the student's or the base
+        model's."""
         return self.tensors if 0 < self.decay < 1 or self._start is None else {}
 
     @torch.no_grad()
     def follow(self) -> None:
-        """teacher = decay * teacher + (1 - decay) * student; after each optimizer step."""
+        """teacher = decay * teacher + (1 - decay) * student; to be called after each update."""
         if 0 < self.decay < 1:
             for name, parameter in self._student.items():
                 average = self.tensors[name]
@@ -67,29 +69,28 @@ def make_roles(
     score: Score | None = None,
     base: Mapping[str, Tensor] | None = None,
 ) -> Roles:
-    """The roles over a denoiser whose network trains `student` (by name in the network). base:
-    tensors under which it is the base model; default: those of LoRA, every B zero."""
+    """The roles of a denoiser whose network trains `student` (parameters by name in the network).
 
-    def trained(z: Tensor, t: Tensor, context: Context) -> Tensor:
-        return denoiser(z, t, context)
-
+    base: tensors with which the network is the base model; default: those of LoRA with each B zero.
+    schedule, score: see `Roles`.
+    """
     return Roles(
-        student=trained,
+        student=denoiser,
         teacher=velocity_under(denoiser, teacher.tensors),
-        base=velocity_under(denoiser, base_tensors(dict(student)) if base is None else base),
+        base=velocity_under(denoiser, base_tensors(student) if base is None else base),
         schedule=schedule,
         score=score,
     )
 
 
 def velocity_under(denoiser: Denoiser, tensors: Mapping[str, Tensor]) -> Velocity:
-    """The denoiser's velocity, without gradient, with these tensors in place of its network's own,
-    lent in the dtype and on the device of those."""
+    """The denoiser's velocity, without gradient, with these tensors in place of the network's own,
+    cast and moved to the dtype and device of those at each call."""
     own = dict(denoiser.network.named_parameters())
 
     @torch.no_grad()
     def velocity(z: Tensor, t: Tensor, context: Context) -> Tensor:
-        lent = {f"network.{name}": tensor.to(own[name]) for name, tensor in tensors.items()}
-        return functional_call(denoiser, lent, (z, t, context))
+        replaced = {f"network.{name}": tensor.to(own[name]) for name, tensor in tensors.items()}
+        return functional_call(denoiser, replaced, (z, t, context))
 
     return velocity

@@ -1,9 +1,8 @@
-"""What trains: LoRA, or every weight of the network, with the frozen tensors that make the network
-the base model.
+"""What trains: LoRA, or every weight of the network; with the frozen tensors of the base model.
 
-Weights are float32 whatever the network computes in. Under full fine-tuning of a bf16 network they
-are masters beside it: an update below a 512th of a bf16 weight would be rounded away, in its master
-it adds up.
+Trained weights are float32 whatever the network computes in. Under full fine-tuning of a bf16
+network they are master copies: an update below 1/512 of a bf16 weight would be rounded away there,
+and adds up in the master copy.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +17,12 @@ from dopsd.training.adapters import add_lora, base_tensors
 
 @dataclass(frozen=True)
 class Student:
-    """weights: what trains, float32, by name in the network; optimizer, checkpoint and teacher see
-    these. base: tensors under which the network is the base model. publish: to be called when
-    weights have changed, so that the network computes with them."""
+    """The model that trains.
+
+    weights: float32 parameters by name in the network, for optimizer, checkpoint and teacher. base:
+    tensors with which the network is the base model. publish: copies the weights to the network
+    where those are master copies; to be called after each update.
+    """
 
     weights: dict[str, nn.Parameter]
     base: Mapping[str, Tensor]
@@ -29,7 +31,7 @@ class Student:
 
 @dataclass(frozen=True)
 class AllWeights:
-    """What full fine-tuning reaches."""
+    """Coverage of full fine-tuning: its number of parameters."""
 
     parameters: int
 
@@ -38,20 +40,21 @@ class AllWeights:
 
 
 def lora_student(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> Student:
-    """LoRA on the targets, see `add_lora`."""
+    """LoRA on the targets; see `add_lora`."""
     weights = add_lora(network, targets, rank, alpha, seed)
-    return Student(weights, base_tensors(dict(weights)), publish=lambda: None)
+    return Student(weights, base_tensors(weights), publish=lambda: None)
 
 
-def full_student(network: nn.Module, home: torch.device) -> Student:
-    """Every parameter of the network trains; a frozen copy of them stays at `home`.
+def full_student(network: nn.Module, base_device: torch.device) -> Student:
+    """Every parameter of the network trains. A frozen copy of them stays on `base_device`.
 
-    A float32 parameter is its own master. Of any other the master is a copy, to which its gradient
-    moves as soon as backward has it, so that pieces and micro-batches add up in float32 too.
+    A float32 parameter is trained itself. Any other has a float32 master copy, to which its
+    gradient moves as soon as backward has computed it, so that pieces and micro-batches add up in
+    float32.
     """
     network.requires_grad_(True)
     working = dict(network.named_parameters())
-    base = {name: parameter.detach().to(home, copy=True) for name, parameter in working.items()}
+    base = {name: p.detach().to(base_device, copy=True) for name, p in working.items()}
     weights = {name: _master_of(parameter) for name, parameter in working.items()}
 
     @torch.no_grad()
@@ -67,11 +70,11 @@ def _master_of(working: nn.Parameter) -> nn.Parameter:
     if working.dtype == torch.float32:
         return working
     master = nn.Parameter(working.detach().float())
-    working.register_post_accumulate_grad_hook(partial(_hand_over, master))
+    working.register_post_accumulate_grad_hook(partial(_move_gradient, master))
     return master
 
 
-def _hand_over(master: nn.Parameter, working: Tensor) -> None:
+def _move_gradient(master: nn.Parameter, working: Tensor) -> None:
     assert working.grad is not None
     gradient = working.grad.float()
     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
