@@ -1,5 +1,4 @@
-"""Shared ground for the tests: the pocket checkpoint, small random checkpoints, and plain
-denoisers."""
+"""Fixtures for all tests: the pocket checkpoint and tiny random checkpoints."""
 
 import os
 
@@ -25,7 +24,7 @@ THING = 1_000_100
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Small tensors gain nothing from two threads, and spinning threads starve each other."""
+    """Small tensors gain nothing from a second thread, and busy threads slow each other down."""
     torch.set_num_threads(1)
 
 
@@ -41,7 +40,7 @@ def pocket_text_encoder(pocket: Family):
 
 @pytest.fixture(scope="session")
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-VL that generates, in the folder layout of the hub, with pocket's tokenizer."""
+    """A random Qwen3-VL that generates text, with pocket's tokenizer, in the hub's layout."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("vlm")
@@ -57,8 +56,8 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture()
 def concept(tmp_path: Path) -> Path:
-    """Four captioned images of a thing."""
-    folder = tmp_path / "lesson"
+    """A pocket concept: four captioned images of a thing."""
+    folder = tmp_path / "concept"
     write_concept(folder, THING)
     return folder
 

@@ -1,5 +1,5 @@
-"""Every method on every family: two steps are finite, move the student and nothing else, and adapt
-what `check` says; every empty cell says why."""
+"""Every method on every family: two steps are finite and move only the student; LoRA adapts what
+`check` reports; a combination that does not run has a reason."""
 
 import math
 import re
@@ -27,12 +27,10 @@ CPU = torch.device("cpu")
 RANK = 2
 CELLS = 8
 PROMPTS = ("a red star", "a cat on the left")
-LABELS = {
-    "dreambooth": {"class_prompt": "a toy"},
-    "pso_online": {"reward": "red"},
-}  # what has no default
-# Linears of blocks that no token passes: they turn the time into scales and shifts, and adapters
-# leave them.
+# Settings without a default.
+REQUIRED = {"dreambooth": {"class_prompt": "a toy"}, "pso_online": {"reward": "red"}}
+# Linear layers of the blocks that no token passes: they map the time to scales and shifts, and
+# LoRA does not adapt them.
 OF_THE_TIME = r"adaLN_modulation|time_emb_proj"
 
 
@@ -59,7 +57,7 @@ def opened(sdxl, dmd2_lora, tmp_path_factory) -> Callable[[str], Family]:
 
 @pytest.fixture(scope="module")
 def batch_of(opened) -> Callable[[str, bool], Batch]:
-    """Two images with all that any method may ask for."""
+    """Two images with everything that any method may need."""
 
     @cache
     def of(name: str, seeing: bool) -> Batch:
@@ -96,7 +94,7 @@ DMD2 = [("sdxl distilled by a LoRA", method) for method in METHODS]
 def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, batch_of):
     family, settings = (
         opened(name),
-        METHODS[method].model_validate({"nfe": 2} | LABELS.get(method, {})),
+        METHODS[method].model_validate({"nfe": 2} | REQUIRED.get(method, {})),
     )
     if why := missing(settings, family.teacher_contexts):
         assert "privileged" in settings.needs and not family.teacher_contexts and len(why) > 20
@@ -133,10 +131,12 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_adapters_reach_what_check_says_and_every_block_linear_that_tokens_pass(name, opened):
+def test_lora_targets_match_every_linear_layer_that_tokens_pass_and_as_many_as_check_reports(
+    name, opened
+):
     family = opened(name)
     network = network_on_meta(family)
-    said = coverage(network, family.lora_targets, RANK)
+    reported = coverage(network, family.lora_targets, RANK)
     linears = [
         n
         for n, m in network.named_modules()
@@ -148,12 +148,12 @@ def test_adapters_reach_what_check_says_and_every_block_linear_that_tokens_pass(
     student = add_lora(
         family.load_denoiser(CPU, torch.float32).network, family.lora_targets, RANK, RANK, seed=0
     )
-    assert len(student) == 2 * said.adapted == 2 * len(reached)
-    assert sum(parameter.numel() for parameter in student.values()) == said.parameters
+    assert len(student) == 2 * reported.adapted == 2 * len(reached)
+    assert sum(parameter.numel() for parameter in student.values()) == reported.parameters
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_forecast_without_weights_has_the_shapes_of_what_is_loaded(name, opened):
+def test_empty_components_have_the_shapes_of_loaded_ones(name, opened):
     def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
         return {key: tensor.shape for key, tensor in module.state_dict().items()}
 
@@ -170,7 +170,7 @@ def test_what_is_forecast_without_weights_has_the_shapes_of_what_is_loaded(name,
         assert (shapes(empty.autoencoder), shapes(family.empty_denoiser())) == loaded
 
 
-def test_every_cell_is_open_or_says_why():
+def test_every_combination_runs_or_is_refused_with_a_reason():
     cells = {
         (f, m): missing(METHODS[m], family_class(f).teacher_contexts)
         for f in FAMILIES

@@ -51,8 +51,7 @@ SDXL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-# What is SDXL's own whatever the size; the sizes beside it are those of the tiny one and of the
-# real one.
+# Config of SDXL's UNet whatever its size; the sizes of the tiny and of the real one follow.
 SDXL_UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -126,8 +125,7 @@ def write_sdxl(folder: Path, kind: str) -> Path:
 
 
 def write_dmd2_lora(path: Path, base: Path) -> Path:
-    """A LoRA in kohya's form on linears and convolutions alike, as DMD2's is, with an alpha that is
-    not its rank."""
+    """A LoRA in kohya's form on linear layers and convolutions, as DMD2's; alpha unlike rank."""
     network, generator = (
         UNet2DConditionModel.from_pretrained(base / "unet"),
         torch.Generator().manual_seed(1),
@@ -148,7 +146,7 @@ def write_dmd2_lora(path: Path, base: Path) -> Path:
 
 
 def write_clip_tokenizer(folder: Path, pad: str) -> int:
-    """A byte-level CLIP tokenizer of single letters; the size of its vocabulary."""
+    """Write a byte-level CLIP tokenizer of single letters; returns the size of its vocabulary."""
     letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
     letters += [chr(256 + index) for index in range(256 - len(letters))]
     words = [

@@ -1,4 +1,5 @@
-"""A tiny random FLUX.2-klein in the folder layout of the real one, its Qwen3-VL twin in `vlm`."""
+"""A tiny random FLUX.2-klein in the folder layout of the real one, with a matching Qwen3-VL in
+`vlm`."""
 
 import json
 import shutil
@@ -11,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLMo
 
 from dopsd.pocket import CHECKPOINT as POCKET
 
-# What FLUX.2-klein-4B's configs say beside sizes.
+# FLUX.2-klein-4B's configs except sizes.
 INDEX = {
     "_class_name": "Flux2KleinPipeline",
     "is_distilled": True,
@@ -121,7 +122,7 @@ def write_vlm(folder: Path, text: dict[str, Any]) -> Path:
 
 @torch.no_grad()
 def enlarged(module: Any, factor: float) -> Any:
-    """The module with its matrices multiplied."""
+    """Scale the module's matrices in place."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             parameter.mul_(factor)

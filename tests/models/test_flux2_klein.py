@@ -73,7 +73,7 @@ def pipeline(folder) -> Flux2KleinPipeline:
 
 
 def generated_by(pipeline, noise: torch.Tensor, nfe: int = 4, **inputs) -> torch.Tensor:
-    """The pipeline's last latents before it undoes the batch norm, in the house's shape."""
+    """The pipeline's last latents before it undoes the batch norm, as [B, C, h, w]."""
     seen = {}
 
     def keep(pipe, index, time, tensors):
@@ -93,72 +93,72 @@ def generated_by(pipeline, noise: torch.Tensor, nfe: int = 4, **inputs) -> torch
     return seen["latents"].mT.reshape(noise.shape)
 
 
-def test_student_contexts_are_what_the_pipeline_feeds_padding_and_all(text_encoder, pipeline):
+def test_student_contexts_equal_the_pipelines_prompt_embeddings_with_their_padding(
+    text_encoder, pipeline
+):
     theirs, _ = pipeline.encode_prompt(list(PROMPTS))
-    mine = text_encoder.context(PROMPTS)
-    assert mine.tokens.shape == theirs.shape == (3, 512, 48) and mine.lengths == (512,) * 3
-    torch.testing.assert_close(mine.tokens, theirs, atol=2e-6, rtol=1e-5)
-    assert theirs[:, -1].abs().max() > 0.1  # what stands on the padding is not nothing
+    ours = text_encoder.context(PROMPTS)
+    assert ours.tokens.shape == theirs.shape == (3, 512, 48) and ours.lengths == (512,) * 3
+    torch.testing.assert_close(ours.tokens, theirs, atol=2e-6, rtol=1e-5)
+    assert theirs[:, -1].abs().max() > 0.1  # padding has states too
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (7, 3)])
-def test_same_latents_prompts_and_references_paint_what_the_pipeline_paints(
+def test_latents_equal_the_pipelines_from_the_same_noise_and_references(
     klein, text_encoder, denoiser, pipeline, count, height, width
 ):
     noise, shown = noise_for(range(3), klein.channels, height, width).start, REFERENCES[:count]
     theirs = generated_by(pipeline, noise, prompt=list(PROMPTS), image=shown or None)
     context = text_encoder.context(PROMPTS, references=[shown] * 3 if shown else None)
-    mine = sample_rollout(denoiser, noise, klein.schedule(4, height, width), context)
+    ours = sample_rollout(denoiser, noise, klein.schedule(4, height, width), context)
     assert (theirs[0] - theirs[1]).abs().max() > 0.1
-    assert (mine - theirs).abs().max() <= 1e-4
+    assert (ours - theirs).abs().max() <= 1e-4
 
 
-def test_pictures_and_noise_are_the_pipelines(folder, pipeline, tmp_path):
+def test_images_and_noise_equal_the_pipelines(folder, pipeline, tmp_path):
     for index, image in enumerate(REFERENCES):
         image.save(tmp_path / f"{index}.png")
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
-    mine = sample(str(folder), PROMPTS[:1], seed=7, references=paths)[0]
+    ours = sample(str(folder), PROMPTS[:1], seed=7, references=paths)[0]
     theirs = pipeline(
         prompt=PROMPTS[0],
         image=REFERENCES,
         num_inference_steps=4,
         generator=torch.Generator().manual_seed(7),
     ).images[0]
-    assert mine.size == theirs.size == (80, 128)  # by the first reference
-    assert max(abs(a - b) for a, b in zip(mine.tobytes(), theirs.tobytes(), strict=True)) <= 1
+    assert ours.size == theirs.size == (80, 128)  # by the first reference
+    assert max(abs(a - b) for a, b in zip(ours.tobytes(), theirs.tobytes(), strict=True)) <= 1
 
 
 @pytest.mark.parametrize("nfe", [1, 4])
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (9, 5), (64, 64), (56, 72), (80, 60)])
-def test_training_visits_bitwise_the_pipelines_sigmas_at_every_size(
+def test_the_schedule_has_the_pipelines_sigmas_bit_for_bit_at_every_size(
     klein, pipeline, nfe, height, width
 ):
-    # the pipeline's own calls, without the network between them
+    # The pipeline's own calls, without the network between them.
     theirs = pipeline.scheduler
     from diffusers.pipelines.flux2 import pipeline_flux2_klein as source
 
     mu = source.compute_empirical_mu(image_seq_len=height * width, num_steps=nfe)
     source.retrieve_timesteps(theirs, nfe, None, sigmas=np.linspace(1.0, 1 / nfe, nfe), mu=mu)
-    wanted = theirs.sigmas.clone()
-    if height * width < 50:  # and, where it is cheap, after a whole call
+    expected = theirs.sigmas.clone()
+    if height * width < 50:  # and, where it is cheap, after a complete call
         generated_by(
             pipeline, torch.zeros(1, klein.channels, height, width), nfe=nfe, prompt="a star"
         )
-        assert torch.equal(theirs.sigmas, wanted)
-    assert torch.equal(klein.schedule(nfe, height, width).times, wanted)
+        assert torch.equal(theirs.sigmas, expected)
+    assert torch.equal(klein.schedule(nfe, height, width).times, expected)
 
 
-def test_klein_walks_the_documented_times_at_1024(klein):
+def test_the_schedule_at_1024_pixels_has_the_documented_times(klein):
     times = klein.schedule(4, 64, 64).times
     torch.testing.assert_close(
         times, torch.tensor([1.0, 0.967, 0.908, 0.767, 0.0]), atol=1e-3, rtol=0
     )
 
 
-def test_latents_are_those_that_the_pipeline_makes_of_a_reference_and_the_way_back_is_its_own(
-    klein, pipeline
-):
+def test_encoding_and_decoding_equal_the_pipelines(klein, pipeline):
     vae = klein.load_vae(CPU, torch.float32)
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_latents_are_those_that_the_pipeline_makes_of_a_reference_and_the_way_ba
         )
 
 
-def test_references_are_fitted_by_the_pipelines_rule(klein):
+def test_references_are_resized_by_the_pipelines_rule(klein):
     processor = Flux2ImageProcessor(vae_scale_factor=16)
     sizes = [
         *np.random.default_rng(0).integers(30, 3000, (60, 2)).tolist(),
@@ -191,24 +191,26 @@ def test_references_are_fitted_by_the_pipelines_rule(klein):
             with pytest.raises(ValueError, match="an image to edit is"):
                 klein.reference_size((width, height))
             continue
-        found = processor._resize_if_exceeds_area(image).size
-        assert klein.reference_size((width, height)) == (found[0] // 16 * 16, found[1] // 16 * 16)
+        resized = processor._resize_if_exceeds_area(image).size
+        assert klein.reference_size((width, height)) == (
+            resized[0] // 16 * 16,
+            resized[1] // 16 * 16,
+        )
 
 
-def test_a_batch_of_other_prompts_does_not_change_a_picture(klein, text_encoder, denoiser):
+def test_other_prompts_in_the_batch_do_not_change_an_image(klein, text_encoder, denoiser):
     noise, schedule = noise_for(range(3), klein.channels, 4, 4).start, klein.schedule(4, 4, 4)
     together = sample_rollout(denoiser, noise, schedule, text_encoder.context(PROMPTS))
     alone = sample_rollout(denoiser, noise[1:2], schedule, text_encoder.context(PROMPTS[1:2]))
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 
 
-# Doubles, singles, heads and text width of the two sizes, and the block linears that they then
-# have.
+# Double and single blocks, heads and text width of the two sizes, and their linear layers.
 SHAPES = {"4B": (5, 20, 24, 7680, 100), "9B": (8, 24, 32, 12288, 144)}
 
 
 @pytest.mark.parametrize("size", SHAPES)
-def test_lora_reaches_every_block_linear_of_both_sizes(size):
+def test_lora_targets_match_every_linear_layer_of_the_blocks_of_both_sizes(size):
     doubles, singles, heads, width, linears = SHAPES[size]
     with torch.device("meta"):
         network = Flux2Transformer2DModel(
@@ -224,7 +226,7 @@ def test_lora_reaches_every_block_linear_of_both_sizes(size):
 
 
 @torch.no_grad()
-def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_picture(
+def test_the_edit_teachers_prediction_depends_on_the_image_and_not_on_its_suffix_alone(
     klein, text_encoder, denoiser
 ):
     z, t = noise_for([0, 1], klein.channels, 4, 4).start, torch.tensor([1.0, 0.9])
@@ -234,12 +236,8 @@ def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_pi
     assert (denoiser(z, t, seeing) - denoiser(z, t, plain)).abs().mean() > 0.05
     suffixed = text_encoder.context([f"{prompt} {SUFFIX}" for prompt in PROMPTS[:2]])
     assert torch.equal(seeing.tokens, suffixed.tokens)
-    assert (
-        denoiser(z, t, seeing) - denoiser(z, t, suffixed)
-    ).abs().mean() > 0.05  # by the image, not the words
-    without = replace(
-        seeing, extras={}
-    )  # the same prompt, its image taken away: nothing of it is left in the words
+    assert (denoiser(z, t, seeing) - denoiser(z, t, suffixed)).abs().mean() > 0.05
+    without = replace(seeing, extras={})
     assert torch.equal(denoiser(z, t, without), denoiser(z, t, suffixed))
     assert torch.equal(
         denoiser(z, t, text_encoder.context(PROMPTS[:2], references=[[], []])),
@@ -247,9 +245,7 @@ def test_the_edit_teacher_answers_otherwise_with_the_target_and_not_without_a_pi
     )
 
 
-def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(
-    klein, text_encoder
-):
+def test_with_references_the_teacher_sees_the_target_last_at_its_own_size(klein, text_encoder):
     target = noisy_image(5, 96, 64)
     seeing = text_encoder.context(PROMPTS[:1], [target], [REFERENCES])
     assert [shape for _, shape in seeing.layout] == [(16, 8, 5), (16, 4, 9), (16, 4, 6)]
@@ -260,17 +256,13 @@ def test_with_references_the_teacher_sees_the_target_last_uncut_at_its_own_size(
     assert torch.equal(seeing.tokens, text_encoder.context([f"{PROMPTS[0]} {LAST_SUFFIX}"]).tokens)
 
 
-def test_the_suffix_is_the_users_to_choose(folder):
-    for suffix, told in (("as it is", "a star as it is"), ("", "a star")):
+def test_the_teachers_suffix_can_be_set(folder):
+    for suffix, prompt in (("as it is", "a star as it is"), ("", "a star")):
         family = load_family(str(folder), teacher_vision=TeacherVision(suffix=suffix))
-        assert (
-            family.edit_prompt("a star", False)
-            == family.edit_prompt("a star", True)
-            == told
-        )
+        assert family.edit_prompt("a star", False) == family.edit_prompt("a star", True) == prompt
 
 
-def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teachers_picture(
+def test_dopsd_takes_the_official_times_and_sends_no_gradient_through_the_teachers_image(
     klein, text_encoder
 ):
     """With the roles that a run has. The student's own reference would get a gradient, if it asked
@@ -280,11 +272,11 @@ def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teache
         text_encoder.context(PROMPTS[:1], None, [[shown]]),
         text_encoder.context(PROMPTS[:1], [target], [[shown]]),
     )
-    mine, theirs = (
+    ours, theirs = (
         {name: latents.clone().requires_grad_(True) for name, latents in each.extras.items()}
         for each in (own, privileged)
     )
-    assert list(mine) == ["reference_0"] and list(theirs) == ["reference_0", "reference_1"]
+    assert list(ours) == ["reference_0"] and list(theirs) == ["reference_0", "reference_1"]
     denoiser = klein.load_denoiser(CPU, torch.float32)
     student = add_lora(denoiser.network, klein.lora_targets, rank=2, alpha=2, seed=0)
     teacher = Teacher(student, 0.9999)
@@ -299,7 +291,7 @@ def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teache
 
     batch = Batch(
         torch.zeros(1, klein.channels, 4, 4),
-        replace(own, extras=mine),
+        replace(own, extras=ours),
         tuple(PROMPTS[:1]),
         torch.ones(1),
         replace(privileged, extras=theirs),
@@ -310,7 +302,7 @@ def test_dopsd_visits_the_official_grid_and_sends_no_gradient_through_the_teache
         piece.surrogate.backward()
     assert torch.equal(torch.stack(seen), klein.schedule(4, 4, 4).times[:-1])
     assert (
-        all(latents.grad is None for latents in theirs.values()) and mine["reference_0"].grad.any()
+        all(latents.grad is None for latents in theirs.values()) and ours["reference_0"].grad.any()
     )
     assert any(parameter.grad.any() for parameter in student.values())
 
@@ -323,15 +315,13 @@ def by_vlm(folder) -> KleinTextEncoder:
 
 
 @torch.no_grad()
-def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding(
-    by_vlm, text_encoder
-):
-    assert by_vlm.text.text_gap == 0  # though the twin's own rotary base is another
+def test_the_vlm_teacher_takes_the_same_layers_and_the_padding(by_vlm, text_encoder):
+    assert by_vlm.text.text_gap == 0  # although the VLM's own rotary base differs
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     context = by_vlm.context(PROMPTS[:1], [red])
     assert context.lengths == (512 + 16,) and context.layout == ()
     assert (context.tokens - by_vlm.context(PROMPTS[:1], [blue]).tokens).abs().max() > 1e-3
-    # what precedes every image is read as the text encoder reads it
+    # What precedes the image is encoded as the text encoder does.
     torch.testing.assert_close(
         context.tokens[:, :2], text_encoder.context([""]).tokens[:, :2], atol=2e-6, rtol=1e-5
     )
@@ -340,7 +330,7 @@ def test_the_vlm_teacher_reads_the_same_layers_of_its_twin_and_keeps_the_padding
 
 
 @torch.no_grad()
-def test_padding_beside_a_picture_stands_after_the_prompt_as_in_the_text_encoder(by_vlm):
+def test_padding_beside_an_image_has_the_positions_after_the_prompt_as_in_the_text_encoder(by_vlm):
     """Text alone, padded, through the VLM's own path for images' rows: the states of the text
     encoder."""
     text = by_vlm.text
@@ -359,7 +349,7 @@ def test_padding_beside_a_picture_stands_after_the_prompt_as_in_the_text_encoder
 
 
 @torch.no_grad()
-def test_rows_of_several_lengths_are_not_mixed_with_padding(by_vlm, klein, denoiser):
+def test_rows_of_several_lengths_are_run_without_padding(by_vlm, klein, denoiser):
     short, long = (by_vlm.context(["a star"], [noisy_image(1, side, side)]) for side in (64, 64))
     long = replace(
         long,
@@ -385,18 +375,18 @@ def test_blank_contexts_have_the_shapes_of_real_ones(
     sizes = [[image.size for image in row] for row in rows] if rows else None
     target = noisy_image(5, 96, 64)
     for images, seen in ((None, None), ([target] * 2, [target.size] * 2)):
-        blank, wanted = (
+        blank, real = (
             family.blank_context(PROMPTS[:2], seen, sizes),
             real.context(PROMPTS[:2], images, rows),
         )
         assert (blank.tokens.shape, blank.lengths, blank.layout) == (
-            wanted.tokens.shape,
-            wanted.lengths,
-            wanted.layout,
+            real.tokens.shape,
+            real.lengths,
+            real.layout,
         )
 
 
-def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_path, folder):
+def test_an_incomplete_or_many_step_klein_is_recognised_by_its_configs(tmp_path, folder):
     assert not load_family(str(write_klein(tmp_path / "base", distilled=False))).distilled
     with pytest.raises(
         ValueError, match=r"after layers 9, 18, 27 of its text encoder; this one has 12"
@@ -408,7 +398,7 @@ def test_what_is_no_whole_distilled_klein_is_recognised_from_its_configs(tmp_pat
         load_family(str(tmp_path / "parts"))
 
 
-def test_a_vlm_that_reads_texts_otherwise_is_refused(tmp_path, folder):
+def test_a_vlm_that_encodes_text_differently_is_refused(tmp_path, folder):
     vlm = write_vlm(tmp_path / "vlm", TEXT | {"rms_norm_eps": 10.0})
     family = load_family(str(folder), teacher_vision=TeacherVision("vlm", str(vlm)))
     with pytest.raises(
@@ -431,7 +421,7 @@ def test_a_vlm_of_another_size_is_refused(tmp_path, folder):
         family.load_text_encoder(CPU, torch.float32, images=True)
 
 
-def test_a_caption_over_the_limit_is_said_not_cut(klein, text_encoder):
+def test_a_caption_over_the_limit_is_refused_not_truncated(klein, text_encoder):
     for refuse in (
         lambda: text_encoder.context(["star " * 600]),
         lambda: klein.count_tokens(["star " * 600]),
@@ -454,34 +444,34 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(klein, tmp_path, form):
     prefix, down, up, alpha = FORMS[form]
-    generator, wanted, tensors = torch.Generator().manual_seed(0), {}, {}
+    generator, expected, tensors = torch.Generator().manual_seed(0), {}, {}
     for module in (
         "transformer_blocks.0.attn.add_q_proj",
         "transformer_blocks.1.ff.linear_in",
         "single_transformer_blocks.2.attn.to_out",
     ):
         a, b = torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
-        wanted[module] = b @ a * 2
+        expected[module] = b @ a * 2
         tensors |= {
             f"{prefix}{module}.{down}.weight": a,
             f"{prefix}{module}.{up}.weight": b if alpha else b * 2,
         }
         tensors |= {f"{prefix}{module}.alpha": torch.tensor(8.0)} if alpha else {}
     save_file(tensors, tmp_path / "lora.safetensors")
-    found = read_lora(tmp_path / "lora.safetensors", klein)
-    assert found.keys() == wanted.keys()
-    for module, delta in wanted.items():
-        torch.testing.assert_close(found[module][1] @ found[module][0], delta)
+    pairs = read_lora(tmp_path / "lora.safetensors", klein)
+    assert pairs.keys() == expected.keys()
+    for module, delta in expected.items():
+        torch.testing.assert_close(pairs[module][1] @ pairs[module][0], delta)
 
 
-def test_another_way_of_seeing_is_another_key_in_the_cache(text_encoder, by_vlm, folder):
+def test_another_teacher_context_has_another_cache_key(text_encoder, by_vlm, folder):
     other = load_family(
         str(folder), teacher_vision=TeacherVision(suffix="as it is")
     ).load_text_encoder(CPU, torch.float32, images=True)
     assert len({text_encoder.fingerprint, by_vlm.fingerprint, other.fingerprint}) == 3
 
 
-def test_the_walk_takes_four_forwards(klein, text_encoder):
+def test_sampling_takes_four_forwards(klein, text_encoder):
     states = list(
         rollout(
             lambda z, t, c: z,

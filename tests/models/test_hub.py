@@ -1,9 +1,10 @@
-"""A checkpoint by hub id, from a hub beside the test: fetched part by part, cached, every refusal a
+"""Checkpoints by hub id, from a local HTTP server: fetched part by part, cached, refused with a
 sentence."""
 
 import errno
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
+from transformers.utils import logging as transformers_logging
 
 from dopsd.models import load_family
 from dopsd.pocket import CHECKPOINT as POCKET
@@ -32,10 +35,10 @@ REFUSED = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP interface as its client asks for."""
+    """The part of the hub's HTTP interface that its client uses."""
 
-    def __init__(self, *arguments, asked: list[str]):
-        self.asked = asked
+    def __init__(self, *arguments, requested: list[str]):
+        self.requested = requested
         super().__init__(*arguments)
 
     def do_HEAD(self) -> None:
@@ -67,7 +70,7 @@ class Hub(BaseHTTPRequestHandler):
                 self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
                 return
             if self.command == "GET":
-                self.asked.append(name)
+                self.requested.append(name)
             self.answer(
                 200,
                 FILES[name].read_bytes(),
@@ -98,17 +101,17 @@ def _oid(path: Path) -> str:
 
 @pytest.fixture()
 def hub() -> Iterator[tuple[str, list[str]]]:
-    """Its address, and the files that were asked of it."""
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, asked=asked))
+    """Its address, and the names of the files requested so far."""
+    requested: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, requested=requested))
     Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    yield f"http://127.0.0.1:{server.server_address[1]}", requested
     server.shutdown()
     server.server_close()
 
 
 def run(code: str, home: Path, endpoint: str, **environment: str) -> str:
-    """What a process of its own prints: the hub's client reads its settings when it is imported."""
+    """The output of a fresh process: the hub's client reads its settings when it is imported."""
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
@@ -138,26 +141,27 @@ for name, revision in {cases!r}:
 """
 
 
-def test_a_hub_id_is_opened_by_its_configs_and_its_weights_come_when_they_are_needed(hub, tmp_path):
-    endpoint, asked = hub
+def test_a_hub_checkpoint_opens_by_its_configs_and_fetches_weights_when_needed(hub, tmp_path):
+    endpoint, requested = hub
     run(OPEN.format(cases=[("tiny/zimage", None)]), tmp_path, endpoint)
-    assert asked and not [name for name in asked if name.endswith(".safetensors")]
+    assert requested and not [name for name in requested if name.endswith(".safetensors")]
     sample = (
-        "from dopsd import sample; mine, theirs = (sample(name, ['a toy'])[0] for name in ('pocket', 'tiny/zimage')); "
-        "print(mine.tobytes() == theirs.tobytes())"
+        "from dopsd import sample; "
+        "local, hub = (sample(name, ['a toy'])[0] for name in ('pocket', 'tiny/zimage')); "
+        "print(local.tobytes() == hub.tobytes())"
     )
     assert run(sample, tmp_path, endpoint).split() == ["True"]
-    weights = {name for name in asked if name.endswith(".safetensors")}
+    weights = {name for name in requested if name.endswith(".safetensors")}
     assert {Path(name).parts[0] for name in weights} == {
         "transformer",
         "vae",
         "text_encoder",
     }  # no VLM
-    assert len(asked) == len(set(asked)), "a file was fetched twice"
+    assert len(requested) == len(set(requested)), "a file was fetched twice"
     assert run(sample, tmp_path, endpoint, HF_HUB_OFFLINE="1").split() == ["True"]
 
 
-def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
+def test_every_error_of_the_hub_is_one_sentence(hub, tmp_path):
     cases = [
         ("gated/model", None),
         ("missing/model", None),
@@ -167,7 +171,7 @@ def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
         ("tiny/zimage/x", None),
     ]
     lines = run(OPEN.format(cases=cases), tmp_path, hub[0]).splitlines()
-    wanted = [
+    expected = [
         "gated: accept its licence",
         "neither a local folder nor a repository",
         "has no revision v9",
@@ -175,53 +179,57 @@ def test_every_refusal_of_the_hub_is_a_sentence(hub, tmp_path):
         "nor a valid name on the hub",
         "does not exist",
     ]
-    assert len(lines) == len(wanted)
-    for line, words in zip(lines, wanted, strict=True):
+    assert len(lines) == len(expected)
+    for line, words in zip(lines, expected, strict=True):
         assert words in line
 
 
-def test_whether_a_file_is_on_the_hub_is_known_without_fetching_it(hub, tmp_path):
-    endpoint, asked = hub
+def test_a_file_on_the_hub_is_checked_without_fetching_it(hub, tmp_path):
+    endpoint, requested = hub
     code = """
 from dopsd.models.hub import weights_here
-for name in ("tiny/zimage/vae/diffusion_pytorch_model.safetensors", "tiny/zimage/lora.safetensors",
-             "missing/model/lora.safetensors", "gated/model/lora.safetensors", "./lora.safetensors"):
+for name in ("tiny/zimage/vae/diffusion_pytorch_model.safetensors",
+             "tiny/zimage/lora.safetensors", "missing/model/lora.safetensors",
+             "gated/model/lora.safetensors", "./lora.safetensors"):
     try:
         print(weights_here(name, "model.distilled_by"))
     except ValueError as error:
         print(error)
 """
     lines = run(code, tmp_path, endpoint).splitlines()
-    wanted = [
+    expected = [
         "None",
         "there is no lora.safetensors in tiny/zimage",
         "there is no lora.safetensors in missing/model",
         "gated: accept its licence",
         "./lora.safetensors does not exist",
     ]
-    assert len(lines) == len(wanted) and not asked
-    for line, words in zip(lines, wanted, strict=True):
+    assert len(lines) == len(expected) and not requested
+    for line, words in zip(lines, expected, strict=True):
         assert words in line
 
 
-def test_a_gated_model_without_a_token_is_exit_2_and_says_what_to_do(hub, tmp_path):
+def test_a_gated_model_is_refused_with_advice_and_exit_code_2(hub, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{name_or_path: gated/model}}\ndata: {{folder: {tmp_path}}}\nmethod: {{name: sft}}\n",
+        "model: {name_or_path: gated/model}\n"
+        f"data: {{folder: {tmp_path}}}\n"
+        "method: {name: sft}\n",
         encoding="utf-8",
     )
     code = (
         "from typer.testing import CliRunner; from dopsd.cli.app import app; "
-        f"done = CliRunner().invoke(app, ['check', {str(recipe)!r}]); print(done.exit_code, done.output)"
+        f"done = CliRunner().invoke(app, ['check', {str(recipe)!r}]); "
+        "print(done.exit_code, done.output)"
     )
-    said = " ".join(run(code, tmp_path, hub[0]).split())
+    output = " ".join(run(code, tmp_path, hub[0]).split())
     assert (
-        said
+        output
         == "2 dopsd: gated/model is gated: accept its licence on the hub, then run `hf auth login`."
     )
 
 
-def test_offline_a_checkpoint_that_is_not_whole_in_the_cache_is_refused(hub, tmp_path):
+def test_offline_an_incomplete_checkpoint_in_the_cache_is_refused(hub, tmp_path):
     endpoint, _ = hub
     run(OPEN.format(cases=[("tiny/zimage", None)]), tmp_path, endpoint)
     (config,) = tmp_path.rglob("snapshots/*/vae/config.json")
@@ -231,7 +239,7 @@ def test_offline_a_checkpoint_that_is_not_whole_in_the_cache_is_refused(hub, tmp
     assert len(lines) == 2 and all("not complete in the hub's cache" in line for line in lines)
 
 
-def test_a_full_disk_is_a_sentence(monkeypatch):
+def test_a_full_disk_is_one_sentence(monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -240,3 +248,14 @@ def test_a_full_disk_is_a_sentence(monkeypatch):
         ValueError, match=r"no space left for tiny/zimage: .* GiB are free .* HF_HOME"
     ):
         load_family("tiny/zimage")
+
+
+def test_libraries_are_quiet_only_while_a_part_is_read(pocket, capfd):
+    logger = logging.getLogger("transformers")
+    logger.setLevel(logging.WARNING)
+    with pocket.checkpoint.reading("vae"):
+        assert not transformers_logging.is_progress_bar_enabled()
+        logger.warning("a library's warning")
+    assert transformers_logging.is_progress_bar_enabled() and logger.level == logging.WARNING
+    pocket.load_text_encoder(torch.device("cpu"), torch.float32, images=True)
+    assert capfd.readouterr() == ("", "")

@@ -1,5 +1,5 @@
-"""LoRA files of other tools: read as diffusers reads them, described as they are, refused with a
-sentence."""
+"""LoRA files of other tools: every public form is read, described or refused; models are found by
+their metadata."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def peft_names(
     marks: tuple[str, str] = ("lora_A", "lora_B"),
     alpha: bool = False,
 ):
-    """The same adapter as one tool or another would write it."""
+    """The same LoRA as different tools write it."""
     tensors = {}
     for name, (a, b) in deltas().items():
         tensors[f"{prefix}{name}.{marks[0]}.weight"] = a.clone()
@@ -69,12 +69,12 @@ def kohya_names():
 
 
 SCALE = ALPHA / RANK
-SAID = {
+IN_METADATA = {
     "lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})
 }
 FORMS = {
     "ours": (lambda: peft_names("transformer.", SCALE), None),
-    "scale in the metadata": (lambda: peft_names("transformer."), SAID),
+    "scale in the metadata": (lambda: peft_names("transformer."), IN_METADATA),
     "with alpha": (lambda: peft_names("transformer.", alpha=True), None),
     "ComfyUI's": (lambda: peft_names("diffusion_model.", SCALE), None),
     "ComfyUI's with alpha": (lambda: peft_names("diffusion_model.", alpha=True), None),
@@ -95,12 +95,12 @@ def file(request, tmp_path: Path) -> Path:
     return tmp_path / "lora.safetensors"
 
 
-def test_every_public_form_of_one_adapter_reads_as_the_same_deltas(file, pocket):
-    found = read_lora(file, pocket)
-    assert found.keys() == MODULES.keys()
+def test_every_public_form_of_a_lora_reads_as_the_same_deltas(file, pocket):
+    pairs = read_lora(file, pocket)
+    assert pairs.keys() == MODULES.keys()
     for name, (a, b) in deltas().items():
         torch.testing.assert_close(
-            found[name][1] @ found[name][0], b @ a * SCALE, atol=1e-4, rtol=1e-5
+            pairs[name][1] @ pairs[name][0], b @ a * SCALE, atol=1e-4, rtol=1e-5
         )
 
 
@@ -121,7 +121,7 @@ def test_a_merged_foreign_file_changes_exactly_its_modules(pocket, tmp_path):
             assert torch.equal(tensor, before[name]), name
 
 
-def test_inspect_knows_family_rank_and_form_of_every_public_form(file, request):
+def test_inspect_reports_family_rank_and_loaders_of_every_public_form(file, request):
     lines = dict(inspect_lora(file).lines)
     assert (lines["family"], lines["rank"], lines["modules"]) == (
         "zimage",
@@ -181,11 +181,11 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_file_that_does_not_fit_is_refused_with_a_sentence(fault, pocket, tmp_path):
-    make, said = BAD[fault]
+    make, sentence = BAD[fault]
     path = tmp_path / "lora.safetensors"
     make(path)
     network = pocket.load_denoiser(torch.device("cpu"), torch.float32).network
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=sentence):
         merge_lora(network, path, pocket)
 
 
@@ -259,7 +259,9 @@ def test_training_goes_on_from_a_lora_file_whatever_the_alpha(concept, tmp_path,
     assert "parent_adapter_sha256" in dict(inspect_lora(again).lines)
 
 
-def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(concept, tmp_path, pocket):
+def test_diffusers_generates_with_a_fused_folder_what_dopsd_generates_with_the_lora(
+    concept, tmp_path, pocket
+):
     recipe = recipe_from(concept, tmp_path, "first")
     file = finish(
         parse_recipe(
@@ -269,9 +271,9 @@ def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(concept, t
     fuse("pocket", file, tmp_path / "fused", strength=0.5)
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "fused", torch_dtype=torch.float32)
     noise = noise_for([3], pocket.channels, 16, 16)
-    wanted = sample_latents(pocket, ["a big red star"], noise, file, strength=0.5)
-    untuned = sample_latents(pocket, ["a big red star"], noise)
-    found = pipeline(
+    expected = sample_latents(pocket, ["a big red star"], noise, file, strength=0.5)
+    base = sample_latents(pocket, ["a big red star"], noise)
+    latents = pipeline(
         "a big red star",
         height=64,
         width=64,
@@ -280,15 +282,13 @@ def test_a_fused_folder_paints_through_diffusers_what_the_lora_paints(concept, t
         latents=noise.start,
         output_type="latent",
     ).images
-    assert (wanted - untuned).abs().max() > 0.01
-    torch.testing.assert_close(found.float(), wanted, atol=1e-4, rtol=0)
+    assert (expected - base).abs().max() > 0.01
+    torch.testing.assert_close(latents.float(), expected, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="exists and is not overwritten"):
         fuse("pocket", file, tmp_path / "fused")
 
 
-def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_machine(
-    concept, tmp_path
-):
+def test_the_model_card_is_valid_shows_images_and_contains_no_local_path(concept, tmp_path):
     recipe = recipe_from(concept, tmp_path, "first")
     recipe = parse_recipe(
         recipe.model_dump() | {"data": {"folder": str(concept), "trigger": "zib"}}
@@ -306,17 +306,17 @@ def test_the_model_card_is_valid_shows_the_pictures_and_names_no_folder_of_this_
     ]
     assert len(files) == 9 and all((recipe.run_folder / name).is_file() for name in files)
     assert str(tmp_path) not in text
-    said = dict(inspect_lora(file).lines)
-    assert said["data_sha256"] in text and said["images"] == "4"
+    lines = dict(inspect_lora(file).lines)
+    assert lines["data_sha256"] in text and lines["images"] == "4"
 
 
-def test_a_lora_of_another_rank_is_no_start(concept, tmp_path):
+def test_training_does_not_start_from_a_lora_of_another_rank(concept, tmp_path):
     start = finish(recipe_from(concept, tmp_path, "first"))
     with pytest.raises(ValueError, match=r"has rank 4, this recipe 8: set lora\.rank: 4"):
         finish(recipe_from(concept, tmp_path, "second", init_from=str(start), rank=8))
 
 
-def test_a_lora_of_other_modules_is_no_start(concept, tmp_path):
+def test_training_does_not_start_from_a_lora_of_other_modules(concept, tmp_path):
     start = finish(recipe_from(concept, tmp_path, "first"))
     with pytest.raises(ValueError, match="adapts other modules"):
         finish(

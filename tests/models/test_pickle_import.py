@@ -1,5 +1,5 @@
-"""Pickled weights become safetensors, tensor by tensor; a pickle that is more than tensors is
-refused and never run."""
+"""Pickled weights become safetensors; a pickle that holds more than tensors is refused and not
+run."""
 
 import os
 from pathlib import Path
@@ -24,18 +24,18 @@ def imported(source: Path, *options: str):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_every_tensor_is_there_again(tmp_path, zipped):
+def test_every_tensor_is_converted(tmp_path, zipped):
     torch.save(WEIGHTS, tmp_path / "unet.bin", _use_new_zipfile_serialization=zipped)
     done = imported(tmp_path / "unet.bin")
     assert done.exit_code == 0, done.output
-    found = load_file(tmp_path / "unet.safetensors")
-    assert found.keys() == WEIGHTS.keys() and all(
-        torch.equal(found[name], WEIGHTS[name]) for name in found
+    tensors = load_file(tmp_path / "unet.safetensors")
+    assert tensors.keys() == WEIGHTS.keys() and all(
+        torch.equal(tensors[name], WEIGHTS[name]) for name in tensors
     )
 
 
-class Runs:
-    """Unpickled by whoever trusts it, it makes a file."""
+class MakesAFolder:
+    """Creates a folder when it is unpickled as code."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -44,10 +44,14 @@ class Runs:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_is_more_than_tensors_is_refused_in_one_sentence(tmp_path):
+def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(tmp_path):
     for name, content, words in (
-        ("code", Runs(tmp_path / "ran"), "code in a file is never run"),
-        ("code beside tensors", {"a": SHARED, "b": Runs(tmp_path / "ran")}, "code in a file is never run"),
+        ("code", MakesAFolder(tmp_path / "ran"), "code in a file is never run"),
+        (
+            "code beside tensors",
+            {"a": SHARED, "b": MakesAFolder(tmp_path / "ran")},
+            "code in a file is never run",
+        ),
         ("list", [SHARED], "holds a list"),
         ("nested", {"state_dict": WEIGHTS}, "state_dict of type dict"),
         ("nothing", {}, "holds a dict"),
@@ -58,7 +62,7 @@ def test_a_pickle_that_is_more_than_tensors_is_refused_in_one_sentence(tmp_path)
     assert not (tmp_path / "ran").exists() and os.listdir(tmp_path) == ["unet.bin"]
 
 
-def test_a_file_that_is_none_or_a_target_that_is_taken_is_refused(tmp_path):
+def test_an_unreadable_source_or_an_existing_target_is_refused(tmp_path):
     for content in (b"", b"hello"):
         (tmp_path / "unet.bin").write_bytes(content)
         done = imported(tmp_path / "unet.bin")
@@ -67,7 +71,7 @@ def test_a_file_that_is_none_or_a_target_that_is_taken_is_refused(tmp_path):
         )
     assert imported(tmp_path / "missing.bin").exit_code == 2
     torch.save(WEIGHTS, tmp_path / "unet.bin")
-    (tmp_path / "unet.safetensors").write_bytes(b"mine")
+    (tmp_path / "unet.safetensors").write_bytes(b"existing")
     assert imported(tmp_path / "unet.bin").exit_code == 2
-    assert (tmp_path / "unet.safetensors").read_bytes() == b"mine"
+    assert (tmp_path / "unet.safetensors").read_bytes() == b"existing"
     assert imported(tmp_path / "unet.bin", "--out", str(tmp_path / "unet.pt")).exit_code == 2

@@ -35,7 +35,7 @@ PROMPTS = [
     "a big red heart at the left on night",
     "words without a known merge: kaleidoscope, zeppelin",
 ]
-DMD2_TIMESTEPS = {1: [999], 4: [999, 749, 499, 249]}  # as DMD2's authors give them
+DMD2_TIMESTEPS = {1: [999], 4: [999, 749, 499, 249]}  # from DMD2's README
 
 
 def pipeline_of(folder: Path) -> StableDiffusionXLPipeline:
@@ -82,52 +82,50 @@ def pipeline(folder):
     return pipeline_of(folder)
 
 
-def test_contexts_are_what_the_pipeline_feeds(family, pipeline):
+def test_contexts_equal_the_pipelines_prompt_embeddings(family, pipeline):
     tokens, _, pooled, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    mine = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS)
-    assert torch.equal(mine.tokens, tokens) and torch.equal(mine.extras["pooled"], pooled)
+    ours = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS)
+    assert torch.equal(ours.tokens, tokens) and torch.equal(ours.extras["pooled"], pooled)
     blank = family.blank_context(PROMPTS)
     assert (blank.tokens.shape, blank.layout, blank.lengths) == (
-        mine.tokens.shape,
-        mine.layout,
-        mine.lengths,
+        ours.tokens.shape,
+        ours.layout,
+        ours.lengths,
     )
 
 
 @pytest.mark.parametrize(
     ("nfe", "width", "height"), [(1, 64, 64), (4, 64, 64), (4, 96, 64), (4, 64, 128)]
 )
-def test_same_prompts_and_seeds_paint_what_the_pipeline_paints(
-    family, pipeline, nfe, width, height
-):
+def test_latents_equal_the_pipelines_from_the_same_seeds(family, pipeline, nfe, width, height):
     noise = noise_for(
         range(3),
         family.channels,
         height // family.vae_scale_factor,
         width // family.vae_scale_factor,
     )
-    mine = sample_latents(family, PROMPTS, noise, nfe=nfe)
-    assert (mine - generated(pipeline, nfe, width, height)).abs().max() <= 1e-4
+    ours = sample_latents(family, PROMPTS, noise, nfe=nfe)
+    assert (ours - generated(pipeline, nfe, width, height)).abs().max() <= 1e-4
 
 
-def test_pictures_are_the_pipelines_pictures(folder, pipeline, kind):
+def test_images_equal_the_pipelines_images(folder, pipeline, kind):
     steps = {"timesteps": DMD2_TIMESTEPS[4]} if kind == "dmd2" else {"num_inference_steps": 4}
     theirs = pipeline(
         PROMPTS[1], guidance_scale=0.0, generator=torch.Generator().manual_seed(7), **steps
     ).images[0]
-    mine = sample(str(folder), [PROMPTS[1]], nfe=4, seed=7)[0]
-    assert max(abs(a - b) for a, b in zip(theirs.tobytes(), mine.tobytes(), strict=True)) <= 1
+    ours = sample(str(folder), [PROMPTS[1]], nfe=4, seed=7)[0]
+    assert max(abs(a - b) for a, b in zip(theirs.tobytes(), ours.tobytes(), strict=True)) <= 1
 
 
 @pytest.mark.parametrize(("nfe", "height", "width"), [(4, 8, 8), (4, 16, 8), (1, 8, 12)])
-def test_training_visits_bitwise_the_pipelines_sigmas_and_timesteps(
+def test_a_rollout_takes_the_pipelines_sigmas_and_timesteps_bit_for_bit(
     family, pipeline, nfe, height, width
 ):
     denoiser = family.load_denoiser(CPU, torch.float32)
     context = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS)
-    mine, theirs = [], []
+    ours, theirs = [], []
     times = []
-    for network, seen in ((denoiser.network, mine), (pipeline.unet, theirs)):
+    for network, seen in ((denoiser.network, ours), (pipeline.unet, theirs)):
         network.register_forward_pre_hook(
             lambda _, args, seen=seen: seen.append(args[1].float().max())
         )
@@ -138,8 +136,8 @@ def test_training_visits_bitwise_the_pipelines_sigmas_and_timesteps(
         times.append(state.step.now)
     generated(pipeline, nfe, width * family.vae_scale_factor, height * family.vae_scale_factor)
     pipeline.unet._forward_pre_hooks.clear()
-    assert torch.equal(torch.stack(mine), torch.stack(theirs))
-    if isinstance(pipeline.scheduler, LCMScheduler):  # which keeps no sigmas
+    assert torch.equal(torch.stack(ours), torch.stack(theirs))
+    if isinstance(pipeline.scheduler, LCMScheduler):  # it has no sigmas
         products = pipeline.scheduler.alphas_cumprod[torch.stack(theirs).long()]
         sigmas = ((1 - products) / products) ** 0.5
     else:
@@ -147,7 +145,7 @@ def test_training_visits_bitwise_the_pipelines_sigmas_and_timesteps(
     assert torch.equal(torch.stack(times), sigmas / (1 + sigmas))
 
 
-def test_between_the_samplers_times_timesteps_are_in_proportion(family):
+def test_timesteps_between_two_times_are_interpolated(family):
     denoiser = family.empty_denoiser()
     assert torch.equal(denoiser.timesteps(denoiser.times), torch.arange(1000.0))
     middle = (denoiser.times[1:] + denoiser.times[:-1]) / 2
@@ -157,8 +155,8 @@ def test_between_the_samplers_times_timesteps_are_in_proportion(family):
     assert denoiser.timesteps(torch.tensor([0.0, 1.0])).tolist() == [0, 999]
 
 
-def test_the_velocity_says_the_noise_that_the_unet_says(family):
-    """Where x = clean + sigma noise, the UNet reads x / sqrt(1 + sigma^2) and answers the noise."""
+def test_the_velocity_is_that_of_the_noise_the_unet_predicts(family):
+    """Where x = clean + sigma noise, the UNet reads x / sqrt(1 + sigma^2) predicting noise."""
     denoiser = family.load_denoiser(CPU, torch.float32)
     context = family.load_text_encoder(CPU, torch.float32, images=False).context(PROMPTS[:1])
     z, t = torch.randn(1, 4, 8, 8), denoiser.times[[500]]
@@ -175,7 +173,7 @@ def test_the_velocity_says_the_noise_that_the_unet_says(family):
     torch.testing.assert_close(z + (1 - t) * velocity, noise, atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_of_other_captions_does_not_change_a_picture_and_its_own_caption_does(family):
+def test_an_image_depends_on_its_own_caption_and_on_no_other_in_the_batch(family):
     text_encoder, denoiser = (
         family.load_text_encoder(CPU, torch.float32, images=False),
         family.load_denoiser(CPU, torch.float32),
@@ -194,7 +192,7 @@ def test_a_batch_of_other_captions_does_not_change_a_picture_and_its_own_caption
     assert (sample_in_chunks(slice(1, 2), PROMPTS[2:]) - alone).abs().max() > 1e-3
 
 
-def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_unet(
+def test_a_base_distilled_by_a_lora_or_a_unet_equals_the_pipeline_with_it(
     sdxl, dmd2_lora, tmp_path
 ):
     base = sdxl("base")
@@ -211,18 +209,18 @@ def test_a_base_distilled_by_a_lora_or_a_unet_is_the_pipeline_with_that_lora_or_
             pipeline.unet.load_state_dict(load_file(file))
         family = load_family(str(base), distilled_by=str(file))
         assert family.distilled and family.default_nfe == 4
-        mine = sample_latents(family, PROMPTS, noise_for(range(3), 4, 8, 8))
+        ours = sample_latents(family, PROMPTS, noise_for(range(3), 4, 8, 8))
         theirs = generated(pipeline, 4, 64, 64)
-        assert (mine - theirs).abs().max() <= 1e-4
+        assert (ours - theirs).abs().max() <= 1e-4
         base_tensors = sample_latents(
             load_family(str(sdxl("dmd2"))), PROMPTS, noise_for(range(3), 4, 8, 8)
         )
-        assert (mine - base_tensors).abs().max() > 0.01, (
+        assert (ours - base_tensors).abs().max() > 0.01, (
             "the file did nothing, so the comparison would prove nothing"
         )
 
 
-def test_lora_targets_reach_every_linear_of_the_transformers_and_no_name_is_lost_in_kohyas_form(
+def test_lora_targets_match_every_linear_layer_of_the_transformers_and_kohyas_names_keep_them(
     family,
 ):
     network = family.empty_denoiser().network
@@ -263,9 +261,9 @@ def test_public_forms_of_one_adapter_read_as_the_same_deltas(form, family, tmp_p
         ]
         tensors = {f"{prefix}{module}.lora_A.weight": a, f"{prefix}{module}.lora_B.weight": 2 * b}
     save_file(tensors, tmp_path / "lora.safetensors")
-    found = read_lora(tmp_path / "lora.safetensors", family)
-    assert list(found) == [module]
-    torch.testing.assert_close(found[module][1] @ found[module][0], 2 * b @ a)
+    pairs = read_lora(tmp_path / "lora.safetensors", family)
+    assert list(pairs) == [module]
+    torch.testing.assert_close(pairs[module][1] @ pairs[module][0], 2 * b @ a)
 
 
 def copied(sdxl, kind: str, tmp_path: Path) -> Path:
@@ -273,16 +271,16 @@ def copied(sdxl, kind: str, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_checkpoint_that_is_not_whole_or_for_another_sampler_is_refused(sdxl, tmp_path):
+def test_an_incomplete_checkpoint_or_one_for_another_sampler_is_refused(sdxl, tmp_path):
     folder = copied(sdxl, "turbo", tmp_path)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    said = json.loads(scheduler.read_text())
+    config = json.loads(scheduler.read_text())
     for change, words in (
         ({"timestep_spacing": "leading"}, "EulerAncestralDiscreteScheduler with leading spacing"),
         ({"_class_name": "DPMSolverMultistepScheduler"}, "DPMSolverMultistepScheduler"),
         ({"prediction_type": "v_prediction"}, "predicts v_prediction"),
     ):
-        scheduler.write_text(json.dumps(said | change))
+        scheduler.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=words):
             load_family(str(folder))
     shutil.rmtree(folder / "text_encoder_2")
@@ -313,7 +311,7 @@ def test_a_file_that_cannot_distil_is_refused(sdxl, dmd2_lora, pocket, tmp_path)
         half.load_denoiser(CPU, torch.float32)
 
 
-def test_a_base_of_any_many_step_sampler_is_distilled_by_the_same_file_alike(
+def test_a_base_with_any_many_step_scheduler_is_distilled_in_the_same_way(
     sdxl, dmd2_lora, tmp_path
 ):
     usual, folder = (
@@ -321,34 +319,34 @@ def test_a_base_of_any_many_step_sampler_is_distilled_by_the_same_file_alike(
         copied(sdxl, "base", tmp_path),
     )
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    said = json.loads(scheduler.read_text())
+    config = json.loads(scheduler.read_text())
     for sampler in (
         "DPMSolverMultistepScheduler",
         "DDIMScheduler",
         "EulerAncestralDiscreteScheduler",
     ):
-        scheduler.write_text(json.dumps(said | {"_class_name": sampler}))
+        scheduler.write_text(json.dumps(config | {"_class_name": sampler}))
         family = load_family(str(folder), distilled_by=str(dmd2_lora))
         assert torch.equal(family.schedule(4, 8, 8).times, usual.schedule(4, 8, 8).times)
 
 
-def test_a_checkpoint_in_half_precision_alone_paints_the_same_and_is_fused_whole(
+def test_a_checkpoint_only_in_half_precision_generates_the_same_and_can_be_fused(
     sdxl, dmd2_lora, tmp_path
 ):
     folder = copied(sdxl, "turbo", tmp_path)
     for file in folder.glob("*/*.safetensors"):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     noise = noise_for([5], 4, 8, 8)
-    theirs, mine = (
+    theirs, ours = (
         sample_latents(load_family(str(each)), ["a cat"], noise) for each in (sdxl("turbo"), folder)
     )
-    assert torch.equal(mine, theirs)
+    assert torch.equal(ours, theirs)
     fuse(str(folder), dmd2_lora, tmp_path / "fused")
     assert not list((tmp_path / "fused").glob("*/*.fp16.*"))
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "fused")
 
 
-def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_lora, concept):
+def test_a_many_step_base_is_refused_unless_allowed_or_distilled(sdxl, dmd2_lora, concept):
     def opened(**more):
         model = {"name_or_path": str(sdxl("base")), **more}
         tree = {
@@ -365,7 +363,7 @@ def test_a_many_step_base_is_refused_unless_it_is_meant_or_distilled(sdxl, dmd2_
     assert opened(distilled_by=str(dmd2_lora)).distilled
 
 
-def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(
+def test_unsupported_recipes_on_sdxl_are_refused_with_exit_code_2(
     sdxl, dmd2_lora, concept, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -397,19 +395,19 @@ def test_what_sdxl_cannot_do_is_one_sentence_and_exit_2(
         tree = {"model": model, "data": {"folder": str(folder)}, "method": {"name": method}}
         Path("recipe.yaml").write_text(yaml.safe_dump(tree))
         done = CliRunner().invoke(app, ["train", "recipe.yaml"])
-        said = " ".join(done.output.split())
-        assert done.exit_code == 2 and words in said and said.startswith("dopsd: "), said
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "edited", "lesson"}
+        output = " ".join(done.output.split())
+        assert done.exit_code == 2 and words in output and output.startswith("dopsd: "), output
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "edited", "concept"}
 
 
-def test_a_caption_over_the_limit_is_said_not_cut(family):
+def test_a_caption_over_the_limit_is_refused_not_truncated(family):
     with pytest.raises(ValueError, match="makes 82 tokens; the limit is 77"):
         family.count_tokens(["i" + " i" * 79])
     with pytest.raises(ValueError, match="the limit is 77"):
         family.load_text_encoder(CPU, torch.float32, images=False).context(["i" + " i" * 79])
 
 
-def test_a_walk_of_no_steps_is_refused(family):
+def test_a_schedule_of_no_steps_is_refused(family):
     with pytest.raises(ValueError, match="nfe is 0"):
         family.schedule(0, 8, 8)
 
@@ -430,14 +428,15 @@ if distilled_by:
     steps = {"timesteps": [999, 749, 499, 249]}
 if lora:
     pipeline.load_lora_weights(lora)
-steps |= {"generator": torch.Generator().manual_seed(5), "guidance_scale": 0.0, "output_type": "latent"}
-picture = pipeline("a big red star", return_dict=False, **steps)[0]
-torch.save(picture, target)
+steps |= {"generator": torch.Generator().manual_seed(5), "guidance_scale": 0.0}
+steps |= {"output_type": "latent"}
+latents = pipeline("a big red star", return_dict=False, **steps)[0]
+torch.save(latents, target)
 """
 
 
 @pytest.mark.parametrize("kind", ["turbo", "base and a LoRA"])
-def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(
+def test_diffusers_generates_the_same_with_the_tuned_lora_and_with_the_fused_folder(
     kind, sdxl, dmd2_lora, concept, tmp_path
 ):
     model = {"name_or_path": str(sdxl("turbo"))}
@@ -461,8 +460,8 @@ def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(
     file = recipe.run_folder / "tuned.safetensors"
     base = load_family(model["name_or_path"], distilled_by=model.get("distilled_by"))
     noise = noise_for([5], 4, 8, 8)
-    mine, untuned = (sample_latents(base, ["a big red star"], noise, lora) for lora in (file, None))
-    assert (mine - untuned).abs().max() > 0.01, (
+    ours, untuned = (sample_latents(base, ["a big red star"], noise, lora) for lora in (file, None))
+    assert (ours - untuned).abs().max() > 0.01, (
         "the adapter did nothing, so the comparison would prove nothing"
     )
 
@@ -480,26 +479,26 @@ def test_a_tuned_lora_opens_in_a_fresh_process_and_a_fused_folder_needs_none(
         return torch.load(tmp_path / "out.pt")
 
     assert (
-        opened(model["name_or_path"], model.get("distilled_by", ""), str(file)) - mine
+        opened(model["name_or_path"], model.get("distilled_by", ""), str(file)) - ours
     ).abs().max() <= 1e-4
-    wanted = {}
+    expected = {}
     for name, module in base.empty_denoiser().network.named_modules():
         if re.fullmatch(base.lora_targets, name):
             key = "lora_unet_" + name.replace(".", "_")
-            wanted |= {f"{key}.lora_down.weight": (2, module.in_features), f"{key}.alpha": ()}
-            wanted[f"{key}.lora_up.weight"] = (module.out_features, 2)
-    assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items()} == wanted
-    found = dict(inspect_lora(file).lines)
+            expected |= {f"{key}.lora_down.weight": (2, module.in_features), f"{key}.alpha": ()}
+            expected[f"{key}.lora_up.weight"] = (module.out_features, 2)
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items()} == expected
+    lines = dict(inspect_lora(file).lines)
     assert (
-        found["family"] == "sdxl_base_v1-0"
-        and found["diffusers"] == "strength 1"
-        and found["rank"] == "2"
+        lines["family"] == "sdxl_base_v1-0"
+        and lines["diffusers"] == "strength 1"
+        and lines["rank"] == "2"
     )
     fuse(model["name_or_path"], file, tmp_path / "fused", distilled_by=model.get("distilled_by"))
     fused = load_family(str(tmp_path / "fused"))
     assert (
         fused.distilled
-        and (sample_latents(fused, ["a big red star"], noise) - mine).abs().max() <= 1e-4
+        and (sample_latents(fused, ["a big red star"], noise) - ours).abs().max() <= 1e-4
     )
     card = (recipe.run_folder / "README.md").read_text(encoding="utf-8")
     assert ("LCMScheduler" in card and "pipeline.fuse_lora()" in card) == (kind != "turbo")

@@ -36,19 +36,17 @@ def pipeline(pocket) -> ZImagePipeline:
     return pipeline
 
 
-def test_student_contexts_are_what_the_pipeline_feeds(pocket_text_encoder, pipeline):
+def test_student_contexts_equal_the_pipelines_prompt_embeddings(pocket_text_encoder, pipeline):
     theirs, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    mine = pocket_text_encoder.context(PROMPTS)
+    ours = pocket_text_encoder.context(PROMPTS)
     for index, row in enumerate(theirs):
-        torch.testing.assert_close(mine.row(index).tokens[0], row, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(ours.row(index).tokens[0], row, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("nfe", "width", "height"), [(4, 64, 64), (8, 64, 64), (4, 96, 48), (8, 48, 96)]
 )
-def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(
-    pocket, pipeline, nfe, width, height
-):
+def test_latents_equal_the_pipelines_from_the_same_noise(pocket, pipeline, nfe, width, height):
     noise = noise_for(
         range(3),
         pocket.channels,
@@ -65,11 +63,11 @@ def test_same_latents_prompts_and_seed_paint_what_the_pipeline_paints(
         output_type="latent",
         return_dict=False,
     )[0]
-    mine = sample_latents(pocket, PROMPTS, noise, nfe=nfe)
-    assert (mine - theirs).abs().max() <= 1e-4
+    ours = sample_latents(pocket, PROMPTS, noise, nfe=nfe)
+    assert (ours - theirs).abs().max() <= 1e-4
 
 
-def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
+def test_images_equal_the_pipelines_images(pocket, pipeline):
     noise = noise_for(range(3), pocket.channels, 16, 16)
     theirs = pipeline(
         list(PROMPTS),
@@ -79,14 +77,14 @@ def test_pictures_are_the_pipelines_pictures(pocket, pipeline):
         guidance_scale=0.0,
         latents=noise.start,
     )
-    mine = sample(pocket.checkpoint.folder, PROMPTS, nfe=4)
-    for left, right in zip(theirs.images, mine, strict=True):
+    ours = sample(pocket.checkpoint.folder, PROMPTS, nfe=4)
+    for left, right in zip(theirs.images, ours, strict=True):
         assert max(abs(a - b) for a, b in zip(left.tobytes(), right.tobytes(), strict=True)) <= 1
 
 
 @pytest.mark.parametrize("nfe", [1, 4, 8])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 12)])
-def test_training_visits_bitwise_the_pipelines_sigmas(
+def test_a_rollout_takes_the_pipelines_sigmas_bit_for_bit(
     pocket, pipeline, pocket_text_encoder, nfe, height, width
 ):
     seen = []
@@ -109,7 +107,7 @@ def test_training_visits_bitwise_the_pipelines_sigmas(
     assert torch.equal(torch.stack(seen), pipeline.scheduler.sigmas[:-1])
 
 
-def test_turbo_walks_the_documented_times(pocket):
+def test_turbos_schedule_has_the_documented_times(pocket):
     four, eight = pocket.schedule(4, 16, 16).times, pocket.schedule(8, 16, 16).times
     torch.testing.assert_close(four, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
     torch.testing.assert_close(
@@ -121,7 +119,7 @@ def test_turbo_walks_the_documented_times(pocket):
     assert all((eight - t).abs().min() < 1e-6 for t in four)
 
 
-def test_a_batch_of_other_captions_does_not_change_a_picture(pocket, pocket_text_encoder):
+def test_other_captions_in_the_batch_do_not_change_an_image(pocket, pocket_text_encoder):
     denoiser = pocket.load_denoiser(CPU, torch.float32)
     noise, schedule = noise_for(range(3), pocket.channels, 16, 16), pocket.schedule(4, 16, 16)
     together = sample_rollout(denoiser, noise.start, schedule, pocket_text_encoder.context(PROMPTS))
@@ -131,7 +129,7 @@ def test_a_batch_of_other_captions_does_not_change_a_picture(pocket, pocket_text
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, pocket_text_encoder):
+def test_the_teachers_context_is_one_user_turn_with_the_image_first(pocket, pocket_text_encoder):
     image = Image.new("RGB", (64, 64), "red")
     context = pocket_text_encoder.context(["a star"], [image])
     text = pocket_text_encoder.tokenizer.apply_chat_template(
@@ -145,7 +143,7 @@ def test_the_teachers_context_is_one_template_with_the_picture_first(pocket, poc
     assert (context.tokens - other.tokens).abs().max() > 1e-3
 
 
-def test_the_teachers_picture_is_limited_to_576_tokens(pocket, tmp_path):
+def test_the_teachers_image_is_limited_to_576_tokens(pocket, tmp_path):
     shutil.copytree(Path(pocket.checkpoint.folder) / "vlm", tmp_path / "vlm")
     file = tmp_path / "vlm" / "preprocessor_config.json"
     wide = {"shortest_edge": 65536, "longest_edge": 16777216}  # Qwen3-VL's own
@@ -200,40 +198,43 @@ def test_a_vlm_of_another_size_is_refused_and_the_keys_listed(pocket, pocket_tex
         transplant(pocket_text_encoder.encoder, Qwen3VLModel(config), "narrower")
 
 
-def test_a_caption_over_the_limit_is_said_not_cut(pocket_text_encoder):
+def test_a_caption_over_the_limit_is_refused_not_truncated(pocket_text_encoder):
     with pytest.raises(ValueError, match="the limit is 512"):
         pocket_text_encoder.context(["star " * 600])
     with pytest.raises(ValueError, match="16 of them the image's; the limit is 1024"):
         pocket_text_encoder.context(["star " * 1100], [Image.new("RGB", (64, 64))])
 
 
-# The user turn of Qwen3's template, which Z-Image's tokenizer brings: content that is no text is
-# nothing to it.
+# The user turn of Qwen3's template, as in Z-Image's tokenizer: it drops content that is not text.
 QWEN3 = (
-    "{%- for message in messages %}{%- if message.content is string %}{%- set content = message.content %}"
+    "{%- for message in messages %}"
+    "{%- if message.content is string %}{%- set content = message.content %}"
     "{%- else %}{%- set content = '' %}{%- endif %}"
     "{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
     "{%- endif %}"
 )
 
 
-def test_the_picture_and_the_prompt_stand_in_the_turn_with_a_template_that_knows_no_pictures(
+def test_image_placeholders_are_written_with_a_template_that_supports_no_images(
     pocket,
 ):
     tokenizer = AutoTokenizer.from_pretrained(pocket.checkpoint.folder / "tokenizer")
-    mine = with_image(tokenizer, "a red star", 3)
+    ours = with_image(tokenizer, "a red star", 3)
     tokenizer.chat_template = QWEN3
-    assert with_image(tokenizer, "a red star", 3) == mine
-    assert mine == (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>a red star<|im_end|>\n"
+    assert with_image(tokenizer, "a red star", 3) == ours
+    assert ours == (
+        "<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
+        "a red star<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
 
 @torch.no_grad()
-def test_tiles_are_those_of_diffusers_and_only_pictures_are_decoded_in_them(pocket):
+def test_decoding_uses_diffusers_tiles_and_encoding_uses_none(pocket):
     whole, tiled = (pocket.load_vae(CPU, torch.float32, tiled=tiled) for tiled in (False, True))
     pixels = torch.rand(1, 3, 160, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = whole.latents(pixels)
@@ -243,16 +244,16 @@ def test_tiles_are_those_of_diffusers_and_only_pictures_are_decoded_in_them(pock
     )
     theirs = whole.autoencoder
     theirs.tile_sample_min_size, theirs.tile_latent_min_size = 64, 16
-    wanted = theirs.tiled_decode(scaled, return_dict=False)[0]
-    assert torch.equal(tiled.pixels(latents), wanted)
+    expected = theirs.tiled_decode(scaled, return_dict=False)[0]
+    assert torch.equal(tiled.pixels(latents), expected)
     assert (
-        not torch.equal(whole.pixels(latents), wanted)
-        and (whole.pixels(latents) - wanted).abs().mean() < 0.1
+        not torch.equal(whole.pixels(latents), expected)
+        and (whole.pixels(latents) - expected).abs().mean() < 0.1
     )
 
 
 @torch.no_grad()
-def test_pictures_painted_one_by_one_are_those_painted_together(
+def test_images_generated_in_chunks_equal_those_generated_together(
     pocket, pocket_text_encoder, monkeypatch
 ):
     denoiser, vae = pocket.load_denoiser(CPU, torch.float32), pocket.load_vae(CPU, torch.float32)
