@@ -20,7 +20,7 @@ from dopsd.files import write_text
 EXACT_SIDE = 256
 COPY_SIDE = 640
 ENLARGED_SIDE = 128  # pixels; images up to here are enlarged without smoothing
-SAME_NOISE = "Images in one group were generated from the same prompt and the same noise."
+SAME_NOISE = "The generated images of one group start from the same noise."
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_POINTS = 1000  # of a curve; in a longer run each point is the mean of consecutive steps
+SMOOTHED_FROM = 20  # points from which a curve is smoothed
 LOGARITHMIC_FROM = 20  # highest over lowest value from which a curve is logarithmic
 
 # Rows of metrics.jsonl; None: the number was not finite
@@ -31,18 +32,22 @@ def plot_curve(
     title: str, metrics: Metrics, names: Sequence[str], definition: str = ""
 ) -> Curve | None:
     """One name: as measured, and smoothed. Several: smoothed only, from blue (first) to orange
-    (last). None where no row has a value."""
+    (last). Short curves are not smoothed. None where no row has a value."""
     lines = []
     for index, name in enumerate(names):
         measured = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
         if not measured:
             continue
         points = _thin(np.array(measured))
-        if len(names) == 1:
-            lines.append(("as measured", "var(--faint)", points))
         hue = 220 + 170 * index / max(1, len(names) - 1)
-        label = "smoothed" if len(names) == 1 else name
-        lines.append((label, f"hsl({hue:.0f} 65% 52%)", _smooth(points)))
+        colour, is_long = f"hsl({hue:.0f} 65% 52%)", len(points) >= SMOOTHED_FROM
+        if len(names) > 1:
+            lines.append((name, colour, _smooth(points) if is_long else points))
+        elif is_long:
+            lines.append(("as measured", "var(--faint)", points))
+            lines.append(("smoothed", colour, _smooth(points)))
+        else:
+            lines.append(("as measured", colour, points))
     if not lines:
         return None
     every_point = np.concatenate([points for _, _, points in lines])

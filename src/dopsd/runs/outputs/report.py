@@ -124,9 +124,7 @@ def _health_sections(record: RunRecord) -> list[Section]:
             | {name: check[name]["value"] for name in metrics if name in check}
             for check in record.health
         ]
-        curves = [
-            plot_curve(name, values, [name], definitions.HEALTH.get(name, "")) for name in metrics
-        ]
+        curves = [plot_curve(name, values, [name]) for name in metrics]
     advice = advise(record.health)
     assert advice is not None, "there is a health check"
     return [
