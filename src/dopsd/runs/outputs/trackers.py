@@ -36,8 +36,8 @@ class Trackers:
             )
 
     def continue_after(self, step: int) -> None:
-        """Make tensorboard drop what it holds of later steps, which are logged again; the other
-        two keep one value for each step."""
+        """Make tensorboard drop what it holds of later steps, which are logged again; wandb and
+        trackio get the same values twice."""
         for tracker in self._trackers:
             if isinstance(tracker, TensorBoardTracker):
                 tracker.writer.close()
