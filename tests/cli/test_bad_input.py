@@ -234,6 +234,17 @@ STATES = ('{"step":', b"\xff", "{}", "[]", DEEP, '{"sha256": []}')
 RUNS: dict[str, tuple[Build, Command, str]] = {
     "a run already": (finished(), TRAIN, "runs/recipe already holds a run"),
     "nothing to resume": (nothing, RESUME, "runs/recipe holds no run yet: leave out --resume"),
+    "resume from a folder, no run": (
+        nothing,
+        (*TRAIN, "--resume", "images"),
+        "runs/recipe holds no run yet",
+    ),
+    "check a run folder": (finished(), ("check", RUN), f"give a recipe file, such as {RUN}/config"),
+    "check a LoRA": (
+        finished(),
+        ("check", f"{RUN}/recipe.safetensors"),
+        "holds weights and is no recipe: `dopsd inspect",
+    ),
     "resume from nowhere": (
         finished(),
         (*TRAIN, "--resume", "gone"),
@@ -408,7 +419,8 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
 }
 GENERATE = ("sample", "a star", "--model", "pocket", "--nfe", "1")
 ARGUMENTS: dict[Command, str] = {
-    ("check", "images"): "images does not exist: give a recipe file",
+    ("check", "images"): "images is a folder: give a recipe file.",
+    ("check", "images/0.png"): "images/0.png is not UTF-8",
     ("sample",): "'prompts'",
     ("train", "gone.yaml"): "gone.yaml does not exist: give a recipe file",
     ("sample", "a", "--nfe", "0"): "'--nfe'",

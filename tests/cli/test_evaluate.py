@@ -348,7 +348,7 @@ GENERATE = ("{folder}/run", "--prompts", "{p}")
             "--base is for images that are there",
         ),
         (["{folder}/run", "--prompts", "{folder}/gone.txt"], "does not exist: give a .txt"),
-        ([*GENERATE, "--nfe", "4,x"], "--nfe 4,x: give numbers of forwards"),
+        ([*GENERATE, "--nfe", "4,x"], "--nfe 4,x: give numbers"),
         ([*GENERATE, "--nfe", "0"], "--nfe 0: give numbers"),
         ([*GENERATE, "--seeds", "1"], "1 seeds a prompt"),
         ([*GENERATE, "--width", "65"], "must be multiples of"),

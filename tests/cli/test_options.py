@@ -9,7 +9,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from dopsd.cli.options import forwards_of, guarded
+from dopsd.cli.options import forwards_of, guarded, seeds_of
 
 
 def run(command, *words: str):
@@ -92,5 +92,11 @@ def test_every_command_takes_verbose_and_help_is_one_paragraph_each():
 def test_forwards_are_sorted_and_each_once():
     assert forwards_of("4, 1,2,2") == (1, 2, 4) and forwards_of(None) == ()
     for text in ("", "0", "1,", "1001", "two"):
-        with pytest.raises(ValueError, match="give numbers of forwards from 1 to 1000"):
+        with pytest.raises(ValueError, match="give numbers from 1 to 1000"):
             forwards_of(text)
+
+
+def test_seeds_begin_at_zero():
+    assert seeds_of("0,2,1") == (0, 1, 2) and seeds_of(None) == ()
+    with pytest.raises(ValueError, match="--seeds -1: give numbers from 0"):
+        seeds_of("-1")

@@ -3,11 +3,11 @@
 Importing it loads no torch; a command imports what it needs when it is called.
 """
 
+from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
-from dopsd import __version__
 from dopsd.cli import adapter, compare, data, evaluate, generate, tools, train
 from dopsd.cli.console import say
 from dopsd.cli.options import guarded, unwrapped
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        say(f"dopsd {__version__}")
+        say(f"dopsd {installed_version('dopsd')}")
         raise typer.Exit
 
 

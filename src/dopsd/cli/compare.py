@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dopsd.cli.console import field, say, show_table, write_numbers
-from dopsd.cli.options import AsJson, Changes, forwards_of
+from dopsd.cli.options import AsJson, Changes, forwards_of, seeds_of
 from dopsd.cli.progress import progress_bar
 
 
@@ -29,8 +29,14 @@ def compare(
         str | None,
         typer.Option(help="Train all on the first recipe's budget of images, seconds or forwards."),
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Train each recipe with each of these seeds, such as 0,1,2. Default: its own."
+        ),
+    ] = None,
     replicates: Annotated[
-        int, typer.Option(help="Concepts of the pocket benchmark to repeat it on.", min=1)
+        int, typer.Option(help="Data sets of the data's benchmark to repeat it on.", min=1)
     ] = 1,
 ) -> None:
     """Train recipes and compare the results on the same data, noise and metrics. What is finished
@@ -40,11 +46,13 @@ def compare(
     from dopsd.runs.comparison.budget import rule_of
     from dopsd.runs.comparison.compare import compare as compare_recipes
 
-    nfes, rule = forwards_of(nfe), rule_of(equal)
+    nfes, rule, train_seeds = forwards_of(nfe), rule_of(equal), seeds_of(seeds)
     tuned = [path for path in recipes if path.suffix == ".safetensors" or is_model(path)]
     loaded = [load_recipe(path, change or ()) for path in recipes if path not in tuned]
     with progress_bar() as advance:
-        outcome = compare_recipes(loaded, report, advance, tuned, nfes, rule, replicates)
+        outcome = compare_recipes(
+            loaded, report, advance, tuned, nfes, rule, replicates, train_seeds
+        )
     show_table(outcome.header, outcome.table)
     write_numbers(json_file, outcome.numbers)
     field("report", report)

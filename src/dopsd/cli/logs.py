@@ -13,7 +13,6 @@ LIBRARIES = {  # switches that these read when they are imported
     "TQDM_DISABLE": "1",  # bars of transformers and diffusers; downloads keep theirs
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
-    "BITSANDBYTES_NOWELCOME": "1",
 }
 
 

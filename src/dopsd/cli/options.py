@@ -56,6 +56,24 @@ LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
 )
 MOST_FORWARDS = 1000  # no sampler takes more steps
+MOST_SEED = 2**31 - 1  # of `--seeds`
+
+
+def numbers_of(option: str, text: str | None, least: int, most: int) -> tuple[int, ...]:
+    """The numbers of an option such as `--nfe 1,2,4,8`, sorted and each once; empty for None.
+    Raises ValueError for a text that is no such list, or has a number out of its range."""
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isdecimal() and least <= int(part) <= most for part in parts):
+        raise ValueError(
+            f"{option} {text}: give numbers from {least} to {most}, separated by commas, such as "
+            f"{option} 1,2,4."
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def seeds_of(text: str | None) -> tuple[int, ...]:
+    """The numbers of `--seeds`."""
+    return numbers_of("--seeds", text, 0, MOST_SEED)
 
 
 def lora_file(path: Path) -> Path:
@@ -69,14 +87,8 @@ def lora_file(path: Path) -> Path:
 
 
 def forwards_of(text: str | None) -> tuple[int, ...]:
-    """The numbers of `--nfe 1,2,4,8`, sorted and each once; empty for None. Raises ValueError for
-    any other text."""
-    parts = [part.strip() for part in text.split(",")] if text is not None else []
-    if not all(part.isdecimal() and 1 <= int(part) <= MOST_FORWARDS for part in parts):
-        raise ValueError(
-            f"--nfe {text}: give numbers of forwards from 1 to {MOST_FORWARDS}, e.g. --nfe 1,2,4,8."
-        )
-    return tuple(sorted({int(part) for part in parts}))
+    """The numbers of `--nfe`."""
+    return numbers_of("--nfe", text, 1, MOST_FORWARDS)
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:

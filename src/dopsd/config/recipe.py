@@ -61,14 +61,24 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Relative paths in the file are relative to the working directory, as on the command line.
     """
+    if path.is_dir():
+        recipes = sorted(path.glob("*.yaml"))
+        example = f", such as {recipes[0]}" if recipes else ""
+        raise ValueError(f"{path} is a folder: give a recipe file{example}.")
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: give a recipe file, or start from one in recipes/."
         )
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} holds weights and is no recipe: `dopsd inspect {path}` shows what it is."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it again as UTF-8.") from error
+        raise ValueError(
+            f"{path} is not UTF-8 ({error}): give a recipe file, saved as UTF-8."
+        ) from error
     return read_recipe(text, str(path), {"run_name": path.stem}, changes)
 
 

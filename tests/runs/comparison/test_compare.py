@@ -253,7 +253,7 @@ def test_the_demo_is_what_the_pocket_identity_recipes_say(method, tmp_path):
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        (["--nfe", "0"], "--nfe 0: give numbers of forwards from 1"),
+        (["--nfe", "0"], "--nfe 0: give numbers from 1"),
         (["--nfe", "1,,4"], "--nfe 1,,4: give numbers"),
         (["--nfe", "many"], "--nfe many: give numbers"),
         (

@@ -81,7 +81,7 @@ def _checkpoints_to_resume(recipe: Recipe, resume: str | None) -> list[Path]:
         states = checkpoints(folder)[::-1]
     else:
         states = [path for path in [Path(resume)] if path.is_dir()]
-    if not states:
+    if not states or not folder.exists():
         raise ValueError(_nothing_to_resume(folder, resume))
     _refuse_other_recipe(recipe, folder)
     for name in ("metrics.jsonl", "health.jsonl"):
@@ -91,6 +91,8 @@ def _checkpoints_to_resume(recipe: Recipe, resume: str | None) -> list[Path]:
 
 def _nothing_to_resume(folder: Path, resume: str) -> str:
     """One sentence: what is missing, and what to do."""
+    if not folder.exists():
+        return f"{folder} holds no run yet: leave out --resume to start one."
     if resume != "latest":
         return (
             f"--resume {resume}: there is no such checkpoint folder. Give --resume latest, or a "
