@@ -1,4 +1,4 @@
-"""The one clock against diffusers' schedulers and closed forms."""
+"""Noise path, sampler step and densities against diffusers' schedulers and closed forms."""
 
 import math
 
@@ -19,7 +19,7 @@ from dopsd.diffusion.flow import (
 )
 
 
-def test_clean_and_noise_come_back_from_the_true_velocity():
+def test_the_true_velocity_gives_back_clean_and_noise():
     clean, noise, t = (
         torch.randn(3, 2, 4, 4),
         torch.randn(3, 2, 4, 4),
@@ -34,29 +34,29 @@ def test_a_step_without_renoising_is_bitwise_the_flow_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     z = torch.randn(2, 4, 8, 8)
-    mine = z.clone()
+    own = z.clone()
     for s, t in zip(
         Schedule(scheduler.sigmas, (0.0,) * 4).steps(), scheduler.timesteps, strict=True
     ):
         velocity = torch.randn_like(z)
         z = scheduler.step(velocity, t, z, return_dict=False)[0]
-        mine = step(mine, velocity, s)
-        assert torch.equal(z, mine)
+        own = step(own, velocity, s)
+        assert torch.equal(z, own)
 
 
 def test_full_renoising_is_bitwise_the_flow_scheduler_with_stochastic_sampling():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     z = torch.randn(2, 4, 8, 8)
-    mine = z.clone()
+    own = z.clone()
     for s, t in zip(
         Schedule(scheduler.sigmas, (1.0,) * 4).steps(), scheduler.timesteps, strict=True
     ):
         velocity = torch.randn_like(z)
         torch.manual_seed(s.index)
         z = scheduler.step(velocity, t, z, return_dict=False)[0]
-        mine = step(mine, velocity, s, torch.Generator().manual_seed(s.index))
-        torch.testing.assert_close(mine, z, atol=1e-6, rtol=1e-6)
+        own = step(own, velocity, s, torch.Generator().manual_seed(s.index))
+        torch.testing.assert_close(own, z, atol=1e-6, rtol=1e-6)
 
 
 def test_ancestral_euler_is_renoising_by_a_known_share():
@@ -160,7 +160,7 @@ def test_invariant_10_eta_near_0_is_euler_and_eta_1_is_renoising():
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_invariant_11_a_point_mass_keeps_its_marginal_at_every_step(eta):
-    """With the exact velocity of a point at 0, every state has standard deviation t."""
+    """With the exact velocity of data at the point 0, each state has standard deviation t."""
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(200_000, 1, dtype=torch.float64, generator=rng)
     for s in GRID.stochastic(eta, range(7)).steps():
@@ -169,15 +169,15 @@ def test_invariant_11_a_point_mass_keeps_its_marginal_at_every_step(eta):
             assert (z.std() / s.after).item() == pytest.approx(1, abs=0.01)
 
 
-def test_invariant_14_a_step_without_noise_has_no_density():
+def test_invariant_14_a_deterministic_step_has_no_density():
     with pytest.raises(ValueError, match="draws no noise"):
         transition(next(GRID.steps()))
     with pytest.raises(AssertionError):
         GRID.stochastic(0.5, [7])
 
 
-def test_invariant_12_the_mean_log_ratio_over_a_pictures_own_transitions_has_a_closed_form():
-    """z' drawn from the true image and noise: the mean ratio is -w (|u - truth|^2 - |v - truth|^2)."""
+def test_invariant_12_the_mean_log_ratio_over_transitions_of_an_image_has_a_closed_form():
+    """For z' drawn with the true velocity the mean is -w (|u - true|^2 - |v - true|^2)."""
     rng = torch.Generator().manual_seed(1)
     clean, noise, u, v = (
         torch.randn(1, 1, 4, 4, dtype=torch.float64, generator=rng) for _ in range(4)

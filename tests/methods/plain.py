@@ -46,6 +46,16 @@ def batch(rows: int = 3, **parts) -> Batch:
     return Batch(latents(1, rows), context(2, rows), ("a", "b", "c")[:rows], weight, **parts)
 
 
+def pairs() -> Batch:
+    """A batch with rejected images."""
+    return batch(rejected=latents(4))
+
+
+def redness(images: Tensor, prompts) -> Tensor:
+    """A reward [B]: the mean of the first channel."""
+    return images[:, 0].mean((1, 2)).float()
+
+
 def roles(student, teacher=None, base=None, score=None, times: Tensor = TIMES) -> Roles:
     """Roles of these velocities with a sampler of Euler steps at `times`."""
     schedule = Schedule(times, (0.0,) * (len(times) - 1))
@@ -75,6 +85,12 @@ def run(
             log[name] = log.get(name, 0.0) + value.item()
     assert piece.last
     return Outcome(log, [p.grad.clone() for p in student.parameters()], count)
+
+
+def run_pairs(method: Method, student, base, of_batch: Batch | None = None, seed: int = 7):
+    """`run` on a batch of pairs with `redness` as reward."""
+    of_roles = roles(student, base=base, score=redness)
+    return run(method, of_roles, of_batch or pairs(), student, seed)
 
 
 def same(

@@ -1,4 +1,4 @@
-"""D-OPSD's gradient against plain one-graph code, on a denoiser anyone can read, in float64."""
+"""D-OPSD's gradient against the algorithm as one graph, on a small denoiser in float64."""
 
 from itertools import pairwise
 
@@ -12,36 +12,36 @@ from dopsd.methods import DOPSD
 from .plain import TIMES, Plain, batch, context, latents, roles, run, same
 
 
-def seeing(same_contexts: bool = False) -> Batch:
+def with_teacher(same_contexts: bool = False) -> Batch:
     return batch(privileged=context(2) if same_contexts else context(3))
 
 
 def one_graph_loss(
     student: nn.Module, teacher: nn.Module, data: Batch, noise: Tensor, weight_of
 ) -> Tensor:
-    """The paper's algorithm written flat, one summed loss, all K graphs alive."""
+    """The paper's algorithm with one summed loss over all K steps."""
     z, total = noise, torch.zeros((), dtype=torch.float64)
     for now, after in pairwise(TIMES):
         t = now.expand(3)
-        mine = student(z, t, data.context)
+        velocity = student(z, t, data.context)
         target = teacher(z, t, data.privileged).detach()
-        rows = ((mine - target) ** 2).mean((1, 2, 3)) * data.weight * weight_of(now)
+        rows = ((velocity - target) ** 2).mean((1, 2, 3)) * data.weight * weight_of(now)
         total = total + rows.mean() / 4
-        z = (z + (after - now) * mine).detach()
+        z = (z + (after - now) * velocity).detach()
     return total
 
 
 def check_space(space, weight_of):
-    student, teacher, data = Plain(0), Plain(1), seeing()
-    mine = run(DOPSD(space=space), roles(student, teacher), data, student)
+    student, teacher, data = Plain(0), Plain(1), with_teacher()
+    result = run(DOPSD(space=space), roles(student, teacher), data, student)
     student.zero_grad()
     noise = torch.randn(
         data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
     )
     expected = one_graph_loss(student, teacher, data, noise, weight_of)
     expected.backward()
-    assert abs(mine.log["loss"] - expected.item()) < 1e-12
-    assert same(mine.gradients, [p.grad for p in student.parameters()], tolerance=1e-10)
+    assert abs(result.log["loss"] - expected.item()) < 1e-12
+    assert same(result.gradients, [p.grad for p in student.parameters()], tolerance=1e-10)
 
 
 def test_accumulated_gradient_equals_the_one_graph_gradient_in_velocity_space():
@@ -54,22 +54,27 @@ def test_accumulated_gradient_equals_the_one_graph_gradient_in_clean_space():
 
 def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_student():
     student = Plain()
-    found = run(DOPSD(), roles(student), seeing(same_contexts=True), student)
-    assert found.log["loss"] == 0
-    assert all(not gradient.any() for gradient in found.gradients)
+    result = run(DOPSD(), roles(student), with_teacher(same_contexts=True), student)
+    assert result.log["loss"] == 0
+    assert all(not gradient.any() for gradient in result.gradients)
 
 
 def test_teacher_never_gets_gradient():
     student, teacher = Plain(0), Plain(1)
     for states in ("student", "teacher", "data"):
-        run(DOPSD(states=states, teacher_guidance=2), roles(student, teacher), seeing(), student)
+        run(
+            DOPSD(states=states, teacher_guidance=2),
+            roles(student, teacher),
+            with_teacher(),
+            student,
+        )
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize("states", ["student", "teacher", "data"])
 @pytest.mark.parametrize("loss_steps", ["all", 2, (1, 3)])
 @pytest.mark.parametrize("retention", [0.0, 0.5])
-def test_the_last_piece_and_only_the_last_closes_the_batch(states, loss_steps, retention):
+def test_exactly_the_last_piece_is_marked_last(states, loss_steps, retention):
     method = DOPSD(states=states, loss_steps=loss_steps, retention=retention)
     data = batch(privileged=context(3), replay=context(4))
     pieces = list(method.losses(roles(Plain()), data, torch.Generator().manual_seed(7)))
@@ -104,9 +109,9 @@ def test_the_announced_cost_is_what_every_draw_of_steps_computes(states, loss_st
 
 
 def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
-    """Each step's own loss gradient, written flat, at states of the whole walk."""
-    student, teacher, data = Plain(0), Plain(1), seeing()
-    mine = run(DOPSD(loss_steps=(1, 3)), roles(student, teacher), data, student)
+    """The gradient of each step's own loss, at states of the whole rollout."""
+    student, teacher, data = Plain(0), Plain(1), with_teacher()
+    result = run(DOPSD(loss_steps=(1, 3)), roles(student, teacher), data, student)
     student.zero_grad()
     z = torch.randn(
         data.latents.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
@@ -119,39 +124,43 @@ def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
             total = total + (((u - target) ** 2).mean((1, 2, 3)) * data.weight).mean() / 2
         z = (z + (after - now) * u).detach()
     total.backward()
-    assert same(mine.gradients, [p.grad for p in student.parameters()])
+    assert same(result.gradients, [p.grad for p in student.parameters()])
 
 
 def test_random_steps_are_drawn_from_the_seed_and_each_step_comes_up():
     student = Plain()
     parts = roles(student, Plain(1))
-    one, again = (run(DOPSD(loss_steps=1), parts, seeing(), student) for _ in range(2))
+    one, again = (run(DOPSD(loss_steps=1), parts, with_teacher(), student) for _ in range(2))
     assert same(one.gradients, again.gradients, tolerance=0)
     drawn = {DOPSD(loss_steps=1)._loss_steps(4, seed) for seed in range(40)}
     assert drawn == {(0,), (1,), (2,), (3,)}
 
 
-def test_guidance_goes_from_the_text_only_answer_through_the_seeing_one():
-    """Zero image-given difference: guidance changes nothing. Otherwise the target moves by guidance
-    - 1 of it."""
-    student, teacher, data = Plain(0), Plain(1), seeing()
+def test_guidance_extrapolates_from_the_text_only_velocity_through_the_one_with_the_image():
+    """It changes nothing where the image makes no difference."""
+    student, teacher, data = Plain(0), Plain(1), with_teacher()
     z, t = latents(5), TIMES[1].expand(3)
-    seen, blind = (teacher(z, t, each).detach() for each in (data.privileged, data.context))
-    target = DOPSD(teacher_guidance=2.5)._target(roles(student, teacher), z, t, data)
-    torch.testing.assert_close(target, blind + 2.5 * (seen - blind))
-    blinded = run(
-        DOPSD(teacher_guidance=2.5), roles(student, teacher), seeing(same_contexts=True), student
+    with_image, text_only = (
+        teacher(z, t, each).detach() for each in (data.privileged, data.context)
     )
-    plain = run(DOPSD(), roles(student, teacher), seeing(same_contexts=True), student)
-    assert same(blinded.gradients, plain.gradients)
+    target = DOPSD(teacher_guidance=2.5)._target(roles(student, teacher), z, t, data)
+    torch.testing.assert_close(target, text_only + 2.5 * (with_image - text_only))
+    guided = run(
+        DOPSD(teacher_guidance=2.5),
+        roles(student, teacher),
+        with_teacher(same_contexts=True),
+        student,
+    )
+    plain = run(DOPSD(), roles(student, teacher), with_teacher(same_contexts=True), student)
+    assert same(guided.gradients, plain.gradients)
 
 
-def test_retention_is_exactly_0_at_the_start_and_pulls_back_later():
+def test_retention_is_exactly_0_at_the_start_and_has_a_gradient_later():
     student, data = Plain(0), batch(privileged=context(2), replay=context(4))
-    found = run(
+    result = run(
         DOPSD(retention=3.0), roles(student), data, student
-    )  # contexts agree: nothing but retention could pull
-    assert found.log["retention"] == 0 and not any(gradient.any() for gradient in found.gradients)
+    )  # contexts are equal, so only retention could have a gradient
+    assert result.log["retention"] == 0 and not any(gradient.any() for gradient in result.gradients)
     moved = run(DOPSD(retention=3.0), roles(student, teacher=student, base=Plain(1)), data, student)
     assert moved.log["retention"] > 0 and moved.log["loss"] == pytest.approx(
         3 * moved.log["retention"]
@@ -159,12 +168,12 @@ def test_retention_is_exactly_0_at_the_start_and_pulls_back_later():
     assert any(gradient.any() for gradient in moved.gradients)
 
 
-def test_retention_is_measured_on_the_students_own_walk():
+def test_retention_is_measured_on_the_students_own_rollout():
     student, base, data = Plain(0), Plain(1), batch(privileged=context(2), replay=context(4))
-    mine = run(DOPSD(retention=1.0), roles(student, teacher=student, base=base), data, student)
+    result = run(DOPSD(retention=1.0), roles(student, teacher=student, base=base), data, student)
     student.zero_grad()
     rng = torch.Generator().manual_seed(7)
-    torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)  # the first walk's
+    torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)  # of the first rollout
     z = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     total = 0.0
     for now, after in pairwise(TIMES):
@@ -172,13 +181,16 @@ def test_retention_is_measured_on_the_students_own_walk():
         total = total + ((u - base(z, now.expand(3), data.replay).detach()) ** 2).mean() / 4
         z = (z + (after - now) * u).detach()
     total.backward()
-    assert same(mine.gradients, [p.grad for p in student.parameters()])
+    assert same(result.gradients, [p.grad for p in student.parameters()])
 
 
-def test_off_policy_states_are_the_noised_pictures():
-    student, teacher, data = Plain(0), Plain(1), seeing()
+def test_off_policy_states_are_the_noised_images():
+    student, teacher, data = Plain(0), Plain(1), with_teacher()
     reached = []
-    watched = lambda z, t, c: (reached.append(z), student(z, t, c))[1]
+
+    def watched(z, t, c):
+        return (reached.append(z), student(z, t, c))[1]
+
     list(
         DOPSD(states="data").losses(roles(watched, teacher), data, torch.Generator().manual_seed(7))
     )
@@ -190,6 +202,6 @@ def test_off_policy_states_are_the_noised_pictures():
 
 
 @pytest.mark.parametrize(("steps", "why"), [(5, "at most 4"), ((0, 4), "0 to 3")])
-def test_steps_beyond_the_walk_are_refused(steps, why):
+def test_steps_that_the_sampler_does_not_have_are_refused(steps, why):
     with pytest.raises(ValueError, match=why):
         DOPSD(loss_steps=steps).refuse_nfe(4)

@@ -1,5 +1,7 @@
-"""What SFT, DreamBooth and their weights must keep to. Numbers: the invariants in
-docs/methods/preference.md."""
+"""SFT and DreamBooth: times, error spaces, weights and prior preservation.
+
+The numbers in test names are those of the list of invariants in docs/methods/preference.md.
+"""
 
 from itertools import pairwise
 
@@ -33,7 +35,7 @@ def test_invariant_21_the_shift_map_keeps_its_ends_and_1_is_the_identity():
 @pytest.mark.parametrize("space", ["velocity", "clean", "noise"])
 def test_invariant_21_each_space_measures_the_error_of_its_own_estimate(space):
     student, data = Plain(0), batch()
-    found = run(SFT(space=space, times="uniform"), roles(student), data, student)
+    result = run(SFT(space=space, times="uniform"), roles(student), data, student)
     rng = torch.Generator().manual_seed(7)
     noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     t = torch.rand(3, generator=rng)
@@ -46,11 +48,11 @@ def test_invariant_21_each_space_measures_the_error_of_its_own_estimate(space):
         "noise": (z + (1 - rows) * u) - noise,
     }[space]
     loss = (data.weight * error.square().mean((1, 2, 3))).mean()
-    assert found.log["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert result.log["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_min_snr_is_the_noise_error_times_the_papers_weight():
-    """min(SNR, gamma) / SNR, SNR = ((1-t)/t)^2; without limit it is the noise space itself."""
+    """min(SNR, gamma) / SNR, SNR = ((1-t)/t)^2; with a huge gamma it is the noise space."""
     t = torch.linspace(0.05, 0.999, 50, dtype=torch.float64)
     snr = ((1 - t) / t) ** 2
     weight = SFT(space="noise", min_snr_gamma=5).time_weight(t)
@@ -61,7 +63,7 @@ def test_min_snr_is_the_noise_error_times_the_papers_weight():
         SFT(min_snr_gamma=5)
 
 
-def test_invariant_22_without_weight_dreambooth_is_sft():
+def test_invariant_22_with_prior_weight_0_dreambooth_is_sft():
     student, data = Plain(0), batch(prior=class_batch())
     dreambooth = run(DreamBooth(class_prompt="p", prior_weight=0), roles(student), data, student)
     sft = run(SFT(), roles(student), data, student)
@@ -88,10 +90,13 @@ def test_invariant_22_with_the_subject_as_its_own_class_dreambooth_is_twice_sft_
     assert (mean - twice).norm() < 0.05 * twice.norm()
 
 
-def test_invariant_22_the_class_pictures_never_meet_the_subjects_prompt():
+def test_invariant_22_class_images_are_trained_with_their_own_prompt_only():
     seen = []
     student = Plain(0)
-    watched = lambda z, t, c: (seen.append((z, c)), student(z, t, c))[1]
+
+    def watched(z, t, c):
+        return (seen.append((z, c)), student(z, t, c))[1]
+
     data = batch(prior=class_batch())
     pieces = list(DreamBooth(class_prompt="p").losses(roles(watched), data, torch.Generator()))
     assert [
@@ -101,10 +106,10 @@ def test_invariant_22_the_class_pictures_never_meet_the_subjects_prompt():
     assert [piece.last for piece in pieces] == [False, True]
 
 
-def test_sft_on_the_teachers_samples_learns_what_the_teacher_paints():
+def test_sft_on_the_teachers_samples_learns_what_the_teacher_generates():
     student, teacher = Plain(0), Plain(1)
     data = batch(privileged=context(3))
-    found = run(SFT(samples="teacher", times="uniform"), roles(student, teacher), data, student)
+    result = run(SFT(samples="teacher", times="uniform"), roles(student, teacher), data, student)
     rng = torch.Generator().manual_seed(7)
     z = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     for now, after in pairwise(TIMES):
@@ -113,6 +118,6 @@ def test_sft_on_the_teachers_samples_learns_what_the_teacher_paints():
     noise = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     t = torch.rand(3, generator=rng)
     error = student(noisy(z, noise, t), t, data.context) - noise + z
-    assert found.log["loss"] == pytest.approx(
+    assert result.log["loss"] == pytest.approx(
         (data.weight * error.square().mean((1, 2, 3))).mean().item(), rel=1e-6
     )

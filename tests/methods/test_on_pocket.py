@@ -1,7 +1,7 @@
-"""Every method moves its own objective on the pocket model within a few steps, by more than seeds
-differ.
+"""Every method improves its own objective on the pocket model within a few steps.
 
-The objective is read on the concept dataset's images and on noise that training did not draw.
+The objective is measured on the images of a concept and on noise that training did not draw. The
+required improvements are larger than differences between seeds.
 """
 
 import numpy as np
@@ -24,14 +24,14 @@ from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles
 
 CPU = torch.device("cpu")
-UNSEEN = 10_000  # first index of the noise that only the judging draws
+UNSEEN = 10_000  # first index of noise that training does not draw
 
 
 @pytest.fixture(scope="module")
 def concept_batch(pocket: Family, pocket_text_encoder, tmp_path_factory) -> Batch:
-    """Two images of a thing, two of another as the rejected ones, two images of a class, two other
+    """Two images of a thing, two of another thing as rejected and as class images, and two other
     prompts."""
-    folder = tmp_path_factory.mktemp("lessons")
+    folder = tmp_path_factory.mktemp("concepts")
     vae = pocket.load_vae(CPU, torch.float32)
 
     def concept(seed: int):
@@ -80,8 +80,8 @@ def student_of(pocket: Family, method: Method, seed: int):
     return student, teacher, parts
 
 
-def told(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 2) -> float:
-    """A number of the method's own log, mean over unseen noise."""
+def logged(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 2) -> float:
+    """An entry of the method's log, mean over unseen noise."""
     total = 0.0
     for draw in range(draws):
         for piece in method.losses(parts, batch, generator_at(0, UNSEEN + draw)):
@@ -89,12 +89,12 @@ def told(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 2) 
     return total / draws
 
 
-def trained(
+def train(
     pocket: Family, method: Method, batch: Batch, steps: int, rate: float, seed: int, name: str
 ):
-    """(before, after, roles) of one number of the method's log."""
+    """An entry of the method's log before and after training, and the roles."""
     student, teacher, parts = student_of(pocket, method, seed)
-    before = told(method, parts, batch, name)
+    before = logged(method, parts, batch, name)
     optimizer = torch.optim.AdamW(student.values(), lr=rate, weight_decay=0.0)
     for index in range(steps):
         for piece in method.losses(parts, batch, generator_at(seed, index)):
@@ -103,10 +103,10 @@ def trained(
         optimizer.step()
         optimizer.zero_grad()
         teacher.follow()
-    return before, told(method, parts, batch, name), parts
+    return before, logged(method, parts, batch, name), parts
 
 
-CASES = [  # (method, steps, learning rate, number read, sign it moves in, least move)
+CASES = [  # method, steps, learning rate, log entry, sign of its change, least change
     pytest.param(SFT(), 20, 2e-3, "loss", -1, 0.05, id="sft"),
     pytest.param(DreamBooth(class_prompt="a toy"), 20, 2e-3, "loss", -1, 0.05, id="dreambooth"),
     pytest.param(DOPSD(nfe=2), 20, 2e-3, "loss", -1, 0.05, id="dopsd"),
@@ -117,26 +117,26 @@ CASES = [  # (method, steps, learning rate, number read, sign it moves in, least
 
 
 @pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
-def test_a_method_moves_its_own_objective(
+def test_a_method_improves_its_own_objective(
     method, steps, rate, name, sign, least, pocket, concept_batch
 ):
-    before, after, _ = trained(pocket, method, concept_batch, steps, rate, 0, name)
+    before, after, _ = train(pocket, method, concept_batch, steps, rate, 0, name)
     assert sign * (after - before) > least, (before, after)
 
 
 def test_retention_is_exactly_0_before_the_first_step(pocket, concept_batch):
     method = DOPSD(nfe=2, retention=1.0)
     _, _, parts = student_of(pocket, method, seed=0)
-    assert told(method, parts, concept_batch, "retention") == 0
+    assert logged(method, parts, concept_batch, "retention") == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "steps", "rate", "name", "sign", "least"), CASES)
-def test_the_margins_hold_for_three_seeds(
+def test_a_method_improves_its_own_objective_with_three_seeds(
     method, steps, rate, name, sign, least, pocket, concept_batch
 ):
     for seed in range(3):
-        before, after, _ = trained(pocket, method, concept_batch, steps, rate, seed, name)
+        before, after, _ = train(pocket, method, concept_batch, steps, rate, seed, name)
         assert sign * (after - before) > least, (seed, before, after)
 
 
@@ -144,11 +144,10 @@ def test_the_margins_hold_for_three_seeds(
     ("seed", "steps"),
     [(0, 20), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in range(3))],
 )
-def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(
+def test_online_pso_generates_redder_images_on_unseen_noise_and_stays_healthy(
     seed, steps, pocket, pocket_text_encoder
 ):
-    """Judge `red`, on prompts that name all colours; health as a run's health check measures it, on
-    other prompts."""
+    """The reward is `red`, on prompts of all colours; health is measured on other prompts."""
     prompts = [caption_of(stated) for stated in unrelated_statements(8, stream=9)]
     side = pocket.resolution // pocket.vae_scale_factor
     batch = Batch(
@@ -158,7 +157,7 @@ def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(
         torch.ones(8),
     )
     method = PSOOnline(reward="red", beta=100)
-    *_, parts = trained(pocket, method, batch, steps, 2e-3, seed, "score")
+    *_, parts = train(pocket, method, batch, steps, 2e-3, seed, "score")
     scores = {}
     for name, velocity in (("tuned", parts.student), ("base", parts.base)):
         noises = [
@@ -179,5 +178,5 @@ def test_online_pso_paints_redder_on_unseen_noise_and_keeps_its_health(
         context,
         (pocket.channels, side, side),
     )
-    found = health_check.examine(parts.student, vae)
-    assert found.healthy, str(found)
+    health = health_check.examine(parts.student, vae)
+    assert health.healthy, str(health)

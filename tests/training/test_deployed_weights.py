@@ -1,5 +1,5 @@
-"""LoRA trained on other weights than the deployed ones: what trains, what is shown, what the file
-does."""
+"""LoRA trained on other weights than the deployed ones: which weights train, and which are used for
+previews and export."""
 
 import json
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
+def many_step_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parent") / "model"
     assert CliRunner().invoke(app, ["many-step", str(folder)]).exit_code == 0
     return folder
@@ -51,7 +51,7 @@ def opened(recipe, pocket, text_encoder):
     return session
 
 
-def asked(velocity, pocket, text_encoder):
+def answer(velocity, pocket, text_encoder):
     latents = noise_for([5, 6], pocket.channels, 16, 16).start
     with torch.no_grad():
         return velocity(
@@ -67,27 +67,31 @@ def with_lora(family, file):
     return denoiser
 
 
-def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_model(
-    parent, concept, tmp_path, pocket, pocket_text_encoder
+def test_lora_trains_on_the_many_step_model_and_is_shown_and_saved_for_the_distilled_one(
+    many_step_model, concept, tmp_path, pocket, pocket_text_encoder
 ):
     session = opened(
-        recipe_for(concept, tmp_path, train_on=str(parent)), pocket, pocket_text_encoder
+        recipe_for(concept, tmp_path, train_on=str(many_step_model)), pocket, pocket_text_encoder
     )
-    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)
-    theirs, own = (
-        each.load_denoiser(CPU, torch.float32) for each in (load_family(str(parent)), pocket)
+
+    def ask(velocity):
+        return answer(velocity, pocket, pocket_text_encoder)
+
+    many_step, own = (
+        each.load_denoiser(CPU, torch.float32)
+        for each in (load_family(str(many_step_model)), pocket)
     )
-    assert torch.equal(ask(session.roles.base), ask(theirs)) and torch.equal(
+    assert torch.equal(ask(session.roles.base), ask(many_step)) and torch.equal(
         ask(session.deployed_roles.base), ask(own)
     )
-    assert (ask(theirs) - ask(own)).abs().max() > 0.01
+    assert (ask(many_step) - ask(own)).abs().max() > 0.01
     session.export(tmp_path / "lora.safetensors", weights_metadata(session.run, 1))
     trained, shown = ask(session.roles.student), ask(session.deployed_roles.student)
     torch.testing.assert_close(
         ask(with_lora(pocket, tmp_path / "lora.safetensors")), shown, atol=1e-4, rtol=0
     )
     torch.testing.assert_close(
-        ask(with_lora(load_family(str(parent)), tmp_path / "lora.safetensors")),
+        ask(with_lora(load_family(str(many_step_model)), tmp_path / "lora.safetensors")),
         trained,
         atol=1e-4,
         rtol=0,
@@ -95,7 +99,7 @@ def test_lora_trains_on_the_parent_and_is_shown_and_saved_for_the_distilled_mode
     assert weights_metadata(session.run, 1)["trained_on"] == "model"
 
 
-def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_shown(
+def test_a_training_adapter_is_in_the_weights_that_train_and_not_in_the_deployed_ones(
     concept, tmp_path, pocket, pocket_text_encoder
 ):
     first = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
@@ -104,7 +108,10 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
     session = opened(
         recipe_for(concept, tmp_path, training_adapter=str(adapter)), pocket, pocket_text_encoder
     )
-    ask = lambda velocity: asked(velocity, pocket, pocket_text_encoder)
+
+    def ask(velocity):
+        return answer(velocity, pocket, pocket_text_encoder)
+
     torch.testing.assert_close(
         ask(session.roles.base), ask(with_lora(pocket, adapter)), atol=1e-5, rtol=0
     )
@@ -118,30 +125,30 @@ def test_a_training_adapter_is_in_the_weights_that_train_and_off_in_what_is_show
     assert len(weights_metadata(session.run, 1)["training_adapter_sha256"]) == 64
 
 
-def test_without_other_weights_a_run_shows_what_it_trains(
+def test_without_other_weights_the_deployed_roles_are_those_that_train(
     concept, tmp_path, pocket, pocket_text_encoder
 ):
     session = opened(recipe_for(concept, tmp_path), pocket, pocket_text_encoder)
     assert session.deployed_roles is session.roles
 
 
-def test_another_architecture_is_refused_by_check(parent, concept, tmp_path):
-    config = parent / "transformer" / "config.json"
-    said = config.read_text()
-    config.write_text(json.dumps(json.loads(said) | {"n_layers": 2}))
+def test_another_architecture_is_refused_by_check(many_step_model, concept, tmp_path):
+    config = many_step_model / "transformer" / "config.json"
+    original = config.read_text()
+    config.write_text(json.dumps(json.loads(original) | {"n_layers": 2}))
     try:
         with pytest.raises(
             ValueError, match=r"model\.train_on .* is of another architecture than pocket"
         ):
-            check(resolve(recipe_for(concept, tmp_path, train_on=str(parent))))
+            check(resolve(recipe_for(concept, tmp_path, train_on=str(many_step_model))))
     finally:
-        config.write_text(said)
+        config.write_text(original)
 
 
 @pytest.mark.parametrize(
     "other", [{"quantize": "nf4"}, {"offload": True}, {"training_adapter": "a.safetensors"}]
 )
-def test_what_excludes_it_is_one_sentence(other, concept, tmp_path):
+def test_settings_that_exclude_one_another_are_refused(other, concept, tmp_path):
     with pytest.raises(ValueError, match="exclude one another: choose one"):
         recipe_for(concept, tmp_path, train_on="somewhere", **other)
     with pytest.raises(ValueError, match="adapter: full trains the deployed weights themselves"):

@@ -31,8 +31,10 @@ class Batches:
 
 
 class MeanOutput(Method):
-    """The mean over images of the student's output, plus the same over class images if there are
-    any. With the network below its gradient is the mean of the latents, whatever the weights are."""
+    """Mean of the student's output over images, plus the same over class images if there are any.
+
+    With the network below its gradient is the mean of the latents, whatever the weights are.
+    """
 
     def losses(self, roles, batch, rng):
         loss = self.mean_output(roles, batch)

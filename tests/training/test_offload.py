@@ -1,5 +1,4 @@
-"""Blocks that borrow their weights: the same numbers, one block's copy at a time, and a run with
-them."""
+"""Offload: the same numbers, copies of one block at a time, and a run with it."""
 
 import pytest
 import torch
@@ -30,9 +29,9 @@ def recipe_for(concept, output, name: str, offload: bool) -> Recipe:
     )
 
 
-def test_a_run_with_borrowed_weights_is_bitwise_the_run_without(concept, tmp_path):
+def test_a_run_with_offload_is_bitwise_the_run_without(concept, tmp_path):
     files = []
-    for name, offload in (("resident", False), ("borrowed", True)):
+    for name, offload in (("resident", False), ("offloaded", True)):
         recipe = recipe_for(concept, tmp_path, name, offload)
         for _ in train(recipe):
             pass
@@ -44,7 +43,7 @@ def test_a_run_with_borrowed_weights_is_bitwise_the_run_without(concept, tmp_pat
 
 
 @torch.no_grad()
-def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(
+def test_only_one_block_is_on_the_device_at_a_time_and_none_stays_there(
     pocket, pocket_text_encoder
 ):
     context = pocket_text_encoder.context(["a big red star"])
@@ -52,18 +51,18 @@ def test_no_more_than_one_block_is_lent_at_a_time_and_nothing_is_left_lent(
     denoiser = pocket.load_denoiser(CPU, torch.float32)
     denoiser.requires_grad_(False)
     with LiveBytes() as plain:
-        wanted = denoiser(z, t, context)
+        expected = denoiser(z, t, context)
     blocks = [sum(p.nbytes for p in block.parameters()) for block in denoiser.network.layers]
-    away = offload_blocks(denoiser.network, CPU)
-    with LiveBytes() as borrowed:
-        found = denoiser(z, t, context)
-    assert torch.equal(found, wanted)
-    assert away > sum(blocks) and 0 < borrowed.peak - plain.peak <= 1.05 * max(blocks)
-    assert borrowed.now <= plain.now
+    offloaded_bytes = offload_blocks(denoiser.network, CPU)
+    with LiveBytes() as offloaded:
+        velocity = denoiser(z, t, context)
+    assert torch.equal(velocity, expected)
+    assert offloaded_bytes > sum(blocks) and 0 < offloaded.peak - plain.peak <= 1.05 * max(blocks)
+    assert offloaded.now <= plain.now
 
 
-def test_the_forecast_leaves_out_what_stays_away_and_counts_what_is_lent(concept, tmp_path, pocket):
-    resident, borrowed = (
+def test_the_memory_forecast_is_smaller_with_offload(concept, tmp_path, pocket):
+    resident, offloaded = (
         forecast(
             recipe_for(concept, tmp_path, "x", offload),
             pocket,
@@ -74,7 +73,7 @@ def test_the_forecast_leaves_out_what_stays_away_and_counts_what_is_lent(concept
         )
         for offload in (False, True)
     )
-    assert borrowed.resident < resident.resident and borrowed.peak < resident.peak
+    assert offloaded.resident < resident.resident and offloaded.peak < resident.peak
 
 
 def test_a_quantized_base_is_not_offloaded_as_well():

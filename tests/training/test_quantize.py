@@ -1,5 +1,5 @@
-"""A quantized base: closer in 8 bits than in 4, the adapters still train, and a killed run goes on
-bit-equal."""
+"""A quantized base: 8 bits are closer than 4, adapters train over it, and an interrupted run
+resumes bit-equal."""
 
 import json
 
@@ -35,24 +35,24 @@ def recipe_for(concept, output, name: str, kind: str | None, steps: int = 2) -> 
     )
 
 
-def run_through_and_in_two_parts(straight: Recipe, broken: Recipe) -> None:
+def run_both(straight: Recipe, interrupted: Recipe) -> None:
     for _ in train(straight):
         pass
-    run = train(broken)
+    run = train(interrupted)
     next(run)
     run.close()
-    for _ in train(broken, resume="latest"):
+    for _ in train(interrupted, resume="latest"):
         pass
 
 
-def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(
+def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_quantized(
     pocket, pocket_text_encoder
 ):
     context, gaps = pocket_text_encoder.context(["a big red star"]), {}
     for kind in ("nf4", "int8"):
         whole = pocket.load_denoiser(CPU, torch.float32)
         bytes_before = sum(p.nbytes for p in whole.network.parameters())
-        promised = saved_bytes(whole.network, pocket.quantizable, kind)
+        announced = saved_bytes(whole.network, pocket.quantizable, kind)
         gaps[kind] = quantize(
             whole, pocket.quantizable, kind, CPU, context, pocket.channels, torch.ones(1)
         )
@@ -60,27 +60,25 @@ def test_eight_bits_are_closer_than_four_and_only_the_main_blocks_are_touched(
             n for n, p in whole.network.named_parameters() if p.dtype in (torch.uint8, torch.int8)
         ]
         assert small and all(name.startswith("layers.") for name in small)
-        kept = bytes_before - sum(p.nbytes for p in whole.network.parameters())
-        assert kept == pytest.approx(
-            promised, rel=0.1
-        )  # the scales of nf4 lie beside the parameters
+        saved = bytes_before - sum(p.nbytes for p in whole.network.parameters())
+        assert saved == pytest.approx(announced, rel=0.1)  # the scales of nf4 are no parameters
     assert 0 < gaps["int8"] < 0.02 < gaps["nf4"] < 0.3
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, concept, tmp_path):
-    straight, broken = (
-        recipe_for(concept, tmp_path, name, kind) for name in ("straight", "broken")
+    straight, interrupted = (
+        recipe_for(concept, tmp_path, name, kind) for name in ("straight", "interrupted")
     )
-    run_through_and_in_two_parts(straight, broken)
+    run_both(straight, interrupted)
     left, right = (
-        load_file(r.run_folder / f"{r.run_name}.safetensors") for r in (straight, broken)
+        load_file(r.run_folder / f"{r.run_name}.safetensors") for r in (straight, interrupted)
     )
     assert left.keys() == right.keys() and all(
         torch.equal(left[name], right[name]) for name in left
     )
-    told = json.loads((straight.run_folder / "env.json").read_text())["quantized"]
-    assert told.startswith(f"{kind}; the base's first velocity moved by ")
+    description = json.loads((straight.run_folder / "env.json").read_text())["quantized"]
+    assert description.startswith(f"{kind}; the base's first velocity moved by ")
     file = straight.run_folder / "straight.safetensors"
     assert dict(inspect_lora(file).lines)["base_while_training"] == kind
     merge_lora(
@@ -95,12 +93,12 @@ def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(concep
             tree | {"lora": {"rank": 32}, "train": tree["train"] | {"optimizer": "adamw_8bit"}}
         )
 
-    straight, broken = recipe("straight"), recipe("broken")
-    run_through_and_in_two_parts(straight, broken)
+    straight, interrupted = recipe("straight"), recipe("interrupted")
+    run_both(straight, interrupted)
     for file in ("student", "optimizer"):
         left, right = (
             load_file(r.run_folder / f"checkpoints/step-000003/{file}.safetensors")
-            for r in (straight, broken)
+            for r in (straight, interrupted)
         )
         assert left.keys() == right.keys() and all(
             torch.equal(left[name], right[name]) for name in left
@@ -109,7 +107,7 @@ def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(concep
     assert {tensor.dtype for tensor in moments if tensor.numel() >= 4096} == {torch.uint8}
 
 
-def test_the_forecast_knows_what_it_saves(concept, tmp_path, pocket):
+def test_the_memory_forecast_counts_what_quantizing_saves(concept, tmp_path, pocket):
     whole, small = (
         forecast(
             recipe_for(concept, tmp_path, "x", kind),

@@ -1,5 +1,5 @@
-"""Student, teacher and base on the pocket network: who moves, who gets gradient, what they are at
-the start."""
+"""Student, teacher and base on the pocket network: their weights at the start and later, and which
+of them gets gradients."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Setup:
-    """A pocket denoiser with LoRA, and one batch of a red and a blue image's contexts."""
+    """A pocket denoiser with LoRA, its roles, and a batch whose teacher sees two images."""
 
     def __init__(self, pocket, text_encoder, decay=0.5, checkpointing=False):
         self.denoiser = pocket.load_denoiser(CPU, torch.float32)
@@ -25,7 +25,10 @@ class Setup:
             self.denoiser.network.enable_gradient_checkpointing()
         self.student = add_lora(self.denoiser.network, pocket.lora_targets, rank=4, alpha=8, seed=0)
         self.teacher = Teacher(self.student, decay)
-        schedule = lambda nfe, h, w: pocket.schedule(nfe or 4, h, w)
+
+        def schedule(nfe, h, w):
+            return pocket.schedule(nfe or 4, h, w)
+
         self.roles = make_roles(self.denoiser, self.student, self.teacher, schedule)
         from PIL import Image
 
@@ -39,8 +42,8 @@ class Setup:
             privileged=text_encoder.context(prompts, images),
         )
 
-    def shake(self):
-        """Move the student away from the base."""
+    def move_student(self):
+        """Away from the base model."""
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in self.student.values():
@@ -49,37 +52,37 @@ class Setup:
     def gradients(self, method=None):
         for piece in (method or DOPSD()).losses(self.roles, self.batch, generator_at(0, 0)):
             piece.surrogate.backward()
-        found = {name: p.grad.clone() for name, p in self.student.items()}
+        gradients = {name: p.grad.clone() for name, p in self.student.items()}
         for parameter in self.student.values():
             parameter.grad = None
-        return found
+        return gradients
 
 
 def call(velocity, setup):
     return velocity(setup.batch.latents, torch.tensor([0.9, 0.5]), setup.batch.context)
 
 
-def test_all_three_are_the_untouched_model_at_the_start(pocket, pocket_text_encoder):
+def test_all_three_roles_are_the_base_model_at_the_start(pocket, pocket_text_encoder):
     setup = Setup(pocket, pocket_text_encoder)
     plain = call(pocket.load_denoiser(CPU, torch.float32), setup)
     for role in (setup.roles.student, setup.roles.teacher, setup.roles.base):
         assert torch.equal(call(role, setup), plain)
 
 
-def test_the_base_stays_the_untouched_model_when_the_student_moves(pocket, pocket_text_encoder):
+def test_the_base_role_does_not_change_when_the_student_does(pocket, pocket_text_encoder):
     setup = Setup(pocket, pocket_text_encoder)
     plain = call(setup.roles.student, setup)
-    setup.shake()
+    setup.move_student()
     assert torch.equal(call(setup.roles.base, setup), plain.detach())
     assert (call(setup.roles.student, setup) - plain).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999, 1.0])
-def test_the_teacher_is_the_hand_written_average(pocket, pocket_text_encoder, decay):
+def test_the_teacher_is_the_moving_average_computed_by_hand(pocket, pocket_text_encoder, decay):
     setup = Setup(pocket, pocket_text_encoder, decay)
     expected = {name: p.detach().double().clone() for name, p in setup.student.items()}
     for _ in range(3):
-        setup.shake()
+        setup.move_student()
         setup.teacher.follow()
         for name, parameter in setup.student.items():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
@@ -101,7 +104,7 @@ def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_stu
     pocket, pocket_text_encoder
 ):
     setup = Setup(pocket, pocket_text_encoder, decay=0.0)
-    setup.shake()
+    setup.move_student()
     setup.batch = Batch(
         setup.batch.latents,
         setup.batch.context,
@@ -112,10 +115,10 @@ def test_gradient_is_exactly_zero_when_contexts_agree_and_the_teacher_is_the_stu
     assert all(not gradient.any() for gradient in setup.gradients().values())
 
 
-def test_gradient_on_pocket_equals_one_graph_code(pocket, pocket_text_encoder):
+def test_the_gradient_on_pocket_is_that_of_one_summed_loss(pocket, pocket_text_encoder):
     setup = Setup(pocket, pocket_text_encoder)
-    setup.shake()
-    mine = setup.gradients()
+    setup.move_student()
+    gradients = setup.gradients()
     times = pocket.schedule(4, 16, 16).times
     z = torch.randn(setup.batch.latents.shape, generator=generator_at(0, 0))
     total = torch.zeros(())
@@ -127,7 +130,7 @@ def test_gradient_on_pocket_equals_one_graph_code(pocket, pocket_text_encoder):
         z = (z + (after - now) * u).detach()
     total.backward()
     for name, parameter in setup.student.items():
-        assert (mine[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
+        assert (gradients[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
 
 
 def test_gradient_checkpointing_changes_nothing(pocket, pocket_text_encoder):
@@ -135,19 +138,19 @@ def test_gradient_checkpointing_changes_nothing(pocket, pocket_text_encoder):
         Setup(pocket, pocket_text_encoder),
         Setup(pocket, pocket_text_encoder, checkpointing=True),
     )
-    plain.shake(), saving.shake()
+    plain.move_student(), saving.move_student()
     for left, right in zip(plain.gradients().values(), saving.gradients().values(), strict=True):
         torch.testing.assert_close(left, right, atol=1e-7, rtol=1e-5)
 
 
 def test_lora_reaches_every_attention_and_feed_forward_linear_of_layers_and_refiners(pocket):
     network = pocket.load_denoiser(CPU, torch.float32).network
-    found = coverage(network, pocket.lora_targets, 4)
+    reached = coverage(network, pocket.lora_targets, 4)
     blocks = len(network.layers) + len(network.noise_refiner) + len(network.context_refiner)
-    assert found.adapted == 7 * blocks
+    assert reached.adapted == 7 * blocks
     student = add_lora(network, pocket.lora_targets, 4, 8, seed=0)
-    assert len(lora_pairs(student)) == found.adapted
-    assert sum(p.numel() for p in student.values()) == found.parameters
+    assert len(lora_pairs(student)) == reached.adapted
+    assert sum(p.numel() for p in student.values()) == reached.parameters
     assert not any("adaLN" in name for name in student)
 
 
@@ -158,7 +161,7 @@ def test_targets_that_match_nothing_are_refused(pocket):
         )
 
 
-def test_untouched_tensors_have_zero_deltas(pocket):
+def test_the_base_tensors_of_lora_have_zero_b(pocket):
     student = add_lora(
         pocket.load_denoiser(CPU, torch.float32).network, pocket.lora_targets, 4, 4, seed=0
     )

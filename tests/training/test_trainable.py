@@ -1,5 +1,5 @@
-"""Full fine-tuning's weights: float32 masters under a bf16 network, the teacher's average of them,
-the frozen base."""
+"""Full fine-tuning: float32 master copies of a bf16 network, the teacher's average of them, and the
+frozen base."""
 
 import copy
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Plain(Denoiser):
-    """Two linear layers in any dtype, with a context added to the latents."""
+    """Two linear layers in any dtype; the mean of the context and the time are added to z."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -35,15 +35,15 @@ class Plain(Denoiser):
         return self.network(rows.to(self.network[0].weight.dtype)).float().permute(0, 3, 1, 2)
 
 
-class Same:
-    """Every micro-batch alike."""
+class SameBatch:
+    """The same batch at every index."""
 
     def __init__(self):
         g = torch.Generator().manual_seed(1)
         context = Context(torch.randn(2, 3, 4, generator=g), (3, 3))
-        seeing = Context(torch.randn(2, 3, 4, generator=g), (3, 3))
+        privileged = Context(torch.randn(2, 3, 4, generator=g), (3, 3))
         self.one = Batch(
-            torch.randn(2, 4, 2, 2, generator=g), context, ("a", "b"), torch.ones(2), seeing
+            torch.randn(2, 4, 2, 2, generator=g), context, ("a", "b"), torch.ones(2), privileged
         )
 
     def batch(self, index):
@@ -51,17 +51,20 @@ class Same:
 
 
 def train_by_hand(dtype, method, steps, rate=1e-2, decay=None):
-    """The pieces put together without a session: what each optimizer step leaves."""
+    """Training without a session; the last value is a list of the weights after each step."""
     denoiser = Plain(dtype)
     student = full_student(denoiser.network, CPU)
     teacher = Teacher(student.weights, method.decay if decay is None else decay, student.base, CPU)
-    schedule = lambda nfe, h, w: Schedule(torch.tensor([1.0, 0.5, 0.0]), (0.0, 0.0))
+
+    def schedule(nfe, h, w):
+        return Schedule(torch.tensor([1.0, 0.5, 0.0]), (0.0, 0.0))
+
     roles = make_roles(denoiser, student.weights, teacher, schedule, base=student.base)
     optimizer = torch.optim.SGD(student.weights.values(), lr=rate)
     history = []
     for step in range(steps):
         accumulate_gradient(
-            roles, method, Same(), CPU, Plan(max_steps=steps, learning_rate=rate), step
+            roles, method, SameBatch(), CPU, Plan(max_steps=steps, learning_rate=rate), step
         )
         optimizer.step()
         student.publish()
@@ -73,7 +76,7 @@ def train_by_hand(dtype, method, steps, rate=1e-2, decay=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 1.0])
-def test_the_teacher_is_a_hand_written_float32_average_of_the_masters(dtype, decay):
+def test_the_teacher_is_the_float32_average_of_the_master_copies_computed_by_hand(dtype, decay):
     start = {name: p.detach().double() for name, p in Plain(dtype).network.named_parameters()}
     _, _, teacher, _, history = train_by_hand(dtype, DOPSD(), 4, decay=decay)
     expected = start
@@ -82,10 +85,12 @@ def test_the_teacher_is_a_hand_written_float32_average_of_the_masters(dtype, dec
     for name, tensor in teacher.tensors.items():
         torch.testing.assert_close(tensor.double(), expected[name], atol=1e-6, rtol=1e-6)
         assert decay == 1 or tensor.dtype == torch.float32
-    assert bool(teacher.state) == (0 < decay < 1), "the rest is held already"
+    assert bool(teacher.state) == (0 < decay < 1), (
+        "other tensors are those of the student or the base"
+    )
 
 
-def test_an_update_below_the_quantum_of_bf16_is_kept_by_the_master_and_adds_up():
+def test_updates_below_the_spacing_of_bf16_add_up_in_the_master_copy():
     denoiser = Plain(torch.bfloat16)
     student = full_student(denoiser.network, CPU)
     with torch.no_grad():
@@ -93,7 +98,7 @@ def test_an_update_below_the_quantum_of_bf16_is_kept_by_the_master_and_adds_up()
             weight.fill_(1.0)
     student.publish()
     optimizer = torch.optim.SGD(student.weights.values(), lr=1.0)
-    lost = nn.Parameter(torch.ones((), dtype=torch.bfloat16))  # without a master
+    lost = nn.Parameter(torch.ones((), dtype=torch.bfloat16))  # without a master copy
     for step in range(8):
         for weight in student.weights.values():
             weight.grad = torch.full_like(weight, 2.0**-10)
@@ -106,13 +111,12 @@ def test_an_update_below_the_quantum_of_bf16_is_kept_by_the_master_and_adds_up()
     assert lost.item() == 1 and all(p.max() < 1 for p in denoiser.network.parameters())
 
 
-def test_masters_get_the_gradients_of_bf16_forwards_summed_in_float32():
-    """Two pieces of D-OPSD's batch against autograd on a copy, whose bf16 gradients are added by
-    hand."""
+def test_master_copies_get_the_gradients_of_bf16_forwards_summed_in_float32():
+    """Two pieces of a loss against autograd on a copy, whose bf16 gradients are added by hand."""
     denoiser = Plain(torch.bfloat16)
     student = full_student(denoiser.network, CPU)
     twin = copy.deepcopy(denoiser)
-    batch, times = Same().one, (1.0, 0.5)
+    batch, times = SameBatch().one, (1.0, 0.5)
     pieces = [
         lambda d, t=t: d(batch.latents, torch.full((2,), t), batch.context).square().mean()
         for t in times
@@ -132,26 +136,26 @@ def test_masters_get_the_gradients_of_bf16_forwards_summed_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_base_stays_what_it_was_while_every_weight_moves(dtype):
+def test_the_base_role_does_not_change_while_every_weight_does(dtype):
     _, student, _, roles, _ = train_by_hand(dtype, SFT(), 3)
-    batch, t = Same().one, torch.tensor([0.9, 0.4])
-    base_tensors = Plain(dtype)(batch.latents, t, batch.context)
+    batch, t = SameBatch().one, torch.tensor([0.9, 0.4])
+    base_velocity = Plain(dtype)(batch.latents, t, batch.context)
     torch.testing.assert_close(
-        roles.base(batch.latents, t, batch.context), base_tensors, atol=1e-6, rtol=1e-6
+        roles.base(batch.latents, t, batch.context), base_velocity, atol=1e-6, rtol=1e-6
     )
-    assert (roles.student(batch.latents, t, batch.context) - base_tensors).abs().max() > 1e-3
+    assert (roles.student(batch.latents, t, batch.context) - base_velocity).abs().max() > 1e-3
     for name, before in Plain(dtype).network.named_parameters():
         assert not torch.equal(student.weights[name], before.float()), name
 
 
-def test_a_float32_network_needs_no_second_copy():
+def test_a_float32_network_has_no_master_copies():
     denoiser = Plain(torch.float32)
     student = full_student(denoiser.network, CPU)
     assert all(student.weights[name] is p for name, p in denoiser.network.named_parameters())
 
 
-def test_full_gradients_with_activations_recomputed_are_the_same(pocket, pocket_text_encoder):
-    found = []
+def test_full_gradients_are_the_same_with_gradient_checkpointing(pocket, pocket_text_encoder):
+    gradients = []
     for recompute in (False, True):
         denoiser = pocket.load_denoiser(CPU, torch.bfloat16)
         if recompute:
@@ -169,17 +173,19 @@ def test_full_gradients_with_activations_recomputed_are_the_same(pocket, pocket_
         batch = Batch(latents, pocket_text_encoder.context(["a star"]), ("a star",), torch.ones(1))
         (piece,) = SFT().losses(roles, batch, generator_at(0, 0))
         piece.surrogate.backward()
-        found.append({name: w.grad for name, w in student.weights.items() if w.grad is not None})
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 90
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+        gradients.append(
+            {name: w.grad for name, w in student.weights.items() if w.grad is not None}
+        )
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 90
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_a_teacher_in_another_place_and_dtype_is_lent_in_the_networks():
+def test_tensors_of_another_dtype_are_cast_to_the_networks():
     denoiser = Plain(torch.bfloat16)
     tensors = {name: p.detach().double() for name, p in denoiser.network.named_parameters()}
-    batch, t = Same().one, torch.tensor([0.9, 0.4])
-    lent = velocity_under(denoiser, tensors)(batch.latents, t, batch.context)
+    batch, t = SameBatch().one, torch.tensor([0.9, 0.4])
+    velocity = velocity_under(denoiser, tensors)(batch.latents, t, batch.context)
     torch.testing.assert_close(
-        lent, denoiser(batch.latents, t, batch.context), atol=1e-6, rtol=1e-6
+        velocity, denoiser(batch.latents, t, batch.context), atol=1e-6, rtol=1e-6
     )

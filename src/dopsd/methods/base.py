@@ -78,8 +78,8 @@ class Method(BaseModel):
     nfe: int | None = Field(
         default=None,
         ge=1,
-        description="Steps of the sampler that training walks or draws times "
-        "from; default: the model's own.",
+        description="Steps of the sampler that training runs or draws times from; default: the "
+        "model's own.",
     )
 
     @property

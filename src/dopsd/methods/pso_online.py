@@ -59,12 +59,12 @@ class PSOOnline(Preference):
     def refuse_nfe(self, nfe: int) -> None:
         if nfe == 1:
             raise ValueError(
-                "pso_online needs a walk of 2 steps or more: the last step draws no noise. "
+                "pso_online needs a sampler of 2 steps or more: the last step draws no noise. "
                 "Set method.nfe."
             )
         if late := [step for step in self.stochastic_steps or () if step >= nfe - 1]:
             raise ValueError(
-                f"method.stochastic_steps names step {late[0]}, and a walk of {nfe} steps draws "
+                f"method.stochastic_steps names step {late[0]}, and a sampler of {nfe} steps draws "
                 f"noise at 0 to {nfe - 2}."
             )
 

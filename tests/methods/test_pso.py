@@ -1,0 +1,177 @@
+"""Offline PSO against the paper's equations as one graph, and its invariants.
+
+The numbers in test names are those of the list of invariants in docs/methods/preference.md.
+"""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from dopsd.diffusion.batch import Batch
+from dopsd.methods import PSO, PSOOnline
+from dopsd.methods.preference import Term, pairwise_losses
+
+from .plain import TIMES, Plain, context, latents, pairs, roles, run, run_pairs, same
+
+
+def errors_of(student, base, z, t, text, wanted):
+    error = ((student(z, t, text) - wanted) ** 2).mean((1, 2, 3))
+    base_error = ((base(z, t, text) - wanted) ** 2).mean((1, 2, 3)).detach()
+    return error - base_error
+
+
+def flat_pso(
+    student, base, data: Batch, beta: float, eta: float, form: str, normalise: bool, last: bool
+) -> Tensor:
+    """The loss of PSO as one graph. Rollout and densities are written with (clean, noise) instead
+    of `flow.transition`."""
+    rng = torch.Generator().manual_seed(7)
+    r = math.sin(eta * math.pi / 2)
+
+    def draw():
+        return torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
+
+    rollout_steps, generated = [], data.rejected
+    if form == "rollout":
+        z = draw()
+        for k in range(4):
+            with torch.no_grad():
+                u = student(z, TIMES[k].expand(3), data.context)
+            now, after = TIMES[k], TIMES[k + 1]
+            if k == 3:
+                generated = z - now * u
+                break
+            fresh = draw()
+            std = after * r
+
+            def mean_at(v, z=z, now=now, after=after):
+                return (1 - after) * (z - now * v) + after * math.sqrt(1 - r * r) * (
+                    z + (1 - now) * v
+                )
+
+            z_next = mean_at(u) + std * fresh
+            rollout_steps.append((z, z_next, mean_at, std))
+            z = z_next
+    slopes = [
+        TIMES[k] * (1 - TIMES[k + 1]) - (1 - TIMES[k]) * TIMES[k + 1] * math.sqrt(1 - r * r)
+        for k in range(3)
+    ]
+    w = [(c**2 / (2 * (TIMES[k + 1] * r) ** 2)).item() for k, c in enumerate(slopes)]
+    w = [x * 3 / sum(w) for x in w] if normalise else w
+    w = [*w, w[-1]]
+    margin = torch.zeros(3, dtype=torch.float64)
+    for k in range(4 if last else 3):
+        t, noise = TIMES[k].expand(3), draw()
+        state = (1 - TIMES[k]) * data.latents + TIMES[k] * noise
+        margin = margin - beta * w[k] * errors_of(
+            student, base, state, t, data.context, noise - data.latents
+        )
+        if form == "rollout" and k < 3:
+            z, z_next, mean_at, std = rollout_steps[k]
+            # the log-density ratio itself, rescaled by the weight
+            u, v = student(z, t, data.context), base(z, t, data.context).detach()
+            ratio = (-((z_next - mean_at(u)) ** 2) + (z_next - mean_at(v)) ** 2).mean((1, 2, 3)) / (
+                2 * std**2
+            )
+            own = (slopes[k] ** 2 / (2 * (TIMES[k + 1] * r) ** 2)).item()
+            margin = margin - beta * (w[k] / own) * ratio
+        else:
+            state = (1 - TIMES[k]) * generated + TIMES[k] * noise
+            margin = margin + beta * w[k] * errors_of(
+                student, base, state, t, data.context, noise - generated
+            )
+    return -(data.weight * logsigmoid(margin)).mean()
+
+
+@pytest.mark.parametrize("form", ["rollout", "forward"])
+@pytest.mark.parametrize("weights", ["normalised", "exact"])
+@pytest.mark.parametrize("last", ["noised", "left_out"])
+def test_invariant_7_the_pieces_gradient_is_that_of_one_graph(form, weights, last):
+    student, base, data = Plain(0), Plain(1), pairs()
+    result = run(
+        PSO(beta=2, form=form, weights=weights, last_step=last),
+        roles(student, base=base),
+        data,
+        student,
+    )
+    student.zero_grad()
+    loss = flat_pso(student, base, data, 2, 0.5, form, weights == "normalised", last == "noised")
+    loss.backward()
+    assert result.log["loss"] == pytest.approx(loss.item(), abs=1e-12)
+    assert same(result.gradients, [p.grad for p in student.parameters()])
+
+
+def test_invariant_13_rollouts_without_noise_are_refused_because_losers_would_have_no_gradient():
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.01"):
+        PSO(eta=0)
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.01"):
+        PSOOnline(reward="red", eta=0)
+    student, z, t = Plain(), latents(3), TIMES[1].expand(3)
+    own = student(z, t, context(2)).detach()  # what a deterministic rollout implies
+    pair = [Term("loser", 0, z, t, own), Term("winner", 0, z, t, latents(5))]
+    loser, _ = pairwise_losses(
+        roles(student), context(2), pair, 2.0, torch.ones(3, dtype=torch.float64)
+    )
+    loser.surrogate.backward()
+    assert all(p.grad.abs().max() < 1e-12 for p in student.parameters())
+
+
+def test_invariant_14_every_state_with_a_likelihood_is_of_a_step_that_draws_noise():
+    student = Plain()
+    for last, pieces in (("noised", 8), ("left_out", 6)):
+        result = run_pairs(PSO(last_step=last), student, Plain(1))
+        assert result.pieces == pieces
+        assert all(math.isfinite(value) for value in result.log.values())
+    with pytest.raises(ValueError, match="only the last"):
+        PSO(last_step="left_out").refuse_nfe(1)
+
+
+def test_invariant_15_exactly_the_times_of_the_sampler_are_trained():
+    seen = []
+
+    def watched(z, t, c):
+        return (seen.append(t), Plain()(z, t, c))[1]
+
+    for method in (PSO(), PSO(form="forward")):
+        seen.clear()
+        for piece in method.losses(roles(watched), pairs(), torch.Generator().manual_seed(0)):
+            assert piece
+        assert {time.item() for t in seen for time in t} == set(TIMES[:-1].tolist())
+
+
+def test_invariant_18_only_the_forward_form_has_no_drift_on_images_of_the_model_itself():
+    """Data drawn from the model itself: expected first gradient 0 for the forward form, within 3
+    standard errors."""
+    student = Plain()
+    rng = torch.Generator().manual_seed(0)
+    rows = 64
+    weight = torch.ones(rows, dtype=torch.float64)
+    text = replace(context(2), tokens=context(2).tokens[:1].expand(rows, 5, 3), lengths=(5,) * rows)
+
+    def generated():
+        z = torch.randn(rows, 2, 4, 4, dtype=torch.float64, generator=rng)
+        for now, after in pairwise(TIMES):
+            with torch.no_grad():
+                z = z + (after - now) * student(z, now.expand(rows), text)
+        return z
+
+    def drift(method):
+        """Squared length of the mean gradient of 40 batches over what chance gives it; about 1
+        where the mean is 0."""
+        values = []
+        for seed in range(40):
+            data = Batch(generated(), text, ("",) * rows, weight, rejected=generated())
+            student.zero_grad()
+            for piece in method.losses(roles(student), data, torch.Generator().manual_seed(seed)):
+                piece.surrogate.backward()
+            values.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+        values = torch.stack(values)
+        return (values.mean(0).square().sum() / (values.var(0).sum() / len(values))).item()
+
+    assert drift(PSO(form="forward", beta=1)) < 2
+    assert drift(PSO(form="rollout", beta=1)) > 3
