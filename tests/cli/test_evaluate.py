@@ -237,10 +237,7 @@ def test_targets_of_the_same_names_and_fid_on_them(images, tmp_path):
         seen(images, [f"{k}.png" for k in range(3)]), seen(targets, [f"{k}.jpg" for k in range(2)])
     )
     assert distance["value"] == [pytest.approx(wanted, rel=1e-6), None, None]
-    assert (
-        "3 pictures against 2; of few pictures" in distance["note"]
-        and "over subsets" in spread["note"]
-    )
+    assert "3 images against 2; few images" in distance["note"] and "over subsets" in spread["note"]
 
 
 def test_missing_models_are_named_gaps_beside_what_could_be_measured(images):
@@ -255,16 +252,13 @@ def test_missing_models_are_named_gaps_beside_what_could_be_measured(images):
 
 def test_a_measure_that_needs_targets_says_so_where_there_are_none(images, vlm):
     (row,) = numbers_of(images, "--metric", f"vlm_object={vlm}")
-    assert (
-        row["note"]
-        == "not measured: no prompt has a target picture that it would be compared with."
-    )
+    assert row["note"] == "not measured: no prompt has a target image to compare with."
 
 
 def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(images, vlm):
     (row,) = numbers_of(images, "--metric", f"vlm_object={vlm}", "--targets", images)
     assert row["value"] == [None, None, None]
-    assert "6 of 6 pictures without an answer" in row["note"]
+    assert "6 of 6 images without a score" in row["note"]
     assert "not comparable with numbers by Qwen3-VL-8B-Instruct" in row["note"]
 
 
@@ -298,7 +292,7 @@ def no_room_beyond(size: int) -> Iterator[None]:
 def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_on(
     images, monkeypatch
 ):
-    monkeypatch.setattr("dopsd.evaluation.scores.AT_ONCE", 1)
+    monkeypatch.setattr("dopsd.evaluation.scores.BATCH", 1)
     with no_room_beyond(300):
         result = run(images, *RED)
     assert (
@@ -335,10 +329,10 @@ GENERATE = ("{folder}/run", "--prompts", "{p}")
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["{folder}/gone"], "is not a folder: give a folder of pictures"),
-        (["{folder}/empty"], "no pictures in"),
-        (["{folder}/empty", "--metric", "fid=/gone"], "no pictures in"),
-        (["{folder}", "--metric", "redd"], "redd is no measure: give red"),
+        (["{folder}/gone"], "is not a folder: give a folder of images"),
+        (["{folder}/empty"], "looked for .jpg"),
+        (["{folder}/empty", "--metric", "fid=/gone"], "looked for .jpg"),
+        (["{folder}", "--metric", "redd"], "redd is no metric: give red"),
         (["{folder}", "--metric", "bright=/model"], "bright takes no model"),
         (["{folder}", "--targets", "{folder}/empty"], "--targets wants a folder of images"),
         (["{folder}", "--nfe", "4"], "are for generating: give --prompts as well"),

@@ -1,4 +1,4 @@
-"""When to have stopped, from health checks in their order."""
+"""Early stopping advice from health checks in order."""
 
 import pytest
 
@@ -13,26 +13,26 @@ def health_checks(healthy: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("healthy", "step", "said"),
+    ("healthy", "step", "sentence"),
     [
-        ("++++", None, "No reason to stop before step 200: the last checkup was healthy."),
-        ("+-++", None, "(1 of 4 checkups were not healthy, and it recovered)"),
+        ("++++", None, "No reason to stop before step 200: the last health check was healthy."),
+        ("+-++", None, "(1 of 4 checks were not healthy, and the model recovered)"),
         (
             "++--",
             100,
-            "Stop at step 100: after it no checkup was healthy (step 150: sharpness 0.80, limit 0.90)",
+            "Stop at step 100: after it no health check was healthy (step 150: sharpness 0.80, limit 0.90)",
         ),
         ("+-+--+", None, "No reason"),
         ("+-+--", 150, "Stop at step 150"),
-        ("--", None, "Unhealthy from the first checkup on, at step 50"),
+        ("--", None, "Unhealthy from the first health check on, at step 50"),
     ],
 )
-def test_the_last_healthy_checkup_is_the_place_to_stop_unless_the_run_ends_healthy(
-    healthy, step, said
+def test_the_last_healthy_check_is_the_step_to_stop_at_unless_the_run_ends_healthy(
+    healthy, step, sentence
 ):
-    found = advise(health_checks(healthy))
-    assert found is not None and found.step == step and said in found.sentence
+    advice = advise(health_checks(healthy))
+    assert advice is not None and advice.step == step and sentence in advice.sentence
 
 
-def test_without_checkups_there_is_no_advice():
+def test_without_health_checks_there_is_no_advice():
     assert advise([]) is None

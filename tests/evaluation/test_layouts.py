@@ -36,7 +36,7 @@ def image_set(tmp_path: Path) -> ImageSet:
     return ImageSet("base", tuple(images), 4)
 
 
-def test_geneval_finds_each_prompts_row_and_samples(image_set, tmp_path):
+def test_geneval_finds_the_row_and_the_samples_of_each_prompt(image_set, tmp_path):
     questions = [EvaluationPrompt(row["prompt"], row=row) for row in ROWS]
     LAYOUTS["geneval"](image_set, questions, tmp_path / "out")
     for number, folder in enumerate(sorted((tmp_path / "out").iterdir())):
@@ -49,14 +49,14 @@ def test_geneval_finds_each_prompts_row_and_samples(image_set, tmp_path):
         ]
 
 
-def test_dpg_bench_cuts_its_four_pictures_out_of_one(image_set, tmp_path):
+def test_dpg_bench_cuts_four_images_out_of_one(image_set, tmp_path):
     questions = [
         EvaluationPrompt(row["prompt"], name=name)
         for row, name in zip(ROWS, ("partiprompts1", "whoops2"), strict=True)
     ]
     LAYOUTS["dpg"](image_set, questions, tmp_path / "out")
     for row, name in enumerate(("partiprompts1", "whoops2")):
-        sheet = Image.open(tmp_path / "out" / f"{name}.png")
+        grid = Image.open(tmp_path / "out" / f"{name}.png")
         boxes = [
             (0, 0, 16, 16),
             (16, 0, 32, 16),
@@ -64,10 +64,10 @@ def test_dpg_bench_cuts_its_four_pictures_out_of_one(image_set, tmp_path):
             (16, 16, 32, 32),
         ]  # compute_dpg_bench.py's
         for seed, box in enumerate(boxes):
-            assert (np.asarray(sheet.crop(box)) == (60 * row, 60 * seed, 7)).all()
+            assert (np.asarray(grid.crop(box)) == (60 * row, 60 * seed, 7)).all()
 
 
 def test_dpg_bench_needs_four(image_set, tmp_path):
     three = ImageSet("base", image_set.images[:3], 4)
-    with pytest.raises(ValueError, match="four square pictures a prompt"):
+    with pytest.raises(ValueError, match="four square images a prompt"):
         LAYOUTS["dpg"](three, [EvaluationPrompt("a", name="a")], tmp_path / "out")

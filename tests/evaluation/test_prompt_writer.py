@@ -1,4 +1,4 @@
-"""Test prompts by a vision-language model: the rule is kept, or the answer is refused."""
+"""Test prompts by a vision-language model: answers that break the rule are refused."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def images(tmp_path: Path) -> list[tuple[Path, str]]:
     return [(tmp_path / "data" / f"{name}.png", "zib on a sofa") for name in "ab"]
 
 
-def test_each_picture_gives_a_rewrite_and_four_scenes_that_evaluate_reads(images, tmp_path):
+def test_each_image_gives_a_rewrite_and_four_scenes_that_evaluate_reads(images, tmp_path):
     asked = []
 
     def ask(image: Image.Image, question: str) -> str:
@@ -33,12 +33,12 @@ def test_each_picture_gives_a_rewrite_and_four_scenes_that_evaluate_reads(images
 
     file = tmp_path / "prompts.jsonl"
     assert write_test_prompts(images, file, ask, "zib", "object", "dog") == 10
-    found = read_prompts(file)
-    assert [q.kind for q in found[:5]] == ["rewrite", *["scene"] * 4]
-    assert found[5].target is not None and found[5].target.resolve() == images[1][0].resolve()
+    prompts = read_prompts(file)
+    assert [q.kind for q in prompts[:5]] == ["rewrite", *["scene"] * 4]
+    assert prompts[5].target is not None and prompts[5].target.resolve() == images[1][0].resolve()
     assert (
-        found[1].prompt == "zib runs along a beach at noon"
-        and found[1].scored_as == "dog runs along a beach at noon"
+        prompts[1].prompt == "zib runs along a beach at noon"
+        and prompts[1].scored_as == "dog runs along a beach at noon"
     )
     assert all(
         "zib on a sofa" in question and "Never say what kind of thing zib is" in question
@@ -55,7 +55,7 @@ def test_what_was_written_stays_and_is_not_asked_again(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "sentence"),
     [
         ("", "is not five numbered prompts"),
         (GOOD.replace("5. ", ""), "is not five numbered prompts"),
@@ -65,8 +65,8 @@ def test_what_was_written_stays_and_is_not_asked_again(images, tmp_path):
         (GOOD.replace("zib runs", "zib and other dogs run"), "says dog"),
     ],
 )
-def test_an_answer_that_breaks_the_rule_is_refused(answer, said):
-    with pytest.raises(ValueError, match=said):
+def test_an_answer_that_breaks_the_rule_is_refused(answer, sentence):
+    with pytest.raises(ValueError, match=sentence):
         prompts_in(answer, "zib", "dog", "a.png")
 
 

@@ -1,4 +1,4 @@
-"""Judges: images of known order, names that lead nowhere, answers that are none."""
+"""Rewards: images of known order, names that lead nowhere, and answers of a wrong form."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from dopsd.evaluation.metrics import METRICS, find_metric
 from dopsd.evaluation.rewards import find_reward, load_reward
 from dopsd.pocket.world.captions import caption_of, stated_in, stated_of
 from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render
@@ -19,7 +18,7 @@ def one_colour(*colour: float) -> torch.Tensor:
     return torch.tensor(colour)[:, None, None].expand(3, 8, 8)
 
 
-def test_the_redder_picture_is_preferred_by_red_and_the_brighter_by_bright():
+def test_red_prefers_the_redder_image_and_bright_the_brighter():
     images = torch.stack(
         [
             one_colour(*c)
@@ -33,7 +32,7 @@ def test_the_redder_picture_is_preferred_by_red_and_the_brighter_by_bright():
     assert bright.tolist() == pytest.approx([2 / 3, 2 / 3, 1, 1.7 / 3, 1 / 3])
 
 
-def test_attributes_prefers_the_picture_that_shows_what_the_caption_says():
+def test_attributes_prefers_the_image_that_shows_what_the_caption_states():
     scene = Scene(
         noun="star",
         colour="red",
@@ -72,21 +71,21 @@ def as_module(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def test_a_function_and_a_class_judge_by_their_dotted_names(tmp_path, monkeypatch):
+def test_a_function_and_a_class_are_rewards_by_their_dotted_names(tmp_path, monkeypatch):
     text = """
 import torch
 class Long:
     def __init__(self):
         self.factor = 2
-    def __call__(self, pictures, prompts):
+    def __call__(self, images, prompts):
         return torch.tensor([self.factor * len(p) if p else float("nan") for p in prompts], dtype=torch.float64)
-def second(pictures, prompts):
-    return pictures[:, 0, 0, 0]
+def second(images, prompts):
+    return images[:, 0, 0, 0]
 """
-    as_module(tmp_path, "my_judges", text, monkeypatch)
+    as_module(tmp_path, "my_rewards", text, monkeypatch)
     images = torch.rand(3, 3, 4, 4)
-    assert torch.equal(load_reward("my_judges:second", CPU)(images, ["a"] * 3), images[:, 0, 0, 0])
-    answer = load_reward("my_judges:Long", CPU)(images, ["a", "", "abc"])
+    assert torch.equal(load_reward("my_rewards:second", CPU)(images, ["a"] * 3), images[:, 0, 0, 0])
+    answer = load_reward("my_rewards:Long", CPU)(images, ["a", "", "abc"])
     assert (
         answer.dtype == torch.float32
         and answer[[0, 2]].tolist() == [2, 6]
@@ -95,56 +94,51 @@ def second(pictures, prompts):
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "sentence"),
     [
-        ("torch.zeros(2)", r"float32 \[2\] to 3 pictures: it must answer a floating tensor \[3\]"),
+        ("torch.zeros(2)", r"float32 \[2\] for 3 images: it must return a floating tensor \[3\]"),
         ("torch.zeros(3, 1)", r"float32 \[3, 1\]"),
         ("torch.zeros(())", r"float32 \[\]"),
         ("torch.zeros(3, dtype=torch.long)", r"int64 \[3\]"),
-        ("[0.0, 0.0, 0.0]", "answered list"),
-        ("None", "answered NoneType"),
+        ("[0.0, 0.0, 0.0]", "returned list"),
+        ("None", "returned NoneType"),
     ],
 )
-def test_an_answer_of_another_shape_or_kind_is_refused(answer, said, tmp_path, monkeypatch):
+def test_an_answer_of_another_shape_or_kind_is_refused(answer, sentence, tmp_path, monkeypatch):
     as_module(
         tmp_path,
-        "bad_judge",
-        f"import torch\ndef judge(pictures, prompts):\n    return {answer}\n",
+        "bad_reward",
+        f"import torch\ndef reward(images, prompts):\n    return {answer}\n",
         monkeypatch,
     )
-    reward = load_reward("bad_judge:judge", CPU)
-    with pytest.raises(ValueError, match=said):
+    reward = load_reward("bad_reward:reward", CPU)
+    with pytest.raises(ValueError, match=sentence):
         reward(torch.rand(3, 3, 4, 4), ["a"] * 3)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "sentence"),
     [
-        ("pikscore", "pikscore is no measure: give .* Did you mean pickscore"),
-        ("", "is no measure"),
+        ("pikscore", "pikscore is no metric: give .* Did you mean pickscore"),
+        ("", "is no metric"),
         ("dino=/gone", "the model of dino, /gone, does not exist"),
         ("red=somewhere", "red takes no model"),
-        ("aesthetic", "aesthetic has no usual model: name a folder"),
+        ("aesthetic", "aesthetic has no default model: name a folder"),
         ("clip=/gone", "the model of clip, /gone, does not exist"),
-        ("no_such_package.of:mine", "cannot be imported .ModuleNotFoundError"),
+        ("no_such_package.of:reward", "cannot be imported .ModuleNotFoundError"),
         ("math:nothing", "cannot be imported .AttributeError"),
         ("math:pi", "math:pi is a float, which cannot be called"),
-        (":judge", "cannot be imported"),
+        (":reward", "cannot be imported"),
         ("math:", "cannot be imported"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_one_sentence(name, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_name_that_leads_nowhere_is_one_sentence(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
         find_reward(name)
 
 
-def test_a_measure_that_needs_a_target_is_no_judge(tmp_path):
+def test_a_metric_that_needs_a_target_is_no_reward(tmp_path):
     with pytest.raises(
-        ValueError, match="dino compares with target pictures: it is a measure, and no judge"
+        ValueError, match="dino needs target images besides the generated ones: it is a metric"
     ):
         find_reward(f"dino={tmp_path}")
-
-
-def test_every_short_name_is_a_name_of_something():
-    for metric in METRICS.values():
-        assert callable(find_metric(metric.made).made)

@@ -1,5 +1,4 @@
-"""Intervals cover what they say, by simulation of whole experiments; rank correlation by hand and
-by its definition."""
+"""The coverage of intervals by simulation, and rank correlation by its definition."""
 
 import math
 
@@ -56,7 +55,7 @@ def test_prompts_weigh_the_same_whatever_is_missing():
     assert (alone.value, alone.low, alone.high) == (5, -math.inf, math.inf)
 
 
-def test_a_paired_difference_is_surer_than_the_two_values():
+def test_a_paired_difference_is_more_precise_than_the_two_values():
     rng = np.random.default_rng(0)
     base = 5 * rng.normal(size=(20, 1)) + rng.normal(size=(20, 4))
     tuned = base + 0.5 + 0.1 * rng.normal(size=(20, 4))
@@ -96,5 +95,5 @@ def test_the_interval_of_a_rank_correlation_covers_the_truth():
 
 def test_any_statistic_of_items_can_be_resampled():
     values = np.random.default_rng(0).normal(size=50)
-    found = resampled(lambda picks: np.median(values[picks], axis=1), 50)
-    assert found.value == np.median(values) and found.low < found.value < found.high
+    median = resampled(lambda picks: np.median(values[picks], axis=1), 50)
+    assert median.value == np.median(values) and median.low < median.value < median.high

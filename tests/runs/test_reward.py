@@ -93,9 +93,9 @@ def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
-        ("own_judges:one_number", "answered torch.float32 [] to 1 pictures"),
-        ("own_judges:whole_numbers", "answered torch.int64 [1] to 1 pictures"),
-        ("own_judges:fails", "the judge own_judges:fails failed on 1 pictures (TypeError: "),
+        ("own_judges:one_number", "returned torch.float32 [] for 1 images"),
+        ("own_judges:whole_numbers", "returned torch.int64 [1] for 1 images"),
+        ("own_judges:fails", "the reward own_judges:fails failed on 1 images (TypeError: "),
         ("own_judges:nobody", "cannot be imported"),
         ("own_judges:calls", "is a int, which cannot be called"),
         ("no_such_module:judge", "cannot be imported"),

@@ -1,9 +1,8 @@
-"""Few-step health: what a tuned model keeps of the untouched one, on prompts and seeds that
-training never sees.
+"""Few-step health: what a tuned model retains of the base model, on prompts and seeds that training
+never uses.
 
-Both generate the same noise at the deployed number of forwards and at twice that. Every measure
-stands beside its noise floor, which is what it shows between the base model and itself on other
-noise. From pixels alone, unless a recipe names a model for the agreement with the text.
+Both models generate from the same noise, at the deployed number of forwards and at twice that. Each
+metric has a noise floor: its value between the base model and the base model on other noise.
 """
 
 from collections.abc import Callable
@@ -29,20 +28,25 @@ PROMPTS = (
     "a handwritten sign that says open",
 )
 SEEDS = 2  # images a prompt
-FIRST_SEED, OTHER_SEED = 970_000, 980_000  # far from any preview's
+FIRST_SEED, OTHER_SEED = 970_000, 980_000  # no overlap with the seeds of previews
 CERTAIN = 2  # standard errors of the paired difference that a change must exceed
-# What may change without alarm, as a share of the base model's value; below or above it is
-# unhealthy.
+# Shares of the base model's value by which a metric may fall or rise before it is unhealthy.
 LOSS_ALLOWED = {"sharpness": 0.10, "diversity": 0.20, "text": 0.05}
 GAIN_ALLOWED = {"roughness": 0.50, "nfe_gap": 0.50}
-DRIFT_ALLOWED = 0.60  # of the distance between two images of one prompt on different noise
+# A share of the distance between two of the base model's images of a prompt on different noise.
+DRIFT_ALLOWED = 0.60
+VISIBLE = 1 / 255 / 8  # an eighth of a grey level: lower roughness cannot be seen
+
+Images = tuple[np.ndarray, np.ndarray]  # at the deployed forwards and at twice that
+# (images in [0, 1], number of consecutive images that share a prompt) -> one value an image
+Agreement = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """value: over the base model's (drift: over the distance of its images on other noise). error:
-    standard error of the paired difference. floor: of the noise. Unhealthy: beyond the limit, and
-    not by chance."""
+    """value: relative to the base model's; of drift, relative to the distance between its images on
+    different noise. error: standard error of the paired difference. floor: the change on other
+    noise. Unhealthy is a value beyond the limit by more than chance."""
 
     value: float
     error: float
@@ -53,10 +57,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Health:
-    """sharpness: mean of the steepest 5% of slopes; roughness: |Laplacian| in the flatter half
-    (artefacts); drift: distance to the base model's image; nfe_gap: distance between the images at
-    one and two times the forwards; diversity: distance between the images of one prompt; text:
-    agreement with the prompts, where a model is given."""
+    """sharpness: mean of the steepest 5% of gradients. roughness: |Laplacian| in the flatter half
+    of the pixels (artefacts). drift: distance to the base model's image. nfe_gap: distance between
+    the images at one and two times the forwards. diversity: distance between the images of one
+    prompt. text: agreement with the prompts, where a model for it is given."""
 
     metrics: dict[str, Metric]
 
@@ -65,29 +69,21 @@ class Health:
         return all(metric.healthy for metric in self.metrics.values())
 
     def __str__(self) -> str:
-        ill = [
-            f"{name} {m.value:.2f} (limit {m.limit:.2f})"
-            for name, m in self.metrics.items()
-            if not m.healthy
+        unhealthy = [
+            f"{name} {metric.value:.2f} (limit {metric.limit:.2f})"
+            for name, metric in self.metrics.items()
+            if not metric.healthy
         ]
-        return "healthy" if not ill else "unhealthy: " + ", ".join(ill)
+        return "unhealthy: " + ", ".join(unhealthy) if unhealthy else "healthy"
 
     def as_row(self, step: int) -> dict[str, Any]:
         """A row of health.jsonl."""
-        return {
-            "step": step,
-            "healthy": self.healthy,
-            **{name: asdict(m) for name, m in self.metrics.items()},
-        }
-
-
-Agreement = Callable[
-    [np.ndarray, int], np.ndarray
-]  # images in [0, 1], and how many of a prompt stand in a row
+        metrics = {name: asdict(metric) for name, metric in self.metrics.items()}
+        return {"step": step, "healthy": self.healthy, **metrics}
 
 
 class HealthCheck:
-    """The base model's images, generated once, and the comparison with whatever was tuned from it."""
+    """Compares tuned models with the base model, whose images are generated once."""
 
     def __init__(
         self,
@@ -100,9 +96,9 @@ class HealthCheck:
         first_seed: int = FIRST_SEED,
         agreement: Agreement | None = None,
     ):
-        """context: one row a prompt; cells: latent (channels, height, width); schedule_of: forwards
-        -> times; agreement: what says whether images show what their prompts say, if there is such
-        a model."""
+        """schedule_of: number of forwards -> schedule. context: a row for each prompt.
+        latent_shape: (channels, height, width). agreement: how well images match their prompts,
+        for the metric `text`."""
         self._metrics = dict(METRICS)
         if agreement:
             self._metrics["text"] = lambda images: agreement(images[0], SEEDS)
@@ -116,21 +112,19 @@ class HealthCheck:
         self._base = self._images(base, vae, self._noise)
         self._again = self._images(base, vae, other)
 
-    def _images(
-        self, velocity: Velocity, vae: VAE, noise: Noise
-    ) -> "tuple[np.ndarray, np.ndarray]":
-        """At the deployed forwards and at twice that, float64 [N, H, W, 3] in [0, 1]."""
+    def _images(self, velocity: Velocity, vae: VAE, noise: Noise) -> Images:
+        """Each float64 [N, H, W, 3] in [0, 1]."""
         once, twice = (
             generate(velocity, vae, s, self._context, noise).numpy() / 255 for s in self._schedules
         )
         return once, twice
 
     def examine(self, student: Velocity, vae: VAE) -> Health:
-        """Paint as the student and compare."""
-        mine = self._images(student, vae, self._noise)
+        """Generate with the student and compare."""
+        student_images = self._images(student, vae, self._noise)
         metrics = {}
         for name, of in self._metrics.items():
-            base, again, tuned = of(self._base), of(self._again), of(mine)
+            base, again, tuned = of(self._base), of(self._again), of(student_images)
             sign, allowed = (
                 (-1, LOSS_ALLOWED[name]) if name in LOSS_ALLOWED else (1, GAIN_ALLOWED[name])
             )
@@ -140,7 +134,7 @@ class HealthCheck:
             floor = float(np.abs(again.mean() - base.mean()) / base.mean())
             metrics[name] = Metric(value, error, floor, 1 + sign * allowed, healthy)
         apart = _distance(self._base[0], self._again[0])
-        drift = _distance(mine[0], self._base[0]) / apart.mean()
+        drift = _distance(student_images[0], self._base[0]) / apart.mean()
         value, error = float(drift.mean()), _standard_error(drift)
         healthy = value <= max(DRIFT_ALLOWED, CERTAIN * error)
         metrics["drift"] = Metric(
@@ -149,29 +143,24 @@ class HealthCheck:
         return Health(metrics)
 
 
-Images = tuple[np.ndarray, np.ndarray]  # at once and twice the forwards
-
-
 def _sharpness(images: Images) -> np.ndarray:
     down, right = np.gradient(images[0], axis=(1, 2))
-    slopes = np.sqrt((np.square(down) + np.square(right)).sum(3))
-    ranked = np.sort(slopes.reshape(len(slopes), -1), axis=1)
+    norms = np.sqrt((np.square(down) + np.square(right)).sum(3))
+    ranked = np.sort(norms.reshape(len(norms), -1), axis=1)
     return ranked[:, -ranked.shape[1] // 20 :].mean(1)
 
 
 def _roughness(images: Images) -> np.ndarray:
     p = images[0]
-    curve = np.abs(
+    laplacian = np.abs(
         4 * p[:, 1:-1, 1:-1] - p[:, :-2, 1:-1] - p[:, 2:, 1:-1] - p[:, 1:-1, :-2] - p[:, 1:-1, 2:]
     ).mean(3)
-    ranked = np.sort(curve.reshape(len(p), -1), axis=1)
-    return (
-        ranked[:, : ranked.shape[1] // 2].mean(1) + 1 / 255 / 8
-    )  # below an eighth of a grey level nothing is seen
+    ranked = np.sort(laplacian.reshape(len(p), -1), axis=1)
+    return ranked[:, : ranked.shape[1] // 2].mean(1) + VISIBLE
 
 
 def _diversity(images: Images) -> np.ndarray:
-    """One value a prompt: its SEEDS images stand side by side."""
+    """One value for each prompt, from its two consecutive images."""
     groups = images[0].reshape(-1, SEEDS, *images[0].shape[1:])
     return _distance(groups[:, 0], groups[:, 1])
 
@@ -185,7 +174,7 @@ def _standard_error(values: np.ndarray) -> float:
 
 
 def _distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Root mean square difference, image by image [N]."""
+    """Root mean square difference of each pair of images, [N]."""
     return np.sqrt(np.square(left - right).mean((1, 2, 3)))
 
 

@@ -1,8 +1,7 @@
-"""How much nearer the teacher comes to a training image than the student, from pixels: what
-preflight rewards by.
+"""How much closer the teacher's images are to a training image than the student's, from pixels.
 
-Images are first reduced to SIDE cells: what is compared is where which colours are, not grain and
-pores.
+Preflight is based on it. Images are reduced to SIDE cells first, so that what is compared is which
+colours are where, not texture.
 """
 
 import numpy as np
@@ -10,26 +9,33 @@ from PIL import Image
 
 from dopsd.evaluation.statistics import Interval, resampled
 
-SIDE = 64  # cells of a reduced image's longer side
+SIDE = 64  # cells along the longer side of a reduced image
 
 
 def distances(images: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Root mean square difference in [0, 1], [N], of the reduced images [N, H, W, 3] to the reduced
-    target [H, W, 3], all uint8."""
-    aim = _reduced(target)
-    return np.array([np.sqrt(np.square(_reduced(image) - aim).mean()) for image in images])
+    """Root mean square difference in [0, 1], [N], of reduced images [N, H, W, 3] to the reduced
+    target [H, W, 3]; all uint8."""
+    reduced = _reduced(target)
+    return np.array([np.sqrt(np.square(_reduced(image) - reduced).mean()) for image in images])
 
 
 def nearer(student: np.ndarray, teacher: np.ndarray) -> Interval:
-    """By what share of the student's distance the teacher is nearer (negative: farther): 1 -
-    teacher / student, both mean distances for the same images and noises [P, S]. Images are
-    resampled, of a single one its noises."""
-    ours, theirs = (each.ravel() if len(each) == 1 else each.mean(1) for each in (student, teacher))
-    return resampled(lambda picks: 1 - theirs[picks].mean(-1) / ours[picks].mean(-1), len(ours))
+    """The share of the student's distance by which the teacher is closer, 1 - teacher / student;
+    negative if it is farther.
+
+    Both are mean distances [images, seeds] for the same images and noise. Images are resampled for
+    the interval; the seeds, if there is one image.
+    """
+    students, teachers = (
+        each.ravel() if len(each) == 1 else each.mean(1) for each in (student, teacher)
+    )
+    return resampled(
+        lambda picks: 1 - teachers[picks].mean(-1) / students[picks].mean(-1), len(students)
+    )
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:
-    """A mean over each cell, float64 in [0, 1]; an image of SIDE pixels or less stays as it is."""
+    """The mean of each cell, float64 in [0, 1]; images of up to SIDE pixels stay as they are."""
     reduced = Image.fromarray(image)
     factor = SIDE / max(reduced.size)
     if factor < 1:

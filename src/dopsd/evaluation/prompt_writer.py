@@ -1,8 +1,7 @@
-"""Test prompts by the rule of D-OPSD's evaluation: of each image its scene in other words, and four
-new scenes.
+"""Test prompts written by a vision-language model, as in D-OPSD's evaluation: for each image its
+scene in other words, and four new scenes.
 
-A vision-language model writes them; every prompt keeps the trigger, and what does not keep to the
-rule is refused.
+Every prompt must hold the trigger; answers that break the rule are refused.
 """
 
 import os
@@ -20,13 +19,16 @@ Mode = Literal["object", "style"]
 MOST_TOKENS = 1024  # of an answer, as in the reference code
 SCENES = 4
 RULE = {
-    "object": "2 to 5: put {trigger} into four new scenes that have nothing to do with this one: two that a camera "
-    "could have taken, and two that only imagination can make. Never say what kind of thing {trigger} is",
-    "style": "2 to 5: four new subjects that this picture does not show, each painted in {trigger} style",
+    "object": "2 to 5: put {trigger} into four new scenes that have nothing to do with this one: "
+    "two that a camera could have taken, and two that only imagination can make. Never say what "
+    "kind of thing {trigger} is",
+    "style": "2 to 5: four new subjects that this picture does not show, each painted in {trigger} "
+    "style",
 }
 QUESTION = (
-    "This picture has the caption: {caption}\nIn it, {trigger} stands for {meaning}. Write five prompts for a "
-    "text-to-image model, numbered 1. to 5., each one sentence with the word {trigger} in it.\n"
+    "This picture has the caption: {caption}\nIn it, {trigger} stands for {meaning}. Write five "
+    "prompts for a text-to-image model, numbered 1. to 5., each one sentence with the word "
+    "{trigger} in it.\n"
     "1: the same scene as in the picture, in other words than the caption.\n{rule}.\n"
     "Write the five numbered prompts and nothing else."
 )
@@ -42,11 +44,13 @@ def write_test_prompts(
     class_word: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Ask about each (image, caption), and write five rows an image into a `.jsonl` of prompts;
-    images that have rows there already are not asked about again. class_word: what the thing is
-    ("dog"): object prompts must not say it, and text measures read it in the trigger's place.
-    Returns the number of rows. Raises ValueError for an answer that breaks the rule; what was
-    written before stays."""
+    """Write five prompts for each (image, caption) into a `.jsonl` file; images that have prompts
+    there already are skipped. Returns the number of prompts in the file.
+
+    ask: (image, question) -> answer. class_word: what the object is ("dog"); object prompts must
+    not say it, and text metrics read it in place of the trigger. Raises ValueError for an answer
+    that breaks the rule; the prompts so far are kept.
+    """
     rows = [row for _, row in read_jsonl(file)] if file.exists() else []
     done = {row.get("target") for row in rows}
     for number, (path, caption) in enumerate(images, start=1):
@@ -77,17 +81,17 @@ def _row(
 
 
 def prompts_in(answer: str, trigger: str, forbidden: str | None, called: str) -> list[str]:
-    """The five prompts of an answer in the asked form. Raises ValueError for another form, a prompt
-    without the trigger, or one that says the forbidden word."""
+    """The five prompts of an answer. called: the image, in messages. Raises ValueError for an
+    answer of another form, a prompt without the trigger, or one with the forbidden word."""
     form = (
         r"\s*" + r"\s+".join(rf"{number}[.)]\s+(.+?)" for number in range(1, SCENES + 2)) + r"\s*"
     )
-    found = re.fullmatch(form, answer, flags=re.DOTALL)
-    if not found:
+    match = re.fullmatch(form, answer, flags=re.DOTALL)
+    if not match:
         raise ValueError(
             f"the answer about {called} is not five numbered prompts: {shorten(answer, 120)!r}."
         )
-    for prompt in found.groups():
+    for prompt in match.groups():
         if trigger not in prompt:
             raise ValueError(
                 f"a prompt about {called} lacks the trigger {trigger}: {shorten(prompt, 120)!r}."
@@ -96,4 +100,4 @@ def prompts_in(answer: str, trigger: str, forbidden: str | None, called: str) ->
             raise ValueError(
                 f"a prompt about {called} says {forbidden}, which gives the thing away: {shorten(prompt, 120)!r}."
             )
-    return list(found.groups())
+    return list(match.groups())

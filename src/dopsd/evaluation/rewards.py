@@ -1,8 +1,7 @@
-"""Judges: what says how good an image is for its prompt. A short name, or any callable by its
-dotted name.
+"""Rewards: scores of images for their prompts, by the name of a metric or of any callable.
 
-A reward is `(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, higher is better, NaN where it
-cannot say.
+A reward maps images [B, 3, H, W] in [0, 1] and B prompts to [B], higher is better, NaN where it
+cannot judge.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,56 +9,53 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dopsd.evaluation.metrics import Found, find_metric
+from dopsd.evaluation.metrics import ResolvedMetric, find_metric
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
 
-def find_reward(name: str) -> Found:
-    """What a reward's name leads to (see `find_measure`), before a weight is loaded. Raises
-    ValueError for a measure that needs more than an image and its prompt."""
-    found = find_metric(name)
-    if found.metric.needs != "prompt":
+def find_reward(name: str) -> ResolvedMetric:
+    """Resolve a reward's name (see `find_metric`) without loading weights. Raises ValueError for a
+    metric that needs more than an image and its prompt."""
+    resolved = find_metric(name)
+    if (needs := resolved.metric.needs) != "prompt":
         raise ValueError(
-            f"{found.short} compares with {found.metric.needs} pictures: it is a measure, and no judge."
+            f"{resolved.short} needs {needs} images besides the generated ones: it is a metric for "
+            "`dopsd evaluate`, and cannot be a reward."
         )
-    return found
+    return resolved
 
 
 def load_reward(name: str, device: torch.device) -> Reward:
-    """The reward of a name, its model on the device. What it answers is checked: a floating tensor
-    of one number a image; it comes back as float32 on the images' device, NaN where it is not
-    finite: the caller drops it."""
-    found = find_reward(name)
-    if found.model:
-        raw = found.made(found.model, device)
-    else:
-        raw = found.made() if isinstance(found.made, type) else found.made
+    """The reward of a name, its model on the device. Its answers are checked; they come back as
+    float32 on the images' device, NaN where they are not finite."""
+    raw = find_reward(name).load(device)
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         try:
             answer = raw(images, prompts)
-        except Exception as error:  # of whatever the user's code may raise
+        except Exception as error:  # the user's code may raise anything
             raise ValueError(
-                f"the judge {name} failed on {len(images)} pictures ({type(error).__name__}: {error}): it is called "
-                "with pictures [B, 3, H, W] in [0, 1] and a list of B prompts."
+                f"the reward {name} failed on {len(images)} images ({type(error).__name__}: "
+                f"{error}): it is called with images [B, 3, H, W] in [0, 1] and a list of B prompts."
             ) from error
-        if not (
-            isinstance(answer, Tensor)
-            and answer.is_floating_point()
-            and answer.shape == (len(images),)
-        ):
-            what = (
-                f"{answer.dtype} {list(answer.shape)}"
-                if isinstance(answer, Tensor)
-                else type(answer).__name__
-            )
-            raise ValueError(
-                f"the judge {name} answered {what} to {len(images)} pictures: it must answer a floating tensor "
-                f"[{len(images)}], one number a picture."
-            )
+        _refuse_unlike(answer, len(images), name)
         scores = answer.to(images.device, torch.float32)
         return torch.where(scores.isfinite(), scores, torch.nan)
 
     return reward
+
+
+def _refuse_unlike(answer: object, count: int, name: str) -> None:
+    """Raise ValueError for an answer that is not a floating tensor [count]."""
+    if not isinstance(answer, Tensor):
+        returned = type(answer).__name__
+    elif not answer.is_floating_point() or answer.shape != (count,):
+        returned = f"{answer.dtype} {list(answer.shape)}"
+    else:
+        return
+    raise ValueError(
+        f"the reward {name} returned {returned} for {count} images: it must return a floating "
+        f"tensor [{count}], one number an image."
+    )

@@ -1,8 +1,7 @@
-"""Galleries under a measure: one model in memory at a time, and every score on disk as soon as it
-is known.
+"""Scores of image sets under a metric, one model in memory at a time, each score saved at once.
 
-A score is kept under the content of what made it (image, prompt, target), so that a second call
-goes on where one ended, and an image that was generated anew is measured anew.
+A score is stored by the content that it depends on (image, prompt, target), so that a second call
+resumes, and an image that was generated anew is scored anew.
 """
 
 import hashlib
@@ -17,33 +16,34 @@ import torch
 from torch import Tensor
 
 from dopsd.evaluation.image_sets import GeneratedImage, ImageSet, Progress
-from dopsd.evaluation.metrics import Found
+from dopsd.evaluation.metrics import ResolvedMetric
 from dopsd.evaluation.rewards import load_reward
 from dopsd.files import append_jsonl, read_jsonl, read_tensors, sha256_of, write_tensors
 from dopsd.images import open_image
 
-AT_ONCE = 8  # images that a model looks at together
+BATCH = 8  # images that a model gets at once
 
 
 class MetricUnavailable(ValueError):
-    """A measure's model, or what it compares with, is not there."""
+    """The metric's model, or what it compares with, is missing."""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """values: [prompts, seeds], NaN where nothing was asked or nothing answered; asked, answered:
-    images."""
+class Scores:
+    """values: [prompts, seeds], NaN where the metric does not apply or gave no number. applicable:
+    images that the metric was asked about."""
 
     values: np.ndarray
-    asked: int
+    applicable: int
 
     @property
-    def answered(self) -> int:
+    def finite(self) -> int:
+        """Images with a number."""
         return int(np.isfinite(self.values).sum())
 
 
-class Scores:
-    """A JSONL log of values by content."""
+class ScoreFile:
+    """A JSONL log: content key -> score."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,69 +57,85 @@ class Scores:
                 f"{path} is damaged ({type(error).__name__}): remove it, and measure again."
             ) from error
 
-    def add(self, found: Sequence[tuple[str, str, float]]) -> None:
-        """(key, file, value) of some images; NaN is null in the file."""
+    def add(self, scores: Sequence[tuple[str, str, float]]) -> None:
+        """Append (key, image file, score) of some images; NaN is null in the file."""
         rows = [
-            {"key": key, "file": file, "value": None if np.isnan(v) else v}
-            for key, file, v in found
+            {"key": key, "file": file, "value": None if np.isnan(value) else value}
+            for key, file, value in scores
         ]
         append_jsonl(self.path, rows)
-        self.values |= {key: value for key, _, value in found}
+        self.values |= {key: value for key, _, value in scores}
 
 
 def score(
-    found: Found,
+    resolved: ResolvedMetric,
     image_sets: Sequence[ImageSet],
     folder: Path,
     device: torch.device,
     progress: Progress,
-) -> list[Scored]:
-    """Each image set's scores; prompts that the measure is not about (`Measure.skips`, or no
-    target) are not asked. Raises Unmeasured where the measure's model cannot be had, and ValueError
-    for an image that cannot be read; what was scored before is kept."""
-    store = Scores(_place(folder, found, "jsonl"))
-    asked = [[p for p in image_set.images if _concerns(found, p)] for image_set in image_sets]
+) -> list[Scores]:
+    """The scores of each image set; what is stored below `folder` is not computed again.
+
+    Prompts that the metric does not apply to (`Metric.skips`, or no target) are left out. Raises
+    MetricUnavailable where the model cannot be loaded, and ValueError for an image that cannot be
+    read; scores so far are kept.
+    """
+    # What is missing?
+    file = ScoreFile(_file_of(folder, resolved, "jsonl"))
+    applicable = [
+        [image for image in image_set.images if _applies(resolved, image)]
+        for image_set in image_sets
+    ]
     content = cache(_content)
-    keys = {p: _key(p, found, content) for images in asked for p in images}
-    todo = [[p for p in images if keys[p] not in store.values] for images in asked]
+    keys = {image: _key(image, resolved, content) for images in applicable for image in images}
+    missing = [
+        [image for image in images if keys[image] not in file.values] for images in applicable
+    ]
+
+    # Score it.
     try:
-        metric = _load(found, device) if any(todo) else None
+        scorer = _load(resolved, device) if any(missing) else None
     except ValueError as error:
         raise MetricUnavailable(str(error)) from error
-    for image_set, images in zip(image_sets, todo, strict=True):
+    for image_set, images in zip(image_sets, missing, strict=True):
         done = 0
-        for group, pixels in _groups(images):
-            assert metric is not None
+        for batch, pixels in _batches(images):
+            assert scorer is not None
             values = [
-                v if np.isfinite(v) else float("nan") for v in metric(group, pixels.to(device))
+                value if np.isfinite(value) else float("nan")
+                for value in scorer(batch, pixels.to(device))
             ]
-            store.add([(keys[p], str(p.path), v) for p, v in zip(group, values, strict=True)])
-            done += len(group)
-            progress(f"{found.short} of {image_set.label}", done, len(images))
-    tables = []
-    for image_set, images in zip(image_sets, asked, strict=True):
+            named = zip(batch, values, strict=True)
+            file.add([(keys[image], str(image.path), value) for image, value in named])
+            done += len(batch)
+            progress(f"{resolved.short} of {image_set.label}", done, len(images))
+
+    # Lay the scores out by prompt and seed.
+    scores = []
+    for image_set, images in zip(image_sets, applicable, strict=True):
         table = np.full(image_set.shape, np.nan)
-        for p in images:
-            table[p.row, p.seed] = store.values[keys[p]]
-        tables.append(Scored(table, len(images)))
-    return tables
+        for image in images:
+            table[image.row, image.seed] = file.values[keys[image]]
+        scores.append(Scores(table, len(images)))
+    return scores
 
 
 def features(
-    found: Found,
+    resolved: ResolvedMetric,
     sets: Sequence[Sequence[Path]],
     folder: Path,
     device: torch.device,
     progress: Progress,
 ) -> list[Tensor]:
-    """Features [n, D] of each set of images, from disk where a call before made them."""
-    network, answers = None, []
+    """Features [n, D] of each set of images; what is stored below `folder` is not computed
+    again."""
+    network, computed = None, []
     for number, paths in enumerate(sets, start=1):
         content = hashlib.sha256("".join(map(_content, paths)).encode()).hexdigest()[:16]
-        file = _place(folder, found, f"{content}.safetensors")
+        file = _file_of(folder, resolved, f"{content}.safetensors")
         if not file.exists():
             try:
-                network = network or found.made(found.model, device)
+                network = network or resolved.load(device)
             except ValueError as error:
                 raise MetricUnavailable(str(error)) from error
             parts = []
@@ -127,68 +143,67 @@ def features(
                 parts.append(network(read_image(path)[None]))
                 progress(f"features of set {number}", done, len(paths))
             write_tensors(file, {"features": torch.cat(parts)})
-        answers.append(read_tensors(file)["features"])
-    return answers
+        computed.append(read_tensors(file)["features"])
+    return computed
 
 
 def read_image(path: Path) -> Tensor:
-    """float32 [3, H, W] in [0, 1]."""
+    """An image file as float32 [3, H, W] in [0, 1]."""
     return torch.from_numpy(np.asarray(open_image(path), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def _concerns(found: Found, image: GeneratedImage) -> bool:
-    if found.metric.needs == "target" and image.target is None:
+def _applies(resolved: ResolvedMetric, image: GeneratedImage) -> bool:
+    if resolved.metric.needs == "target" and image.target is None:
         return False
-    return not (image.kind and image.kind == found.metric.skips)
+    return not (image.kind and image.kind == resolved.metric.skips)
 
 
 def _load(
-    found: Found, device: torch.device
+    resolved: ResolvedMetric, device: torch.device
 ) -> Callable[[Sequence[GeneratedImage], Tensor], list[float]]:
-    """What scores images of one target and one size: (images, their pixels [B, 3, H, W]) -> values."""
-    if found.metric.needs == "target":
-        compare = found.made(found.model, device)
+    """The scorer of images with one target and one size: (images, pixels [B, 3, H, W]) ->
+    scores."""
+    if resolved.metric.needs == "target":
+        compare = resolved.load(device)
 
-        def against(group: Sequence[GeneratedImage], pixels: Tensor) -> list[float]:
-            assert group[0].target is not None
-            return compare(pixels, read_image(group[0].target).to(device)).tolist()
+        def with_target(batch: Sequence[GeneratedImage], pixels: Tensor) -> list[float]:
+            assert batch[0].target is not None
+            return compare(pixels, read_image(batch[0].target).to(device)).tolist()
 
-        return against
-    reward = load_reward(found.name, device)
-    return lambda group, pixels: reward(pixels, [image.prompt for image in group]).tolist()
+        return with_target
+    reward = load_reward(resolved.name, device)
+    return lambda batch, pixels: reward(pixels, [image.prompt for image in batch]).tolist()
 
 
-def _groups(images: Sequence[GeneratedImage]) -> Iterator[tuple[list[GeneratedImage], Tensor]]:
-    """Neighbours with one target and one size, AT_ONCE at most, and their pixels. Before an image
-    that cannot be read is refused, those before it go out."""
-    group: list[GeneratedImage] = []
+def _batches(images: Sequence[GeneratedImage]) -> Iterator[tuple[list[GeneratedImage], Tensor]]:
+    """Up to BATCH consecutive images with one target and one size, and their pixels. What was read
+    before an unreadable image is yielded before its error is raised."""
+    batch: list[GeneratedImage] = []
     pixels: list[Tensor] = []
     for image in images:
         try:
-            mine = read_image(image.path)
+            read = read_image(image.path)
         except ValueError:
-            if group:
-                yield group, torch.stack(pixels)
+            if batch:
+                yield batch, torch.stack(pixels)
             raise
-        if group and (
-            len(group) == AT_ONCE
-            or image.target != group[0].target
-            or mine.shape != pixels[0].shape
+        if batch and (
+            len(batch) == BATCH or image.target != batch[0].target or read.shape != pixels[0].shape
         ):
-            yield group, torch.stack(pixels)
-            group, pixels = [], []
-        group.append(image)
-        pixels.append(mine)
-    if group:
-        yield group, torch.stack(pixels)
+            yield batch, torch.stack(pixels)
+            batch, pixels = [], []
+        batch.append(image)
+        pixels.append(read)
+    if batch:
+        yield batch, torch.stack(pixels)
 
 
-def _key(image: GeneratedImage, found: Found, content: Callable[[Path], str]) -> str:
-    """Of all that a score depends on but the measure, whose file this is."""
-    beside = (
-        content(image.target) if found.metric.needs == "target" and image.target else image.prompt
-    )
-    return hashlib.sha256(f"{content(image.path)} {beside}".encode()).hexdigest()[:24]
+def _key(image: GeneratedImage, resolved: ResolvedMetric, content: Callable[[Path], str]) -> str:
+    """A hash of everything that a score depends on except the metric, which names the file."""
+    compared = image.prompt
+    if resolved.metric.needs == "target" and image.target:
+        compared = content(image.target)
+    return hashlib.sha256(f"{content(image.path)} {compared}".encode()).hexdigest()[:24]
 
 
 def _content(path: Path) -> str:
@@ -198,8 +213,9 @@ def _content(path: Path) -> str:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-def _place(folder: Path, found: Found, ending: str) -> Path:
-    """fid and kid look at the same features."""
-    name = "inception" if found.metric.needs == "set" else found.short
-    mark = hashlib.sha256(f"{found.metric.made} {found.model}".encode()).hexdigest()[:8]
+def _file_of(folder: Path, resolved: ResolvedMetric, ending: str) -> Path:
+    """Where scores or features are stored; fid and kid share their features."""
+    name = "inception" if resolved.metric.needs == "set" else resolved.short
+    source = f"{resolved.metric.attribute} {resolved.model}"
+    mark = hashlib.sha256(source.encode()).hexdigest()[:8]
     return folder / "scores" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{mark}.{ending}"

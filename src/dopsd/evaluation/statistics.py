@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals over prompts and seeds, and rank correlation."""
+"""Bootstrap intervals over prompts and seeds, and rank correlation."""
 
 import math
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-DRAWS = 2000
+DRAWS = 2000  # bootstrap resamples
 
 
 class Interval(NamedTuple):
-    """A value and where it lies with 95% confidence."""
+    """A value and its 95% confidence interval."""
 
     value: float
     low: float
@@ -22,13 +22,11 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Mean of values [N], or [prompts, seeds] with a row a prompt, and its 95% interval. NaN is
-    left out.
+    """The mean of values [N] or [prompts, seeds] and its 95% interval. NaN is left out.
 
-    What is resampled are prompts, each with all its seeds: a prompt's mean already carries the
-    noise of its seeds, and resampling these as well would count it twice (docs/measures.md has the
-    coverage of both). Of a single prompt the seeds are resampled: the interval then says nothing of
-    other prompts.
+    Prompts are resampled, each with all its seeds: a prompt's mean already carries the noise of its
+    seeds, and resampling these as well would count it twice (coverage of both: docs/metrics.md). If
+    there is one prompt, its seeds are resampled; the interval then does not cover other prompts.
     """
     table = np.asarray(values, dtype=float)
     if table.ndim == 2:
@@ -38,15 +36,15 @@ def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval
     return resampled(lambda picks: table[picks].mean(-1), len(table), seed, draws)
 
 
-def paired(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> Interval:
-    """Mean difference ours - theirs of values for the same prompts and noise, shapes as in
+def paired(values: np.ndarray, base: np.ndarray, seed: int = 0) -> Interval:
+    """The mean difference values - base of the same prompts and noise, shapes as in
     `bootstrap`."""
-    return bootstrap(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float), seed)
+    return bootstrap(np.asarray(values, dtype=float) - np.asarray(base, dtype=float), seed)
 
 
 def spearman(one: np.ndarray, other: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Rank correlation of two lists of N numbers, ties at their mean rank, with its interval over
-    items."""
+    """Spearman's rank correlation of two lists of N numbers, ties at their mean rank, with its
+    interval over items. Pairs with NaN are left out."""
     pairs = np.stack([np.asarray(one, dtype=float), np.asarray(other, dtype=float)])
     pairs = pairs[:, ~np.isnan(pairs).any(0)]
     return resampled(lambda picks: _rank_correlation(pairs[:, picks]), pairs.shape[1], seed, draws)
@@ -55,12 +53,12 @@ def spearman(one: np.ndarray, other: np.ndarray, seed: int = 0, draws: int = DRA
 def resampled(
     statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int = 0, draws: int = DRAWS
 ) -> Interval:
-    """A statistic of `count` items and its interval. statistic: indices [draws, count] of items ->
-    values [draws]; a value that is NaN (nothing to correlate in that draw) has no vote.
+    """A statistic of `count` items and its 95% interval. statistic: indices [draws, count] ->
+    values [draws]; draws whose value is NaN are left out.
 
-    The percentile interval with its percentiles moved outward as much as Student's t needs for so
-    few items (the expanded percentile interval of T. Hesterberg, "What teachers should know about
-    the bootstrap", 2015): without that, ten items are covered 90% of the time and not 95%.
+    This is the expanded percentile interval (T. Hesterberg, "What Teachers Should Know about the
+    Bootstrap", 2015): percentiles are moved outward by as much as Student's t requires for few
+    items. Without that, intervals over ten items cover 90% instead of 95%.
     """
     if count < 1:
         return Interval(math.nan, math.nan, math.nan)
@@ -79,8 +77,8 @@ def resampled(
 
 
 def _student(freedom: int) -> float:
-    """The 97.5% point of Student's t, by its expansion around the normal's (Abramowitz and Stegun
-    26.7.5); within 1% from two degrees of freedom on, and 11% low at one."""
+    """The 97.5% quantile of Student's t by its expansion around the normal's (Abramowitz and Stegun
+    26.7.5); within 1% from two degrees of freedom on, 11% low at one."""
     z, v = NormalDist().inv_cdf(0.975), freedom
     return (
         z
@@ -92,7 +90,7 @@ def _student(freedom: int) -> float:
 
 
 def _rank_correlation(pairs: np.ndarray) -> np.ndarray:
-    """Of pairs [2, draws, N], [draws]; NaN where one side is constant."""
+    """The correlation of pairs [2, draws, N], [draws]; NaN where one side is constant."""
     smaller = (pairs[..., :, None] > pairs[..., None, :]).sum(-1)
     equal = (pairs[..., :, None] == pairs[..., None, :]).sum(-1)
     ranks = smaller + (equal - 1) / 2

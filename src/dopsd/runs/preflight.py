@@ -19,7 +19,7 @@ from torch import Tensor
 from dopsd.config.recipe import Recipe
 from dopsd.data.cache import Row, prepare, read_context
 from dopsd.evaluation.image_distance import SIDE, distances, nearer
-from dopsd.evaluation.metrics import Found, find_metric
+from dopsd.evaluation.metrics import ResolvedMetric, find_metric
 from dopsd.evaluation.pages import Panel, write_comparison
 from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_image, to_pil
@@ -197,13 +197,13 @@ def _alternatives(run: ResolvedRun) -> list[str]:
 
 
 def _compare(
-    run: ResolvedRun, seeds: int, max_images: int, metric: Found | None, progress: Progress
+    run: ResolvedRun, seeds: int, max_images: int, metric: ResolvedMetric | None, progress: Progress
 ) -> tuple[Comparison, ...]:
     recipe, family = run.recipe, run.family
     pipeline = ImagePipeline(family, run.dtype)
     rows = _encode(run, max_images, pipeline, progress)
     denoiser = pipeline.load_denoiser(recipe.lora.init_from)
-    distance = metric.made(metric.model, run.device) if metric else None
+    distance = metric.load(run.device) if metric else None
     comparisons = []
     for done, row in enumerate(rows):
         progress("generating", done, len(rows))

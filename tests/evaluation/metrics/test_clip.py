@@ -1,5 +1,4 @@
-"""A tiny random CLIP as reward: the library's own cosine and logit, a head written out by hand, a
-run's health."""
+"""CLIP metrics on a tiny random CLIP, against the library's own cosine and logit."""
 
 import json
 import shutil
@@ -91,7 +90,7 @@ def test_clip_s_is_the_librarys_cosine_and_pickscore_its_logit(clip, images):
     assert abs(wanted[0] - wanted[1]) > 1e-3
 
 
-def test_a_prompt_over_clips_limit_is_judged_by_its_beginning(clip, images):
+def test_a_prompt_over_clips_limit_is_scored_by_its_beginning(clip, images):
     reward = load_reward(f"clip={clip}", CPU)
     long = " ".join(["star"] * 100)
     assert torch.equal(reward(images[:1], [long]), reward(images[:1], [long + " at the left"]))
@@ -118,21 +117,21 @@ def test_the_aesthetic_head_is_a_product_of_matrices(widths, clip, images, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("head", "said"),
+    ("head", "sentence"),
     [
         (None, "aesthetic.safetensors is missing"),
-        ({"layers.0.weight": (1, 12), "layers.0.bias": (1,)}, r"no head from 16 numbers to one"),
-        ({"layers.0.weight": (2, 16), "layers.0.bias": (2,)}, r"no head from 16 numbers to one"),
+        ({"layers.0.weight": (1, 12), "layers.0.bias": (1,)}, r"not a head from 16 numbers to one"),
+        ({"layers.0.weight": (2, 16), "layers.0.bias": (2,)}, r"not a head from 16 numbers to one"),
         ({"layers.0.weight": (1, 16)}, r"no layers.0.bias"),
-        ({}, r"no head from 16 numbers to one"),
+        ({}, r"not a head from 16 numbers to one"),
     ],
 )
-def test_an_aesthetic_folder_without_a_fitting_head_is_refused(head, said, clip, tmp_path):
+def test_an_aesthetic_folder_without_a_fitting_head_is_refused(head, sentence, clip, tmp_path):
     folder = tmp_path / "aesthetic"
     shutil.copytree(clip, folder)
     if head is not None:
         save_file({name: torch.zeros(shape) for name, shape in head.items()}, folder / HEAD)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=sentence):
         load_reward(f"aesthetic={folder}", CPU)
 
 
@@ -152,7 +151,7 @@ def recipe_for(concept: Path, output: Path, text_model: Path) -> Recipe:
     )
 
 
-def test_a_run_is_judged_by_it_too(clip, concept, tmp_path):
+def test_a_run_measures_health_with_it(clip, concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, clip)
     for _ in train(recipe):
         pass
@@ -160,6 +159,6 @@ def test_a_run_is_judged_by_it_too(clip, concept, tmp_path):
     assert row["text"]["value"] == pytest.approx(1, abs=0.01) and row["text"]["limit"] == 0.95
 
 
-def test_one_that_is_not_there_is_refused_before_anything_starts(concept, tmp_path):
+def test_a_missing_model_is_refused_before_anything_starts(concept, tmp_path):
     with pytest.raises(ValueError, match=r"health\.text_model .*gone does not exist"):
         resolve(recipe_for(concept, tmp_path, tmp_path / "gone"))

@@ -1,5 +1,4 @@
-"""FID and KID against the closed form of normal distributions and against sums written out one by
-one."""
+"""FID and KID against the closed form for normal distributions and against plain sums."""
 
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ def test_fid_where_covariances_commute_is_a_sum_of_squares():
     assert found == pytest.approx(1 + np.square(s - t).sum(), rel=1e-9)
 
 
-def test_fid_of_fewer_pictures_than_dimensions_is_finite_and_zero_for_itself():
+def test_fid_of_fewer_images_than_dimensions_is_finite_and_zero_for_itself():
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(12, 200)))
     other = torch.from_numpy(np.random.default_rng(1).normal(size=(9, 200)))
     assert fid(features, features) == pytest.approx(0, abs=1e-9)
@@ -85,6 +84,6 @@ def test_kid_is_unbiased_and_its_subsets_spread():
 
 
 @pytest.mark.parametrize("metric", [fid, kid])
-def test_a_single_picture_is_no_set(metric):
+def test_a_single_image_is_refused(metric):
     with pytest.raises(ValueError, match="each needs at least 2"):
         metric(torch.zeros(1, 4), torch.zeros(5, 4))

@@ -1,5 +1,4 @@
-"""FID's Inception-V3: its published size, its blocks written out plainly, and what happens to an
-image before it."""
+"""FID's Inception-V3: its published size, its blocks in plain torch, and its preprocessing."""
 
 from pathlib import Path
 
@@ -117,7 +116,7 @@ def test_its_blocks_are_those_of_the_plain_network(network):
 
 
 @torch.no_grad()
-def test_pictures_are_resized_by_pillow_and_centred_as_the_network_wants(network, tmp_path):
+def test_images_are_resized_by_pillow_and_scaled_as_the_network_needs(network, tmp_path):
     save_file(
         network.state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)},
         tmp_path / WEIGHTS,

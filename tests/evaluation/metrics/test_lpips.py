@@ -1,4 +1,4 @@
-"""LPIPS-D against a VGG16 of torch.nn and, where it is installed, the authors' package; both on
+"""LPIPS against a VGG16 of torch.nn and, where it is installed, the authors' package; both on
 random weights."""
 
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_it_is_the_weighted_distance_of_unit_activations(tmp_path):
     assert found.min() > 1e-3 and distance(target[None], target).item() == 0
 
 
-def test_the_authors_package_says_the_same_where_it_is_installed(tmp_path):
+def test_it_equals_the_authors_package_where_that_is_installed(tmp_path):
     lpips = pytest.importorskip(
         "lpips", reason="the lpips package (and torchvision) is not installed"
     )
@@ -87,7 +87,7 @@ def test_the_authors_package_says_the_same_where_it_is_installed(tmp_path):
     assert Lpips(str(tmp_path), CPU)(one[None], other).item() == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_target_of_another_shape_is_cut_about_its_middle():
+def test_a_target_of_another_shape_is_center_cropped():
     left_to_right = torch.arange(60.0).expand(1, 3, 20, 60) / 60
     cut = fit(left_to_right, 20, 20)
     assert torch.equal(cut, left_to_right[..., 20:40])
@@ -95,14 +95,14 @@ def test_a_target_of_another_shape_is_cut_about_its_middle():
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "sentence"),
     [
         ("none", "holds no .safetensors"),
         ("other", "is missing: VGG16"),
         ("cut", r"has no lin4\.model\.1\.weight"),
     ],
 )
-def test_weights_that_are_not_there_are_one_sentence(fault, said, tmp_path):
+def test_weights_that_are_not_there_are_one_sentence(fault, sentence, tmp_path):
     if fault == "other":
         save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     if fault == "cut":
@@ -111,11 +111,11 @@ def test_weights_that_are_not_there_are_one_sentence(fault, said, tmp_path):
         save_file(
             tensors | {f"lin{k}.model.1.weight": heads[k] for k in range(4)}, tmp_path / WEIGHTS
         )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=sentence):
         Lpips(str(tmp_path), CPU)
 
 
-def test_a_picture_that_four_poolings_would_leave_nothing_of_is_refused(tmp_path):
+def test_an_image_too_small_for_four_poolings_is_refused(tmp_path):
     written(tmp_path, (4, 4, 4, 4, 4))
     with pytest.raises(ValueError, match="16 pixels a side; these are 8 x 32"):
         Lpips(str(tmp_path), CPU)(torch.rand(1, 3, 32, 8), torch.rand(3, 32, 8))

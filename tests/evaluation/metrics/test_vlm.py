@@ -1,4 +1,4 @@
-"""VLM-J: only an answer in the asked form is a grade; the images are asked about in pairs."""
+"""VLM grades: only an answer of the asked form is a grade; images are shown in pairs."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_one_digit_is_a_grade(answer, grade):
 )
 def test_anything_else_is_none_and_is_logged(answer, caplog):
     assert math.isnan(grade_of(answer))
-    assert "vlm_judge" in caplog.text and "grade=none" in caplog.text
+    assert "which is no grade" in caplog.text
 
 
 def test_a_random_model_gives_no_grade(vlm):
@@ -69,7 +69,7 @@ def test_a_random_model_gives_no_grade(vlm):
 
 
 @torch.no_grad()
-def test_the_target_stands_first_in_the_question_and_the_answer_is_the_models_own(vlm):
+def test_the_target_comes_first_in_the_question_and_the_answer_is_the_models_own(vlm):
     reward = StyleReward(str(vlm), CPU)
     target, image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     model = Qwen3VLForConditionalGeneration.from_pretrained(vlm, dtype=torch.float32).eval()

@@ -1,10 +1,10 @@
-"""What FID and KID look at: the pooled features of the Inception-V3 that FID was defined with.
+"""Features for FID and KID: the pooled features of the Inception-V3 that FID is defined with.
 
-Written out here, so that no torchvision is needed. It is Inception-V3 of arXiv:1512.00567 with
-TensorFlow's average pooling (padding is not counted) and a max pooling in the last block, as the
-weights of 2015-12-05 want it. Weights: `inception_fid.safetensors`, see docs/measures.md. Images
-are resized by Pillow's antialiased bicubic, in floats, as arXiv:2104.11222 ("clean-fid") shows to
-matter.
+The network is implemented here, so that torchvision is not needed: Inception-V3 (arXiv:1512.00567)
+with TensorFlow's average pooling (padding is not counted) and max pooling in the last block, as
+the weights of 2015-12-05 require. Weights: `inception_fid.safetensors`, see docs/metrics.md. Images
+are resized in floating point with Pillow's antialiased bicubic filter (arXiv:2104.11222,
+"clean-fid").
 """
 
 from collections.abc import Sequence
@@ -34,19 +34,18 @@ class Spec(NamedTuple):
     stride: int = 1
 
 
-Branch = Sequence[
-    Sequence[Spec]
-]  # stages one after the other; the convolutions of a stage stand side by side
+# Consecutive stages; the convolutions of a stage are parallel.
+Branch = Sequence[Sequence[Spec]]
 
 
 class Inception:
-    """Images to features; the same image gives the same features whatever is beside it."""
+    """Maps images to features; those of an image do not depend on the rest of the batch."""
 
     def __init__(self, model: str, device: torch.device):
         file = Checkpoint(model, called=f"the model of fid and kid, {model},").part() / WEIGHTS
         if not file.is_file():
             raise ValueError(
-                f"{file} is missing: FID's Inception-V3 (docs/measures.md says how to make it)."
+                f"{file} is missing: FID's Inception-V3 (docs/metrics.md says how to make it)."
             )
         tensors = {
             name: t
@@ -74,8 +73,7 @@ class Inception:
 
 
 def _resized(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] as float32 [299, 299, 3] in about [0, 255]; between floats nothing is rounded
-    or cut."""
+    """uint8 [H, W, 3] -> float32 [299, 299, 3] in about [0, 255], neither rounded nor clipped."""
     channels = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(3)]
     return np.stack(
         [np.asarray(c.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for c in channels], axis=-1
@@ -102,8 +100,8 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side, their channels in a row, and last a pooling. pooled: channels that a
-    convolution makes of it; 0: there is none, and the block halves the size."""
+    """Parallel branches whose channels are concatenated, the last one a pooling. pooled: channels
+    of the convolution after the pooling; 0: none, and the block halves the size."""
 
     def __init__(self, inputs: int, branches: Sequence[Branch], pooled: int, pool: str = "mean"):
         super().__init__()
@@ -123,25 +121,25 @@ class Block(nn.Module):
             self.branch_pool = Convolution(inputs, pooled, (1, 1), 1, (0, 0))
 
     def forward(self, z: Tensor) -> Tensor:
-        answers = []
+        outputs = []
         for chain in self.chains:
             y = z
             for names in chain:
                 y = torch.cat([self.get_submodule(name)(y) for name in names], dim=1)
-            answers.append(y)
+            outputs.append(y)
         if not self.pooled:
-            return torch.cat([*answers, max_pool2d(z, 3, stride=2)], dim=1)
-        around = (
+            return torch.cat([*outputs, max_pool2d(z, 3, stride=2)], dim=1)
+        pooled = (
             avg_pool2d(z, 3, 1, 1, count_include_pad=False)
             if self.pool == "mean"
             else max_pool2d(z, 3, 1, 1)
         )
-        return torch.cat([*answers, self.branch_pool(around)], dim=1)
+        return torch.cat([*outputs, self.branch_pool(pooled)], dim=1)
 
 
 class InceptionV3(nn.Module):
-    """float [B, 3, 299, 299] in [-1, 1] -> [B, 2048]. Names are torchvision's, so that its weights'
-    files fit."""
+    """float [B, 3, 299, 299] in [-1, 1] -> [B, 2048]. Names are those of torchvision's state
+    dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,8 +168,8 @@ class InceptionV3(nn.Module):
 
 
 def _chain(name: str, *convolutions: tuple) -> Branch:
-    """`<name>_1`, `<name>_2`, ... one after the other; (channels, kernel) or (channels, kernel,
-    stride) of each."""
+    """Consecutive convolutions `<name>_1`, `<name>_2`, ..., each (channels, kernel) or
+    (channels, kernel, stride)."""
     return [[Spec(f"{name}_{place}", *rest)] for place, rest in enumerate(convolutions, start=1)]
 
 

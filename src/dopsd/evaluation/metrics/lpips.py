@@ -1,8 +1,7 @@
-"""LPIPS-D: perceptual distance by the layers of a VGG16, weighted by what people saw
-(arXiv:1801.03924, version 0.1).
+"""LPIPS: perceptual distance from the layers of a VGG16 (arXiv:1801.03924, version 0.1).
 
-VGG16 is written out here, so that no torchvision is needed. Weights: `lpips_vgg16.safetensors`, see
-docs/measures.md.
+VGG16 is implemented here, so that torchvision is not needed. Weights: `lpips_vgg16.safetensors`,
+see docs/metrics.md.
 """
 
 import torch
@@ -13,27 +12,23 @@ from dopsd.files import read_tensors
 from dopsd.models.hub import Checkpoint
 
 WEIGHTS = "lpips_vgg16.safetensors"
-STAGES = (
-    (0, 2),
-    (5, 7),
-    (10, 12, 14),
-    (17, 19, 21),
-    (24, 26, 28),
-)  # torchvision's numbers of VGG16's convolutions
+# torchvision's indices of VGG16's convolutions, by stage
+STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own, of images in [-1, 1]
-SHORTEST = 16  # pixels: a side that four poolings leave one of
-EPSILON = 1e-10  # beside a length, as in the authors' code
+MIN_SIDE = 16  # pixels: four poolings leave one
+EPSILON = 1e-10  # added to norms, as in the authors' code
 
 
 class Lpips:
-    """The VGG variant: 0 = the same image. The target is scaled and cut about its middle to the
-    images' size."""
+    """The VGG variant; 0 = the same image. The target is resized and center-cropped to the images'
+    size."""
 
     def __init__(self, model: str, device: torch.device):
         file = Checkpoint(model, called=f"the model of lpips, {model},").part() / WEIGHTS
         if not file.is_file():
             raise ValueError(
-                f"{file} is missing: VGG16 with LPIPS' weights (docs/measures.md says how to make it)."
+                f"{file} is missing: VGG16 with LPIPS' weights (docs/metrics.md says how to make "
+                "it)."
             )
         self.weights = {
             name: tensor.float().to(device) for name, tensor in read_tensors(file).items()
@@ -52,9 +47,9 @@ class Lpips:
     def __call__(self, images: Tensor, target: Tensor) -> Tensor:
         """images [B, 3, H, W] and one target [3, h, w] in [0, 1] -> [B]."""
         height, width = images.shape[2:]
-        if min(height, width) < SHORTEST:
+        if min(height, width) < MIN_SIDE:
             raise ValueError(
-                f"lpips needs pictures of {SHORTEST} pixels a side; these are {width} x {height}."
+                f"lpips needs images of {MIN_SIDE} pixels a side; these are {width} x {height}."
             )
         fitted = fit(target[None].float(), height, width)
         pairs = zip(self._layers(images.float()), self._layers(fitted), strict=True)
@@ -67,9 +62,9 @@ class Lpips:
         return torch.stack(distances).sum(0)
 
     def _layers(self, images: Tensor) -> list[Tensor]:
-        """Each stage's activations, of length 1 over channels."""
+        """The activations of each stage, of norm 1 over channels."""
         z = (2 * images.to(self.shift.device) - 1 - self.shift) / self.scale
-        found = []
+        activations = []
         for index, stage in enumerate(STAGES):
             z = max_pool2d(z, 2) if index else z
             for number in stage:
@@ -81,13 +76,12 @@ class Lpips:
                         padding=1,
                     )
                 )
-            found.append(z / (z.square().sum(1, keepdim=True).sqrt() + EPSILON))
-        return found
+            activations.append(z / (z.square().sum(1, keepdim=True).sqrt() + EPSILON))
+        return activations
 
 
 def fit(images: Tensor, height: int, width: int) -> Tensor:
-    """Images [B, 3, h, w] scaled to cover height x width and cut about the middle, as training cuts
-    its crops."""
+    """Images [B, 3, h, w] resized to cover height x width and center-cropped, as in training."""
     scale = max(height / images.shape[2], width / images.shape[3])
     size = (max(height, round(images.shape[2] * scale)), max(width, round(images.shape[3] * scale)))
     if tuple(images.shape[2:]) != size:

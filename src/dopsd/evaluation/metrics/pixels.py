@@ -1,5 +1,4 @@
-"""Judges that need no model: what an image's pixels say by themselves. For tests, and for trying a
-method out."""
+"""Rewards that need no model, for tests and for trying out methods."""
 
 from collections.abc import Sequence
 
@@ -7,8 +6,8 @@ from torch import Tensor
 
 
 def red(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """How red images [B, 3, H, W] in [0, 1] are, [B] in [-1, 1]: the mean of red less the mean of
-    the other two, so that white and grey are 0."""
+    """The mean of red minus the mean of the other two channels, [B] in [-1, 1], of images
+    [B, 3, H, W] in [0, 1]; white and grey are 0."""
     means = images.mean((2, 3))
     return means[:, 0] - means[:, 1:].mean(1)
 

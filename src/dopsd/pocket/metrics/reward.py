@@ -1,4 +1,4 @@
-"""The pocket world's own reward: whether an image shows what its caption says, read from pixels."""
+"""The reward `attributes`: whether a pocket image shows what its caption states, from pixels."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from dopsd.pocket.world.scenes import SIZE
 
 
 def attributes(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Share of the attributes stated in each caption that its image [3, 64, 64] in [0, 1] shows,
-    [B]; NaN where nothing is stated."""
+    """The share of the attributes stated in each caption that its image shows, [B]; NaN where
+    nothing is stated. images: [B, 3, 64, 64] in [0, 1]. Raises ValueError for other sizes."""
     if images.shape[1:] != (3, SIZE, SIZE):
         raise ValueError(
-            f"the judge attributes reads pocket's pictures, {SIZE} x {SIZE}, not {list(images.shape)}."
+            f"the reward attributes reads pocket's images, {SIZE} x {SIZE}, not {list(images.shape)}."
         )
     stated = [stated_in(prompt) for prompt in prompts]
     return torch.from_numpy(read_attributes(as_bytes(images).numpy(), stated).per_image)
