@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.data.buckets import bucket_sizes, nearest_bucket
+from dopsd.data.buckets import bucket_sizes, enlarged_images, nearest_bucket
 from dopsd.images import cover_crop, crop_box, to_pixels
 
 
@@ -92,3 +92,17 @@ def test_pixels_are_between_minus_one_and_one_with_channels_first():
     assert pixels.shape == (3, 2, 3) and pixels.dtype == torch.float32 and pixels.is_contiguous()
     assert torch.allclose(pixels[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
     assert pixels[:, 1, 2].tolist() == [1, -1, -1]
+
+
+def test_images_smaller_than_their_bucket_are_listed_with_their_factor(tmp_path):
+    sizes = {"small": (32, 48), "narrow": (40, 200), "exact": (64, 64), "large": (300, 200)}
+    paths = [tmp_path / f"{name}.png" for name in sizes]
+    for path, size in zip(paths, sizes.values(), strict=True):
+        Image.new("RGB", size).save(path)
+    enlarged = enlarged_images(paths, [(64, 64)] * 4)
+    assert [(e.path.stem, e.size, e.bucket, e.factor) for e in enlarged] == [
+        ("small", (32, 48), (64, 64), 2.0),
+        ("narrow", (40, 200), (64, 64), 1.6),
+    ]
+    twice = enlarged_images([paths[0], paths[2], paths[0]], [(64, 64), (64, 64), (128, 96)])
+    assert [(e.path.stem, e.bucket, e.factor) for e in twice] == [("small", (128, 96), 4.0)]

@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from dopsd import files
-from dopsd.data.cache import Row, prepare, read_context, read_latents
+from dopsd.data.cache import (
+    Row,
+    context_bytes,
+    forecast_cache,
+    prepare,
+    read_context,
+    read_latents,
+)
 from dopsd.data.examples import Example
 from dopsd.diffusion.batch import Context
 from dopsd.files import read_tensors
@@ -303,3 +310,36 @@ def test_the_readers_refusal_of_a_long_prompt_reaches_the_user(shop, monkeypatch
     monkeypatch.setattr(LetterReader, "context", refuse)
     with pytest.raises(ValueError, match="over the limit"):
         shop.prepare()
+
+
+@pytest.mark.parametrize("privileged", [True, False])
+@pytest.mark.parametrize("unconditional", [True, False])
+def test_the_forecast_of_the_cache_is_what_is_written(privileged, unconditional, tmp_path):
+    workshop = Workshop(tmp_path)
+    first, second, *others = workshop.examples
+    first = replace(first, also=("another", "a third"), rejected=(second.path,))
+    workshop.examples = [first, second, *others, first]
+    rows = workshop.prepare(privileged=privileged, unconditional=unconditional)
+
+    def blank(letters: int) -> int:
+        """Bytes of the letter encoder's context, as a model's blank context would tell."""
+        tokens = torch.zeros(1, letters, 3, dtype=torch.bfloat16)
+        return context_bytes(Context(tokens, (letters,), {"pooled": torch.zeros(1, 2)}))
+
+    forecast = forecast_cache(
+        workshop.examples,
+        [row.size for row in rows],
+        latent_bytes=lambda size: 3 * (size[0] // 8) * (size[1] // 8) * 4,
+        context_bytes=lambda caption, references: blank(len(caption)),
+        privileged_bytes=(lambda caption, size, _: blank(len(caption) + 1)) if privileged else None,
+        unconditional=unconditional,
+    )
+    written = [path for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert forecast.files == len(written)
+    tensors = [tensor for path in written for tensor in read_tensors(path).values()]
+    assert forecast.bytes == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_padding_is_not_counted_as_cached():
+    context = Context(torch.zeros(2, 10, 4), (3, 10), {"pooled": torch.zeros(2, 5)})
+    assert context_bytes(context) == (3 + 10) * 4 * 4 + 2 * 5 * 4

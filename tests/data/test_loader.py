@@ -9,7 +9,7 @@ import torch
 
 from dopsd.data.cache import Row
 from dopsd.data.examples import Example
-from dopsd.data.loader import Loader
+from dopsd.data.loader import BucketVisits, Loader, count_visits
 from dopsd.diffusion.batch import Batch
 from dopsd.files import write_tensors
 
@@ -131,7 +131,7 @@ def captioned(row: Row, folder: Path, caption: str) -> Row:
 
 
 @pytest.fixture()
-def told_three_ways(rows, tmp_path) -> list[Row]:
+def with_three_captions(rows, tmp_path) -> list[Row]:
     """The rows, each with two further captions (`0b`, `0c`, ...) and the empty one."""
     return [
         replace(
@@ -143,8 +143,8 @@ def told_three_ways(rows, tmp_path) -> list[Row]:
     ]
 
 
-def test_an_epoch_draws_one_caption_a_row_and_epochs_differ(told_three_ways):
-    loader = Loader(told_three_ways, 2, seed=0)
+def test_an_epoch_draws_one_caption_a_row_and_epochs_differ(with_three_captions):
+    loader = Loader(with_three_captions, 2, seed=0)
     drawn = Counter()
     for number in range(60):
         prompts = [prompt for batch in order(loader, number) for prompt in batch]
@@ -153,8 +153,8 @@ def test_an_epoch_draws_one_caption_a_row_and_epochs_differ(told_three_ways):
     assert set(drawn) == {"own", "b", "c"} and min(drawn.values()) > 60 * 11 / 3 * 0.8
 
 
-def test_captions_are_dropped_in_the_asked_share_and_take_their_context_along(told_three_ways):
-    loader = Loader(told_three_ways, 4, seed=0, caption_dropout=0.25)
+def test_captions_are_dropped_in_the_asked_share_and_take_their_context_along(with_three_captions):
+    loader = Loader(with_three_captions, 4, seed=0, caption_dropout=0.25)
     seen = [
         (batch, i)
         for number in range(60)
@@ -217,3 +217,30 @@ def test_class_images_and_replayed_prompts_come_beside_every_batch(rows):
     assert seen == {"7", "8", "9"}
     plain = Loader(rows[:7], 2, seed=0).batch(3)
     assert plain.prior is None and plain.replay is None and plain.rejected is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("batches", [0, 1, 4, 11, 30])
+def test_visits_are_counted_as_the_loader_makes_them(rows, batch_size, batches):
+    loader = Loader(rows, batch_size, seed=5)
+    prompts = [prompt for i in range(batches) for prompt in loader.batch(i).prompts]
+    counted = count_visits([(size,) for size in SIZES], batch_size, 5, batches)
+    for size, bucket in counted.items():
+        of_size = [prompt for prompt in prompts if SIZES[int(prompt)] == size]
+        assert bucket.visits == len(of_size) and bucket.visited == len(set(of_size))
+        assert bucket.rows == SIZES.count(size)
+    assert sum(b.batches_per_epoch for b in counted.values()) == loader.batches_per_epoch
+
+
+def test_small_buckets_make_fewer_visits_than_steps_times_batch_size():
+    """Eight steps of 4 images are not 32 images where no bucket holds 4."""
+    sizes = [(64, 64), (64, 64), (96, 48), (48, 96), (80, 56), (56, 80), (72, 56), (56, 72)]
+    counted = count_visits([(size,) for size in sizes], 4, seed=0, batches=8)
+    assert sum(bucket.visits for bucket in counted.values()) == 10
+    assert counted[64, 64].rows == 2 and counted[64, 64].batches_per_epoch == 1
+
+
+def test_images_that_are_edited_from_other_sizes_are_batches_of_their_own():
+    kinds = [((64, 64), (64, 64)), ((64, 64), (64, 64)), ((64, 64), (96, 48)), ((64, 64),)]
+    counted = count_visits(kinds, 4, seed=0, batches=3)
+    assert counted == {(64, 64): BucketVisits(rows=4, batches_per_epoch=3, visits=4, visited=4)}

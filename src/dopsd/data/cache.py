@@ -1,7 +1,7 @@
-"""Images and captions as tensors on disk, so that encoders can leave memory before training.
+"""Images and captions as tensors on disk, so that the encoders can leave memory before training.
 
-A file's name is a hash of everything its content depends on (caption, image, size, encoder), so a
-stale file is never found and a found file is never stale. Batching is left to `loader`.
+The name of a file is a hash of everything its content depends on (caption, image, size, encoder): a
+stale file is never read, and a file that is there is never stale. Batching is left to `loader`.
 """
 
 import hashlib
@@ -32,10 +32,12 @@ Encode = Callable[[Sequence["Row"]], Iterable[Mapping[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Row:
-    """One image with one caption, its size in pixels, and the files that hold its tensors
-    (privileged: None if not asked for; rejected: latents of the example's worse images, cut to the
-    same size). also: the same image with its other captions; untold: with the empty one, if asked
-    for."""
+    """One image with one caption, and the files that hold its tensors.
+
+    size: (width, height) in pixels. privileged: context of caption and image, if asked for.
+    rejected: latents of the example's worse images, cut to the same size. also: the same image with
+    its other captions. unconditional: the same image with the empty caption, if asked for.
+    """
 
     example: Example
     size: Size
@@ -66,60 +68,105 @@ def prepare(
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Row, ...]:
-    """Make every file that is missing or broken, and return the rows in the order of the examples.
+    """Write every file that is missing or broken, and return the rows in the order of the examples.
 
     Each image gets the bucket nearest to its shape; the privileged image is the very crop that is
-    trained on. All captions of an example are read, and with `untold` the empty one, for caption
-    dropout. `progress(done, total)` counts files and is first called with those that could be
-    reused. Raises ValueError where a caption is over the text encoder's limit or an encoder answers
-    with numbers that are not finite.
+    trained on. All captions of an example are encoded, and with `unconditional` the empty one, for
+    caption dropout. `progress(done, total)` counts files and is first called with those that could
+    be reused. Raises ValueError where a caption is over the text encoder's limit or an encoder
+    returns numbers that are not finite.
     """
     buckets = bucket_sizes(resolution, multiple)
     rows = tuple(
         _row(example, cache_folder, text_encoder, vae, buckets, privileged, unconditional)
         for example in examples
     )
-    read_rows = [version for row in rows for version in row.versions]
+    captioned_rows = [version for row in rows for version in row.versions]
 
-    def generate(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+    # One encoder for each kind of file: rows of one size to the tensors of their files.
+    def encode_images(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         pixels = torch.stack([to_pixels(_crop(row)) for row in batch])
         return ({"latents": latents} for latents in vae.latents(pixels.to(device)).float())
 
-    def read(
+    def encode_captions(
         batch: Sequence[Row], images: Sequence[Image.Image] | None = None
     ) -> Iterable[Mapping[str, Tensor]]:
-        edited = [[open_image(path) for path in row.example.references] for row in batch]
+        references = [[open_image(path) for path in row.example.references] for row in batch]
         captions = [row.example.caption for row in batch]
         return _context_tensors(
-            text_encoder.context(captions, images, edited if any(edited) else None)
+            text_encoder.context(captions, images, references if any(references) else None)
         )
 
-    def read_with_image(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
-        return read(batch, [shown_to_teacher(row) for row in batch])
+    def encode_privileged(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+        return encode_captions(batch, [shown_to_teacher(row) for row in batch])
 
+    # The files of each kind, those that are missing or broken, and how to make them.
+    privileged_files = {row.privileged: row for row in captioned_rows if row.privileged}
     kinds: list[tuple[str, dict[Path, Row], Encode]] = [
-        ("latents", {row.latents: row for row in rows} | _worse(rows), generate),
-        ("context", {row.context: row for row in read_rows}, read),
-        (
-            "privileged",
-            {row.privileged: row for row in read_rows if row.privileged},
-            read_with_image,
-        ),
+        ("latents", {row.latents: row for row in rows} | _rejected_files(rows), encode_images),
+        ("context", {row.context: row for row in captioned_rows}, encode_captions),
+        ("privileged", privileged_files, encode_privileged),
     ]
     total = sum(len(files) for _, files, _ in kinds)
-    todo = [
-        (kind, {p: row for p, row in files.items() if not _usable(p, kind)}, encode)
+    missing = [
+        (kind, {path: row for path, row in files.items() if not _is_usable(path, kind)}, encode)
         for kind, files, encode in kinds
     ]
-    done = total - sum(len(files) for _, files, _ in todo)
+
+    # Encode and write them.
+    done = total - sum(len(files) for _, files, _ in missing)
     report = progress or (lambda done, total: None)
     report(done, total)
-    for kind, files, encode in todo:
-        for batch in _same_size(files, batch_size):
+    for kind, files, encode in missing:
+        for batch in _batches_of_one_size(files, batch_size):
             _write(batch, kind, encode)
             done += len(batch)
             report(done, total)
     return rows
+
+
+@dataclass(frozen=True)
+class CacheForecast:
+    """How many files `prepare` writes, and the bytes of their tensors."""
+
+    files: int
+    bytes: int
+
+
+def forecast_cache(
+    examples: Sequence[Example],
+    sizes: Sequence[Size],
+    latent_bytes: Callable[[Size], int],
+    context_bytes: Callable[[str, Sequence[Size]], int],
+    privileged_bytes: Callable[[str, Size, Sequence[Size]], int] | None = None,
+    unconditional: bool = False,
+) -> CacheForecast:
+    """What the files of these examples at these sizes take on disk, from shapes alone.
+
+    latent_bytes(size): of an image. context_bytes(caption, sizes of the references).
+    privileged_bytes(caption, size of the image, sizes of the references): where the method has a
+    teacher. Images of equal content under two names are counted twice, so this is an upper bound;
+    the headers of the files (about 100 bytes each) are not counted.
+    """
+    files: dict[tuple[object, ...], int] = {}
+    for example, size in zip(examples, sizes, strict=True):
+        references = [image_size(path) for path in example.references]
+        for path in (example.path, *example.rejected):
+            files["latents", path, size] = latent_bytes(size)
+        shown = example.shown or example.path
+        for caption in (example.caption, *example.also, *([""] if unconditional else [])):
+            key = (caption, example.references)
+            files["context", *key] = context_bytes(caption, references)
+            if privileged_bytes:
+                bytes_of_pair = privileged_bytes(caption, size, references)
+                files["privileged", *key, shown, size] = bytes_of_pair
+    return CacheForecast(len(files), sum(files.values()))
+
+
+def context_bytes(context: Context) -> int:
+    """Bytes of a context's tensors without padding, as they are cached."""
+    width = context.tokens.shape[-1] * context.tokens.element_size()
+    return sum(context.lengths) * width + sum(extra.nbytes for extra in context.extras.values())
 
 
 def shown_to_teacher(row: Row) -> Image.Image:
@@ -130,18 +177,15 @@ def shown_to_teacher(row: Row) -> Image.Image:
 def context_file(
     cache_folder: Path, caption: str, fingerprint: str, references: Sequence[str] = ()
 ) -> Path:
-    """Where the context of a caption lies, given the text encoder's fingerprint and the hashes of
-    the images it edits."""
-    return (
-        cache_folder
-        / "context"
-        / f"{_key('context', caption, fingerprint, *references)}.safetensors"
-    )
+    """The file of a caption's context. fingerprint: of the text encoder; references: hashes of the
+    images that the caption edits."""
+    key = _key("context", caption, fingerprint, *references)
+    return cache_folder / "context" / f"{key}.safetensors"
 
 
 def read_context(path: Path) -> Context:
     """A cached context (plain or privileged) as a batch of one: tokens [1, l, D]. Raises ValueError
-    if unreadable."""
+    for a file that cannot be read."""
     tensors = read_tensors(path)
     extras = {
         name.removeprefix(EXTRA): tensor[None]
@@ -153,7 +197,7 @@ def read_context(path: Path) -> Context:
 
 
 def read_latents(path: Path) -> Tensor:
-    """Cached latents: float32 [C, h, w]. Raises ValueError if unreadable."""
+    """Cached latents: float32 [C, h, w]. Raises ValueError for a file that cannot be read."""
     return read_tensors(path)["latents"]
 
 
@@ -167,22 +211,20 @@ def _row(
     unconditional: bool,
 ) -> Row:
     size = nearest_bucket(*image_size(example.path), buckets)
-    shown, edited = (
-        sha256_of(example.shown or example.path),
-        tuple(map(sha256_of, example.references)),
-    )
+    shown = sha256_of(example.shown or example.path)
+    references = tuple(map(sha256_of, example.references))
 
     def latents_of(image: Path) -> Path:
         key = _key("latents", sha256_of(image), size, vae.fingerprint)
         return folder / "latents" / f"{key}.safetensors"
 
     def captioned(caption: str) -> Row:
-        pair = _key("privileged", caption, shown, size, text_encoder.fingerprint, *edited)
+        pair = _key("privileged", caption, shown, size, text_encoder.fingerprint, *references)
         return Row(
             replace(example, caption=caption, also=()),
             size,
             latents=latents_of(example.path),
-            context=context_file(folder, caption, text_encoder.fingerprint, edited),
+            context=context_file(folder, caption, text_encoder.fingerprint, references),
             privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
             rejected=tuple(map(latents_of, example.rejected)),
         )
@@ -196,7 +238,7 @@ def _row(
     )
 
 
-def _worse(rows: Sequence[Row]) -> dict[Path, Row]:
+def _rejected_files(rows: Sequence[Row]) -> dict[Path, Row]:
     """For each file of rejected latents, a row whose image is the rejected one."""
     return {
         file: replace(row, example=replace(row.example, path=image))
@@ -221,22 +263,24 @@ def _context_tensors(contexts: Context) -> Iterator[Mapping[str, Tensor]]:
         yield {"tokens": row.tokens[0], **extras}
 
 
-def _usable(path: Path, kind: str) -> bool:
-    """Whether the file exists and is whole: its header says the kind and fits its length."""
+def _is_usable(path: Path, kind: str) -> bool:
+    """Whether the file exists and is whole: its header names the kind and fits its length."""
     if not path.exists():
         return False
     try:
         if read_metadata(path).get("kind") == kind:
             return True
-        reason = f"{path} holds no {kind}."
+        reason = f"{path} does not hold {kind}."
     except ValueError as error:
         reason = str(error)
     log.warning("A cached file is made again: %s", reason)
     return False
 
 
-def _same_size(files: Mapping[Path, Row], batch_size: int) -> Iterator[list[tuple[Path, Row]]]:
-    """Small batches of images of one size, whose references are of the same sizes too."""
+def _batches_of_one_size(
+    files: Mapping[Path, Row], batch_size: int
+) -> Iterator[list[tuple[Path, Row]]]:
+    """Small batches of rows whose images, and whose references, have the same sizes."""
     groups: dict[tuple[Size, ...], list[tuple[Path, Row]]] = {}
     for path, row in files.items():
         groups.setdefault((row.size, *map(image_size, row.example.references)), []).append(
