@@ -1,9 +1,9 @@
-"""A corpus of bad recipes, checkpoints, runs, LoRA files and arguments: exit code 2, one sentence,
-nothing changed.
+"""Bad recipes, checkpoints, runs, LoRA files and arguments: each ends with exit code 2 and one
+sentence, and changes no file.
 
-What a folder of images or a data set can hold is in data/test_bad_pictures.py. A sentence that
-begins with "late! " belongs to a case that is refused only after something has been written (a log
-line, a cache), but loses nothing.
+Bad image folders are in data/test_bad_pictures.py. An expected message that begins with "late! "
+belongs to a case that is refused only after something has been written (a log line, a cache); it
+must not change or remove what was there.
 """
 
 import contextlib
@@ -28,15 +28,13 @@ from typer.testing import CliRunner
 from dopsd.cli.app import app
 from dopsd.pocket import CHECKPOINT as POCKET
 
-Build = Callable[
-    [], object
-]  # makes the bad input in the working folder, where images/ and recipe.yaml are good
+# Makes the bad input in the working folder, which holds a valid images/ and recipe.yaml.
+Build = Callable[[], object]
 Command = tuple[str, ...]
-KIT: list[
-    Path
-] = []  # the folder of the fixture `kit`: images, recipe.yaml and the run that it makes
-LONGEST = 2000  # characters that still make a sentence
-DEEP = "[" * 20_000
+# The folder of the fixture `valid_inputs`: images, recipe.yaml and the run that it trains.
+VALID_INPUTS: list[Path] = []
+MAX_MESSAGE_LENGTH = 2000  # characters
+DEEPLY_NESTED = "[" * 20_000
 RECIPE = {
     "model": {"name_or_path": "pocket", "memory": "high"},
     "data": {"folder": "images"},
@@ -49,12 +47,12 @@ RECIPE = {
 }
 
 
-def together(*builds: Build) -> Build:
+def in_turn(*builds: Build) -> Build:
     return lambda: [build() for build in builds]
 
 
 def write(path: str | Path, content: str | bytes) -> Build:
-    """In place of what is there, which may be a link."""
+    """Write a file in place of the one at the path, which may be a link."""
     data = content if isinstance(content, bytes) else content.encode()
     return lambda: (Path(path).unlink(missing_ok=True), Path(path).write_bytes(data))
 
@@ -64,26 +62,26 @@ def remove(path: str | Path) -> Build:
 
 
 def edit(path: str | Path, **changes: object) -> Build:
-    """A JSON file with other values."""
+    """Change values of a JSON file."""
     return lambda: write(path, json.dumps(json.loads(Path(path).read_text()) | changes))()
 
 
 def model(*builds: Build, source: str = ".", to: str = "model") -> Build:
-    """A copy of the pocket checkpoint, whose weights are links, and what happens to it."""
+    """Copy the pocket checkpoint with its weights as links, then apply the builds."""
 
     def place(old: str, new: str) -> None:
         (os.symlink if old.endswith(".safetensors") else shutil.copy)(old, new)
 
-    return together(lambda: shutil.copytree(POCKET / source, to, copy_function=place), *builds)
+    return in_turn(lambda: shutil.copytree(POCKET / source, to, copy_function=place), *builds)
 
 
 def finished(*builds: Build) -> Build:
-    """The run of recipe.yaml, two steps with a checkpoint each, and what happens to it."""
-    return together(lambda: shutil.copytree(KIT[0] / "runs", "runs"), *builds)
+    """Copy the finished run of recipe.yaml (two steps, two checkpoints), then apply the builds."""
+    return in_turn(lambda: shutil.copytree(VALID_INPUTS[0] / "runs", "runs"), *builds)
 
 
-def spoilt(change: Callable[[Path], Build]) -> Build:
-    """All checkpoints of the run: with one of them whole, it goes back to that one."""
+def damaged_checkpoints(change: Callable[[Path], Build]) -> Build:
+    """Damage all checkpoints of the run: it would fall back to one that is intact."""
     return finished(lambda: [change(path)() for path in sorted(Path(RUN, "checkpoints").iterdir())])
 
 
@@ -91,34 +89,38 @@ def swap(path: str, old: str, new: str) -> Build:
     return lambda: write(path, Path(path).read_text().replace(old, new))()
 
 
-def tensors(named: dict[str, Tensor], said: str = "{}") -> Build:
-    """A LoRA file; said: what its metadata tell of alpha and rank."""
+def tensors(named: dict[str, Tensor], adapter_metadata: str = "{}") -> Build:
+    """Write a LoRA file; adapter_metadata: the JSON text with its alpha and rank."""
     copies = {name: tensor.clone() for name, tensor in named.items()}
-    return lambda: save_file(copies, FILE, {"lora_adapter_metadata": said})
+    return lambda: save_file(copies, FILE, {"lora_adapter_metadata": adapter_metadata})
 
 
 def lora(
     a: Tensor | None,
     b: Tensor | None,
     to: str = "layers.0.attention.to_q",
-    said: str = "{}",
+    adapter_metadata: str = "{}",
     **more: Tensor,
 ):
-    """A LoRA file of one module; `more` by the ends of their names."""
+    """Write a LoRA file of one module; more: further tensors by the ends of their names."""
     named = {"lora_A.weight": a, "lora_B.weight": b, **more}
     return tensors(
-        {f"transformer.{to}.{end}": t for end, t in named.items() if t is not None}, said
+        {f"transformer.{to}.{end}": t for end, t in named.items() if t is not None},
+        adapter_metadata,
     )
 
 
-def start(change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor) -> Build:
-    """The finished run's LoRA, changed."""
+def trained_lora(change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor) -> Build:
+    """Copy the LoRA of the finished run and change its tensors."""
     return lambda: tensors(
-        {n: change(n, t) for n, t in load_file(KIT[0] / RUN / "recipe.safetensors").items()}
+        {
+            n: change(n, t)
+            for n, t in load_file(VALID_INPUTS[0] / RUN / "recipe.safetensors").items()
+        }
     )()
 
 
-nothing, vlm = together(), partial(model, source="vlm", to="vlm")
+nothing, vlm = in_turn(), partial(model, source="vlm", to="vlm")
 FILE, RUN, STATE, LAST = "lora.safetensors", "runs/recipe", "state.json", "student.safetensors"
 CHECK, TRAIN, COMPARE = (
     ("check", "recipe.yaml"),
@@ -130,23 +132,26 @@ NO_YAML, NO_SECTIONS = (
     "recipe.yaml must hold sections (model, data, method, ...), not",
 )
 TEXTS: dict[str, tuple[str | bytes, str]] = {
-    "a list never closed": ("a: [1", NO_YAML),
-    "NUL": ("a: \0", NO_YAML),
-    "a date": ("a: 2020-13-45", NO_YAML),
-    "an object": ("a: !!python/object/apply:os.getcwd []", NO_YAML),
+    "unclosed list": ("a: [1", NO_YAML),
+    "NUL character": ("a: \0", NO_YAML),
+    "impossible date": ("a: 2020-13-45", NO_YAML),
+    "Python object tag": ("a: !!python/object/apply:os.getcwd []", NO_YAML),
     "two documents": ("a: 1\n---\na: 2", NO_YAML),
-    "20000 lists": (DEEP, f"{NO_YAML}"),
+    "20000 nested lists": (DEEPLY_NESTED, NO_YAML),
     "comments only": ("# to do\n", NO_SECTIONS),
-    "empty": ("", NO_SECTIONS),
-    "a list": ("- model", NO_SECTIONS),
-    "Latin-1": (b"a: \xea", "recipe.yaml is not UTF-8"),
-    "no sections": ("run_name: a", "model is missing. data is missing. method is missing."),
-    "a section in itself": (
+    "empty file": ("", NO_SECTIONS),
+    "list instead of sections": ("- model", NO_SECTIONS),
+    "Latin-1 encoding": (b"a: \xea", "recipe.yaml is not UTF-8"),
+    "missing sections": ("run_name: a", "model is missing. data is missing. method is missing."),
+    "section that contains itself": (
         "model: &a {name_or_path: *a}",
         "model.name_or_path is {'name_or_path': {",
     ),
-    "aliases": (f"a: &a [{'1,' * 99}1]\nb: &b [{'*a,' * 99}*a]\nlora: [{'*b,' * 9}*b]", "lora is"),
-    "a section twice": (yaml.safe_dump(RECIPE) + "lora: {rank: 8}\n", "lora"),
+    "exponentially expanding aliases": (
+        f"a: &a [{'1,' * 99}1]\nb: &b [{'*a,' * 99}*a]\nlora: [{'*b,' * 9}*b]",
+        "lora is",
+    ),
+    "duplicate section": (yaml.safe_dump(RECIPE) + "lora: {rank: 8}\n", "lora"),
 }
 WRONG = """
     lora.rank=0 lora.rank=-1 lora.rank=1.5 lora.rank=many lora.rank= lora.rank=true lora.alpha=0
@@ -164,7 +169,8 @@ WRONG = """
     model.memory=medium model.allow_base=perhaps track.project='' run_name=a/b run_name=''
     run_name=.. output_dir= health.prompts=star health.prompts=[star]
 """
-SETTINGS = {  # a --set of an otherwise good recipe: part of the sentence
+# A --set of an otherwise valid recipe: part of the message.
+SETTINGS = {
     **{
         s: f"{s.partition('=')[0]} is {yaml.safe_load(s.partition('=')[2])!r}: "
         for s in WRONG.split()
@@ -173,7 +179,7 @@ SETTINGS = {  # a --set of an otherwise good recipe: part of the sentence
     "=3": "--set =3: write it as key=value",
     "lora.rank.x=1": "--set lora.rank.x=1: rank is a value",
     "lora.rank=[1": "'[1' is not a YAML value",
-    f"lora.rank={DEEP}": "--set lora.rank=",
+    f"lora.rank={DEEPLY_NESTED}": "--set lora.rank=",
     "run_name=2020-13-45": "--set run_name=",
     "lora.rnak=8": "lora.rnak is no key of a recipe (did you mean lora.rank",
     "method.name=magic": "one of dopsd, sft",
@@ -206,46 +212,46 @@ SETTINGS = {  # a --set of an otherwise good recipe: part of the sentence
     "train.max_train_steps=5": "is train.max_steps here",
 }
 INDEX, VAE, NET = "model/model_index.json", "model/vae/config.json", "model/transformer/config.json"
-SCHEDULER, ABOUT, TEXT = (
+SCHEDULER, SETTINGS_FILE, TEXT = (
     "model/scheduler/scheduler_config.json",
     "model/dopsd.json",
     "model/text_encoder",
 )
 MODELS: dict[str, tuple[Build, str]] = {
     "index missing": (remove(INDEX), "no model_index.json"),
-    "index cut off": (write(INDEX, "{"), "is not valid JSON"),
-    "index deep": (write(INDEX, DEEP), "index"),
-    "list": (write(INDEX, "[]"), "index"),
-    "another pipeline": (edit(INDEX, _class_name="FluxPipeline"), "is a FluxPipeline"),
-    "part null": (edit(INDEX, vae=None), "lacks vae in its"),
-    "part missing": (remove(TEXT), "the folder text_encoder"),
-    "base": (edit(SCHEDULER, shift=6.0), "many-step base model"),
-    "no shift": (remove(SCHEDULER), "scheduler"),
-    "vae config cut off": (write(VAE, "{"), "vae"),
-    "vae config a list": (write(VAE, "[]"), "vae"),
-    "vae config empty": (write(VAE, "{}"), "vae"),
-    "net": (remove(NET), "transformer"),
-    "transformer config with a word": (edit(NET, dim="wide"), "transformer"),
-    "about a list": (write(ABOUT, "[]"), "json"),
-    "about": (write(ABOUT, "{"), "dopsd.json"),
+    "index truncated": (write(INDEX, "{"), "is not valid JSON"),
+    "index deeply nested": (write(INDEX, DEEPLY_NESTED), "index"),
+    "index a list": (write(INDEX, "[]"), "index"),
+    "index of another pipeline": (edit(INDEX, _class_name="FluxPipeline"), "is a FluxPipeline"),
+    "component null": (edit(INDEX, vae=None), "lacks vae in its"),
+    "component folder missing": (remove(TEXT), "the folder text_encoder"),
+    "many-step base model": (edit(SCHEDULER, shift=6.0), "many-step base model"),
+    "scheduler config missing": (remove(SCHEDULER), "scheduler"),
+    "VAE config truncated": (write(VAE, "{"), "vae"),
+    "VAE config a list": (write(VAE, "[]"), "vae"),
+    "VAE config empty": (write(VAE, "{}"), "vae"),
+    "transformer config missing": (remove(NET), "transformer"),
+    "transformer config with a word for a number": (edit(NET, dim="wide"), "transformer"),
+    "dopsd.json a list": (write(SETTINGS_FILE, "[]"), "json"),
+    "dopsd.json truncated": (write(SETTINGS_FILE, "{"), "dopsd.json"),
 }
 RESUME, NOT_WHOLE = (*TRAIN, "--resume", "latest"), "is not a complete checkpoint of dopsd"
-STATES = ('{"step":', b"\xff", "{}", "[]", DEEP, '{"sha256": []}')
+STATES = ('{"step":', b"\xff", "{}", "[]", DEEPLY_NESTED, '{"sha256": []}')
 RUNS: dict[str, tuple[Build, Command, str]] = {
-    "a run already": (finished(), TRAIN, "runs/recipe already holds a run"),
-    "nothing to resume": (nothing, RESUME, "runs/recipe holds no run yet: leave out --resume"),
-    "resume from a folder, no run": (
+    "train into a finished run": (finished(), TRAIN, "runs/recipe already holds a run"),
+    "resume without a run": (nothing, RESUME, "runs/recipe holds no run yet: leave out --resume"),
+    "resume without a run from a folder": (
         nothing,
         (*TRAIN, "--resume", "images"),
         "runs/recipe holds no run yet",
     ),
     "check a run folder": (finished(), ("check", RUN), f"give a recipe file, such as {RUN}/config"),
-    "check a LoRA": (
+    "check a LoRA file": (
         finished(),
         ("check", f"{RUN}/recipe.safetensors"),
         "holds weights and is no recipe: `dopsd inspect",
     ),
-    "resume from nowhere": (
+    "resume from a missing checkpoint": (
         finished(),
         (*TRAIN, "--resume", "gone"),
         "--resume gone: there is no such checkpoint folder",
@@ -255,32 +261,34 @@ RUNS: dict[str, tuple[Build, Command, str]] = {
         (*RESUME, "--set", "lora.rank=4"),
         "begun with lora.rank = 2, now it is",
     ),
-    "config.yaml gone": (
+    "resume without config.yaml": (
         finished(remove(f"{RUN}/config.yaml")),
         RESUME,
         "runs/recipe/config.yaml does not exist",
     ),
-    "byte": (
-        spoilt(lambda path: write(path / LAST, (path / LAST).read_bytes()[:-1] + b"\x7f")),
+    "checkpoint with one changed byte": (
+        damaged_checkpoints(
+            lambda path: write(path / LAST, (path / LAST).read_bytes()[:-1] + b"\x7f")
+        ),
         RESUME,
         "late! is damaged",
     ),
-    "teacher gone": (
-        spoilt(lambda path: remove(path / "teacher.safetensors")),
+    "checkpoint without its teacher": (
+        damaged_checkpoints(lambda path: remove(path / "teacher.safetensors")),
         RESUME,
         f"late! {NOT_WHOLE}",
     ),
     **{
-        f"state.json {text[:14]!r}": (
-            spoilt(lambda path, t=text: write(path / STATE, t)),
+        f"checkpoint with state.json {text[:14]!r}": (
+            damaged_checkpoints(lambda path, t=text: write(path / STATE, t)),
             RESUME,
             f"late! {NOT_WHOLE}",
         )
         for text in STATES
     },
     **{
-        f"step {step}": (
-            spoilt(lambda path, s=step: edit(path / STATE, step=s)),
+        f"checkpoint of step {step}": (
+            damaged_checkpoints(lambda path, s=step: edit(path / STATE, step=s)),
             RESUME,
             f"late! {NOT_WHOLE} ({STATE}",
         )
@@ -296,105 +304,116 @@ RUNS: dict[str, tuple[Build, Command, str]] = {
         (*RESUME, "--set", "lora.targets=.*to_q"),
         "late! was lora.targets changed?",
     ),
-    "metrics without steps": (
+    "resume with metrics without steps": (
         finished(write(f"{RUN}/metrics.jsonl", "{}\n")),
         RESUME,
         "metrics.jsonl",
     ),
-    "compare, no config": (finished(remove(f"{RUN}/config.yaml")), COMPARE, "config.yaml"),
-    "compare, no metrics": (finished(remove(f"{RUN}/metrics.jsonl")), COMPARE, "metrics.jsonl"),
+    "compare without config.yaml": (finished(remove(f"{RUN}/config.yaml")), COMPARE, "config.yaml"),
+    "compare without metrics.jsonl": (
+        finished(remove(f"{RUN}/metrics.jsonl")),
+        COMPARE,
+        "metrics.jsonl",
+    ),
 }
 A, B, ONE, FP8 = torch.ones(4, 128), torch.ones(128, 4), torch.ones(()), torch.float8_e4m3fn
-UNREADABLE, NO_LORA, NONE = (
+UNREADABLE, NO_LORA, NO_PAIR = (
     f"{FILE} is not a readable safetensors",
     f"{FILE} is no LoRA",
     "none is a lora_A",
 )
-LORAS: dict[
-    str, tuple[Build, str, str | None]
-] = {  # what `sample --lora` and `inspect` say; None: not asked
-    "missing": (nothing, UNREADABLE, UNREADABLE),
-    "text": (write(FILE, "a pointer"), UNREADABLE, UNREADABLE),
-    "empty": (write(FILE, ""), UNREADABLE, UNREADABLE),
-    "no tensors": (tensors({}), NO_LORA, NONE),
-    "truncated": (together(lora(A, B), lambda: os.truncate(FILE, 3000)), UNREADABLE, UNREADABLE),
-    "pickled": (lambda: torch.save({"lora_A.weight": A}, FILE), UNREADABLE, UNREADABLE),
-    "a folder": (lambda: Path(FILE).mkdir(), f"{FILE} is a folder", f"{FILE} is a folder"),
-    "B alone": (lora(None, B), NO_LORA, NONE),
-    "foreign": (tensors({"layers.0.weight": A}), NO_LORA, NONE),
-    "A alone": (lora(A, None), NO_LORA, "has no partner"),
+# What to build, and the messages of `sample --lora` and of `inspect` (None: inspect accepts it).
+LORAS: dict[str, tuple[Build, str, str | None]] = {
+    "file missing": (nothing, UNREADABLE, UNREADABLE),
+    "text file": (write(FILE, "a pointer"), UNREADABLE, UNREADABLE),
+    "empty file": (write(FILE, ""), UNREADABLE, UNREADABLE),
+    "no tensors": (tensors({}), NO_LORA, NO_PAIR),
+    "truncated file": (
+        in_turn(lora(A, B), lambda: os.truncate(FILE, 3000)),
+        UNREADABLE,
+        UNREADABLE,
+    ),
+    "pickled file": (lambda: torch.save({"lora_A.weight": A}, FILE), UNREADABLE, UNREADABLE),
+    "folder": (lambda: Path(FILE).mkdir(), f"{FILE} is a folder", f"{FILE} is a folder"),
+    "B without A": (lora(None, B), NO_LORA, NO_PAIR),
+    "no LoRA tensors": (tensors({"layers.0.weight": A}), NO_LORA, NO_PAIR),
+    "A without B": (lora(A, None), NO_LORA, "has no partner"),
     "DoRA": (lora(A, B, dora_scale=A), "DoRA", "DoRA"),
-    "LoKr": (lora(None, None, lokr_w1=A), "LoKr", NONE),
-    "LoHa": (lora(None, None, hada_w1_a=A), "LoHa", NONE),
-    "one too many": (lora(A, B, diff=A), NO_LORA, None),
-    "alphas": (lora(A, B, alpha=A[0]), "is not a LoRA that zimage can read", None),
-    "thin": (lora(A[:, :9], B), "as 128 x 9;", None),
-    "row": (lora(A[0], B[:, 0]), "do not make a LoRA", "has 1 dimensions"),
-    "short": (lora(A, B[:9]), "as 9 x 128;", None),
-    "numbers": (lora(ONE, ONE), "do not make a LoRA", "has 0 dimensions"),
-    "ranks": (lora(A, B[:, :3]), "do not make a LoRA", None),
-    "absent": (
+    "LoKr": (lora(None, None, lokr_w1=A), "LoKr", NO_PAIR),
+    "LoHa": (lora(None, None, hada_w1_a=A), "LoHa", NO_PAIR),
+    "unknown extra tensor": (lora(A, B, diff=A), NO_LORA, None),
+    "alpha a vector": (lora(A, B, alpha=A[0]), "is not a LoRA that zimage can read", None),
+    "A too narrow": (lora(A[:, :9], B), "as 128 x 9;", None),
+    "A and B one-dimensional": (lora(A[0], B[:, 0]), "do not make a LoRA", "has 1 dimensions"),
+    "B too short": (lora(A, B[:9]), "as 9 x 128;", None),
+    "A and B scalars": (lora(ONE, ONE), "do not make a LoRA", "has 0 dimensions"),
+    "A and B of different ranks": (lora(A, B[:, :3]), "do not make a LoRA", None),
+    "module that the model lacks": (
         lora(A, B, "layers.99.attention.to_q"),
         "layers.99.attention.to_q, which this model does not",
         None,
     ),
-    "nan": (lora(A * torch.nan, B), "not finite", None),
-    "fp8": (lora(A, B.to(FP8)), "dopsd reads float32", None),
-    "said": (lora(A, B, said="{"), "its lora_adapter_metadata", None),
-    "a list": (lora(A, B, said="[]"), "its lora_adapter_metadata", None),
+    "NaN": (lora(A * torch.nan, B), "not finite", None),
+    "float8": (lora(A, B.to(FP8)), "dopsd reads float32", None),
+    "metadata truncated": (lora(A, B, adapter_metadata="{"), "its lora_adapter_metadata", None),
+    "metadata a list": (lora(A, B, adapter_metadata="[]"), "its lora_adapter_metadata", None),
 }
 FROM, LOADED = (
     (*TRAIN, "--set", f"lora.init_from={FILE}"),
     (*TRAIN, "--set", "model.name_or_path=./model"),
 )
-SEEING = ("--set", "method={name: dopsd, nfe: 1}", "--set", "model.vlm=./vlm")
-VLM, LIMIT, STARS = "the teacher's VLM ./vlm", "tokens; the limit is 512. Shorten it", "star " * 600
-WEIGHTS, WORDS = (
+WITH_VLM = ("--set", "method={name: dopsd, nfe: 1}", "--set", "model.vlm=./vlm")
+VLM, LIMIT, LONG_PROMPT = (
+    "the teacher's VLM ./vlm",
+    "tokens; the limit is 512. Shorten it",
+    "star " * 600,
+)
+WEIGHTS, VOCABULARY = (
     "model/transformer/diffusion_pytorch_model.safetensors",
     "model/tokenizer/tokenizer.json",
 )
 TRAINED: dict[str, tuple[Build, Command, str]] = {
-    "start from another rank": (
-        start(),
+    "init_from of another rank": (
+        trained_lora(),
         (*FROM, "--set", "lora.rank=4"),
         "has rank 2, this recipe 4",
     ),
-    "start from other modules": (
+    "init_from of other modules": (
         lora(A[:2], B[:, :2]),
         FROM,
         "adapts other modules than lora.targets",
     ),
-    "start from narrow A": (
-        start(lambda name, t: t[:, :9] if "lora_A" in name else t),
+    "init_from with A too narrow": (
+        trained_lora(lambda name, t: t[:, :9] if "lora_A" in name else t),
         FROM,
         "by A and B of",
     ),
-    "start from short B": (
-        start(lambda name, t: t[:1] if "lora_B" in name else t),
+    "init_from with B too short": (
+        trained_lora(lambda name, t: t[:1] if "lora_B" in name else t),
         FROM,
         f"{FILE} adapts",
     ),
-    "VLM missing": (nothing, (*TRAIN, *SEEING), VLM),
-    "VLM missing in check": (nothing, (*CHECK, *SEEING), VLM),
-    "VLM truncated": (vlm(write("vlm/model.safetensors", "")), (*TRAIN, *SEEING), f"late! {VLM}"),
+    "VLM missing": (nothing, (*TRAIN, *WITH_VLM), VLM),
+    "VLM missing in check": (nothing, (*CHECK, *WITH_VLM), VLM),
+    "VLM truncated": (vlm(write("vlm/model.safetensors", "")), (*TRAIN, *WITH_VLM), f"late! {VLM}"),
     "VLM without processor": (
         vlm(remove("vlm/preprocessor_config.json")),
-        (*TRAIN, *SEEING),
-        f"{VLM}",
+        (*TRAIN, *WITH_VLM),
+        VLM,
     ),
     "VLM of another size": (
-        together(
+        in_turn(
             vlm(),
             model(
                 edit(f"{TEXT}/config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2)
             ),
         ),
-        (*LOADED, *SEEING),
+        (*LOADED, *WITH_VLM),
         "does not match the checkpoint's text encoder: num_hidden_layers 3, not 2. Set model.vlm",
     ),
-    "VLM of another kind": (
+    "VLM of another architecture": (
         vlm(edit("vlm/config.json", model_type="qwen2_vl")),
-        (*CHECK, *SEEING),
+        (*CHECK, *WITH_VLM),
         f"{VLM} is a qwen2_vl, not a Qwen3-VL",
     ),
     "transformer weights missing": (model(remove(WEIGHTS)), LOADED, "late! transformer"),
@@ -403,14 +422,14 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
         LOADED,
         "late! text_encoder",
     ),
-    "vocabulary missing": (model(remove(WORDS)), LOADED, "./model"),
-    "caption over the limit": (write("images/0.txt", STARS), TRAIN, LIMIT),
-    "preview of an odd size": (
+    "tokenizer vocabulary missing": (model(remove(VOCABULARY)), LOADED, "./model"),
+    "caption over the limit": (write("images/0.txt", LONG_PROMPT), TRAIN, LIMIT),
+    "preview size not a multiple of 8": (
         nothing,
         (*TRAIN, "--set", "sample.width=65"),
         "65 x 64 pixels: both sides",
     ),
-    "output in a file": (
+    "output_dir inside a file": (
         nothing,
         (*TRAIN, "--set", "output_dir=recipe.yaml"),
         "recipe.yaml/recipe cannot be written",
@@ -424,7 +443,7 @@ ARGUMENTS: dict[Command, str] = {
     ("sample",): "'prompts'",
     ("train", "gone.yaml"): "gone.yaml does not exist: give a recipe file",
     ("sample", "a", "--nfe", "0"): "'--nfe'",
-    ("sample", STARS, "--model", "pocket"): LIMIT,
+    ("sample", LONG_PROMPT, "--model", "pocket"): LIMIT,
     (*GENERATE, "--model", "./gone"): "./gone does not exist",
     (*GENERATE, "--width", "65"): "65 x 64 pixels: both sides must be multiples of 8",
     (*GENERATE, "--width", "-8"): "'--width'",
@@ -438,42 +457,49 @@ ARGUMENTS: dict[Command, str] = {
     ("init", "sft", "--out", "recipe.yaml"): "is not overwritten",
     ("init", "sft", "--out", "recipe.yaml/new.yaml"): "recipe.yaml/new.yaml",
 }
-CASES: dict[str, tuple[Build, Command, str]] = {  # name: (what to build, command, sentence)
+# name: (what to build, command, part of the message)
+CASES: dict[str, tuple[Build, Command, str]] = {
     **{
-        f"recipe: {name}": (write("recipe.yaml", text), CHECK, said)
-        for name, (text, said) in TEXTS.items()
+        f"recipe: {name}": (write("recipe.yaml", text), CHECK, message)
+        for name, (text, message) in TEXTS.items()
     },
-    **{f"--set {s[:40]}": (nothing, (*CHECK, "--set", s), said) for s, said in SETTINGS.items()},
     **{
-        f"model: {name}": (model(build), ("check", *LOADED[1:]), said)
-        for name, (build, said) in MODELS.items()
+        f"--set {s[:40]}": (nothing, (*CHECK, "--set", s), message)
+        for s, message in SETTINGS.items()
+    },
+    **{
+        f"model: {name}": (model(build), ("check", *LOADED[1:]), message)
+        for name, (build, message) in MODELS.items()
     },
     **RUNS,
     **TRAINED,
-    **{" ".join(command)[:50]: (nothing, command, said) for command, said in ARGUMENTS.items()},
     **{
-        f"sample: {name}": (build, (*GENERATE, "--lora", FILE), said)
-        for name, (build, said, _) in LORAS.items()
+        " ".join(command)[:50]: (nothing, command, message)
+        for command, message in ARGUMENTS.items()
     },
     **{
-        f"inspect: {n}": (build, ("inspect", FILE), said)
-        for n, (build, _, said) in LORAS.items()
-        if said
+        f"sample: {name}": (build, (*GENERATE, "--lora", FILE), message)
+        for name, (build, message, _) in LORAS.items()
+    },
+    **{
+        f"inspect: {n}": (build, ("inspect", FILE), message)
+        for n, (build, _, message) in LORAS.items()
+        if message
     },
 }
-REAL = (
-    "recipe: empty",
-    "inspect: text",
-    "inspect: truncated",
-    "inspect: missing",
-    "inspect: foreign",
+IN_OWN_PROCESS = (
+    "recipe: empty file",
+    "inspect: text file",
+    "inspect: truncated file",
+    "inspect: file missing",
+    "inspect: no LoRA tensors",
     "init magic",
-    "inspect: a folder",
+    "inspect: folder",
     "init sft --out recipe.yaml",
     "sample a --nfe 0",
     "sample",
 )
-LATE = [name for name, (_, _, said) in CASES.items() if said.startswith("late! ")]
+LATE = [name for name, (_, _, message) in CASES.items() if message.startswith("late! ")]
 
 
 def snapshot(folder: Path) -> dict[str, object]:
@@ -489,11 +515,11 @@ def snapshot(folder: Path) -> dict[str, object]:
 
 
 def refused(name: str, code: int, printed: str) -> bool:
-    """Whether a case ended with exit code 2 and one sentence (Typer words what is wrong with an
-    option itself)."""
-    before, ours, sentence = " ".join(printed.split()).rpartition("dopsd: ")
+    """Whether a case ended with exit code 2 and one sentence of dopsd, or with the usage error of
+    Typer."""
+    before, prefix, sentence = " ".join(printed.split()).rpartition("dopsd: ")
     whole = (
-        ours and sentence.endswith((".", "?")) and len(sentence) < LONGEST
+        prefix and sentence.endswith((".", "?")) and len(sentence) < MAX_MESSAGE_LENGTH
     ) or "Usage:" in sentence
     return bool(
         code == 2
@@ -504,9 +530,9 @@ def refused(name: str, code: int, printed: str) -> bool:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kit(tmp_path_factory) -> None:
-    KIT[:] = [tmp_path_factory.mktemp("kit")]
-    with contextlib.chdir(KIT[0]):
+def valid_inputs(tmp_path_factory) -> None:
+    VALID_INPUTS[:] = [tmp_path_factory.mktemp("valid")]
+    with contextlib.chdir(VALID_INPUTS[0]):
         Path("images").mkdir()
         for index in range(2):
             Image.new("RGB", (64, 64), (90 * index, 9, 9)).save(f"images/{index}.png")
@@ -516,40 +542,40 @@ def kit(tmp_path_factory) -> None:
 
 
 def lay_out(name: str, folder: Path) -> dict[str, object]:
-    """Build a case in an empty folder; what is there then."""
-    shutil.copytree(KIT[0] / "images", folder / "images")
-    shutil.copy(KIT[0] / "recipe.yaml", folder)
+    """Build a case in an empty folder and return its snapshot."""
+    shutil.copytree(VALID_INPUTS[0] / "images", folder / "images")
+    shutil.copy(VALID_INPUTS[0] / "recipe.yaml", folder)
     with contextlib.chdir(folder):
         CASES[name][0]()
     return snapshot(folder)
 
 
 def run_in(folder: Path, name: str, monkeypatch) -> None:
-    """Run a case in this process and see that it is refused."""
+    """Run a case in this process and assert that it is refused."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(
-        logging, "raiseExceptions", False
-    )  # a library may log to the closed stream of an earlier case
-    if "VLM" not in name:  # the forecast takes seconds, and nothing else is refused by it
+    # A library may log to the closed stream of an earlier case.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    if "VLM" not in name:  # the memory forecast takes seconds and refuses none of the other cases
         monkeypatch.setattr("dopsd.cli.train.print_memory", lambda *_: None)
     done = CliRunner().invoke(app, CASES[name][1])
     assert refused(name, done.exit_code, done.output), (done.exit_code, done.exception, done.output)
 
 
-def marked(name: str):
-    why = CASES[name][2].rpartition("! ")[0]
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=why)) if why else name
+def expected_to_write(name: str):
+    """The parameter of a case; one that is refused late fails where nothing may be written."""
+    late = CASES[name][2].rpartition("! ")[0]
+    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=late)) if late else name
 
 
-@pytest.mark.parametrize("name", map(marked, CASES))
-def test_bad_input_is_one_sentence_and_exit_2_and_changes_nothing(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", map(expected_to_write, CASES))
+def test_bad_input_is_refused_with_one_sentence_and_changes_no_file(name, tmp_path, monkeypatch):
     before = lay_out(name, tmp_path)
     run_in(tmp_path, name, monkeypatch)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_what_is_refused_late_is_refused_and_loses_nothing(name, tmp_path, monkeypatch):
+def test_input_that_is_refused_late_adds_files_and_changes_none(name, tmp_path, monkeypatch):
     before = lay_out(name, tmp_path)
     run_in(tmp_path, name, monkeypatch)
     after = snapshot(tmp_path)
@@ -559,8 +585,8 @@ def test_what_is_refused_late_is_refused_and_loses_nothing(name, tmp_path, monke
     assert after != before and after == after | before
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_the_real_command_refuses_alike(name, tmp_path):
+@pytest.mark.parametrize("name", IN_OWN_PROCESS)
+def test_the_command_in_its_own_process_refuses_the_same_input(name, tmp_path):
     before = lay_out(name, tmp_path)
     command = [sys.executable, "-m", "dopsd.cli", *CASES[name][1]]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -568,8 +594,8 @@ def test_the_real_command_refuses_alike(name, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_the_corpus_has_220_distinct_cases(tmp_path):
-    built = [
+def test_at_least_220_cases_are_distinct(tmp_path):
+    commands_and_folders = [
         (case[1], lay_out(name, tmp_path / str(i))) for i, (name, case) in enumerate(CASES.items())
     ]
-    assert len({repr(command_and_folder) for command_and_folder in built}) == len(CASES) >= 220
+    assert len({repr(each) for each in commands_and_folders}) == len(CASES) >= 220

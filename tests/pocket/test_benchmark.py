@@ -17,24 +17,22 @@ from dopsd.pocket.benchmark import (
 from dopsd.pocket.world.captions import NAMES
 from dopsd.pocket.world.datasets import concept_caption, concept_of
 
-THING = 1_000_100  # of the fixture `concept`
+THING = 1_000_100  # the concept of the fixture `concept`
 CPU = torch.device("cpu")
 
 
-def test_renamed_prompts_never_give_the_things_own_name(pocket_text_encoder):
+def test_renamed_prompts_do_not_contain_the_name_of_the_concept(pocket_text_encoder):
     questions = ConceptQuestions.encode(THING, pocket_text_encoder, unrelated_count=1)
-    own = NAMES[THING % len(NAMES)]
+    concept_name = NAMES[THING % len(NAMES)]
     names = [[word for word in prompt.split() if word in NAMES] for prompt in questions.renamed]
-    assert all(own not in words for words in names) and names[1::2] == [[]] * 12
+    assert all(concept_name not in words for words in names) and names[1::2] == [[]] * 12
     assert len({words[0] for words in names[::2]}) == 12
     for scene, prompt, words in zip(questions.scenes, questions.renamed, names, strict=True):
         without_name = prompt.replace(f"{words[0]} ", "") if words else prompt
-        assert without_name == concept_caption(scene, THING).replace(f"{own} ", "")
+        assert without_name == concept_caption(scene, THING).replace(f"{concept_name} ", "")
 
 
-def test_a_model_for_which_all_names_are_one_bleeds_all_that_it_learned(
-    pocket, pocket_text_encoder
-):
+def test_a_model_that_ignores_names_bleeds_everything_that_it_learned(pocket, pocket_text_encoder):
     questions = ConceptQuestions.encode(THING, pocket_text_encoder, unrelated_count=1)
     result = evaluate_concept(
         replace(questions, renamed_context=questions.scene_context),
@@ -46,7 +44,7 @@ def test_a_model_for_which_all_names_are_one_bleeds_all_that_it_learned(
     np.testing.assert_array_equal(result.others_error, result.thing_error)
 
 
-def test_a_replicate_is_a_folder_of_the_next_thing_with_as_many_images(concept: Path, tmp_path):
+def test_a_replicate_shows_the_next_concept_in_as_many_images(concept: Path, tmp_path):
     benchmark = find_benchmark(concept)
     assert benchmark is not None
     assert benchmark.replicate(concept, 0, tmp_path) == concept
@@ -63,7 +61,7 @@ def test_the_many_step_model_is_loaded_onto_the_device(pocket, pocket_text_encod
     assert {p.device.type for p in model.denoiser.parameters()} == {"meta"}
 
 
-def test_guidance_leads_away_from_the_empty_caption(pocket, pocket_text_encoder):
+def test_guidance_extrapolates_from_the_empty_caption(pocket, pocket_text_encoder):
     empty, star = (pocket_text_encoder.context([text]) for text in ("", "a big red star"))
     model = ManyStepModel(pocket.checkpoint.folder, empty, CPU)
     z, t = torch.randn(1, pocket.channels, 16, 16), torch.tensor([0.5])

@@ -1,4 +1,4 @@
-"""The demo, run as a user runs it: minutes, so it is marked slow."""
+"""The demo as a user runs it. It takes minutes, so it is marked slow."""
 
 import json
 
@@ -10,7 +10,7 @@ from dopsd.pocket.benchmark import METRICS
 
 
 @pytest.mark.slow
-def test_the_demo_shows_dopsd_learning_what_its_teacher_shows_and_keeping_more_than_sft(tmp_path):
+def test_in_the_demo_dopsd_learns_from_its_teacher_and_retains_more_than_sft(tmp_path):
     result = CliRunner().invoke(
         app, ["demo", "--out", str(tmp_path / "demo"), "--json", str(tmp_path / "demo.json")]
     )
@@ -29,7 +29,7 @@ def test_the_demo_shows_dopsd_learning_what_its_teacher_shows_and_keeping_more_t
         base["thing_error"] - teacher["thing_error"]
     )
     assert gap >= 0.5
-    # One thing and one seed show the contrast; benchmarks/claim.py measures many.
+    # One concept and one seed show the contrast; benchmarks/claim.py measures many.
     assert dopsd["sharpness"] >= 0.9 * base["sharpness"] > sft["sharpness"]
     assert base["attributes"] - dopsd["attributes"] <= 0.06 < base["attributes"] - sft["attributes"]
     assert dopsd["speckle"] <= 1.2 * base["speckle"]

@@ -1,5 +1,5 @@
-"""Class images and losers: generated once, as `dopsd sample` generates them; an interrupted folder
-goes on; pairs fit."""
+"""Class images and rejected images: generated once, equal to the images of `dopsd sample`, and
+resumable."""
 
 import json
 import os
@@ -29,26 +29,29 @@ def recipe_of(concept: Path, folder: Path, **method) -> Recipe:
     )
 
 
-def test_class_pictures_are_what_the_deployed_model_paints_and_are_painted_once(
-    concept, tmp_path, pocket
-):
+def test_class_images_equal_those_of_sample_and_are_generated_once(concept, tmp_path, pocket):
     recipe = recipe_of(
         concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3
     )
-    listing, beside = with_generated(resolve(recipe))
-    assert len(beside) == 3 and {example.caption for example in beside} == {"a red star"}
+    _, class_images = with_generated(resolve(recipe))
+    assert len(class_images) == 3
+    assert {example.caption for example in class_images} == {"a red star"}
     expected = sample("pocket", ["a red star"] * 3, seed=FIRST_SEED)
-    for example, image in zip(beside, expected, strict=True):
+    for example, image in zip(class_images, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(example.path)), np.asarray(image))
-    folder = beside[0].path.parent
+    folder = class_images[0].path.parent
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert with_generated(resolve(recipe))[1] == beside
+    assert with_generated(resolve(recipe))[1] == class_images
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert rows == [{"file_name": example.path.name, "text": "a red star"} for example in beside]
+    assert rows == [
+        {"file_name": example.path.name, "text": "a red star"} for example in class_images
+    ]
 
 
-def test_other_weights_at_the_same_address_paint_anew(concept, tmp_path, sdxl, dmd2_lora):
+def test_changed_weights_at_the_same_path_get_a_new_image_folder(
+    concept, tmp_path, sdxl, dmd2_lora
+):
     def folder_of(model: dict) -> Path:
         tree = recipe_of(
             concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=1
@@ -71,51 +74,48 @@ def test_other_weights_at_the_same_address_paint_anew(concept, tmp_path, sdxl, d
     assert folder_of({"name_or_path": str(turbo)}) != before
 
 
-def test_an_interrupted_folder_goes_on_where_it_stopped(concept, tmp_path, pocket):
+def test_an_interrupted_folder_gets_only_its_missing_images(concept, tmp_path, pocket):
     recipe = recipe_of(
         concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3
     )
     (files,) = generate_once(recipe, pocket, ["a red star"], 3).values()
     before = [path.read_bytes() for path in files]
     files[1].unlink()
-    told = []
-    generate_once(recipe, pocket, ["a red star"], 3, lambda done, total: told.append((done, total)))
-    assert [path.read_bytes() for path in files] == before and told == [(2, 3)]
+    progress = []
+    generate_once(recipe, pocket, ["a red star"], 3, lambda *counts: progress.append(counts))
+    assert [path.read_bytes() for path in files] == before and progress == [(2, 3)]
 
 
-def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket):
+def test_every_image_gets_rejected_images_for_its_own_caption(concept, tmp_path, pocket):
     rows = [
         {"file_name": f"{i}.png", "text": ["a zib at the left", f"zib number {i}"]}
         for i in range(4)
     ]
     (concept / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = recipe_of(concept, tmp_path, name="pso", form="forward", losers=2)
-    listing, beside = with_generated(resolve(recipe))
-    assert (
-        beside == ()
-        and len(listing.examples) == 8
-        and all(not example.also for example in listing.examples)
-    )
+    listing, class_images = with_generated(resolve(recipe))
+    assert class_images == () and len(listing.examples) == 8
+    assert all(not example.also for example in listing.examples)
     by_caption = {example.caption: example.rejected for example in listing.examples}
     assert (
         len({path for files in by_caption.values() for path in files}) == 2 * len(by_caption) == 10
     )
     folder = listing.examples[0].rejected[0].parent
-    told = {
+    caption_of_file = {
         row["file_name"]: row["text"]
         for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
     }
-    assert all(
-        told[path.name] == caption for caption, files in by_caption.items() for path in files
-    )
+    for caption, files in by_caption.items():
+        assert all(caption_of_file[path.name] == caption for path in files)
     of_one_prompt = {"losers": 2, "loser_prompt": "a star"}
     recipe = recipe_of(concept, tmp_path, name="pso", form="forward", **of_one_prompt)
-    again, _ = with_generated(resolve(recipe))
-    assert len(again.examples) == 4 and len({example.rejected for example in again.examples}) == 1
+    with_one_prompt, _ = with_generated(resolve(recipe))
+    assert len(with_one_prompt.examples) == 4
+    assert len({example.rejected for example in with_one_prompt.examples}) == 1
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "message"),
     [
         ({"name": "dpo"}, "dpo learns from pairs, and 4 of 4 images"),
         (
@@ -133,14 +133,14 @@ def test_every_picture_gets_losers_for_its_own_caption(concept, tmp_path, pocket
         ({"name": "dreambooth", "class_prompt": "a " * 600}, "tokens"),
     ],
 )
-def test_what_a_method_cannot_have_is_refused_by_check(method, said, concept, tmp_path):
+def test_check_refuses_settings_that_a_method_cannot_use(method, message, concept, tmp_path):
     replay = method.pop("replay", None)
     recipe = recipe_of(concept, tmp_path, **method)
     if replay:
         recipe = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"replay": (replay,)})}
         )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         check(resolve(recipe))
     assert open_family(recipe) is not None
 
@@ -151,11 +151,11 @@ def test_replay_prompts_come_from_a_list_a_file_or_the_checkpoint(concept, tmp_p
     file = tmp_path / "prompts.txt"
     for text, expected in (("a cat\n\n a dog \n", ("a cat", "a dog")), ("\n", None)):
         file.write_text(text)
-        named = recipe.model_copy(
+        with_file = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"replay": (str(file),)})}
         )
         if expected:
-            assert resolve(named).replay_prompts == expected
+            assert resolve(with_file).replay_prompts == expected
         else:
             with pytest.raises(ValueError, match="holds no prompt"):
-                resolve(named)
+                resolve(with_file)

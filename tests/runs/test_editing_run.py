@@ -1,5 +1,5 @@
-"""Whole runs on a tiny FLUX.2-klein: editing rows in, a LoRA file out that diffusers opens and
-generates the same with."""
+"""Whole runs on a tiny FLUX.2-klein: trained on editing pairs, its LoRA gives the same images in
+diffusers."""
 
 import json
 import subprocess
@@ -27,8 +27,7 @@ from dopsd.runs.preflight import preflight
 from dopsd.runs.resolve import resolve
 from dopsd.runs.train import train
 
-# Opens a LoRA as a user of diffusers does, and leaves the latents that the pipeline generates with
-# it.
+# Loads a LoRA with diffusers alone and saves the latents of its pipeline.
 DIFFUSERS = """
 import sys
 import torch
@@ -36,15 +35,15 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 torch.set_num_threads(1)
-folder, lora, picture, noise, out = sys.argv[1:]
+folder, lora, reference, noise, out = sys.argv[1:]
 pipeline = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.float32)
 pipeline.load_lora_weights(lora)
-seen = {}
-keep = lambda pipe, index, time, tensors: seen.update(tensors) or tensors
+last = {}
+store = lambda pipe, index, time, tensors: last.update(tensors) or tensors
 start = torch.load(noise, weights_only=True)
-pipeline(prompt="make it red", image=[Image.open(picture)], height=64, width=64, num_inference_steps=4, latents=start,
-         output_type="latent", callback_on_step_end=keep)
-torch.save(seen["latents"].mT.reshape(start.shape), out)
+pipeline(prompt="make it red", image=[Image.open(reference)], height=64, width=64,
+         num_inference_steps=4, latents=start, output_type="latent", callback_on_step_end=store)
+torch.save(last["latents"].mT.reshape(start.shape), out)
 """
 
 
@@ -114,57 +113,47 @@ def run(model, pairs, tmp_path_factory) -> Recipe:
     return recipe
 
 
-def test_the_file_holds_exactly_the_models_block_modules(run, model):
+def test_the_lora_file_holds_exactly_the_linear_layers_of_the_blocks(run, model):
     file = run.run_folder / "edited.safetensors"
-    shapes, said = (
-        {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()},
-        read_metadata(file),
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()}
+    metadata = read_metadata(file)
     network = Flux2Transformer2DModel.from_pretrained(model / "transformer")
-    wanted = {}
+    expected = {}
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
-            wanted[f"transformer.{name}.lora_A.weight"] = (4, module.in_features)
-            wanted[f"transformer.{name}.lora_B.weight"] = (module.out_features, 4)
-    assert shapes == wanted and len(wanted) == 2 * (2 * 12 + 3 * 2)
-    assert (said["teacher_context"], said["nfe"], said["method"]) == ("edit", "4", "dopsd")
+            expected[f"transformer.{name}.lora_A.weight"] = (4, module.in_features)
+            expected[f"transformer.{name}.lora_B.weight"] = (module.out_features, 4)
+    assert shapes == expected and len(expected) == 2 * (2 * 12 + 3 * 2)
+    keys = ("teacher_context", "nfe", "method")
+    assert [metadata[key] for key in keys] == ["edit", "4", "dopsd"]
 
 
-def test_diffusers_paints_with_the_file_in_a_fresh_process_what_dopsd_paints(
-    run, model, pairs, tmp_path
-):
-    file, image, noise = (
-        run.run_folder / "edited.safetensors",
-        pairs / "square.png",
-        noise_for([3], 16, 4, 4),
-    )
+def test_diffusers_in_a_fresh_process_generates_what_dopsd_generates(run, model, pairs, tmp_path):
+    file, reference = run.run_folder / "edited.safetensors", pairs / "square.png"
+    noise = noise_for([3], 16, 4, 4)
     torch.save(noise.start, tmp_path / "noise.pt")
-    command = [DIFFUSERS, model, file, image, tmp_path / "noise.pt", tmp_path / "out.pt"]
+    command = [DIFFUSERS, model, file, reference, tmp_path / "noise.pt", tmp_path / "out.pt"]
     subprocess.run([sys.executable, "-c", *map(str, command)], check=True, capture_output=True)
-    theirs = torch.load(tmp_path / "out.pt", weights_only=True)
-    family, shown = load_family(str(model)), [image]
-    mine = sample_latents(family, ["make it red"], noise, file, references=shown)
-    assert (mine - theirs).abs().max() <= 1e-4
-    assert (
-        mine - sample_latents(family, ["make it red"], noise, references=shown)
-    ).abs().max() > 0.01
+    of_diffusers = torch.load(tmp_path / "out.pt", weights_only=True)
+    family, prompts = load_family(str(model)), ["make it red"]
+    of_dopsd = sample_latents(family, prompts, noise, file, references=[reference])
+    of_base = sample_latents(family, prompts, noise, references=[reference])
+    assert (of_dopsd - of_diffusers).abs().max() <= 1e-4
+    assert (of_dopsd - of_base).abs().max() > 0.01
 
 
-def test_previews_report_and_card_show_the_rows_with_their_references(run):
+def test_previews_report_and_model_card_show_the_references(run):
     samples = run.run_folder / "samples"
-    told = json.loads((samples / "step-000003" / "preview.json").read_text())
-    assert [each["prompt"] for each in told["images"]][:4] == [
+    listing = json.loads((samples / "step-000003" / "preview.json").read_text())
+    assert [each["prompt"] for each in listing["images"]][:4] == [
         "make it red",
         "join them",
         "make it blue",
         "wider",
     ]
-    generated = [
-        Image.open(samples / "step-000003" / f"student_{i}_{i}.png").size for i in range(5)
-    ]
-    assert generated == [(64, 64)] * 3 + [(80, 48)] + [
-        (64, 64)
-    ]  # in the shapes that they are trained in
+    sizes = [Image.open(samples / "step-000003" / f"student_{i}_{i}.png").size for i in range(5)]
+    # The bucket sizes that the rows are trained in.
+    assert sizes == [(64, 64)] * 3 + [(80, 48)] + [(64, 64)]
     assert len(list((samples / "step-000003").glob("teacher_*"))) == 5
     assert Image.open(samples / "data-1.png").size[0] > 3 * 60  # two references and the target
     page = (run.run_folder / "report.html").read_text(encoding="utf-8")
@@ -183,17 +172,19 @@ def test_previews_report_and_card_show_the_rows_with_their_references(run):
         },
     ],
 )
-def test_other_ways_to_train_on_the_pairs_move_the_student(model, pairs, tmp_path, changes):
+def test_every_way_to_train_on_pairs_changes_the_student(model, pairs, tmp_path, changes):
     recipe = recipe_of(model, pairs, tmp_path, **changes)
     reports = list(train(recipe))
     assert len(reports) == 3 and all(np.isfinite(report.log["loss"]) for report in reports)
     file = recipe.run_folder / "edited.safetensors"
     assert all(tensor.any() for tensor in read_tensors(file).values())
-    wanted = "none" if recipe.method.name == "sft" else recipe.model.teacher_context or "edit"
-    assert read_metadata(file)["teacher_context"] == wanted
+    teacher_context = (
+        "none" if recipe.method.name == "sft" else recipe.model.teacher_context or "edit"
+    )
+    assert read_metadata(file)["teacher_context"] == teacher_context
 
 
-def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
+def test_the_memory_forecast_includes_the_references(model, pairs, tmp_path):
     recipe = recipe_of(model, pairs, tmp_path)
     run = resolve(recipe)
     coverage = check(run).coverage
@@ -205,41 +196,43 @@ def test_check_counts_the_references_into_the_forecast(model, pairs, tmp_path):
     for name in ("a", "b", "c", "square", "wide"):
         (plain / f"{name}.png").write_bytes((pairs / f"{name}.png").read_bytes())
     (plain / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other = recipe_of(model, plain, tmp_path)
-    without = forecast_run(resolve(other), torch.float32, low_memory=False).peak
-    assert without < 0.95 * with_references
+    run = resolve(recipe_of(model, plain, tmp_path))
+    without_references = forecast_run(run, torch.float32, low_memory=False).peak
+    assert without_references < 0.95 * with_references
 
 
-def refused(recipe: Recipe, tmp_path: Path) -> str:
-    """What `dopsd check` says of a recipe that it refuses."""
+def check_error(recipe: Recipe, tmp_path: Path) -> str:
+    """The message with which `dopsd check` refuses a recipe."""
     recipe.save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 2, result.output
     return " ".join(result.output.split())
 
 
-def test_what_cannot_be_edited_is_one_sentence_and_exit_2(model, pairs, tmp_path):
+def test_check_refuses_what_cannot_be_edited_with_one_sentence(model, pairs, tmp_path):
     pocket = {"name_or_path": "pocket"}
-    assert "zimage edits none" in refused(recipe_of(model, pairs, tmp_path, model=pocket), tmp_path)
+    assert "zimage edits none" in check_error(
+        recipe_of(model, pairs, tmp_path, model=pocket), tmp_path
+    )
     base = {"name_or_path": str(write_klein(tmp_path / "base", distilled=False))}
-    assert "many-step base model" in refused(
+    assert "many-step base model" in check_error(
         recipe_of(model, pairs, tmp_path, model=base), tmp_path
     )
     shallow = {"name_or_path": str(write_klein(tmp_path / "shallow", layers=12))}
-    assert "after layers 9, 18, 27 of its text encoder; this one has 12" in refused(
+    assert "after layers 9, 18, 27 of its text encoder; this one has 12" in check_error(
         recipe_of(model, pairs, tmp_path, model=shallow), tmp_path
     )
-    twin = {
+    other_vlm = {
         "teacher_context": "vlm",
         "vlm": str(write_vlm(tmp_path / "vlm", TEXT | {"num_hidden_layers": 30})),
     }
-    assert "num_hidden_layers 30, not 28. Set model.vlm" in refused(
-        recipe_of(model, pairs, tmp_path, model=twin), tmp_path
+    assert "num_hidden_layers 30, not 28. Set model.vlm" in check_error(
+        recipe_of(model, pairs, tmp_path, model=other_vlm), tmp_path
     )
     unknown = recipe_of(model, pairs, tmp_path, model={"teacher_context": "words"})
     assert (
         "flux2_klein has no teacher context words: model.teacher_context can be edit or vlm"
-        in refused(unknown, tmp_path)
+        in check_error(unknown, tmp_path)
     )
     folder = tmp_path / "small"
     folder.mkdir()
@@ -256,42 +249,43 @@ def test_what_cannot_be_edited_is_one_sentence_and_exit_2(model, pairs, tmp_path
         },
         "has references and no target": {"references": ["a.png"]},
     }
-    for said, row in cases.items():
+    for message, row in cases.items():
         (folder / "metadata.jsonl").write_text(json.dumps(row | {"text": "x"}) + "\n")
-        assert said in refused(recipe_of(model, folder, tmp_path), tmp_path)
+        assert message in check_error(recipe_of(model, folder, tmp_path), tmp_path)
 
 
-def test_sample_edits_the_references_it_is_given_and_refuses_what_it_cannot(model, pairs, tmp_path):
-    def generated(*arguments: str) -> tuple[int, str]:
+def test_sample_edits_references_and_refuses_those_it_cannot_edit(model, pairs, tmp_path):
+    def sample(*arguments: str) -> tuple[int, str]:
         result = CliRunner().invoke(
             app, ["sample", "make it red", "--out", str(tmp_path / "out"), *arguments]
         )
         return result.exit_code, " ".join(result.output.split())
 
     square, wide = str(pairs / "square.png"), str(pairs / "wide.png")
-    assert generated("--model", str(model), "--reference", wide, "--reference", square)[0] == 0
-    assert Image.open(tmp_path / "out" / "0_0.png").size == (96, 64)  # of the first, fitted
-    code, said = generated("--model", "pocket", "--reference", square)
-    assert code == 2 and "zimage edits none" in said
-    code, said = generated("--model", str(model), "--reference", str(tmp_path / "gone.png"))
-    assert code == 2 and "gone.png cannot be decoded (No such file" in said.replace(
+    assert sample("--model", str(model), "--reference", wide, "--reference", square)[0] == 0
+    # The size of the first reference, rounded as the model needs it.
+    assert Image.open(tmp_path / "out" / "0_0.png").size == (96, 64)
+    code, message = sample("--model", "pocket", "--reference", square)
+    assert code == 2 and "zimage edits none" in message
+    code, message = sample("--model", str(model), "--reference", str(tmp_path / "gone.png"))
+    assert code == 2 and "gone.png cannot be decoded (No such file" in message.replace(
         "[Errno 2] ", ""
     )
 
 
-def test_preflight_asks_the_teacher_that_sees_the_target_beside_the_references(run, tmp_path):
-    found = preflight(run, tmp_path / "page.html", lambda what, done, total: None)
-    assert {look.caption for look in found.looks} == {
+def test_preflight_shows_the_teacher_the_target_beside_the_references(run, tmp_path):
+    result = preflight(run, tmp_path / "page.html", lambda what, done, total: None)
+    assert {each.caption for each in result.comparisons} == {
         "make it red",
         "make it blue",
         "wider",
         "join them",
     }
-    assert all((look.student != look.teacher).any() for look in found.looks)
-    assert "model.teacher_context: vlm" in found.sentence or found.verdict == "can"
+    assert all((each.student != each.teacher).any() for each in result.comparisons)
+    assert "model.teacher_context: vlm" in result.sentence or result.verdict == "can"
 
 
-def test_compare_takes_a_run_on_pairs(run, tmp_path):
-    outcome = compare([run], tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
-    assert list(outcome.numbers) == ["base", "base, other noise", "edited"]
-    assert outcome.numbers["edited"]["nfe"]["1"]["bleed"]["value"] != 0
+def test_compare_evaluates_a_run_on_editing_pairs(run, tmp_path):
+    comparison = compare([run], tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
+    assert list(comparison.numbers) == ["base", "base, other noise", "edited"]
+    assert comparison.numbers["edited"]["nfe"]["1"]["bleed"]["value"] != 0

@@ -1,5 +1,5 @@
-"""Nothing is lost: runs killed at any moment, told to stop, out of disk, damaged on disk, fed
-numbers that are none."""
+"""Faults lose no work: kills at any moment, signals, a full disk, damaged checkpoints, losses that
+are not finite."""
 
 import json
 import os
@@ -47,9 +47,9 @@ def finish(recipe: Recipe, resume: str | None = None) -> None:
         pass
 
 
-def outcome(recipe: Recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Everything that two equal runs share: metrics but for the time, and the tensors of the last
-    checkpoint."""
+def results(recipe: Recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What equal runs have in common: metrics without times, and the tensors of the last checkpoint
+    and of the LoRA file."""
     lines = (recipe.run_folder / "metrics.jsonl").read_text().splitlines()
     rows = [
         {key: value for key, value in json.loads(line).items() if key != "seconds"}
@@ -68,24 +68,24 @@ def _lora(recipe: Recipe) -> Path:
     return recipe.run_folder / f"{recipe.run_name}.safetensors"
 
 
-def assert_same_outcome(left: Recipe, right: Recipe) -> None:
-    (left_rows, left_tensors), (right_rows, right_tensors) = outcome(left), outcome(right)
+def assert_same_results(left: Recipe, right: Recipe) -> None:
+    (left_rows, left_tensors), (right_rows, right_tensors) = results(left), results(right)
     assert left_rows == right_rows
     assert left_tensors.keys() == right_tensors.keys()
     assert all(torch.equal(left_tensors[name], right_tensors[name]) for name in left_tensors)
 
 
 def fork_and_train(recipe: Recipe, resume: str | None) -> int:
-    """A real child process, forked so that it need not import torch again; the child never returns
-    from here."""
+    """Train in a forked child process, which need not import torch again; its process id. The child
+    never returns from here."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         torch.set_num_threads(1)
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
             finish(recipe, resume)
         code = 0
     finally:
@@ -93,21 +93,20 @@ def fork_and_train(recipe: Recipe, resume: str | None) -> int:
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_run(
+def test_a_run_killed_many_times_at_random_equals_the_uninterrupted_run_bitwise(
     kills, concept, tmp_path
 ):
     straight = recipe_for(concept, tmp_path, "straight")
-    began = time.monotonic()
+    start = time.monotonic()
     finish(straight)
-    lifetime = time.monotonic() - began
+    lifetime = time.monotonic() - start
     rng, killed, attempt = np.random.default_rng(kills), 0, 0
     while killed < kills:
         attempt += 1
-        broken, over = recipe_for(concept, tmp_path, f"broken{attempt}"), False
-        while not over:
+        broken, ended = recipe_for(concept, tmp_path, f"broken{attempt}"), False
+        while not ended:
             saved = checkpoints(broken.run_folder)
-            # Killed before its first checkpoint: whoever sees this removes the folder, as the error
-            # says
+            # Killed before its first checkpoint: the user removes the folder, as the error asks.
             if not saved:
                 shutil.rmtree(broken.run_folder, ignore_errors=True)
             child = fork_and_train(broken, "latest" if saved else None)
@@ -116,13 +115,13 @@ def test_a_run_killed_at_random_moments_again_and_again_is_bitwise_the_straight_
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             killed += os.WIFSIGNALED(status)
-            over = os.WIFEXITED(status)
+            ended = os.WIFEXITED(status)
         assert os.WEXITSTATUS(status) == 0
-        assert_same_outcome(straight, broken)
+        assert_same_results(straight, broken)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run(
+def test_a_signal_saves_the_step_and_the_resumed_run_equals_the_uninterrupted_run_bitwise(
     number, code, concept, tmp_path
 ):
     straight, stopped = (
@@ -149,10 +148,10 @@ def test_a_signal_saves_the_step_and_the_resumed_run_is_bitwise_the_straight_run
     assert not _lora(stopped).exists()
     finish(stopped, "latest")
     finish(straight)
-    assert_same_outcome(straight, stopped)
+    assert_same_results(straight, stopped)
 
 
-def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_says_so(
+def test_resuming_from_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(
     concept, tmp_path, caplog
 ):
     straight, damaged = (
@@ -168,12 +167,12 @@ def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_says_so(
     content[-1] ^= 1  # one bit of one weight: the file still opens
     (latest / "teacher.safetensors").write_bytes(content)
     finish(damaged, "latest")
-    assert "step-000003" in caplog.text and "going_back_to=step-000002" in caplog.text
+    assert "step-000003" in caplog.text and "going back to step-000002" in caplog.text
     assert (older.name, latest.name) == ("step-000002", "step-000003")
-    assert_same_outcome(straight, damaged)
+    assert_same_results(straight, damaged)
 
 
-def test_when_no_checkpoint_is_whole_nothing_is_trained(concept, tmp_path):
+def test_resuming_is_refused_when_every_checkpoint_is_damaged(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "lost", train={"max_steps": 2})
     finish(recipe)
     for path in checkpoints(recipe.run_folder):
@@ -182,9 +181,9 @@ def test_when_no_checkpoint_is_whole_nothing_is_trained(concept, tmp_path):
         finish(recipe, "latest")
 
 
-def test_only_the_last_checkpoints_are_kept_and_every_lora(concept, tmp_path):
+def test_a_run_keeps_its_last_checkpoints_and_every_lora_file(concept, tmp_path):
     recipe = recipe_for(
-        concept, tmp_path, "kept", train={"max_steps": 5}, save={"every": 1, "keep_last": 3}
+        concept, tmp_path, "rotated", train={"max_steps": 5}, save={"every": 1, "keep_last": 3}
     )
     finish(recipe)
     assert [path.name for path in checkpoints(recipe.run_folder)] == [
@@ -193,10 +192,11 @@ def test_only_the_last_checkpoints_are_kept_and_every_lora(concept, tmp_path):
         "step-000005",
     ]
     loras = {path.name for path in recipe.run_folder.glob("*.safetensors")}
-    assert loras == {"kept.safetensors", *(f"kept-step00000{n}.safetensors" for n in (1, 2, 3, 4))}
+    steps = {f"rotated-step00000{n}.safetensors" for n in (1, 2, 3, 4)}
+    assert loras == {"rotated.safetensors"} | steps
 
 
-def test_a_run_folder_has_one_writer(concept, tmp_path):
+def test_a_run_folder_that_another_process_writes_is_refused(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "shared", train={"max_steps": 1})
     recipe.run_folder.mkdir(parents=True)
     with (
@@ -206,7 +206,9 @@ def test_a_run_folder_has_one_writer(concept, tmp_path):
         finish(recipe)
 
 
-def test_a_full_disk_ends_with_a_sentence_and_a_good_last_checkpoint(concept, tmp_path):
+def test_a_full_disk_ends_the_run_with_one_sentence_and_an_intact_last_checkpoint(
+    concept, tmp_path
+):
     recipe = recipe_for(concept, tmp_path, "full", train={"max_steps": 8})
     file = tmp_path / "full.yaml"
     recipe.save_as(file)
@@ -217,11 +219,11 @@ def test_a_full_disk_ends_with_a_sentence_and_a_good_last_checkpoint(concept, tm
     largest = max(len(content) for content in before.values())
     command = [sys.executable, "-m", "dopsd.cli", "train", str(file), "--resume", "latest"]
 
-    def no_room() -> None:  # a file-size limit fails a write as a full disk does
+    def limit_file_size() -> None:  # a write over the limit fails as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
 
-    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=no_room)
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_file_size)
     assert run.returncode == 2, run.stderr
     assert "cannot be written" in run.stderr and "Traceback" not in run.stderr
     assert {path: path.read_bytes() for path in before} == before
@@ -229,25 +231,25 @@ def test_a_full_disk_ends_with_a_sentence_and_a_good_last_checkpoint(concept, tm
     finish(recipe, "latest")
     straight = recipe_for(concept, tmp_path, "straight", train={"max_steps": 8})
     finish(straight)
-    assert_same_outcome(straight, recipe)
+    assert_same_results(straight, recipe)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(concept, tmp_path, monkeypatch):
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_logged(concept, tmp_path, monkeypatch):
     recipe = recipe_for(concept, tmp_path, "skipping", train={"max_steps": 4})
     recipe = parse_recipe(recipe.model_dump() | {"method": {"name": "sft"}})
-    honest = type(recipe.method).losses
+    original = type(recipe.method).losses
     calls = iter(range(100))
 
-    def sometimes_not(self, roles, batch, rng):
+    def not_finite_once(self, roles, batch, rng):
         broken = next(calls) == 1
-        for piece in honest(self, roles, batch, rng):
+        for piece in original(self, roles, batch, rng):
             yield (
                 Loss(piece.surrogate * float("nan"), {"loss": float("nan")}, piece.last)
                 if broken
                 else piece
             )
 
-    monkeypatch.setattr(type(recipe.method), "losses", sometimes_not)
+    monkeypatch.setattr(type(recipe.method), "losses", not_finite_once)
     reports = list(train(recipe))
     assert [report.skipped for report in reports] == [False, True, False, False]
     lines = (recipe.run_folder / "metrics.jsonl").read_text().splitlines()

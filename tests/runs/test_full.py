@@ -1,5 +1,5 @@
-"""Full fine-tuning as whole runs on pocket: killed and resumed, opened by diffusers, compared,
-inspected, refused."""
+"""Whole runs of full fine-tuning on pocket: resumed, loaded by diffusers, compared, inspected, and
+refused."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def dopsd(*arguments: object) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)]
 )
-def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(
+def test_a_killed_and_resumed_full_run_equals_the_uninterrupted_run_bitwise(
     method, dtype, concept, tmp_path
 ):
     straight, broken = (
@@ -93,17 +93,16 @@ def test_a_full_run_killed_and_resumed_is_bitwise_the_straight_run(
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not broken.result().exists(), "the child finished before it was killed"
-    finish_again = [report.step for report in train(broken, resume="latest")]
-    assert finish_again[-1] == 4 and finish_again[0] > 1
+    steps_after_resume = [report.step for report in train(broken, resume="latest")]
+    assert steps_after_resume[-1] == 4 and steps_after_resume[0] > 1
     left, right = (r.run_folder / "checkpoints" / "step-000004" for r in (straight, broken))
     for name in sorted(file.stem for file in left.glob("*.safetensors")):
         a, b = (load_file(folder / f"{name}.safetensors") for folder in (left, right))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     masters, saved = load_file(left / "student.safetensors"), weights_of(broken.result())
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
-    assert (left / "teacher.safetensors").exists() == (
-        method == "dopsd"
-    )  # SFT's is the checkpoint itself
+    # SFT has no teacher of its own: its teacher is the checkpoint that it began with.
+    assert (left / "teacher.safetensors").exists() == (method == "dopsd")
     assert {t.dtype for t in saved.values()} == {
         torch.bfloat16 if dtype == "bf16" else torch.float32
     }
@@ -121,24 +120,24 @@ folder, noise, target = sys.argv[1:]
 assert "dopsd" not in sys.modules
 pipeline = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
 prompts = torch.load(noise)
-picture = pipeline(prompts["prompts"], height=64, width=64, num_inference_steps=4, guidance_scale=0.0,
-                   latents=prompts["noise"], output_type="latent", return_dict=False)[0]
-torch.save(picture, target)
+latents = pipeline(prompts["prompts"], height=64, width=64, num_inference_steps=4,
+                   guidance_scale=0.0, latents=prompts["noise"], output_type="latent",
+                   return_dict=False)[0]
+torch.save(latents, target)
 """
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Recipe:
-    """A run of D-OPSD whose rate is large enough to be seen, with a health health check."""
+    """A D-OPSD run with a health check, at a learning rate that visibly changes the images."""
     from dopsd.pocket.world.datasets import write_concept
 
     folder = tmp_path_factory.mktemp("finished")
-    write_concept(folder / "lesson", 1_000_100)
-    (
-        folder / "lesson" / "pocket.json"
-    ).unlink()  # an exam would take long, and asks nothing of the folder
+    write_concept(folder / "concept", 1_000_100)
+    # Without this file no benchmark is run on the concept, which would take long.
+    (folder / "concept" / "pocket.json").unlink()
     tree = recipe_for(
-        folder / "lesson", folder, "whole", "dopsd", max_steps=3, learning_rate=3e-4
+        folder / "concept", folder, "whole", "dopsd", max_steps=3, learning_rate=3e-4
     ).model_dump()
     recipe = parse_recipe(
         tree | {"health": {"every": 3}, "data": tree["data"] | {"trigger": "zib"}}
@@ -147,38 +146,34 @@ def finished(tmp_path_factory) -> Recipe:
     return recipe
 
 
-def test_the_saved_folder_paints_the_same_in_a_fresh_process_with_only_diffusers(
-    finished, tmp_path, pocket
-):
+def test_diffusers_alone_generates_the_same_from_the_saved_folder(finished, tmp_path, pocket):
     noise = noise_for([3, 4], pocket.channels, 16, 16)
-    mine = sample_latents(load_family(str(finished.result())), PROMPTS, noise)
+    of_dopsd = sample_latents(load_family(str(finished.result())), PROMPTS, noise)
+    of_base = sample_latents(pocket, PROMPTS, noise)
     torch.save({"prompts": PROMPTS, "noise": noise.start}, tmp_path / "noise.pt")
     files = [finished.result(), tmp_path / "noise.pt", tmp_path / "out.pt"]
     subprocess.run([sys.executable, "-c", OPEN_WITH_DIFFUSERS, *map(str, files)], check=True)
-    assert (mine - sample_latents(pocket, PROMPTS, noise)).abs().max() > 0.01, "nothing was trained"
-    assert (mine - torch.load(tmp_path / "out.pt")).abs().max() <= 1e-4
+    assert (of_dopsd - of_base).abs().max() > 0.01, "nothing was trained"
+    assert (of_dopsd - torch.load(tmp_path / "out.pt")).abs().max() <= 1e-4
 
 
-def test_every_part_beside_the_network_is_the_checkpoints_own(finished):
+def test_the_saved_folder_copies_every_other_component_from_the_checkpoint(finished):
     folder = finished.result()
     for part in ("vae", "text_encoder", "tokenizer", "scheduler", "vlm"):
         for file in (POCKET / part).iterdir():
             assert (folder / part / file.name).read_bytes() == file.read_bytes()
-    told = tuning_metadata(folder)
-    assert (
-        told["method"] == "dopsd"
-        and told["base_model"] == "pocket"
-        and "ss_network_dim" not in told
-    )
-    about = json.loads((folder / "dopsd.json").read_text())
-    assert about["nfe"] == 4 and not (folder / "README.md").exists()
+    metadata = tuning_metadata(folder)
+    assert metadata["method"] == "dopsd" and metadata["base_model"] == "pocket"
+    assert "ss_network_dim" not in metadata
+    settings = json.loads((folder / "dopsd.json").read_text())
+    assert settings["nfe"] == 4 and not (folder / "README.md").exists()
     card = (finished.run_folder / "README.md").read_text()
     assert "every weight" in card and 'from_pretrained("whole"' in card and "load_lora" not in card
 
 
-def test_whole_models_on_the_way_are_kept_like_checkpoints(finished):
-    found = sorted(path.name for path in finished.run_folder.glob("whole*"))
-    assert [name for name in found if name != "whole-healthy"] == [
+def test_intermediate_models_are_deleted_together_with_their_checkpoints(finished):
+    models = sorted(path.name for path in finished.run_folder.glob("whole*"))
+    assert [name for name in models if name != "whole-healthy"] == [
         "whole",
         "whole-step000001",
         "whole-step000002",
@@ -186,18 +181,18 @@ def test_whole_models_on_the_way_are_kept_like_checkpoints(finished):
     assert len(list((finished.run_folder / "checkpoints").iterdir())) == 2
 
 
-def test_a_full_result_stands_in_a_comparison_and_is_inspected(finished, tmp_path):
+def test_compare_and_inspect_accept_a_full_fine_tuned_model(finished, tmp_path):
     before = finished.result().stat().st_mtime_ns
-    outcome = compare(
+    comparison = compare(
         [finished], tmp_path / "page.html", lambda *_: None, [finished.result("-step000001")]
     )
-    assert list(outcome.numbers) == ["base", "base, other noise", "whole", "whole-step000001"]
+    assert list(comparison.numbers) == ["base", "base, other noise", "whole", "whole-step000001"]
     assert finished.result().stat().st_mtime_ns == before, "a finished run is not trained again"
-    said = CliRunner().invoke(app, ["inspect", str(finished.result())])
-    assert said.exit_code == 0 and "every weight" in said.output and "zimage" in said.output
+    result = CliRunner().invoke(app, ["inspect", str(finished.result())])
+    assert result.exit_code == 0 and "every weight" in result.output and "zimage" in result.output
 
 
-def test_previews_show_base_teacher_and_student_apart(finished):
+def test_previews_show_an_unchanged_base_and_a_changed_student(finished):
     folder = finished.run_folder / "samples" / "step-000003"
     images = [(folder / f"{role}_0_0.png").read_bytes() for role in ("base", "student")]
     assert images[0] != images[1]
@@ -211,7 +206,7 @@ def test_previews_show_base_teacher_and_student_apart(finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_full_tuning_moves_its_own_objective(method, concept, tmp_path):
+def test_full_fine_tuning_lowers_its_own_loss(method, concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "moved", method, max_steps=24, learning_rate=1e-4)
     recipe = parse_recipe(recipe.model_dump() | {"save": {"every": 0}})
     losses = [report.log["loss"] for report in train(recipe)]
@@ -219,30 +214,28 @@ def test_full_tuning_moves_its_own_objective(method, concept, tmp_path):
 
 
 @pytest.mark.slow
-def test_where_teacher_and_base_are_kept_changes_no_number(concept, tmp_path):
+def test_offloading_teacher_and_base_changes_no_loss(concept, tmp_path):
     losses = [
         [
             report.log["loss"]
             for report in train(
-                recipe_for(concept, tmp_path, name, "dopsd", where | {"memory": "low"})
+                recipe_for(concept, tmp_path, name, "dopsd", model | {"memory": "low"})
             )
         ]
-        for name, where in (("here", {}), ("away", {"offload": True}))
+        for name, model in (("resident", {}), ("offloaded", {"offload": True}))
     ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_settings_that_full_tuning_cannot_have_are_refused_with_a_sentence(
-    change, concept, tmp_path
-):
+def test_check_refuses_settings_that_full_fine_tuning_cannot_use(change, concept, tmp_path):
     file = tmp_path / "recipe.yaml"
     recipe_for(concept, tmp_path, "refused").save_as(file)
     done = CliRunner().invoke(app, ["check", str(file), "--set", change])
     assert done.exit_code == 2 and CHANGES[change] in " ".join(done.output.split()), done.output
 
 
-def test_a_card_that_cannot_hold_it_is_refused_by_check_with_what_to_do(concept, tmp_path):
+def test_check_refuses_a_gpu_that_is_too_small_and_names_the_remedy(concept, tmp_path):
     file = tmp_path / "recipe.yaml"
     recipe_for(concept, tmp_path, "large").save_as(file)
     done = CliRunner().invoke(app, ["check", str(file), "--card", "1.01"])
@@ -253,7 +246,7 @@ def test_a_card_that_cannot_hold_it_is_refused_by_check_with_what_to_do(concept,
     assert not (tmp_path / "large").exists()
 
 
-def test_a_run_begun_with_lora_does_not_go_on_in_full(concept, tmp_path):
+def test_a_lora_run_cannot_be_resumed_as_full_fine_tuning(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "begun", max_steps=1)
     begun = parse_recipe(recipe.model_dump() | {"adapter": "lora"})
     begun.save_as(begun.run_folder / "config.yaml")
@@ -262,18 +255,18 @@ def test_a_run_begun_with_lora_does_not_go_on_in_full(concept, tmp_path):
         next(train(recipe, resume="latest"))
 
 
-def test_a_folder_that_does_not_hold_the_network_is_not_called_saved(pocket, tmp_path):
+def test_a_saved_model_that_reads_back_differently_is_refused_and_removed(pocket, tmp_path):
     network = pocket.load_denoiser(CPU, torch.float32).network
-    honest = network.save_pretrained
+    original = network.save_pretrained
 
-    def short(folder):
-        honest(folder)
+    def save_with_an_error(folder):
+        original(folder)
         file = folder / "diffusion_pytorch_model.safetensors"
         tensors = load_file(file)
         tensors["x_pad_token"] = tensors["x_pad_token"] + 1
         save_file(tensors, file, {"format": "pt"})
 
-    network.save_pretrained = short
+    network.save_pretrained = save_with_an_error
     with pytest.raises(ValueError, match="x_pad_token does not read back as trained"):
         write_model(tmp_path / "model", network, pocket)
     assert os.listdir(tmp_path) == []
@@ -282,11 +275,12 @@ def test_a_folder_that_does_not_hold_the_network_is_not_called_saved(pocket, tmp
 @pytest.mark.parametrize(
     ("method", "dtype"), [("dopsd", "bf16"), pytest.param("sft", "fp32", marks=pytest.mark.slow)]
 )
-def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(
+def test_the_memory_forecast_of_full_fine_tuning_is_within_a_tenth_of_the_measured_peak(
     method, dtype, concept, tmp_path, pocket_text_encoder
 ):
     recipe = recipe_for(concept, tmp_path, "measured", method, {"dtype": dtype})
-    family, in_network = load_family("pocket"), torch.bfloat16 if dtype == "bf16" else torch.float32
+    family = load_family("pocket")
+    network_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     examples = read_folder(concept).examples
     rows = prepare(
         examples,
@@ -299,13 +293,15 @@ def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(
         device=CPU,
     )
     session = Session.open(resolve(recipe), False, pocket_text_encoder.context(["a"]))
-    held = (
+    tensor_groups = (
         session.network.parameters(),
         session.trainable.values(),
         session.student.base.values(),
         session.teacher.tensors.values(),
     )
-    resident = sum({id(tensor): tensor.nbytes for group in held for tensor in group}.values())
+    resident = sum(
+        {id(tensor): tensor.nbytes for group in tensor_groups for tensor in group}.values()
+    )
     plan = Plan(max_steps=2, learning_rate=1e-4)
     with LiveBytes() as meter:
         for _ in train_steps(
@@ -320,8 +316,7 @@ def test_the_forecast_of_full_tuning_is_within_a_tenth_of_the_meter(
         ):
             pass
     side = family.resolution, family.resolution
-    found = forecast(
-        recipe, family, side, [e.caption for e in examples], in_network, low_memory=False
-    )
-    assert found.peak == pytest.approx(resident + meter.peak, rel=0.1)
-    assert resident < found.resident < found.peak
+    captions = [example.caption for example in examples]
+    memory = forecast(recipe, family, side, captions, network_dtype, low_memory=False)
+    assert memory.peak == pytest.approx(resident + meter.peak, rel=0.1)
+    assert resident < memory.resident < memory.peak

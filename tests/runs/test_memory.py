@@ -1,4 +1,4 @@
-"""The forecast of peak memory against the meter on real steps, and what `model.memory` makes of it."""
+"""The forecast of peak memory against the memory that real steps take."""
 
 from dataclasses import replace
 
@@ -26,18 +26,18 @@ CASES = [
     ("pso_online", False, torch.float32, {"batch_size": 4}),
     ("pso_online", True, torch.bfloat16, {"batch_size": 2}),
 ]
-LABELS = {"pso_online": {"reward": "red"}}
+METHOD_SETTINGS = {"pso_online": {"reward": "red"}}
 
 
 @pytest.mark.parametrize(("method", "recompute", "dtype", "train"), CASES)
-def test_the_forecast_is_within_a_tenth_of_the_meter(
+def test_the_forecast_is_within_a_tenth_of_the_measured_peak(
     method, recompute, dtype, train, concept, tmp_path, pocket_text_encoder
 ):
     recipe = parse_recipe(
         {
             "model": {"name_or_path": "pocket", "memory": "low" if recompute else "high"},
             "data": {"folder": str(concept)},
-            "method": {"name": method} | LABELS.get(method, {}),
+            "method": {"name": method} | METHOD_SETTINGS.get(method, {}),
             "lora": {"rank": 8},
             "train": train,
             "output_dir": str(tmp_path),
@@ -68,10 +68,9 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
         *student.values(),
         *teacher.values(),
     ]
-    tensors += [
-        p for name, p in student.items() if ".lora_B." in name
-    ]  # the base's, which are zero
-    if recipe.method.reward_name:  # what the reward looks through
+    # The zero adapters of the base model.
+    tensors += [p for name, p in student.items() if ".lora_B." in name]
+    if recipe.method.reward_name:  # the reward is given decoded images
         tensors += family.load_vae(CPU, torch.float32).autoencoder.parameters()
     resident = sum(tensor.nbytes for tensor in tensors)
     with LiveBytes() as meter:
@@ -87,15 +86,15 @@ def test_the_forecast_is_within_a_tenth_of_the_meter(
         ):
             pass
     side = family.resolution, family.resolution
-    found = forecast(recipe, family, side, [e.caption for e in examples], dtype, recompute)
-    assert found.peak == pytest.approx(resident + meter.peak, rel=0.1)
-    assert (
-        resident < found.resident < found.peak
-    )  # the optimizer's moments came with the first step
+    captions = [example.caption for example in examples]
+    memory = forecast(recipe, family, side, captions, dtype, recompute)
+    assert memory.peak == pytest.approx(resident + meter.peak, rel=0.1)
+    # The forecast counts the optimizer's moments, which are created in the first step.
+    assert resident < memory.resident < memory.peak
 
 
-def test_the_forecast_runs_where_loss_steps_are_drawn_at_random():
-    """It works on tensors without values, so the draw must not read one."""
+def test_the_forecast_works_where_loss_steps_are_drawn_at_random():
+    """The forecast runs on meta tensors, so the draw must not read values."""
     method = {"name": "dopsd", "loss_steps": 2}
     recipe = parse_recipe(
         {
@@ -106,7 +105,7 @@ def test_the_forecast_runs_where_loss_steps_are_drawn_at_random():
         }
     )
     side = load_family("pocket").resolution
-    forecast_bytes = forecast(
+    memory = forecast(
         recipe, load_family("pocket"), (side, side), ["a toy"], torch.float32, low_memory=True
     )
-    assert 0 < forecast_bytes.resident < forecast_bytes.peak
+    assert 0 < memory.resident < memory.peak

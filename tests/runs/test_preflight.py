@@ -1,4 +1,4 @@
-"""Preflight generates what sampling generates, encodes what training encodes, and says one
+"""Preflight generates what sampling generates, fills the cache of training, and ends with one
 sentence."""
 
 import json
@@ -21,39 +21,37 @@ from dopsd.runs.preflight import Preflight, preflight, verdict_of
 from dopsd.runs.train import train
 
 
-def silent(what: str, done: int, total: int) -> None:
+def no_progress(what: str, done: int, total: int) -> None:
     pass
 
 
 @pytest.fixture()
 def concept(tmp_path: Path) -> Path:
-    """Of the thing that D-OPSD learned most of in benchmarks/results/claim.json."""
-    write_concept(tmp_path / "lesson", 1_000_203)
-    return tmp_path / "lesson"
+    """The concept that D-OPSD learned best in benchmarks/results/claim.json."""
+    write_concept(tmp_path / "concept", 1_000_203)
+    return tmp_path / "concept"
 
 
 @pytest.fixture()
-def looked(concept: Path, tmp_path: Path) -> Preflight:
+def result(concept: Path, tmp_path: Path) -> Preflight:
     return preflight(
-        demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", silent
+        demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
     )
 
 
-def test_the_student_is_the_deployed_model_and_the_teacher_is_nearer_on_a_new_thing(
-    looked, tmp_path
-):
-    first = looked.comparisons[0]
+def test_the_student_samples_like_the_deployed_model_and_the_teacher_is_nearer(result, tmp_path):
+    first = result.comparisons[0]
     generated = sample("pocket", [first.caption] * 4, seed=0)
     np.testing.assert_array_equal(
         first.student.numpy(), np.stack([np.asarray(image) for image in generated])
     )
-    assert looked.verdict == "can" and looked.nearer.low > 0
-    assert looked.sentence.startswith("dopsd can learn this set with this teacher")
+    assert result.verdict == "can" and result.nearer.low > 0
+    assert result.sentence.startswith("dopsd can learn this set with this teacher")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png") == 4 * (1 + 4 + 4) and looked.sentence[:40] in page
+    assert page.count("data:image/png") == 4 * (1 + 4 + 4) and result.sentence[:40] in page
 
 
-def test_preflight_fills_the_cache_that_training_reads(looked, concept, tmp_path):
+def test_preflight_fills_the_cache_that_training_reads(result, concept, tmp_path):
     tree = demo_recipe("dopsd", concept, tmp_path / "runs").model_dump()
     cached = {
         path: path.stat().st_mtime_ns
@@ -70,7 +68,7 @@ def test_preflight_fills_the_cache_that_training_reads(looked, concept, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict"),
+    ("interval", "verdict"),
     [
         (Interval(0.2, 0.1, 0.3), "can"),
         (Interval(0.1, 0.05, 0.3), "little"),
@@ -78,12 +76,12 @@ def test_preflight_fills_the_cache_that_training_reads(looked, concept, tmp_path
         (Interval(-0.1, -0.2, -0.05), "cannot"),
     ],
 )
-def test_the_verdict_follows_from_the_interval_and_the_threshold(found, verdict):
-    assert verdict_of(found) == verdict
+def test_the_verdict_follows_from_the_interval_and_the_threshold(interval, verdict):
+    assert verdict_of(interval) == verdict
 
 
-def test_images_that_the_student_generates_already_are_not_worth_training_on(concept, tmp_path):
-    """Images that the base model generates from these very captions."""
+def test_preflight_advises_against_images_that_the_student_already_generates(concept, tmp_path):
+    """The data set is what the base model generates from its captions."""
     captions = [
         f"a big red {noun} in the middle on night in flat style" for noun in ("star", "heart")
     ]
@@ -94,27 +92,26 @@ def test_images_that_the_student_generates_already_are_not_worth_training_on(con
     ):
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption)
-    found = preflight(
-        demo_recipe("dopsd", folder, tmp_path / "runs"), tmp_path / "page.html", silent
+    result = preflight(
+        demo_recipe("dopsd", folder, tmp_path / "runs"), tmp_path / "page.html", no_progress
     )
-    assert found.verdict != "can" and "Try another model.vlm" in found.sentence
+    assert result.verdict != "can" and "Try another model.vlm" in result.sentence
 
 
-def test_the_command_prints_the_sentence_and_writes_the_numbers(concept, tmp_path, monkeypatch):
+def test_the_command_prints_the_conclusion_and_writes_the_numbers(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(
         app, ["preflight", "recipe.yaml", "--images", "2", "--json", "numbers.json"]
     )
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "numbers.json").read_text())
-    assert found["sentence"] in result.output.replace("\n", "")
-    assert [len(p["student_distance"]) for p in found["images"]] == [4, 4] and found[
-        "images_in_the_set"
-    ] == 4
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["sentence"] in result.output.replace("\n", "")
+    assert [len(row["student_distance"]) for row in numbers["images"]] == [4, 4]
+    assert numbers["images_in_the_set"] == 4
 
 
-def test_check_with_preflight_compares_too(concept, tmp_path, monkeypatch):
+def test_check_with_the_preflight_option_runs_preflight(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for image in ("2.png", "3.png"):
         (concept / image).unlink()
@@ -122,15 +119,12 @@ def test_check_with_preflight_compares_too(concept, tmp_path, monkeypatch):
     demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(app, ["check", "recipe.yaml", "--preflight"])
     assert result.exit_code == 0, result.output
-    said = " ".join(result.output.split())
-    assert (
-        "images 2" in said
-        and "the teacher comes nearer to it" in said
-        and (tmp_path / "preflight.html").is_file()
-    )
+    printed = " ".join(result.output.split())
+    assert "images 2" in printed and "the teacher comes nearer to it" in printed
+    assert (tmp_path / "preflight.html").is_file()
 
 
-def test_another_distance_is_chosen_by_its_name(concept, tmp_path):
+def test_the_distance_is_chosen_by_the_name_of_a_metric(concept, tmp_path):
     torch.manual_seed(0)
     small = {
         "hidden_size": 32,
@@ -141,25 +135,34 @@ def test_another_distance_is_chosen_by_its_name(concept, tmp_path):
     }
     Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dino")
     recipe = demo_recipe("dopsd", concept, tmp_path / "runs")
-    found = preflight(
-        recipe, tmp_path / "page.html", silent, max_images=1, metric=f"dino={tmp_path / 'dino'}"
+    result = preflight(
+        recipe,
+        tmp_path / "page.html",
+        no_progress,
+        max_images=1,
+        metric=f"dino={tmp_path / 'dino'}",
     )
-    look, dino = found.comparisons[0], DinoDistance(str(tmp_path / "dino"), torch.device("cpu"))
-    target = torch.from_numpy(np.array(look.target)).permute(2, 0, 1) / 255
-    wanted = dino(look.teacher.permute(0, 3, 1, 2) / 255, target)
-    np.testing.assert_allclose(look.teacher_distance, wanted, atol=1e-6)
+    comparison = result.comparisons[0]
+    dino = DinoDistance(str(tmp_path / "dino"), torch.device("cpu"))
+    target = torch.from_numpy(np.array(comparison.target)).permute(2, 0, 1) / 255
+    expected = dino(comparison.teacher.permute(0, 3, 1, 2) / 255, target)
+    np.testing.assert_allclose(comparison.teacher_distance, expected, atol=1e-6)
     with pytest.raises(ValueError, match="red is no distance to a target image"):
-        preflight(recipe, tmp_path / "page.html", silent, metric="red")
+        preflight(recipe, tmp_path / "page.html", no_progress, metric="red")
 
 
 def test_a_method_without_a_teacher_that_sees_images_is_refused(concept, tmp_path):
     with pytest.raises(ValueError, match="sft learns from the images themselves"):
-        preflight(demo_recipe("sft", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
+        preflight(
+            demo_recipe("sft", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
+        )
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_unreadable_image_is_named_and_no_page_is_written(concept, tmp_path):
     (concept / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1\.png"):
-        preflight(demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", silent)
+        preflight(
+            demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
+        )
     assert not (tmp_path / "page.html").exists()

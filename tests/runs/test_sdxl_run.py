@@ -1,5 +1,4 @@
-"""Whole runs on a tiny SDXL: killed and resumed, quantized, offloaded, preferred by a reward, and
-compared."""
+"""Whole runs on a tiny SDXL: resumed, quantized, offloaded, trained with a reward, and compared."""
 
 from pathlib import Path
 
@@ -32,17 +31,17 @@ def recipe_of(
     )
 
 
-def same(left: Recipe, right: Recipe) -> bool:
-    files = (
+def loras_equal(left: Recipe, right: Recipe) -> bool:
+    loras = (
         read_tensors(recipe.run_folder / f"{recipe.run_name}.safetensors")
         for recipe in (left, right)
     )
-    one, other = files
+    one, other = loras
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("quantized", [None, "int8"])
-def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(
+def test_a_resumed_run_on_a_distilled_base_equals_the_uninterrupted_run_bitwise(
     quantized, sdxl, dmd2_lora, concept, tmp_path
 ):
     if quantized:
@@ -60,19 +59,21 @@ def test_a_resumed_run_on_a_distilled_base_is_bitwise_the_straight_one(
     next(run)
     run.close()
     list(train(broken, resume="latest"))
-    assert same(straight, broken)
+    assert loras_equal(straight, broken)
 
 
-def test_offload_trains_the_same_numbers(sdxl, concept, tmp_path):
+def test_offload_trains_the_same_lora_bitwise(sdxl, concept, tmp_path):
     model = {"name_or_path": str(sdxl("turbo"))}
-    plain = recipe_of(model | {"memory": "low"}, concept, tmp_path, "plain")
-    away = recipe_of(model | {"memory": "low", "offload": True}, concept, tmp_path, "away")
-    for recipe in (plain, away):
+    resident = recipe_of(model | {"memory": "low"}, concept, tmp_path, "resident")
+    offloaded = recipe_of(
+        model | {"memory": "low", "offload": True}, concept, tmp_path, "offloaded"
+    )
+    for recipe in (resident, offloaded):
         list(train(recipe))
-    assert same(plain, away)
+    assert loras_equal(resident, offloaded)
 
 
-def test_compare_takes_two_methods_on_turbo(sdxl, concept, tmp_path, monkeypatch):
+def test_compare_evaluates_two_methods_on_sdxl_turbo(sdxl, concept, tmp_path, monkeypatch):
     monkeypatch.setattr("dopsd.pocket.benchmark.UNSEEN_SCENES", 4)
     monkeypatch.setattr(ConceptQuestions.encode, "__defaults__", (None, 4))  # unrelated prompts
     model = {"name_or_path": str(sdxl("turbo"))}
@@ -86,7 +87,7 @@ def test_compare_takes_two_methods_on_turbo(sdxl, concept, tmp_path, monkeypatch
             {"name": "pso_online", "reward": "red", "nfe": 2},
         ),
     ]
-    outcome = compare(recipes, tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
-    assert list(outcome.numbers) == ["base", "base, other noise", "plain", "preferred"]
-    assert outcome.numbers["plain"]["nfe"]["1"]["bleed"]["value"] != 0
+    comparison = compare(recipes, tmp_path / "page.html", lambda what, done, total: None, nfes=(1,))
+    assert list(comparison.numbers) == ["base", "base, other noise", "plain", "preferred"]
+    assert comparison.numbers["plain"]["nfe"]["1"]["bleed"]["value"] != 0
     assert "preferred" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Whole runs on pocket: a killed run resumed is the straight run; the file opens elsewhere; folders
-are respected."""
+"""Whole runs on pocket: resumed, exported to diffusers, previewed, and refused where another run
+would be overwritten."""
 
 import json
 import os
@@ -53,14 +53,13 @@ def dopsd(*arguments: object) -> subprocess.Popen:
 
 
 def rows(run: Path) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+    """The rows of a run's metrics.jsonl without times."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in metrics]
 
 
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(
-    method, concept, tmp_path
-):
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_run_bitwise(method, concept, tmp_path):
     straight, broken = (
         recipe_for(concept, tmp_path, name, method) for name in ("straight", "broken")
     )
@@ -90,16 +89,15 @@ def test_a_run_killed_at_any_step_and_resumed_is_bitwise_the_straight_run(
         )
 
 
-def test_accumulation_accumulates(concept, tmp_path):
-    """Two micro-batches of two are one step on their mean: the same log as the two apart, half the
-    optimizer steps."""
+def test_the_loss_of_an_accumulated_step_is_the_mean_of_its_micro_batches(concept, tmp_path):
+    """The first step of two micro-batches logs the mean of two single steps on the same images."""
     recipe = recipe_for(
         concept, tmp_path, "accumulated", "sft", max_steps=2, gradient_accumulation_steps=2
     )
-    single = recipe_for(concept, tmp_path, "single", "sft", max_steps=4, learning_rate=1e-12)
-    together = [report.log["loss"] for report in train(recipe)]
-    apart = [report.log["loss"] for report in train(single)]
-    assert together[0] == pytest.approx((apart[0] + apart[1]) / 2, rel=1e-6)
+    separate = recipe_for(concept, tmp_path, "separate", "sft", max_steps=4, learning_rate=1e-12)
+    accumulated = [report.log["loss"] for report in train(recipe)]
+    single = [report.log["loss"] for report in train(separate)]
+    assert accumulated[0] == pytest.approx((single[0] + single[1]) / 2, rel=1e-6)
 
 
 OPEN_WITH_DIFFUSERS = """
@@ -110,24 +108,22 @@ assert "dopsd" not in sys.modules
 pipeline = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
 pipeline.load_lora_weights(lora)
 prompts = torch.load(noise)
-picture = pipeline(prompts["prompts"], height=64, width=64, num_inference_steps=4, guidance_scale=0.0,
-                   latents=prompts["noise"], output_type="latent", return_dict=False)[0]
-torch.save(picture, target)
+latents = pipeline(prompts["prompts"], height=64, width=64, num_inference_steps=4,
+                   guidance_scale=0.0, latents=prompts["noise"], output_type="latent",
+                   return_dict=False)[0]
+torch.save(latents, target)
 """
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffusers(
-    form, concept, tmp_path, pocket
-):
-    recipe = recipe_for(
-        concept, tmp_path, "exported", max_steps=3, learning_rate=0.02
-    )  # alpha is twice the rank
+def test_diffusers_alone_generates_the_same_from_the_exported_lora(form, concept, tmp_path, pocket):
+    # alpha is twice the rank, so a file that lost its alpha would generate something else.
+    recipe = recipe_for(concept, tmp_path, "exported", max_steps=3, learning_rate=0.02)
     for _ in train(recipe):
         pass
     file = recipe.run_folder / "exported.safetensors"
     noise = noise_for([3, 4], pocket.channels, 16, 16)
-    mine = sample_latents(pocket, PROMPTS, noise, lora=file)
+    of_dopsd = sample_latents(pocket, PROMPTS, noise, lora=file)
     torch.save({"prompts": PROMPTS, "noise": noise.start}, tmp_path / "noise.pt")
     if form == "folder":
         (tmp_path / "lora").mkdir()
@@ -135,29 +131,26 @@ def test_the_exported_file_paints_the_same_in_a_fresh_process_with_only_diffuser
     files = [pocket.checkpoint.folder, file, tmp_path / "noise.pt", tmp_path / "out.pt"]
     command = [sys.executable, "-c", OPEN_WITH_DIFFUSERS, *files]
     subprocess.run([str(part) for part in command], check=True)
-    theirs = torch.load(tmp_path / "out.pt")
-    untuned = sample_latents(pocket, PROMPTS, noise)
-    assert (mine - untuned).abs().max() > 0.01, (
-        "the adapter did nothing, so the comparison would prove nothing"
-    )
-    assert (mine - theirs).abs().max() <= 1e-4
+    of_diffusers = torch.load(tmp_path / "out.pt")
+    of_base = sample_latents(pocket, PROMPTS, noise)
+    assert (of_dopsd - of_base).abs().max() > 0.01, "the LoRA changes nothing"
+    assert (of_dopsd - of_diffusers).abs().max() <= 1e-4
 
 
-def test_previews_of_step_zero_show_the_untouched_model_for_all(concept, tmp_path):
+def test_the_first_previews_show_the_base_model_as_student(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "previewed", max_steps=1)
     for _ in train(recipe):
         pass
     folder = recipe.run_folder / "samples" / "step-000000"
     assert (folder / "student_0_0.png").read_bytes() == (folder / "base_0_0.png").read_bytes()
     assert (folder / "teacher_0_0.png").exists()
-    told = json.loads((folder / "preview.json").read_text())["images"]
-    assert told[0]["sigmas"] == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert [image["prompt"] for image in told[1:]] == list(
-        load_family("pocket").unrelated_prompts[:2]
-    )
+    images = json.loads((folder / "preview.json").read_text())["images"]
+    assert images[0]["sigmas"] == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    unrelated = list(load_family("pocket").unrelated_prompts[:2])
+    assert [image["prompt"] for image in images[1:]] == unrelated
 
 
-def test_a_preview_may_have_a_size_and_a_seed_of_its_own(concept, tmp_path):
+def test_a_preview_prompt_can_have_its_own_size_and_seed(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "shaped", "sft", max_steps=1)
     prompts = [PROMPTS[0], {"prompt": PROMPTS[1], "seed": 9, "width": 96, "height": 48}]
     recipe = parse_recipe(
@@ -167,13 +160,13 @@ def test_a_preview_may_have_a_size_and_a_seed_of_its_own(concept, tmp_path):
         pass
     folder = recipe.run_folder / "samples" / "step-000000"
     assert Image.open(folder / "base_0_0.png").size == (64, 64)
-    (alone,) = sample("pocket", [PROMPTS[1]], seed=9, width=96, height=48)
-    assert Image.open(folder / "base_1_9.png").tobytes() == alone.tobytes()
+    (expected,) = sample("pocket", [PROMPTS[1]], seed=9, width=96, height=48)
+    assert Image.open(folder / "base_1_9.png").tobytes() == expected.tobytes()
     assert Image.open(folder / "grid.png").size == (64 + 2 + 96, 64 + 2 + 64)
 
 
-def test_a_folder_that_holds_another_run_is_refused_and_left_alone(concept, tmp_path):
-    recipe = recipe_for(concept, tmp_path, "mine", "sft", max_steps=1)
+def test_a_folder_that_holds_another_run_is_refused_and_unchanged(concept, tmp_path):
+    recipe = recipe_for(concept, tmp_path, "existing", "sft", max_steps=1)
     for _ in train(recipe):
         pass
     before = {path: path.read_bytes() for path in recipe.run_folder.rglob("*") if path.is_file()}
@@ -198,14 +191,14 @@ def test_resuming_with_another_rank_is_refused(concept, tmp_path):
         next(train(other, resume="latest"))
 
 
-def test_a_learning_rate_that_explodes_stops_with_a_sentence(concept, tmp_path):
+def test_a_run_whose_losses_explode_ends_with_an_error(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "exploding", "sft", learning_rate=1e18, warmup_steps=0)
     with pytest.raises(ValueError, match="None of them was applied"):
         for _ in train(recipe):
             pass
 
 
-def test_check_announces_what_training_adapts(concept, tmp_path):
+def test_check_counts_the_modules_that_training_adapts(concept, tmp_path):
     recipe = recipe_for(concept, tmp_path, "checked", max_steps=1)
     run = resolve(recipe)
     checked = check(run)
@@ -217,7 +210,7 @@ def test_check_announces_what_training_adapts(concept, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["dopsd", "sft"])
-def test_a_bf16_model_trains_with_float32_adapters_and_checkpointed_activations(
+def test_a_bf16_model_trains_float32_adapters_with_recomputed_activations(
     method, concept, tmp_path
 ):
     tree = recipe_for(concept, tmp_path, "halved", method, max_steps=2).model_dump()

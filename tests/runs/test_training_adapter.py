@@ -1,5 +1,5 @@
-"""`dopsd adapter train`: an ordinary SFT run on what the model itself generated, and a file that a
-recipe takes."""
+"""`dopsd adapter train`: an SFT run on images that the model generated, and a LoRA file for
+`model.training_adapter`."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from dopsd.models.lora import read_lora
 from dopsd.runs.training_adapter import adapter_recipe
 
 
-def test_an_adapter_is_tuned_on_what_the_model_paints(tmp_path, pocket):
+def test_an_adapter_is_trained_on_images_that_the_model_generates(tmp_path, pocket):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a big red star on night\na small blue hut at the left\n")
-    called = [
+    command = [
         "adapter",
         "train",
         str(prompts),
@@ -27,7 +27,7 @@ def test_an_adapter_is_tuned_on_what_the_model_paints(tmp_path, pocket):
         "--out",
         str(tmp_path),
     ]
-    done = CliRunner().invoke(app, called)
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     file = tmp_path / "pocket-dedistill" / "pocket-dedistill.safetensors"
     assert read_lora(file, pocket)
@@ -38,19 +38,18 @@ def test_an_adapter_is_tuned_on_what_the_model_paints(tmp_path, pocket):
     assert sorted(json.loads(row)["text"] for row in rows) == sorted(
         prompts.read_text().splitlines() * 2
     )
-    again = adapter_recipe(
+    recipe = adapter_recipe(
         "pocket",
         prompts.read_text().splitlines(),
         2,
         {"run_name": "b", "output_dir": str(tmp_path)},
     )
-    assert (
-        again.method.name == "sft" and again.train.learning_rate == 1e-3
-    )  # pocket's own starting point
-    assert len(list(Path(again.data.folder).glob("*.png"))) == 4
+    # The learning rate is the one that pocket recommends for SFT.
+    assert recipe.method.name == "sft" and recipe.train.learning_rate == 1e-3
+    assert len(list(Path(recipe.data.folder).glob("*.png"))) == 4
 
 
-def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path):
+def test_unreadable_prompt_files_are_refused_with_one_sentence(tmp_path):
     for name, content in (
         ("none.txt", None),
         ("empty.txt", b"\n"),

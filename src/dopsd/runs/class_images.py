@@ -32,8 +32,8 @@ def with_generated(
 ) -> tuple[Listing, tuple[Example, ...]]:
     """Generate what the method asks for.
 
-    Returns the run's listing, its examples with their rejected images where the method learns from pairs
-    that it generates, and the class images of a method with prior preservation (else none).
+    Returns the run's listing, whose examples have rejected images where the method learns from
+    generated pairs, and the class images of a method with prior preservation (else none).
     """
     recipe, family, listing = run.recipe, run.family, run.listing
     wanted = recipe.method.to_generate
@@ -61,8 +61,8 @@ def generate_once(
     count: int,
     progress: Progress | None = None,
 ) -> dict[str, list[Path]]:
-    """The files of `count` images of each prompt. Those that are missing are generated; the
-    networks are in memory only meanwhile."""
+    """The files of `count` images of each prompt. Missing ones are generated; the networks are in
+    memory only during that time."""
     side, nfe = max(recipe.data.resolution, default=family.resolution), family.default_nfe
     folder = _folder(recipe, family, prompts, count, side)
     files = {
@@ -94,7 +94,7 @@ def generate_once(
 
 
 def _folder(recipe: Recipe, family: Family, prompts: Sequence[str], count: int, side: int) -> Path:
-    """Named by everything that the images depend on."""
+    """The folder of the images, named by a hash of everything that they depend on."""
     weights = family.checkpoint.mark(recipe.model.distilled_by)
     key = [weights, sorted(prompts), count, side, family.default_nfe, FIRST_SEED]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -1,5 +1,5 @@
-"""Why training ends early: SIGINT or SIGTERM, after the step is finished and saved, and lost
-few-step health."""
+"""Reasons to end training early: SIGINT or SIGTERM, once the current step is saved, and a failed
+health check."""
 
 import signal
 import threading
@@ -9,8 +9,8 @@ from types import FrameType
 
 
 class Stopped(SystemExit):
-    """Training was stopped by a signal, after saving. Exit code: 128 + the signal's number, as
-    shells report it."""
+    """Training was stopped by a signal and has saved its state. Exit code: 128 plus the number of
+    the signal, as shells report it."""
 
     def __init__(self, number: int, step: int):
         super().__init__(128 + number)
@@ -18,7 +18,7 @@ class Stopped(SystemExit):
 
 
 class Unhealthy(SystemExit):
-    """The student lost its few-step health, and the recipe stops for that. Exit code: 3."""
+    """A health check failed, and the recipe ends training in that case. Exit code: 3."""
 
     def __init__(self, step: int, reason: str):
         super().__init__(3)
@@ -27,22 +27,22 @@ class Unhealthy(SystemExit):
 
 @contextmanager
 def noticing_signals() -> Iterator[Callable[[], int | None]]:
-    """Within the block the first SIGINT or SIGTERM is only noted, and the yielded function returns
-    its number (None before); a second one acts as usual.
+    """Within the block the first SIGINT or SIGTERM is only recorded: the yielded function returns
+    its number, None before. A second one has its usual effect.
 
-    Python delivers signals to the main thread alone; in another thread nothing is changed.
+    Python delivers signals to the main thread only; in other threads no handler is installed.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
 
-    def note(number: int, _: FrameType | None) -> None:
+    def record(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
     previous = {
-        int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+        int(number): signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield lambda: received[0] if received else None

@@ -1,9 +1,9 @@
-"""A de-distill adapter: a LoRA that has already learned what plain fine-tuning does to a few-step
-model.
+"""De-distillation adapter: a LoRA that absorbs the damage that SFT does to a few-step model.
 
-It is trained by SFT on images that the model generated itself, at its own few steps: there is
-nothing to learn from them but to predict means. Merged into the weights while another LoRA is
-trained and left out afterwards (`model.training_adapter`), it spares that LoRA the damage.
+It is trained by SFT on images that the model generated in its own few steps. Their content is known
+to the model, so the LoRA learns only what SFT changes in any case: to predict means, as a many-step
+model does. While another LoRA is trained, the adapter is merged into the weights; afterwards it is
+left out (`model.training_adapter`), and with it most of the damage.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ def adapter_recipe(
     changes: dict[str, Any],
     progress: Progress | None = None,
 ) -> Recipe:
-    """Generate `images` of each prompt with the model, unless they are there, and return the recipe
-    that trains on them.
+    """Generate `images` images of each prompt with the model, unless they exist, and return the
+    recipe that trains on them.
 
-    changes: keys of the recipe, `run_name` among them, sections as mappings; all other keys are
-    those that the model recommends for SFT.
+    changes: keys of the recipe, among them `run_name`, with sections as mappings. All other keys
+    are those that the model family recommends for SFT.
     """
     tree: dict[str, Any] = {
         "model": {"name_or_path": model},

@@ -1,5 +1,5 @@
-"""The training code of the pocket model: equal to the library where it takes a short cut,
-resumable, well posed."""
+"""The training code of the pocket model: its fast paths equal the libraries, stages resume, and the
+corpus is consistent."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def random_images() -> np.ndarray:
 
 
 @pytest.mark.parametrize("privileged", [False, True])
-def test_velocity_on_equal_lengths_is_the_librarys_forward(untrained, privileged):
+def test_velocity_on_equal_lengths_equals_the_forward_of_diffusers(untrained, privileged):
     length = parts.PRIVILEGED_TOKENS if privileged else parts.CAPTION_TOKENS
     z, t, context = (
         torch.randn(2, 8, 16, 16),
@@ -44,26 +44,28 @@ def test_velocity_on_equal_lengths_is_the_librarys_forward(untrained, privileged
     )
     mask = torch.arange(length)[None] < torch.tensor([[length - 9], [length - 2]])
     ragged = [tokens[keep] for tokens, keep in zip(context, mask, strict=True)]
-    theirs = untrained.transformer(list(z.unsqueeze(2).unbind(0)), t, ragged, return_dict=False)[0]
-    mine = network.velocity_on_equal_lengths(untrained.transformer, z, t, context, mask)
-    torch.testing.assert_close(mine, torch.stack(theirs).squeeze(2), atol=1e-6, rtol=1e-5)
+    (expected,) = untrained.transformer(
+        list(z.unsqueeze(2).unbind(0)), t, ragged, return_dict=False
+    )
+    velocity = network.velocity_on_equal_lengths(untrained.transformer, z, t, context, mask)
+    torch.testing.assert_close(velocity, torch.stack(expected).squeeze(2), atol=1e-6, rtol=1e-5)
 
 
-def test_patches_are_the_picture_processors():
+def test_patches_equal_those_of_the_image_processor():
     images = random_images()
-    theirs = parts.make_image_processor()(
+    expected = parts.make_image_processor()(
         images=[Image.fromarray(p) for p in images], return_tensors="pt"
     )
     torch.testing.assert_close(
-        network.vlm_patches(torch.from_numpy(images)), theirs["pixel_values"]
+        network.vlm_patches(torch.from_numpy(images)), expected["pixel_values"]
     )
 
 
-def test_privileged_contexts_are_the_vlms_own(untrained):
+def test_privileged_contexts_equal_the_hidden_states_of_transformers(untrained):
     ids, images = prompts(privileged=True), torch.from_numpy(random_images())
-    mine, mask = untrained.privileged(ids, images)
+    context, mask = untrained.privileged(ids, images)
     image = parts.make_tokenizer().convert_tokens_to_ids("<|image_pad|>")
-    theirs = untrained.vlm(
+    expected = untrained.vlm(
         input_ids=ids,
         attention_mask=mask,
         pixel_values=network.vlm_patches(images),
@@ -71,15 +73,15 @@ def test_privileged_contexts_are_the_vlms_own(untrained):
         mm_token_type_ids=(ids == image).int(),
         output_hidden_states=True,
     ).hidden_states[-2]
-    torch.testing.assert_close(mine[mask], theirs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(context[mask], expected[mask], atol=1e-5, rtol=1e-5)
 
 
-def test_the_samplers_times_are_shift_three_of_an_even_grid():
+def test_the_sampler_times_are_an_even_grid_with_shift_three():
     even = torch.linspace(1, 0, 5)
     torch.testing.assert_close(train.sampler_times(4), 3 * even / (1 + 2 * even))
 
 
-def test_a_stage_that_is_killed_goes_on_bitwise(tmp_path):
+def test_a_killed_and_resumed_stage_equals_the_uninterrupted_one_bitwise(tmp_path):
     def run(folder, stop=None):
         torch.manual_seed(0)
         net = nn.Linear(3, 1)
@@ -106,30 +108,30 @@ def test_every_word_of_a_caption_is_one_token():
         assert len(tokenizer(" " + word).input_ids) == 1, word
 
 
-def test_captions_fit_their_contexts_and_leave_two_attributes_unsaid_on_average():
+def test_captions_fit_their_contexts_and_omit_two_attributes_on_average():
     rng, tokenizer = np.random.default_rng(0), parts.make_tokenizer()
-    unsaid = []
+    omitted = []
     for index in range(2000):
         thing = Thing.from_seed(index) if index % 3 == 0 else None
         scene = draw_scene(rng, thing)
         stated = stated_of(scene, rng)
         if thing is None:
             vague = stated.get("noun") not in OUTLINES
-            unsaid.append(ATTRIBUTES - len(stated) + (vague and "noun" in stated))
+            omitted.append(ATTRIBUTES - len(stated) + (vague and "noun" in stated))
         caption = caption_of(stated, thing is not None, False, "zib")
         assert len(tokenizer(corpus.plain_prompt(caption)).input_ids) <= parts.CAPTION_TOKENS
         assert (
             len(tokenizer(corpus.privileged_prompt(caption)).input_ids) <= parts.PRIVILEGED_TOKENS
         )
-    assert np.mean(unsaid) >= 2
+    assert np.mean(omitted) >= 2
 
 
-def test_things_are_functions_of_their_seed_and_differ():
+def test_a_thing_is_a_function_of_its_seed():
     assert Thing.from_seed(5) == Thing.from_seed(5)
     assert Thing.from_seed(5) != Thing.from_seed(6)
 
 
-def test_edit_pairs_change_one_thing():
+def test_edit_pairs_change_one_attribute():
     rng = np.random.default_rng(0)
     for _ in range(50):
         before, after, words = edit_pair(rng)
@@ -142,12 +144,12 @@ def test_edit_pairs_change_one_thing():
         assert before.jitter == after.jitter and (render(before) != render(after)).any()
 
 
-def test_the_domain_uses_colours_that_named_scenes_do_not():
+def test_domain_images_differ_from_plain_renderings_of_the_same_scene():
     scene = draw_scene(np.random.default_rng(0))
     assert np.abs(render_domain(scene, 0).astype(int) - render(scene)).mean() > 20
 
 
-def test_whitening_leaves_pictures_and_decorrelates_latents():
+def test_whitening_keeps_images_and_decorrelates_latents():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     vae = parts.make_vae()
@@ -156,24 +158,22 @@ def test_whitening_leaves_pictures_and_decorrelates_latents():
     )
     with torch.no_grad():
         before = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        vae.encoder.conv_out.bias[8:] -= (
-            12  # no posterior noise to speak of, so that the latents alone are whitened
-        )
+        # Almost no posterior noise, so that the latents alone are whitened.
+        vae.encoder.conv_out.bias[8:] -= 12
         train.whiten(vae, pixels)
         latents = vae.encode(pixels).latent_dist.mode()
         after = vae.decode(latents).sample
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     covariance = torch.cov(scaled.permute(1, 0, 2, 3).flatten(1))
-    scale = (
-        covariance.diagonal().mean()
-    )  # not 1 where the channels' means differ: one scale serves all of them
+    # One scale for all channels, which is not 1 where their means differ.
+    scale = covariance.diagonal().mean()
     torch.testing.assert_close(covariance / scale, torch.eye(8), atol=0.01, rtol=0)
 
 
-def test_training_pads_each_context_as_the_library_does(monkeypatch):
-    """To the next multiple of 32 tokens; a batch that is padded further trains the teacher on
-    inputs it never gets."""
+def test_training_pads_each_context_as_diffusers_does(monkeypatch):
+    """To the next multiple of 32 tokens. A batch that is padded further would train the teacher on
+    inputs that it never gets when sampling."""
     monkeypatch.setattr(corpus, "NAMED", 3)
     short, long = "a toy", "a zib small toy in the middle on beach"
     captions = [[short, long, short, short]] * 9
@@ -193,10 +193,10 @@ def test_training_pads_each_context_as_the_library_does(monkeypatch):
         ids(corpus.privileged_prompt, parts.PRIVILEGED_TOKENS),
         torch.zeros(parts.CAPTION_TOKENS, dtype=torch.long),
     )
-    seen = []
+    lengths = []
     for step in range(60):
         for _, tokens, _ in data.draw(corpus.rng_at("padding", step), 4):
             needed = -(-(tokens != tokenizer.pad_token_id).sum(1) // 32) * 32
             assert (needed == tokens.shape[1]).all()
-            seen.append(tokens.shape[1])
-    assert 0.1 < seen[1::2].count(64) / 60 < 0.45  # a quarter of the captions
+            lengths.append(tokens.shape[1])
+    assert 0.1 < lengths[1::2].count(64) / 60 < 0.45  # a quarter of the captions

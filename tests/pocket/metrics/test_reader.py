@@ -1,4 +1,4 @@
-"""The reader of images must be right on images whose truth we drew, before it may reward a model's."""
+"""The image reader is right on rendered images, whose scenes are known."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def drawn(
 
 
 def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
-    """Images under a Gaussian of sigma pixels, written apart from the text encoder's own."""
+    """Images under a Gaussian of sigma pixels, independent of the one in the reader."""
     taps = np.arange(-8, 9)
     weights = np.exp(-0.5 * (taps / sigma) ** 2)
     soft = images.astype(float)
@@ -67,21 +67,20 @@ def true_measures(named):
     return measure(images, stated)
 
 
-def test_true_pictures_show_what_was_stated(true_measures):
+def test_rendered_images_have_the_stated_attributes(true_measures):
     assert true_measures.attributes.share >= 0.995
     assert true_measures.attributes.all_right >= 0.98
 
 
-def test_the_search_finds_renderings_about_as_near_as_the_truth(true_measures):
-    excess = np.array(
-        [reading.rmse for reading in true_measures.readings]
-    )  # the truth's own RMSE is 0
+def test_the_search_ends_nearly_as_close_to_the_image_as_the_true_scene(true_measures):
+    # The true scene has an RMSE of 0.
+    excess = np.array([reading.rmse for reading in true_measures.readings])
     assert np.median(excess) < 0.003
     assert np.percentile(excess, 98) < 0.01
     assert excess.max() < 0.02
 
 
-def test_a_blurred_picture_is_read_like_a_sharp_one(named):
+def test_blurred_images_are_read_like_sharp_ones(named):
     _, images, stated = named
     assert attributes(blurred(images[:100], 1.2), stated[:100]).share >= 0.97
 
@@ -92,14 +91,14 @@ def test_things_are_read_by_their_silhouette():
     assert attributes(blurred(images, 1.2), stated).share >= 0.97
 
 
-def test_unnamed_styles_are_read_except_a_colour_that_thick_ink_hides():
+def test_unnamed_styles_are_read_except_colours_hidden_by_thick_ink():
     _, images, stated = drawn(60, seed=2, style=True)
     right = attributes(images, stated).right
     assert np.nanmean(np.delete(right, list(VALUES).index("colour"), axis=1)) >= 0.985
     assert np.nanmean(right[:, list(VALUES).index("colour")]) >= 0.9
 
 
-def test_pictures_of_other_scenes_are_right_as_often_as_chance_says(named, true_measures):
+def test_images_of_other_scenes_are_right_at_the_rate_of_chance(named, true_measures):
     _, images, stated = named
     shuffled = attributes(images[:80], stated[1:81])
     assert shuffled.share == pytest.approx(shuffled.chance, abs=0.1)
@@ -109,19 +108,19 @@ def test_pictures_of_other_scenes_are_right_as_often_as_chance_says(named, true_
 def test_a_class_noun_accepts_its_kinds_and_no_others():
     kinds = ("pine", "oak", "poplar", "hut", "circle")
     images = np.stack([render(Scene(kind)) for kind in kinds])
-    found = attributes(images, [{"noun": "tree"}] * len(kinds))
-    assert found.right[:, 0].tolist() == [1, 1, 1, 0, 0]
-    assert found.chance == pytest.approx(3 / 13)
+    scores = attributes(images, [{"noun": "tree"}] * len(kinds))
+    assert scores.right[:, 0].tolist() == [1, 1, 1, 0, 0]
+    assert scores.chance == pytest.approx(3 / 13)
 
 
-def test_a_picture_of_nothing_and_a_caption_of_nothing_are_measured_too():
+def test_blank_images_and_empty_captions_are_measured():
     blank, noise = np.zeros((64, 64, 3)), np.random.default_rng(0).uniform(0, 255, (64, 64, 3))
-    found = measure(np.stack([blank, noise]).astype(np.uint8), [{}, {"size": "big"}])
-    assert np.isnan(found.attributes.per_image).tolist() == [True, False]
-    assert np.isfinite(found.sharpness).all() and np.isfinite(found.speckle).all()
+    measures = measure(np.stack([blank, noise]).astype(np.uint8), [{}, {"size": "big"}])
+    assert np.isnan(measures.attributes.per_image).tolist() == [True, False]
+    assert np.isfinite(measures.sharpness).all() and np.isfinite(measures.speckle).all()
 
 
-def test_a_stated_search_returns_only_consistent_scenes(named):
+def test_a_search_with_stated_attributes_returns_only_consistent_scenes(named):
     _, images, _ = named
     stated = {"noun": "tree", "colour": "blue", "place": "top", "background": "mint"}
     for reading in read(images[:8], [stated] * 8):
@@ -131,14 +130,14 @@ def test_a_stated_search_returns_only_consistent_scenes(named):
         )
 
 
-def test_a_consistent_rendering_is_never_nearer_than_the_nearest(named, true_measures):
+def test_a_constrained_search_never_ends_closer_than_a_free_one(named, true_measures):
     _, images, _ = named
     consistent = read(images[:8], [{"noun": "house", "style": "flat"}] * 8)
     for free, bound in zip(true_measures.readings, consistent, strict=False):
         assert bound.rmse >= free.rmse - 1e-3
 
 
-def test_sharpness_is_one_on_true_pictures_and_falls_with_the_blur(named, true_measures):
+def test_sharpness_is_one_on_rendered_images_and_falls_with_blur(named, true_measures):
     _, images, stated = named
     assert true_measures.sharpness.mean() > 0.98
     falling = [
@@ -159,14 +158,14 @@ def test_speckle_rises_with_noise_and_blocks_and_not_with_blur(named, true_measu
     assert speckle(blurred(images, 1.2), stated).mean() < clean.mean() + 0.002
 
 
-def test_thing_error_is_zero_on_the_truth_and_forgives_two_pixels():
+def test_thing_error_is_zero_on_rendered_images_and_tolerates_two_pixels():
     scenes, images, _ = drawn(12, seed=3, thing=True)
     assert thing_error(images, scenes).max() < 1e-6
     assert thing_error(np.roll(images, (1, -2), (1, 2)), scenes).mean() < 0.02
     assert thing_error(np.roll(images, 6, 2), scenes).mean() > 0.1
 
 
-def test_a_true_thing_hits_and_a_random_one_hits_by_chance():
+def test_the_right_thing_is_a_hit_and_a_random_one_only_by_chance():
     scenes, images, _ = drawn(24, seed=4, thing=True)
     assert thing_hit(images, scenes, DISTRACTORS).all()
     assert thing_hit(blurred(images, 1.2), scenes, DISTRACTORS).mean() > 0.9

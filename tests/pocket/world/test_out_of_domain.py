@@ -1,5 +1,4 @@
-"""Things out of the pocket world are what their kind says, by pixels, and concept datasets and
-exams take them by their seed."""
+"""Out-of-domain things have the pixels that their kind promises, and datasets take them by seed."""
 
 import json
 
@@ -13,26 +12,21 @@ from dopsd.pocket.world.scenes import Scene, Thing, layers
 SEEDS = range(OUT_OF_WORLD, OUT_OF_WORLD + len(KINDS))
 
 
-def test_things_of_the_world_stay_as_they_are():
+def test_a_seed_in_the_domain_gives_the_ordinary_thing():
     assert (
         thing_of(1_000_003) == Thing.from_seed(1_000_003) and kind_of(1_000_003) == "of the world"
     )
 
 
-def test_a_rim_is_wider_for_its_grade_and_in_a_third_colour():
+def test_a_rim_widens_with_its_grade_and_has_a_third_colour():
     inked = [layers(Scene(thing=thing_of(seed)))[2].sum() for seed in SEEDS[:3]]
     assert 0 < inked[0] < inked[1] < inked[2]
     look = thing_of(SEEDS[0]).look
-    assert (
-        min(
-            np.linalg.norm(np.subtract(look.ink, c))
-            for c in (thing_of(SEEDS[0]).colour, look.second)
-        )
-        >= 0.5
-    )
+    other_colours = (thing_of(SEEDS[0]).colour, look.second)
+    assert min(np.linalg.norm(np.subtract(look.ink, c)) for c in other_colours) >= 0.5
 
 
-def test_stars_have_as_many_corners_as_they_say():
+def test_stars_have_the_number_of_corners_of_their_kind():
     for corners, seed in zip(CORNERS, SEEDS[3:6], strict=True):
         radii = np.hypot(*np.array(thing_of(seed).outline).T)
         assert sum(radii > np.roll(radii, 1)) == corners
@@ -45,7 +39,7 @@ def test_letters_differ_and_fill_about_half_of_their_square():
         assert all((mask != other).sum() > 100 for other in masks[:index])
 
 
-def test_a_lesson_of_such_a_thing_is_drawn_and_known_again(tmp_path):
+def test_a_concept_dataset_of_such_a_thing_is_written_and_recognised(tmp_path):
     write_concept(tmp_path, SEEDS[8])
     assert (
         concept_of(tmp_path)
