@@ -1,7 +1,7 @@
 """Bad recipes, checkpoints, runs, LoRA files and arguments: each ends with exit code 2 and one
 sentence, and changes no file.
 
-Bad image folders are in data/test_bad_pictures.py. An expected message that begins with "late! "
+Bad image folders are in data/test_bad_images.py. An expected message that begins with "late! "
 belongs to a case that is refused only after something has been written (a log line, a cache); it
 must not change or remove what was there.
 """
