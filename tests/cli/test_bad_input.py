@@ -155,7 +155,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
 }
 WRONG = """
     lora.rank=0 lora.rank=-1 lora.rank=1.5 lora.rank=many lora.rank= lora.rank=true lora.alpha=0
-    lora.alpha=-1 lora.alpha=.nan lora.alpha=.inf lora=7 lora= train=[1] train.max_steps=0
+    lora.alpha=-1 lora.alpha=.nan lora.alpha=.inf train.max_steps=0
     train.max_steps=-1 train.max_steps=many train.batch_size=0 train.batch_size=-1
     train.gradient_accumulation_steps=0 train.learning_rate=0 train.learning_rate=-1
     train.learning_rate=.nan train.learning_rate=.inf train.learning_rate=fast
@@ -178,6 +178,9 @@ SETTINGS = {
     "lora.rank": "--set lora.rank: write it as key=value",
     "=3": "--set =3: write it as key=value",
     "lora.rank.x=1": "--set lora.rank.x=1: rank is a value",
+    "lora=7": "lora is 7, not a section: write lora: {rank: 7}",
+    "lora=": "lora is None, not a section",
+    "train=[1]": "train is [1], not a section",
     "lora.rank=[1": "'[1' is not a YAML value",
     f"lora.rank={DEEPLY_NESTED}": "--set lora.rank=",
     "run_name=2020-13-45": "--set run_name=",
@@ -205,7 +208,7 @@ SETTINGS = {
     "model.name_or_path=a b/c": "a b/c",
     "model.name_or_path=images": "images has no model_index",
     "model.name_or_path=''": "name_or_path",
-    "model.name_or_path=owner/name": "owner/name is no local folder, is not whole in the hub's",
+    "model.name_or_path=owner/name": "owner/name is not a local folder and not complete in the hub",
     f"model.name_or_path={'x' * 300}": "does not exist",
     "lora.network_dim=8": "network_dim is lora.rank here",
     "train.lr=1": "lr is train.learning_rate here",
@@ -353,7 +356,7 @@ LORAS: dict[str, tuple[Build, str, str | None]] = {
         "layers.99.attention.to_q, which this model does not",
         None,
     ),
-    "NaN": (lora(A * torch.nan, B), "not finite", None),
+    "NaN": (lora(A * torch.nan, B), "layers.0.attention.to_q holds NaN or infinite values", None),
     "float8": (lora(A, B.to(FP8)), "dopsd reads float32", None),
     "metadata truncated": (lora(A, B, adapter_metadata="{"), "its lora_adapter_metadata", None),
     "metadata a list": (lora(A, B, adapter_metadata="[]"), "its lora_adapter_metadata", None),
@@ -386,7 +389,7 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
     "init_from with A too narrow": (
         trained_lora(lambda name, t: t[:, :9] if "lora_A" in name else t),
         FROM,
-        "by A and B of",
+        "adapts context_refiner.0.attention.to_k with A and B of shapes ((2, 9), (128, 2))",
     ),
     "init_from with B too short": (
         trained_lora(lambda name, t: t[:1] if "lora_B" in name else t),
@@ -451,7 +454,7 @@ ARGUMENTS: dict[Command, str] = {
     (*GENERATE, "--seed", "9" * 20): "seed",
     (*GENERATE, "--strength", "nan"): "strength",
     (*GENERATE, "--out", "recipe.yaml"): "recipe.yaml",
-    (*GENERATE, "--lora", "a.bin"): "a.bin is no .safe",
+    (*GENERATE, "--lora", "a.bin"): "a.bin is not a .safetensors file",
     ("list", "--json", "images"): "images",
     ("init", "magic"): "choose one of dopsd, sft",
     ("init", "sft", "--out", "recipe.yaml"): "is not overwritten",
