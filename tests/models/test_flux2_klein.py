@@ -367,18 +367,14 @@ def test_rows_of_several_lengths_are_run_without_padding(by_vlm, klein, denoiser
 def test_blank_contexts_have_the_shapes_of_real_ones(
     folder, text_encoder, by_vlm, teacher_vision, shown
 ):
-    family, real = (
-        load_family(str(folder), teacher_vision=teacher_vision),
-        text_encoder if teacher_vision.context == "edit" else by_vlm,
-    )
+    family = load_family(str(folder), teacher_vision=teacher_vision)
+    encoder = text_encoder if teacher_vision.context == "edit" else by_vlm
     rows = [list(shown)] * 2 if shown else None
     sizes = [[image.size for image in row] for row in rows] if rows else None
     target = noisy_image(5, 96, 64)
     for images, seen in ((None, None), ([target] * 2, [target.size] * 2)):
-        blank, real = (
-            family.blank_context(PROMPTS[:2], seen, sizes),
-            real.context(PROMPTS[:2], images, rows),
-        )
+        blank = family.blank_context(PROMPTS[:2], seen, sizes)
+        real = encoder.context(PROMPTS[:2], images, rows)
         assert (blank.tokens.shape, blank.lengths, blank.layout) == (
             real.tokens.shape,
             real.lengths,
