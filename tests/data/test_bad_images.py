@@ -1,4 +1,4 @@
-"""A corpus of folders and data sets that cannot be read: each is one sentence, and nothing changes.
+"""Folders and data sets that cannot be read: each gives one sentence, and no file changes.
 
 Beside them odd images that are good and must not be refused.
 """
@@ -373,8 +373,7 @@ CASES: dict[str, tuple[Callable[[], object], str | None, str]] = {
 
 
 def snapshot(folder: Path) -> dict[Path, object]:
-    """Every path under the folder with its bytes, or the target of a link, or the kind of what is
-    neither."""
+    """Every path under the folder with its bytes, its target (a link) or its mode (others)."""
     return {
         path: os.readlink(path)
         if path.is_symlink()

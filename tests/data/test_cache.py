@@ -1,4 +1,4 @@
-"""The cache makes what is missing, reuses what is whole, and is keyed by content."""
+"""The cache writes what is missing, reuses what is whole, and is keyed by content."""
 
 import hashlib
 import logging
@@ -28,9 +28,8 @@ from dopsd.files import read_tensors
 from dopsd.images import cover_crop, open_image, to_pixels
 
 
-class LetterReader:
-    """One token per letter of the prompt, then one for the image; padded in the batch like an
-    honest encoder."""
+class LetterEncoder:
+    """One token per letter of the prompt, then one for the image; batches are padded."""
 
     def __init__(self, fingerprint: str = "letters-1"):
         self.fingerprint = fingerprint
@@ -70,12 +69,12 @@ class MeanVAE:
         raise NotImplementedError
 
 
-class Workshop:
+class Preparation:
     """A folder of examples and one way to prepare them, with fresh encoders each time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.text_encoder, self.vae = LetterReader(), MeanVAE()
+        self.text_encoder, self.vae = LetterEncoder(), MeanVAE()
         sizes = [(80, 80), (130, 65), (64, 64), (65, 130), (100, 101), (90, 90)]
         self.examples = [
             self.example(f"{i}.png", f"caption {'x' * i}", size, i) for i, size in enumerate(sizes)
@@ -87,8 +86,8 @@ class Workshop:
         return Example(self.folder / name, caption)
 
     def prepare(self, **changes) -> tuple[Row, ...]:
-        self.text_encoder = LetterReader(changes.pop("reader", "letters-1"))
-        self.vae = MeanVAE(changes.pop("painter", "means-1"))
+        self.text_encoder = LetterEncoder(changes.pop("text_encoder", "letters-1"))
+        self.vae = MeanVAE(changes.pop("vae", "means-1"))
         settings = {
             "resolution": 64,
             "multiple": 16,
@@ -100,8 +99,8 @@ class Workshop:
             self.examples, self.folder / "cache", self.text_encoder, self.vae, **settings
         )
 
-    def work(self) -> tuple[int, int, int]:
-        """How many images were generated, captions read, and pairs read, by the last prepare."""
+    def encoded_counts(self) -> tuple[int, int, int]:
+        """How many images, captions and pairs the last `prepare` encoded."""
         captions = sum(
             len(prompts) for prompts, images in self.text_encoder.calls if images is None
         )
@@ -119,36 +118,37 @@ class Workshop:
 
 
 @pytest.fixture
-def shop(tmp_path) -> Workshop:
-    return Workshop(tmp_path)
+def preparation(tmp_path) -> Preparation:
+    return Preparation(tmp_path)
 
 
-def test_rows_hold_what_the_encoders_say_of_each_example_alone_without_padding(shop):
-    rows = shop.prepare()
-    assert [row.example for row in rows] == shop.examples
+def test_rows_hold_what_the_encoders_return_for_each_example_alone_without_padding(preparation):
+    rows = preparation.prepare()
+    assert [row.example for row in rows] == preparation.examples
     assert {row.size for row in rows} == {(64, 64), (96, 48), (48, 96)}
     for row in rows:
         crop = cover_crop(open_image(row.example.path), row.size)
         assert torch.equal(read_latents(row.latents), MeanVAE().latents(to_pixels(crop)[None])[0])
         for path, images in ((row.context, None), (row.privileged, [crop])):
-            expected, found = (
-                LetterReader().context([row.example.caption], images),
+            expected, cached = (
+                LetterEncoder().context([row.example.caption], images),
                 read_context(path),
             )
             assert (
-                torch.equal(found.tokens, expected.tokens) and found.tokens.dtype == torch.bfloat16
+                torch.equal(cached.tokens, expected.tokens)
+                and cached.tokens.dtype == torch.bfloat16
             )
-            assert found.lengths == expected.lengths
-            assert torch.equal(found.extras["pooled"], expected.extras["pooled"])
+            assert cached.lengths == expected.lengths
+            assert torch.equal(cached.extras["pooled"], expected.extras["pooled"])
     tensors = read_tensors(rows[0].latents)
     assert tensors["latents"].dtype == torch.float32 and tensors["latents"].shape == (3, 8, 8)
 
 
-def test_the_privileged_image_is_the_crop_that_is_trained_on(shop):
-    rows = shop.prepare()
+def test_the_privileged_image_is_the_crop_that_is_trained_on(preparation):
+    rows = preparation.prepare()
     seen = {
         p: i
-        for prompts, images in shop.text_encoder.calls
+        for prompts, images in preparation.text_encoder.calls
         if images
         for p, i in zip(prompts, images, strict=True)
     }
@@ -157,88 +157,91 @@ def test_the_privileged_image_is_the_crop_that_is_trained_on(shop):
         assert np.array_equal(np.asarray(seen[row.example.caption]), np.asarray(expected))
 
 
-def test_encoders_are_asked_in_small_batches_of_one_size_without_gradient(shop):
-    shop.prepare(batch_size=3)
-    assert sorted(shop.vae.calls) == [
+def test_encoders_run_in_small_batches_of_one_size_without_gradient(preparation):
+    preparation.prepare(batch_size=3)
+    assert sorted(preparation.vae.calls) == [
         (1, 3, 48, 96),
         (1, 3, 64, 64),
         (1, 3, 96, 48),
         (3, 3, 64, 64),
     ]
-    assert all(len(prompts) <= 3 for prompts, _ in shop.text_encoder.calls)
+    assert all(len(prompts) <= 3 for prompts, _ in preparation.text_encoder.calls)
 
 
-def test_without_privileged_no_pair_is_read(shop):
-    rows = shop.prepare(privileged=False)
-    assert all(row.privileged is None for row in rows) and shop.work() == (6, 6, 0)
+def test_without_privileged_no_pair_is_encoded(preparation):
+    rows = preparation.prepare(privileged=False)
+    assert all(row.privileged is None for row in rows) and preparation.encoded_counts() == (6, 6, 0)
 
 
-def test_a_second_run_reuses_every_file(shop):
-    first = shop.prepare()
-    assert shop.work() == (6, 6, 6)
-    assert shop.prepare() == first and shop.work() == (0, 0, 0)
+def test_a_second_run_reuses_every_file(preparation):
+    first = preparation.prepare()
+    assert preparation.encoded_counts() == (6, 6, 6)
+    assert preparation.prepare() == first and preparation.encoded_counts() == (0, 0, 0)
 
 
-def test_progress_counts_files_and_begins_with_the_reused_ones(shop):
+def test_progress_counts_files_and_begins_with_the_reused_ones(preparation):
     message: list[tuple[int, int]] = []
-    shop.prepare(privileged=False)
-    shop.prepare(progress=lambda done, total: message.append((done, total)))
+    preparation.prepare(privileged=False)
+    preparation.prepare(progress=lambda done, total: message.append((done, total)))
     assert message[0] == (12, 18) and message[-1] == (18, 18) and message == sorted(message)
 
 
-def test_examples_with_one_caption_share_its_context(shop):
-    shop.examples = [replace(example, caption="a sks cat") for example in shop.examples]
-    assert len({row.context for row in shop.prepare()}) == 1
-    assert shop.work() == (6, 1, 6)
+def test_examples_with_one_caption_share_its_context(preparation):
+    preparation.examples = [
+        replace(example, caption="a sks cat") for example in preparation.examples
+    ]
+    assert len({row.context for row in preparation.prepare()}) == 1
+    assert preparation.encoded_counts() == (6, 1, 6)
 
 
-def test_a_changed_caption_is_read_again_and_the_image_is_not(shop):
-    shop.prepare()
-    shop.examples[2] = replace(shop.examples[2], caption="another")
-    rows = shop.prepare()
-    assert shop.work() == (0, 1, 1)
+def test_a_changed_caption_is_encoded_again_and_the_image_is_not(preparation):
+    preparation.prepare()
+    preparation.examples[2] = replace(preparation.examples[2], caption="another")
+    rows = preparation.prepare()
+    assert preparation.encoded_counts() == (0, 1, 1)
     assert read_context(rows[2].context).tokens.shape == (1, len("another"), 3)
 
 
-def test_a_changed_image_under_the_same_name_is_painted_again(shop):
-    before = shop.prepare()
-    shop.example("2.png", "", (64, 64), seed=99)
-    after = shop.prepare()
+def test_a_changed_image_under_the_same_name_is_encoded_again(preparation):
+    before = preparation.prepare()
+    preparation.example("2.png", "", (64, 64), seed=99)
+    after = preparation.prepare()
     assert (
-        shop.work() == (1, 0, 1)
+        preparation.encoded_counts() == (1, 0, 1)
         and after[2].latents != before[2].latents
         and after[2].context == before[2].context
     )
 
 
-def test_a_renamed_image_is_known_again(shop):
-    shop.prepare()
-    shop.examples[0] = replace(
-        shop.examples[0], path=shop.examples[0].path.rename(shop.folder / "renamed.png")
+def test_a_renamed_image_is_recognised(preparation):
+    preparation.prepare()
+    preparation.examples[0] = replace(
+        preparation.examples[0],
+        path=preparation.examples[0].path.rename(preparation.folder / "renamed.png"),
     )
-    shop.prepare()
-    assert shop.work() == (0, 0, 0)
+    preparation.prepare()
+    assert preparation.encoded_counts() == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("change", "work"),
+    ("change", "counts"),
     [
-        ({"painter": "means-2"}, (6, 0, 0)),
-        ({"reader": "letters-2"}, (0, 6, 6)),
+        ({"vae": "means-2"}, (6, 0, 0)),
+        ({"text_encoder": "letters-2"}, (0, 6, 6)),
         ({"resolution": 96}, (6, 0, 6)),
     ],
 )
-def test_another_encoder_or_size_is_another_key(shop, change, work):
-    shop.prepare()
-    shop.prepare(**change)
-    assert shop.work() == work
-    shop.prepare()
-    assert shop.work() == (0, 0, 0), "the first run's files are still there"
+def test_another_encoder_or_size_is_another_key(preparation, change, counts):
+    preparation.prepare()
+    preparation.prepare(**change)
+    assert preparation.encoded_counts() == counts
+    preparation.prepare()
+    assert preparation.encoded_counts() == (0, 0, 0), "the first run's files are still there"
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "of another kind"])
-def test_a_broken_file_is_rebuilt_and_said(shop, caplog, damage):
-    rows = shop.prepare()
+def test_a_broken_file_is_rebuilt_and_logged(preparation, caplog, damage):
+    rows = preparation.prepare()
     whole = rows[1].latents.read_bytes()
     broken = {
         "cut": whole[:-7],
@@ -248,14 +251,14 @@ def test_a_broken_file_is_rebuilt_and_said(shop, caplog, damage):
     }
     rows[1].latents.write_bytes(broken[damage])
     with caplog.at_level(logging.WARNING):
-        assert shop.prepare() == rows
-    assert shop.work() == (1, 0, 0) and rows[1].latents.read_bytes() == whole
+        assert preparation.prepare() == rows
+    assert preparation.encoded_counts() == (1, 0, 0) and rows[1].latents.read_bytes() == whole
     assert [record.name for record in caplog.records] == ["dopsd.data.cache"] and rows[
         1
     ].latents.name in caplog.text
 
 
-def test_an_interrupted_write_leaves_no_half_file(shop, monkeypatch):
+def test_an_interrupted_write_leaves_no_half_file(preparation, monkeypatch):
     written = []
 
     def dying_save(tensors, path, metadata):
@@ -268,17 +271,21 @@ def test_an_interrupted_write_leaves_no_half_file(shop, monkeypatch):
     real_save = files.save_file
     monkeypatch.setattr(files, "save_file", dying_save)
     with pytest.raises(KeyboardInterrupt):
-        shop.prepare()
-    whole = list((shop.folder / "cache").rglob("*.safetensors"))
-    assert len(whole) == 2 and all(read_tensors(path) for path in whole) and not shop.leftovers()
+        preparation.prepare()
+    whole = list((preparation.folder / "cache").rglob("*.safetensors"))
+    assert (
+        len(whole) == 2
+        and all(read_tensors(path) for path in whole)
+        and not preparation.leftovers()
+    )
     monkeypatch.undo()
-    shop.prepare()
-    assert shop.work() == (4, 6, 6)
+    preparation.prepare()
+    assert preparation.encoded_counts() == (4, 6, 6)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_process_leaves_nothing_that_is_taken_for_a_file(shop, monkeypatch):
-    rows = shop.prepare()
+def test_a_killed_process_leaves_nothing_that_would_be_read(preparation, monkeypatch):
+    rows = preparation.prepare()
     rows[0].latents.unlink()
 
     def die(tensors, path, metadata):
@@ -290,44 +297,44 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_file(shop, monkeypa
         monkeypatch.setattr(files, "save_file", die)
         files.write_tensors(rows[0].latents, {"latents": torch.ones(1)})
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert len(shop.leftovers()) == 1 and not rows[0].latents.exists()
-    assert shop.prepare() == rows and shop.work() == (1, 0, 0)
+    assert len(preparation.leftovers()) == 1 and not rows[0].latents.exists()
+    assert preparation.prepare() == rows and preparation.encoded_counts() == (1, 0, 0)
 
 
-def test_latents_that_are_not_finite_are_refused_with_the_images_name(shop, monkeypatch):
+def test_latents_that_are_not_finite_are_refused_with_the_images_name(preparation, monkeypatch):
     monkeypatch.setattr(
         MeanVAE, "latents", lambda self, pixels: torch.full((len(pixels), 1, 2, 2), float("nan"))
     )
     with pytest.raises(ValueError, match=r"latents of .*0\.png are not finite"):
-        shop.prepare()
-    assert not list((shop.folder / "cache").rglob("*.safetensors"))
+        preparation.prepare()
+    assert not list((preparation.folder / "cache").rglob("*.safetensors"))
 
 
-def test_the_readers_refusal_of_a_long_prompt_reaches_the_user(shop, monkeypatch):
+def test_the_encoders_refusal_of_a_long_prompt_reaches_the_user(preparation, monkeypatch):
     def refuse(self, prompts, images=None, references=None):
         raise ValueError("the caption is over the limit")
 
-    monkeypatch.setattr(LetterReader, "context", refuse)
+    monkeypatch.setattr(LetterEncoder, "context", refuse)
     with pytest.raises(ValueError, match="over the limit"):
-        shop.prepare()
+        preparation.prepare()
 
 
 @pytest.mark.parametrize("privileged", [True, False])
 @pytest.mark.parametrize("unconditional", [True, False])
 def test_the_forecast_of_the_cache_is_what_is_written(privileged, unconditional, tmp_path):
-    workshop = Workshop(tmp_path)
-    first, second, *others = workshop.examples
+    preparation = Preparation(tmp_path)
+    first, second, *others = preparation.examples
     first = replace(first, also=("another", "a third"), rejected=(second.path,))
-    workshop.examples = [first, second, *others, first]
-    rows = workshop.prepare(privileged=privileged, unconditional=unconditional)
+    preparation.examples = [first, second, *others, first]
+    rows = preparation.prepare(privileged=privileged, unconditional=unconditional)
 
     def blank(letters: int) -> int:
-        """Bytes of the letter encoder's context, as a model's blank context would tell."""
+        """Bytes of the letter encoder's context, as a model's blank context would give."""
         tokens = torch.zeros(1, letters, 3, dtype=torch.bfloat16)
         return context_bytes(Context(tokens, (letters,), {"pooled": torch.zeros(1, 2)}))
 
     forecast = forecast_cache(
-        workshop.examples,
+        preparation.examples,
         [row.size for row in rows],
         latent_bytes=lambda size: 3 * (size[0] // 8) * (size[1] // 8) * 4,
         context_bytes=lambda caption, references: blank(len(caption)),

@@ -51,21 +51,21 @@ def test_only_images_without_a_caption_get_one_and_it_is_the_models_greedy_answe
     assert "2 captions written, 1 left as they were" in result.output
     assert (folder / "b.txt").read_text() == "a blue one"
     for name in ("a.png", "c.webp"):
-        wanted = greedy(vlm, Image.open(folder / name).convert("RGB"))
+        expected = greedy(vlm, Image.open(folder / name).convert("RGB"))
         assert (
-            wanted
-            and (folder / name).with_suffix(".txt").read_text(encoding="utf-8") == wanted + "\n"
+            expected
+            and (folder / name).with_suffix(".txt").read_text(encoding="utf-8") == expected + "\n"
         )
 
 
-def test_overwrite_writes_all(folder):
-    todo, kept = uncaptioned(folder, overwrite=True)
+def test_overwrite_captions_every_image(folder):
+    todo, captioned = uncaptioned(folder, overwrite=True)
     write_captions(todo, lambda image: "an image")
-    assert (len(todo), kept) == (3, 0)
+    assert (len(todo), captioned) == (3, 0)
     assert (folder / "b.txt").read_text() == "an image\n"
 
 
-def test_an_empty_answer_is_an_error_and_what_was_written_stays(folder):
+def test_an_empty_answer_is_an_error_and_captions_written_before_stay(folder):
     answers = iter(["a red one", ""])
     with pytest.raises(ValueError, match=r"caption of c\.webp"):
         write_captions(uncaptioned(folder)[0], lambda image: next(answers))
@@ -92,6 +92,6 @@ def test_a_folder_that_cannot_be_captioned_is_refused(fault, message, folder):
         uncaptioned(place)
 
 
-def test_a_model_that_is_not_there_is_one_sentence(folder):
+def test_a_missing_model_is_one_sentence(folder):
     result = CliRunner().invoke(app, ["caption", str(folder), "--model", str(folder / "nothing")])
     assert result.exit_code == 2 and "does not exist" in result.output

@@ -95,13 +95,13 @@ def test_a_row_whose_references_cannot_be_used_is_named(folder, row, message):
     assert len(read_folder(folder, skip_bad=True).examples) == 5
 
 
-def test_the_fingerprint_of_a_folder_knows_which_reference_a_row_has(folder):
+def test_the_fingerprint_of_a_folder_depends_on_the_references_of_each_row(folder):
     before = read_folder(folder).fingerprint()
     image(folder / "before" / "wide.png", "yellow", (96, 48))
     assert read_folder(folder).fingerprint() != before
 
 
-class ColourReader:
+class ColourEncoder:
     """A token for each letter; a reference is an extra in the shape of its pixels, so other sizes
     do not stack."""
 
@@ -139,7 +139,7 @@ class PlainVAE:
         raise NotImplementedError
 
 
-def cached(folder: Path, text_encoder: ColourReader, privileged: bool = True) -> tuple[Row, ...]:
+def cached(folder: Path, text_encoder: ColourEncoder, privileged: bool = True) -> tuple[Row, ...]:
     examples = read_folder(folder).examples
     return prepare(
         examples,
@@ -154,13 +154,13 @@ def cached(folder: Path, text_encoder: ColourReader, privileged: bool = True) ->
     )
 
 
-def test_contexts_are_of_their_references_and_read_again_only_for_another_image(folder):
-    rows = cached(folder, ColourReader())
+def test_contexts_depend_on_their_references_and_are_encoded_again_only_for_others(folder):
+    rows = cached(folder, ColourEncoder())
     assert (
         len({row.context for row in rows}) == 5
         and len({row.unconditional.context for row in rows}) == 4
     )  # a and b share
-    again = ColourReader()
+    again = ColourEncoder()
     cached(folder, again)
     assert again.asked == []
     image(folder / "before" / "wide.png", "yellow", (96, 48))
@@ -175,7 +175,7 @@ def test_a_batch_holds_rows_of_one_target_size_and_of_references_of_one_number_a
     folder, privileged
 ):
     loader = Loader(
-        cached(folder, ColourReader(), privileged), batch_size=4, seed=0, caption_dropout=0.3
+        cached(folder, ColourEncoder(), privileged), batch_size=4, seed=0, caption_dropout=0.3
     )
     assert loader.batches_per_epoch == 4
     for epoch in range(3):
@@ -191,7 +191,7 @@ def test_a_batch_holds_rows_of_one_target_size_and_of_references_of_one_number_a
 
 
 def test_contexts_of_other_references_do_not_stack():
-    one = ColourReader().context(["x"], references=[[Image.new("RGB", (32, 16))]])
+    one = ColourEncoder().context(["x"], references=[[Image.new("RGB", (32, 16))]])
     for other in ([[]], [[Image.new("RGB", (16, 32))]]):
         with pytest.raises(AssertionError, match="several layouts"):
-            Context.stack([one, ColourReader().context(["x"], references=other)])
+            Context.stack([one, ColourEncoder().context(["x"], references=other)])

@@ -66,7 +66,7 @@ def test_a_metadata_file_goes_before_text_files_and_the_instance_prompt(tmp_path
     assert listing.source == "metadata.jsonl"
 
 
-def test_a_truncated_image_is_found_by_decoding_it(tmp_path):
+def test_a_truncated_image_is_detected_by_decoding_it(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     for suffix in (".png", ".jpg", ".webp"):
         path = tmp_path / f"cut{suffix}"
@@ -106,13 +106,13 @@ def test_captions_that_are_missing_empty_or_not_utf8_are_refused(tmp_path):
     assert "d.png has no caption: there is no d.txt or d.caption" in message
 
 
-def test_a_huge_caption_is_untouched(tmp_path):
+def test_a_huge_caption_is_not_changed(tmp_path):
     caption = "ein großer Wald, 森 🌲\n" * 20_000 + "end"
     write_image(tmp_path / "a.png").with_suffix(".txt").write_text(caption, encoding="utf-8")
     assert read_folder(tmp_path).examples[0].caption == caption
 
 
-def test_images_of_a_kind_that_is_not_read_are_named_rather_than_overlooked(tmp_path):
+def test_images_of_a_kind_that_is_not_read_arenamed(tmp_path):
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.gif")
     (tmp_path / "c.HEIC").write_bytes(b"from a phone")
@@ -148,7 +148,7 @@ def test_an_error_lists_the_first_few_and_the_count(tmp_path):
 
 
 @pytest.mark.parametrize("captions", [0, 1])
-def test_missing_captions_are_not_told_to_be_skipped_first(captions, tmp_path):
+def test_missing_captions_lead_to_the_ways_to_write_them(captions, tmp_path):
     """The usual remedy comes first: one caption for all, or captions written by a model."""
     for name in ("a", "b", "c"):
         write_image(tmp_path / f"{name}.png")
@@ -165,7 +165,7 @@ def test_missing_captions_are_not_told_to_be_skipped_first(captions, tmp_path):
         assert "skip_bad" not in message and "a.txt beside a.png" in message
 
 
-def test_an_image_that_the_metadata_leaves_out_is_not_sent_to_the_captioner(tmp_path):
+def test_an_image_that_the_metadata_leaves_out_needs_a_row_and_no_captioner(tmp_path):
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png")
     write_metadata(tmp_path, {"file_name": "a.png", "text": "a"})

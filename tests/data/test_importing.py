@@ -1,5 +1,4 @@
-"""Foreign data sets become folders that read_folder takes: bytes unchanged, every caption kept,
-nothing half done."""
+"""Data sets of other tools become folders that read_folder reads, bytes and captions unchanged."""
 
 import io
 import json
@@ -20,8 +19,7 @@ def image(colour: str, form: str = "PNG") -> bytes:
 
 @pytest.fixture()
 def reference(tmp_path: Path) -> Path:
-    """Two rows as the reference code ships them: a JPEG that is called .png, captions of several
-    lengths."""
+    """Two rows of the reference code: a JPEG named .png, and captions of several lengths."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(image("red", "JPEG"))
     (tmp_path / "images" / "b.png").write_bytes(image("blue"))
@@ -169,3 +167,14 @@ def test_pairs_of_a_data_set_become_pairs_of_the_folder(tmp_path):
         import_data(
             str(tmp_path / "table"), tmp_path / "again", "win", ["prompt"], rejected_column="loser"
         )
+
+
+def test_a_phones_jpeg_with_a_second_image_inside_is_imported_as_jpeg(tmp_path):
+    """Pillow calls that format MPO."""
+    white, blue = (Image.new("RGB", (16, 12), colour) for colour in ("white", "blue"))
+    white.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[blue])
+    (tmp_path / "data.jsonl").write_text('{"path": "a.jpg", "short_en": "a"}')
+    import_data(str(tmp_path / "data.jsonl"), tmp_path / "out")
+    (example,) = read_folder(tmp_path / "out").examples
+    assert example.path.name == "000000.jpg"
+    assert example.path.read_bytes() == (tmp_path / "a.jpg").read_bytes()

@@ -153,7 +153,7 @@ def test_an_epoch_draws_one_caption_a_row_and_epochs_differ(with_three_captions)
     assert set(drawn) == {"own", "b", "c"} and min(drawn.values()) > 60 * 11 / 3 * 0.8
 
 
-def test_captions_are_dropped_in_the_asked_share_and_take_their_context_along(with_three_captions):
+def test_captions_are_dropped_in_the_given_share_with_their_context(with_three_captions):
     loader = Loader(with_three_captions, 4, seed=0, caption_dropout=0.25)
     seen = [
         (batch, i)
@@ -185,12 +185,12 @@ def paired(rows: list[Row]) -> list[Row]:
         for row in rows
     ]
     return [
-        replace(row, rejected=found or (row.latents,))
-        for row, found in zip(rows, others, strict=True)
+        replace(row, rejected=latents or (row.latents,))
+        for row, latents in zip(rows, others, strict=True)
     ]
 
 
-def test_rejected_images_come_with_the_batch_and_all_get_their_turn(rows):
+def test_rejected_images_come_with_the_batch_and_all_are_drawn_in_time(rows):
     loader = Loader(paired(rows), 3, seed=0)
     seen: dict[str, set[float]] = {}
     for index in range(200):

@@ -8,7 +8,7 @@ from dopsd.data.folder import read_folder
 
 @pytest.mark.parametrize("file", ["file_name", "image", "image_path"])
 @pytest.mark.parametrize("text", ["text", "prompt", "caption"])
-def test_metadata_columns_have_the_names_that_people_use(tmp_path, file, text):
+def test_metadata_columns_have_the_usual_names(tmp_path, file, text):
     write_image(tmp_path / "a.png")
     write_metadata(tmp_path, {file: "a.png", text: "a cat", "other": 1})
     assert read_folder(tmp_path).examples[0].caption == "a cat"
@@ -97,7 +97,7 @@ def test_a_metadata_line_that_is_not_utf8_is_named(tmp_path):
     assert "line 2 is not UTF-8" in refusals(tmp_path)
 
 
-def test_a_image_that_the_metadata_does_not_name_is_not_dropped_in_silence(tmp_path):
+def test_an_image_that_the_metadata_does_not_name_is_refused(tmp_path):
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png")
     write_metadata(tmp_path, {"file_name": "a.png", "text": "a"})

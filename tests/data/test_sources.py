@@ -1,4 +1,4 @@
-"""Several folders are one listing: repeats, weights, trigger word, several captions an image."""
+"""Several folders are one listing; repeats, weights and triggers are each folder's own."""
 
 import json
 from pathlib import Path
