@@ -19,6 +19,7 @@ from dopsd.cli.app import app
 from dopsd.config.schema import Recipe
 from dopsd.methods import Method
 from dopsd.models.base import Family
+from dopsd.pocket.__main__ import app as pocket_app
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -251,6 +252,14 @@ def test_a_command_named_in_a_sentence_exists_with_its_options(path: Path):
         options = {option for parameter in names[name].params for option in parameter.opts}
         unknown = {word for word in words if word.startswith("--")} - options - {"--help"}
         assert not unknown, f"dopsd {span}: {unknown}"
+
+
+def test_stages_of_the_pocket_model_that_pages_name_exist():
+    stages = typer.main.get_command(pocket_app)
+    assert isinstance(stages, TyperGroup)
+    for path in [*TEXTS, *RECIPES]:
+        named = re.findall(r"python -m dopsd\.pocket ([a-z-]+)", path.read_text(encoding="utf-8"))
+        assert set(named) <= stages.commands.keys(), path
 
 
 def test_scripts_and_make_targets_that_pages_name_exist():
