@@ -12,9 +12,11 @@ import pytest
 import torch
 from fake_gpu import CPU, GPU, FakeGpu, label_of
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_klein import write_klein
 from torch import Tensor, nn
 
+from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.sampling import generate, noise_for
@@ -22,6 +24,7 @@ from dopsd.methods import METHODS, missing
 from dopsd.models import load_family
 from dopsd.models.base import Family
 from dopsd.pocket.benchmark import ManyStepModel
+from dopsd.runs.train import train
 from dopsd.training.adapters import base_tensors
 from dopsd.training.loop import Plan, train_steps
 from dopsd.training.offload import offload_blocks
@@ -203,3 +206,33 @@ def test_the_fake_gpu_refuses_what_a_gpu_refuses():
         assert not gpu.drawn
         torch.rand_like(there)
         assert gpu.drawn == ["aten.rand_like.default"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [{}, {"offload": True}], ids=["resident", "offload"])
+def test_a_whole_run_on_a_gpu_writes_the_lora_of_the_cpu(model, concept, tmp_path):
+    """From images to the file, with caching, previews, health and export."""
+
+    def lora(name: str) -> Mapping[str, Tensor]:
+        recipe = parse_recipe(
+            {
+                "model": {"name_or_path": "pocket", "dtype": "fp32", "memory": "low"} | model,
+                "data": {"folder": str(concept)},
+                "method": {"name": "dopsd", "nfe": 2},
+                "lora": {"rank": 2},
+                "train": {"max_steps": 1},
+                "sample": {"every": 1, "prompts": ["a red star"], "unrelated": 0},
+                "health": {"prompts": ["a red star", "a blue ring"]},
+                "output_dir": str(tmp_path),
+                "run_name": name,
+            }
+        )
+        assert len(list(train(recipe))) == 1
+        return load_file(recipe.run_folder / f"{name}.safetensors")
+
+    on_cpu = lora("cpu")
+    with FakeGpu() as gpu:
+        on_gpu = lora("gpu")
+    assert not gpu.drawn
+    assert on_cpu.keys() == on_gpu.keys()
+    assert all(torch.equal(on_cpu[key], on_gpu[key]) for key in on_cpu)
