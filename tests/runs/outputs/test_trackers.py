@@ -179,3 +179,15 @@ def test_a_tracker_that_cannot_start_is_a_sentence_before_anything_is_encoded(co
     with pytest.raises(ValueError, match=r"tensorboard could not start .*Remove it from track\.to"):
         next(train(recipe_for(concept, tmp_path, "tensorboard")))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing_of_its_trackers(
+    concept, tmp_path, monkeypatch
+):
+    def fail(*args, **options):
+        raise ValueError("no memory for the encoders")
+
+    monkeypatch.setattr("dopsd.runs.train.encode_run", fail)
+    with pytest.raises(ValueError, match="no memory for the encoders"):
+        next(train(recipe_for(concept, tmp_path, "tensorboard")))
+    assert list((tmp_path / "tracked").iterdir()) == []

@@ -7,6 +7,7 @@ process writes it.
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,8 +65,9 @@ def claimed(recipe: Recipe, resume: str | None) -> Iterator[list[Path]]:
         lock.release()
         # A run that was refused before it began leaves nothing behind.
         if not (folder / "config.yaml").exists():
-            for name in ("run.log", "run.lock"):
+            for name in ("run.log", "run.lock", "trackers.json"):
                 (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def _checkpoints_to_resume(recipe: Recipe, resume: str | None) -> list[Path]:
