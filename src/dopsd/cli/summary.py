@@ -33,14 +33,44 @@ def print_summary(run: "ResolvedRun", checked: "Checked") -> None:
         field("LoRA", f"rank {recipe.lora.rank} on {checked.coverage}")
     else:
         field("full", checked.coverage)
-    images = train.max_steps * train.batch_size * train.gradient_accumulation_steps
     field("method", recipe.method.name)
-    field("training", f"{train.max_steps} steps, {images} images")
+    field("training", _training(train.max_steps, checked))
     field(
         "compute",
-        f"{images * checked.forwards_per_image} network forwards (a backward counts as two); "
-        f"the sampler takes {run.nfe} steps",
+        f"{checked.images * checked.forwards_per_image} network forwards (a backward counts as two);"
+        f" the sampler takes {run.nfe} steps",
     )
+
+
+def _training(steps: int, checked: "Checked") -> str:
+    """How many images the steps see, and how many of the data set's."""
+    rows = sum(bucket.rows for bucket in checked.visits.values())
+    visited = sum(bucket.visited for bucket in checked.visits.values())
+    if visited < rows:
+        share = f"only {visited} of the {rows} images are seen: set a larger train.max_steps"
+    else:
+        share = f"each {checked.images / rows:.3g} times on average"
+    return f"{steps} steps, {checked.images} images, {share}"
+
+
+def print_data(run: "ResolvedRun", checked: "Checked") -> None:
+    """The size of the cache, images that are enlarged, and the time where a rate is known."""
+    from dopsd.runs.outputs.folder import seconds_per_step
+
+    cache = checked.cache
+    folder = run.recipe.output_dir / "cache"
+    field("cache", f"{cache.files} files, {cache.bytes / 2**20:.1f} MiB, in {folder}")
+    if enlarged := checked.enlarged:
+        worst = enlarged[0]
+        (width, height), bucket = worst.size, worst.bucket
+        field("warning", f"{len(enlarged)} images are smaller than they are trained at and are")
+        field("", f"enlarged, most of all {worst.path.name}, {width} x {height}, to")
+        field("", f"{bucket[0]} x {bucket[1]}: use larger images or a smaller data.resolution")
+    if seconds := seconds_per_step(run.recipe):
+        hours = run.recipe.train.max_steps * seconds / 3600
+        field(
+            "time", f"{hours:.1f} h for all steps, at the {seconds:.2g} s a step of this run so far"
+        )
 
 
 def print_memory(run: "ResolvedRun", card: float | None) -> None:

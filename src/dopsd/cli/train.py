@@ -9,7 +9,7 @@ import typer
 from dopsd.cli.console import field, note, say, show_table, write_numbers
 from dopsd.cli.options import AsJson, Changes, RecipeFile, Resume
 from dopsd.cli.progress import progress_bar
-from dopsd.cli.summary import print_memory, print_result, print_summary
+from dopsd.cli.summary import print_data, print_memory, print_result, print_summary
 
 
 def check(
@@ -30,7 +30,9 @@ def check(
 
     loaded = load_recipe(recipe, change or ())
     run = resolve(loaded)
-    print_summary(run, check_run(run))
+    checked = check_run(run)
+    print_summary(run, checked)
+    print_data(run, checked)
     print_memory(run, card)
     if with_preflight:
         preflight(recipe, change)

@@ -1,13 +1,18 @@
 """What a resolved run would do, and everything that can be refused before a weight is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
 
-from dopsd.images import image_size, open_image
+from dopsd.data.buckets import EnlargedImage, enlarged_images
+from dopsd.data.cache import CacheForecast, forecast_cache
+from dopsd.data.loader import BucketVisits, count_visits
+from dopsd.images import Size, image_size, open_image
 from dopsd.models import load_family
-from dopsd.models.base import fitted_size, network_on_meta
+from dopsd.models.base import fitted_size, latent_size, network_on_meta
 from dopsd.models.lora import read_lora, refuse_misfit
 from dopsd.runs.outputs.lora_export import refuse_unfit
 from dopsd.runs.resolve import ResolvedRun
@@ -17,11 +22,24 @@ from dopsd.training.trainable import AllWeights
 
 @dataclass(frozen=True)
 class Checked:
-    """coverage: which weights train. forwards_per_image: network forwards that one image costs, a
-    backward counted as two."""
+    """What training would do.
+
+    coverage: which weights train. forwards_per_image: network forwards that one image costs, a
+    backward counted as two. visits: by size, how many images the run trains on. enlarged: images
+    that are smaller than the size they are trained at. cache: what encoding writes to disk, without
+    images that the method still has to generate.
+    """
 
     coverage: Coverage | AllWeights
     forwards_per_image: int
+    visits: dict[Size, BucketVisits]
+    enlarged: tuple[EnlargedImage, ...]
+    cache: CacheForecast
+
+    @property
+    def images(self) -> int:
+        """Images that the run trains on, repeated ones counted each time."""
+        return sum(bucket.visits for bucket in self.visits.values())
 
 
 def check(run: ResolvedRun) -> Checked:
@@ -42,9 +60,15 @@ def check(run: ResolvedRun) -> Checked:
     if path := recipe.lora.init_from:
         own_sizes = lora_sizes(network, run.lora_targets, recipe.lora.rank)
         refuse_unfit(path, read_lora(path, family), own_sizes)
-    _refuse_long_prompts(run)
+    tokens = _count_tokens(run)
     recipe.method.refuse_nfe(run.nfe)
-    return Checked(trained, recipe.method.forwards(run.nfe))
+    return Checked(
+        coverage=trained,
+        forwards_per_image=recipe.method.forwards(run.nfe),
+        visits=_count_visits(run),
+        enlarged=_enlarged(run),
+        cache=_forecast_cache(run, tokens),
+    )
 
 
 def _refuse_other_architectures(run: ResolvedRun, network: nn.Module) -> None:
@@ -68,25 +92,88 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
-def _refuse_long_prompts(run: ResolvedRun) -> None:
-    """Every caption and prompt must fit the student's context, and with an image the teacher's."""
+@dataclass(frozen=True)
+class _TokenCounts:
+    """Tokens of each caption, and of each caption with an image of a size beside it."""
+
+    captions: dict[str, int]
+    with_image: dict[tuple[str, Size], int]
+
+
+def _count_tokens(run: ResolvedRun) -> _TokenCounts:
+    """Raises ValueError where a caption or prompt does not fit the student's context, or with an
+    image the teacher's."""
     family, method = run.family, run.recipe.method
     captions = [
         (caption, index)
         for index, example in enumerate(run.listing.examples)
         for caption in (example.caption, *example.also)
     ]
+    texts = [caption for caption, _ in captions]
     previewed = [preview.prompt for preview in run.previews]
-    others = [*run.health_prompts, *run.replay_prompts]
+    others = [*run.health_prompts, *run.replay_prompts, ""]
     if method.to_generate and method.to_generate.prompt:
         others.append(method.to_generate.prompt)
-    family.count_tokens([*(caption for caption, _ in captions), *previewed, *others])
+    prompts = [*texts, *previewed, *others]
+    counts = _TokenCounts(dict(zip(prompts, family.count_tokens(prompts), strict=True)), {})
     if run.learns_from_teacher:
         family.count_tokens(previewed, [(run.side, run.side)] * len(previewed))
         for sizes in run.sizes:
-            family.count_tokens(
-                [caption for caption, _ in captions], [sizes[index] for _, index in captions]
-            )
+            pairs = [(caption, sizes[index]) for caption, index in captions]
+            if run.recipe.data.caption_dropout:
+                pairs += [("", size) for size in sizes]
+            lengths = family.count_tokens([caption for caption, _ in pairs], [s for _, s in pairs])
+            counts.with_image.update(zip(pairs, lengths, strict=True))
+    return counts
+
+
+def _count_visits(run: ResolvedRun) -> dict[Size, BucketVisits]:
+    """By size, what the run's batches train on."""
+    settings = run.recipe.train
+    kinds = [
+        (size, *(image_size(path) for path in example.references))
+        for sizes in run.sizes
+        for example, size in zip(run.listing.examples, sizes, strict=True)
+    ]
+    batches = settings.max_steps * settings.gradient_accumulation_steps
+    return count_visits(kinds, settings.batch_size, settings.seed, batches)
+
+
+def _enlarged(run: ResolvedRun) -> tuple[EnlargedImage, ...]:
+    paths = [example.path for example in run.listing.examples] * len(run.sizes)
+    return tuple(enlarged_images(paths, [size for sizes in run.sizes for size in sizes]))
+
+
+def _forecast_cache(run: ResolvedRun, tokens: _TokenCounts) -> CacheForecast:
+    """From the shapes of latents (float32) and contexts (in the dtype of the text encoder)."""
+    family, token_bytes = run.family, torch.empty((), dtype=run.dtype).element_size()
+
+    def latent_bytes(size: Size) -> int:
+        height, width = latent_size(family, size[1], size[0])
+        return 4 * family.channels * height * width
+
+    @cache
+    def shape_of(references: tuple[Size, ...]) -> tuple[int, int]:
+        """Numbers of a token, and bytes of what a context holds besides tokens."""
+        blank = family.blank_context([""], references=[list(references)] if references else None)
+        return blank.tokens.shape[-1], sum(extra.nbytes for extra in blank.extras.values())
+
+    def context_bytes(caption: str, references: Sequence[Size]) -> int:
+        width, extra_bytes = shape_of(tuple(references))
+        return tokens.captions[caption] * width * token_bytes + extra_bytes
+
+    def privileged_bytes(caption: str, size: Size, references: Sequence[Size]) -> int:
+        width, extra_bytes = shape_of(tuple(references))
+        return tokens.with_image[caption, size] * width * token_bytes + extra_bytes
+
+    return forecast_cache(
+        run.listing.examples * len(run.sizes),
+        [size for sizes in run.sizes for size in sizes],
+        latent_bytes,
+        context_bytes,
+        privileged_bytes if run.learns_from_teacher else None,
+        unconditional=run.recipe.data.caption_dropout > 0,
+    )
 
 
 def _refuse_unfit_references(run: ResolvedRun) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -154,6 +155,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number} has no `step`: the run folder is damaged.")
         rows.append(row)
     return rows
+
+
+def seconds_per_step(recipe: Recipe) -> float | None:
+    """Median seconds of an optimizer step of this run so far; None before its first."""
+    rows = read_rows(recipe.run_folder / "metrics.jsonl")
+    return median(row["seconds"] for row in rows) if rows else None
 
 
 class Rows:
