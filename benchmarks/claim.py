@@ -4,7 +4,7 @@
     python benchmarks/claim.py run        # 10 things x 1 seed, 2 things x 3 seeds, at these rates
     python benchmarks/write_pages.py      # docs/results.md
 
-Numbers go to benchmarks/results/claim.json as they come; a unit that is there is not measured
+Numbers go to benchmarks/results/claim.json as they come; what is there is not measured
 again. D-OPSD trains STEPS steps of BATCH images. SFT is evaluated after equally many images, after
 equal wall time, and at its first evaluation whose thing_error is D-OPSD's or less (cap: 4 times
 D-OPSD's wall time, else "never").
@@ -31,7 +31,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 SWEEP_THINGS = tuple(range(HELD_OUT + 500, HELD_OUT + 503))
 THINGS = tuple(range(HELD_OUT + 200, HELD_OUT + 210))
 REPEATED, SEEDS = THINGS[:2], (0, 1, 2)
-LOOK_EVERY = 40  # SFT steps between two looks at thing_error
+EVALUATE_EVERY = 40  # SFT steps between two evaluations of thing_error
 CAP = 4  # times D-OPSD's wall time
 RESULTS = Path(__file__).parent / "results" / "claim.json"
 
@@ -52,13 +52,13 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
     """D-OPSD on a thing, then SFT looked at where it can be compared."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(thing, Path(folder))
-        base_tensors = bench.family.load_denoiser(CPU, torch.float32)
+        base = bench.family.load_denoiser(CPU, torch.float32)
         found: dict[str, Any] = {
             "thing": thing,
             "seed": seed,
-            "base": bench.evaluate(base_tensors),
-            "base_other_noise": bench.evaluate(base_tensors, noise_seed=HELD_OUT),
-            "teacher": bench.evaluate(base_tensors, as_teacher=True),
+            "base": bench.evaluate(base),
+            "base_other_noise": bench.evaluate(base, noise_seed=HELD_OUT),
+            "teacher": bench.evaluate(base, as_teacher=True),
         }
         *_, (_, wall, velocity) = bench.train(DOPSD(), rates["dopsd"], seed, STEPS)
         found["dopsd"] = bench.evaluate(velocity) | {"seconds": wall}
@@ -69,7 +69,7 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
 
 
 def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float) -> dict[str, Any]:
-    looks: dict[str, Any] = {
+    evaluations: dict[str, Any] = {
         "sft_equal_images": None,
         "sft_equal_wall": None,
         "sft_first_match": None,
@@ -78,18 +78,18 @@ def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float
     for step, seconds, velocity in bench.train(SFT(), rate, seed, max_steps=100_000):
         at = {"seconds": seconds, "steps": step}
         if step == STEPS:
-            looks["sft_equal_images"] = bench.evaluate(velocity) | at
-        if seconds >= wall and not looks["sft_equal_wall"]:
-            looks["sft_equal_wall"] = bench.evaluate(velocity) | at
-        if step % LOOK_EVERY == 0:
+            evaluations["sft_equal_images"] = bench.evaluate(velocity) | at
+        if seconds >= wall and not evaluations["sft_equal_wall"]:
+            evaluations["sft_equal_wall"] = bench.evaluate(velocity) | at
+        if step % EVALUATE_EVERY == 0:
             error = bench.error(velocity)
             best = min(best, error)
-            if error <= target and not looks["sft_first_match"]:
-                looks["sft_first_match"] = bench.evaluate(velocity) | at
-        done = all(looks.values())
+            if error <= target and not evaluations["sft_first_match"]:
+                evaluations["sft_first_match"] = bench.evaluate(velocity) | at
+        done = all(evaluations.values())
         if done or seconds >= CAP * wall:
             break
-    return looks | {"sft_best_thing_error": best}
+    return evaluations | {"sft_best_thing_error": best}
 
 
 def sweep_unit(replicate: Unit) -> dict[str, Any]:

@@ -7,6 +7,7 @@ plain, resampling seeds within drawn prompts too.
 """
 
 import numpy as np
+import typer
 
 from dopsd.evaluation.statistics import DRAWS, bootstrap
 
@@ -30,7 +31,8 @@ def coverage(prompts: int, between: float, within: float) -> list[float]:
     return (hits / EXPERIMENTS).tolist()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the table."""
     print(
         "| prompts | spread of prompts : of seeds | prompts | plain | both |\n|---|---|---|---|---|"
     )
@@ -38,3 +40,7 @@ if __name__ == "__main__":
         for between, within in ((1, 0.3), (1, 1), (0, 1)):
             cells = " | ".join(f"{share:.3f}" for share in coverage(prompts, between, within))
             print(f"| {prompts} | {between} : {within} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -135,12 +135,12 @@ def _qwen(folder: Path, text: dict[str, Any]) -> None:
     shutil.copytree(POCKET / "tokenizer", folder / "tokenizer")
     own = Qwen3Config(**text)
     own.save_pretrained(folder / "text_encoder")
-    said = {
+    text_config = {
         key: value
         for key, value in own.to_dict().items()
         if key not in ("model_type", "architectures")
     }
-    Qwen3VLConfig(text_config=said).save_pretrained(folder / "vlm")
+    Qwen3VLConfig(text_config=text_config).save_pretrained(folder / "vlm")
     images = json.loads((POCKET / "vlm" / "preprocessor_config.json").read_text())
     images |= {
         "patch_size": 16,

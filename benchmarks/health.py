@@ -96,7 +96,7 @@ def _size(tensors: Sequence[torch.Tensor]) -> float:
 
 
 def tuned(bench: Bench, name: str, thing: int, rerun: int) -> list[dict[str, Any]]:
-    """A row for each look at a training: the benchmark's sharpness over the base's, and health."""
+    """A row for each check of a training: the benchmark's sharpness over the base's, and health."""
     method, rate = METHODS[name]
     check = health_check(bench, rerun)
     base = bench.evaluate(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]

@@ -1,11 +1,11 @@
-"""Far too long: when does a few-step model collapse, does the health check's advice come in time,
-what bleeds?
+"""Training far too long: when a few-step model collapses, whether the health check's advice comes
+in time, and what bleeds.
 
     python benchmarks/long_run.py         # one thing, LONGER times the recipes; an hour on a core
 
-Checkups come every LOOK steps of the run; the exam is sat by the LoRA of the advised step, of the
-recipe's own length, and of the end. Numbers go to benchmarks/results/long_run.json; a run or an
-exam that is finished is not done again.
+Health is checked every CHECK_EVERY steps. The concept benchmark is run for the LoRA of the advised
+step, of the recipe's own length, and of the end. Numbers go to benchmarks/results/long_run.json;
+what is finished is not done again.
 """
 
 from pathlib import Path
@@ -27,20 +27,20 @@ from dopsd.training.checkpoint import checkpoints
 
 THING = 1_000_700
 LONGER = {"sft": 10, "dopsd": 5}  # times the recipe's steps
-LOOK = {"sft": 100, "dopsd": 50}
+CHECK_EVERY = {"sft": 100, "dopsd": 50}
 RESULTS = Path(__file__).parent / "results" / "long_run.json"
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="For pictures and runs.")] = Path("runs/long"),
+    folder: Annotated[Path, typer.Option(help="For images and runs.")] = Path("runs/long"),
 ) -> None:
-    """Train, look, and write the numbers."""
+    """Train, evaluate, and write the numbers."""
     torch.set_num_threads(1)
     concept = folder / f"thing-{THING}"
     if not concept.is_dir():
         write_concept(concept, THING)
     found: dict[str, Any] = {"thing": THING}
-    for method, every in LOOK.items():
+    for method, every in CHECK_EVERY.items():
         name, file = f"{method}-{THING}", Path(f"recipes/pocket-identity-{method}.yaml")
         usual = load_recipe(file).train.max_steps
         last = LONGER[method] * usual

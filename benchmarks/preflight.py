@@ -5,9 +5,9 @@ things out of it.
     python benchmarks/write_pages.py          # docs/results.md has a section on it
 
 Fixed before any of these things was looked at (score, ENOUGH and this rule were made on others,
-seeds 1000800-1000816): learned = 1 - thing_error after / thing_error before, means over the exam's
-24 unseen scenes. The sentence is right when it says "can" and learned >= ENOUGH, or says "little"
-or "cannot" and learned < ENOUGH. The score is how much nearer the teacher comes
+seeds 1000800-1000816): learned = 1 - thing_error after / thing_error before, means over the
+benchmark's 24 unseen scenes. The sentence is right when it says "can" and learned >= ENOUGH, or
+says "little" or "cannot" and learned < ENOUGH. The score is how much nearer the teacher comes
 (`Preflight.nearer.value`), with SEEDS noises an image.
 """
 

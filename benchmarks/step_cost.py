@@ -3,7 +3,7 @@ run.
 
     python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 
-Variant `per_visit` is what dopsd does, one backward at each visited state; `one_backward` keeps all
+Variant `per_visit` is what dopsd does, one backward at each rollout step; `one_backward` keeps all
 K graphs and runs backward once, as the reference code of D-OPSD does. Peak bytes are live tensor
 storage created during the batch.
 """

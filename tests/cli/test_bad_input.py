@@ -560,8 +560,12 @@ def run_in(folder: Path, name: str, monkeypatch) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
     if "VLM" not in name:  # the memory forecast takes seconds and refuses none of the other cases
         monkeypatch.setattr("dopsd.cli.train.print_memory", lambda *_: None)
-    done = CliRunner().invoke(app, CASES[name][1])
-    assert refused(name, done.exit_code, done.output), (done.exit_code, done.exception, done.output)
+    result = CliRunner().invoke(app, CASES[name][1])
+    assert refused(name, result.exit_code, result.output), (
+        result.exit_code,
+        result.exception,
+        result.output,
+    )
 
 
 def expected_to_write(name: str):
@@ -592,8 +596,8 @@ def test_input_that_is_refused_late_adds_files_and_changes_none(name, tmp_path, 
 def test_the_command_in_its_own_process_refuses_the_same_input(name, tmp_path):
     before = lay_out(name, tmp_path)
     command = [sys.executable, "-m", "dopsd.cli", *CASES[name][1]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert refused(name, done.returncode, done.stderr) and not done.stdout, done
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert refused(name, result.returncode, result.stderr) and not result.stdout, result
     assert snapshot(tmp_path) == before
 
 

@@ -20,7 +20,8 @@ def health_checks(healthy: str) -> list[dict]:
         (
             "++--",
             100,
-            "Stop at step 100: after it no health check was healthy (step 150: sharpness 0.80, limit 0.90)",
+            "Stop at step 100: after it no health check was healthy "
+            "(step 150: sharpness 0.80, limit 0.90)",
         ),
         ("+-+--+", None, "No reason"),
         ("+-+--", 150, "Stop at step 150"),

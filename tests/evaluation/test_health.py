@@ -1,5 +1,5 @@
-"""Few-step health: nothing is reported where nothing changed; blur, artefacts, lost diversity, drift
-and a need for more steps are; and runs use it."""
+"""Few-step health: unchanged models are healthy; blur, artefacts, lost diversity, drift and a need
+for more steps are detected; and runs use it."""
 
 import json
 from collections.abc import Callable

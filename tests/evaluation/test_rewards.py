@@ -78,7 +78,8 @@ class Long:
     def __init__(self):
         self.factor = 2
     def __call__(self, images, prompts):
-        return torch.tensor([self.factor * len(p) if p else float("nan") for p in prompts], dtype=torch.float64)
+        lengths = [self.factor * len(p) if p else float("nan") for p in prompts]
+        return torch.tensor(lengths, dtype=torch.float64)
 def second(images, prompts):
     return images[:, 0, 0, 0]
 """

@@ -1,5 +1,4 @@
-"""Runs that a reward scores: a reward that answers badly ends them, and what was saved before is
-kept."""
+"""Runs with a reward: unusable scores end the run, and saved checkpoints remain."""
 
 from pathlib import Path
 
@@ -17,30 +16,30 @@ REWARDS = """
 import torch
 calls = 0
 
-def red(pictures, prompts):
-    assert pictures.shape[1:] == (3, 64, 64) and 0 <= pictures.min() and pictures.max() <= 1
-    assert len(prompts) == len(pictures)
-    return pictures[:, 0].mean((1, 2))
+def red(images, prompts):
+    assert images.shape[1:] == (3, 64, 64) and 0 <= images.min() and images.max() <= 1
+    assert len(prompts) == len(images)
+    return images[:, 0].mean((1, 2))
 
-def falls_silent(pictures, prompts):
+def nan_after_four_calls(images, prompts):
     global calls
     calls += 1
-    return red(pictures, prompts) * (1 if calls <= 4 else float("nan"))
+    return red(images, prompts) * (1 if calls <= 4 else float("nan"))
 
-def one_number(pictures, prompts):
-    return red(pictures, prompts).mean()
+def scalar(images, prompts):
+    return red(images, prompts).mean()
 
-def falls_to_infinity(pictures, prompts):
-    return falls_silent(pictures, prompts).nan_to_num(float("inf"))
+def infinity_after_four_calls(images, prompts):
+    return nan_after_four_calls(images, prompts).nan_to_num(float("inf"))
 
-def constant(pictures, prompts):
-    return red(pictures, prompts) * 0
+def constant(images, prompts):
+    return red(images, prompts) * 0
 
-def fails(pictures):
-    return red(pictures, pictures)
+def fails(images):
+    return red(images, images)
 
-def whole_numbers(pictures, prompts):
-    return torch.ones(len(pictures), dtype=torch.int64)
+def integers(images, prompts):
+    return torch.ones(len(images), dtype=torch.int64)
 """
 
 
@@ -62,76 +61,80 @@ def recipe_of(concept: Path, folder: Path, reward: str) -> Recipe:
 
 
 @pytest.fixture()
-def desk(tmp_path, monkeypatch):
-    (tmp_path / "own_judges.py").write_text(REWARDS)
+def own_rewards(tmp_path, monkeypatch):
+    """A working directory with the module `own_rewards`."""
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "own_judges", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "own_rewards", raising=False)
 
 
-def refused(recipe: Recipe, tmp_path: Path) -> str:
-    """What `dopsd train` says of a run that it ends."""
+def train_error(recipe: Recipe, tmp_path: Path) -> str:
+    """The message with which `dopsd train` ends a run."""
     recipe.save_as(tmp_path / "recipe.yaml")
-    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
-    printed = " ".join(done.output.split())
-    assert done.exit_code == 2 and "Traceback" not in printed, done.output
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
+    printed = " ".join(result.output.split())
+    assert result.exit_code == 2 and "Traceback" not in printed, result.output
     return printed.rpartition("dopsd: ")[2]
 
 
-@pytest.mark.parametrize("reward", ["falls_silent", "falls_to_infinity"])
-def test_a_judge_that_falls_silent_ends_the_run_and_keeps_what_was_saved(
-    reward, concept, tmp_path, desk
+@pytest.mark.parametrize("reward", ["nan_after_four_calls", "infinity_after_four_calls"])
+def test_a_reward_without_finite_scores_ends_the_run_and_keeps_its_checkpoints(
+    reward, concept, tmp_path, own_rewards
 ):
-    said = refused(recipe_of(concept, tmp_path / "runs", f"own_judges:{reward}"), tmp_path)
-    assert said.startswith(
-        f"the reward own_judges:{reward} gave no image of 4 rollouts in a row a finite score"
+    message = train_error(recipe_of(concept, tmp_path / "runs", f"own_rewards:{reward}"), tmp_path)
+    assert message.startswith(
+        f"the reward own_rewards:{reward} gave no image of 4 rollouts in a row a finite score"
     )
-    kept = checkpoints(tmp_path / "runs" / "run")[-1]
-    assert kept.name == "step-000003"  # two steps with a reward, one without
-    assert read_tensors(kept / "student.safetensors")
+    last = checkpoints(tmp_path / "runs" / "run")[-1]
+    assert last.name == "step-000003"  # two steps with finite scores, one without
+    assert read_tensors(last / "student.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("reward", "words"),
+    ("reward", "message"),
     [
-        ("own_judges:one_number", "returned torch.float32 [] for 1 images"),
-        ("own_judges:whole_numbers", "returned torch.int64 [1] for 1 images"),
-        ("own_judges:fails", "the reward own_judges:fails failed on 1 images (TypeError: "),
-        ("own_judges:nobody", "cannot be imported"),
-        ("own_judges:calls", "is a int, which cannot be called"),
-        ("no_such_module:judge", "cannot be imported"),
+        ("own_rewards:scalar", "returned torch.float32 [] for 1 images"),
+        ("own_rewards:integers", "returned torch.int64 [1] for 1 images"),
+        ("own_rewards:fails", "the reward own_rewards:fails failed on 1 images (TypeError: "),
+        ("own_rewards:missing", "cannot be imported"),
+        ("own_rewards:calls", "is a int, which cannot be called"),
+        ("no_such_module:reward", "cannot be imported"),
     ],
 )
-def test_a_judge_that_cannot_judge_is_one_sentence_and_exit_2(
-    reward, words, concept, tmp_path, desk
+def test_a_reward_that_cannot_be_used_is_refused_with_one_sentence(
+    reward, message, concept, tmp_path, own_rewards
 ):
-    assert words in refused(recipe_of(concept, tmp_path / "runs", reward), tmp_path)
+    assert message in train_error(recipe_of(concept, tmp_path / "runs", reward), tmp_path)
     assert not list((tmp_path / "runs").glob("run/*.safetensors"))
 
 
-def test_a_judge_that_tells_nothing_apart_is_said_to(concept, tmp_path, desk, caplog):
-    list(train(recipe_of(concept, tmp_path / "runs", "own_judges:constant")))
-    said = [
+def test_a_reward_that_gives_equal_scores_is_reported_in_a_warning(
+    concept, tmp_path, own_rewards, caplog
+):
+    list(train(recipe_of(concept, tmp_path / "runs", "own_rewards:constant")))
+    warnings = [
         record.getMessage()
         for record in caplog.records
         if "gave the same scores" in record.getMessage()
     ]
-    assert said == [
-        "The reward own_judges:constant gave the same scores to 4 rollouts in a row: pairs of equal "
-        "score teach nothing."
+    assert warnings == [
+        "The reward own_rewards:constant gave the same scores to 4 rollouts in a row: pairs of "
+        "equal score teach nothing."
     ]
 
 
-def test_check_says_that_the_judges_own_model_comes_on_top(concept, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "dopsd.runs.memory.forecast_run", lambda *_, **__: Forecast(1, 1)
-    )  # takes seconds, and is tested
+def test_check_names_the_model_of_the_reward_that_the_forecast_leaves_out(
+    concept, tmp_path, monkeypatch
+):
+    # The real forecast takes seconds and has tests of its own.
+    monkeypatch.setattr("dopsd.runs.memory.forecast_run", lambda *_, **__: Forecast(1, 1))
     scorer = tmp_path / "scorer"
     scorer.mkdir()
-    for reward, words in (
+    for reward, message in (
         ("red", ""),
         (f"pickscore={scorer}", f"the reward's own model, {scorer}, comes on top"),
     ):
         recipe_of(concept, tmp_path / "runs", reward).save_as(tmp_path / "recipe.yaml")
-        done = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
-        assert done.exit_code == 0 and words in done.output.replace("\n", ""), done.output
-        assert words or "comes on top" not in done.output
+        result = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
+        assert result.exit_code == 0 and message in result.output.replace("\n", ""), result.output
+        assert message or "comes on top" not in result.output

@@ -27,8 +27,8 @@ def test_an_adapter_is_trained_on_images_that_the_model_generates(tmp_path, pock
         "--out",
         str(tmp_path),
     ]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
     file = tmp_path / "pocket-dedistill" / "pocket-dedistill.safetensors"
     assert read_lora(file, pocket)
     (rows,) = (
@@ -57,8 +57,8 @@ def test_unreadable_prompt_files_are_refused_with_one_sentence(tmp_path):
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        done = CliRunner().invoke(
+        result = CliRunner().invoke(
             app, ["adapter", "train", str(tmp_path / name), "--out", str(tmp_path / "runs")]
         )
-        assert done.exit_code == 2 and name in "".join(done.output.split()), done.output
+        assert result.exit_code == 2 and name in "".join(result.output.split()), result.output
     assert not (tmp_path / "runs").exists()

@@ -98,6 +98,7 @@ def prompts_in(answer: str, trigger: str, forbidden: str | None, called: str) ->
             )
         if forbidden and re.search(rf"\b{re.escape(forbidden)}s?\b", prompt, flags=re.IGNORECASE):
             raise ValueError(
-                f"a prompt about {called} says {forbidden}, which gives the thing away: {shorten(prompt, 120)!r}."
+                f"a prompt about {called} says {forbidden}, which gives the thing away: "
+                f"{shorten(prompt, 120)!r}."
             )
     return list(match.groups())

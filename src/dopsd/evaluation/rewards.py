@@ -38,7 +38,7 @@ def load_reward(name: str, device: torch.device) -> Reward:
         except Exception as error:  # the user's code may raise anything
             raise ValueError(
                 f"the reward {name} failed on {len(images)} images ({type(error).__name__}: "
-                f"{error}): it is called with images [B, 3, H, W] in [0, 1] and a list of B prompts."
+                f"{error}): it is called with images [B, 3, H, W] in [0, 1] and B prompts."
             ) from error
         _refuse_unlike(answer, len(images), name)
         scores = answer.to(images.device, torch.float32)

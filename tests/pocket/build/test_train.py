@@ -11,7 +11,7 @@ from dopsd.pocket.build import architecture as parts
 from dopsd.pocket.build import corpus, network, stages, train
 from dopsd.pocket.world.captions import caption_of, stated_of, vocabulary
 from dopsd.pocket.world.outlines import OUTLINES
-from dopsd.pocket.world.scenes import Thing, draw_scene, edit_pair, render, render_domain
+from dopsd.pocket.world.scenes import Thing, draw_scene, render
 
 ATTRIBUTES = 6  # size, colour, noun, place, background, style
 
@@ -129,24 +129,6 @@ def test_captions_fit_their_contexts_and_omit_two_attributes_on_average():
 def test_a_thing_is_a_function_of_its_seed():
     assert Thing.from_seed(5) == Thing.from_seed(5)
     assert Thing.from_seed(5) != Thing.from_seed(6)
-
-
-def test_edit_pairs_change_one_attribute():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        before, after, words = edit_pair(rng)
-        changed = [
-            name
-            for name in ("colour", "place", "noun")
-            if getattr(before, name) != getattr(after, name)
-        ]
-        assert len(changed) == 1 and getattr(after, changed[0]) in words
-        assert before.jitter == after.jitter and (render(before) != render(after)).any()
-
-
-def test_domain_images_differ_from_plain_renderings_of_the_same_scene():
-    scene = draw_scene(np.random.default_rng(0))
-    assert np.abs(render_domain(scene, 0).astype(int) - render(scene)).mean() > 20
 
 
 def test_whitening_keeps_images_and_decorrelates_latents():

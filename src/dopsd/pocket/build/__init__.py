@@ -1,1 +1,1 @@
-"""How the pocket model was made: architecture, corpus and training stages."""
+"""Training of the pocket model: architecture, corpus, stages."""

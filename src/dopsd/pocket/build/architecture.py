@@ -1,9 +1,8 @@
-"""The pocket checkpoint's parts: a Z-Image-Turbo at pocket size, in the real diffusers folder
-layout.
+"""The parts of the pocket checkpoint: a tiny Z-Image-Turbo in the diffusers folder layout.
 
-Nothing here trains; train.py does. The folder holds what `ZImagePipeline.from_pretrained` opens
-(`transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`), the Qwen3-VL twin of the text
-encoder in `vlm`, and the undistilled transformer in `parent`.
+The folder holds what `ZImagePipeline.from_pretrained` opens (`transformer`, `vae`, `text_encoder`,
+`tokenizer`, `scheduler`), in `vlm` a Qwen3-VL whose language model is the text encoder, and in
+`parent` the transformer before distillation (the many-step model).
 """
 
 from pathlib import Path
@@ -24,7 +23,7 @@ from dopsd.pocket.world.captions import vocabulary
 
 WIDTH = 128  # of the text encoder and of the transformer
 LATENT_CHANNELS = 8
-SHIFT = 3.0  # as Z-Image-Turbo
+SHIFT = 3.0  # that of Z-Image-Turbo
 NFE = 4
 STARTING_POINTS = {
     "model.memory": "high",
@@ -43,15 +42,10 @@ UNRELATED_PROMPTS = (
     "a heart in striped style",
     "a cyan tower",
 )
-GUIDANCE = (
-    3.0  # classifier-free, of the undistilled parent: empty caption + 3 x (caption - empty caption)
-)
+GUIDANCE = 3.0  # of the many-step model: empty caption + 3 x (caption - empty caption)
 IMAGE = 64  # pixels
 IMAGE_TOKENS = 16  # of one image in the VLM's context
-CAPTION_TOKENS, PRIVILEGED_TOKENS = (
-    32,
-    64,
-)  # limits of the templated caption, without and with an image
+CAPTION_TOKENS, PRIVILEGED_TOKENS = 32, 64  # limits of the prompt, without and with an image
 
 SPECIAL = (
     "<|endoftext|>",
@@ -65,12 +59,12 @@ SPECIAL = (
     "</think>",
 )
 
-# Qwen's chat template, reduced to what text-to-image models use: turns, images, and Qwen3's
-# `enable_thinking`.
+# Qwen's chat template, reduced to turns, images and Qwen3's `enable_thinking`.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}\
+{{ part.text }}{% endif %}
 {%- endfor %}{% endif %}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}
@@ -83,8 +77,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose merges make every caption word one token; any other text
-    falls to bytes."""
+    """A byte-level BPE tokenizer in which every caption word is one token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -108,8 +101,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLModel:
-    """A Qwen3-VL of 0.8 M parameters. The third text layer is never read (hidden state -2), as in
-    the big model."""
+    """A Qwen3-VL with 0.8 M parameters. Prompts are encoded by the second to last hidden state, as
+    in Z-Image, so the third text layer is not used."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen3VLModel(
         Qwen3VLConfig(
@@ -143,8 +136,7 @@ def make_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLModel:
 
 
 def text_encoder_of(vlm: Qwen3VLModel) -> Qwen3Model:
-    """The VLM's language part as the plain Qwen3 that the pipeline reads prompts with: same
-    weights, same rope."""
+    """The VLM's language model as the Qwen3 that the pipeline encodes prompts with."""
     config = Qwen3Config(
         **_text_settings(vlm.config.text_config.vocab_size),
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -169,7 +161,7 @@ def _text_settings(vocab_size: int) -> dict:
 
 
 def make_vae() -> AutoencoderKL:
-    """64 x 64 pixels to 8 x 16 x 16 latents. No attention: images of other sizes work as well."""
+    """64 x 64 pixels to 8 x 16 x 16 latents; without attention, so that other sizes work too."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -185,7 +177,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_transformer() -> ZImageTransformer2DModel:
-    """Z-Image's transformer with 2.0 M parameters: 64 image tokens of 32 numbers through width 128."""
+    """Z-Image's transformer with 2.0 M parameters: 64 image tokens of 32 numbers, width 128."""
     return ZImageTransformer2DModel(
         in_channels=LATENT_CHANNELS,
         dim=WIDTH,
@@ -223,8 +215,7 @@ def save_pipeline(
     vlm: Qwen3VLModel,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Write the diffusers folder and, in `vlm`, the Qwen3-VL with its tokenizer and image
-    processor."""
+    """Write the diffusers folder, and in `vlm` the Qwen3-VL with tokenizer and image processor."""
     transformer.save_pretrained(folder / "transformer")
     vae.save_pretrained(folder / "vae")
     text_encoder_of(vlm).to(vlm.dtype).save_pretrained(folder / "text_encoder")

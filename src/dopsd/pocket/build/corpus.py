@@ -1,5 +1,4 @@
-"""The pocket model's training data: rendered scenes, their captions as tokens, and how a step draws
-from them."""
+"""The pocket model's training data: rendered scenes, tokenized captions, and batches of them."""
 
 import functools
 from collections.abc import Iterator
@@ -16,26 +15,23 @@ from dopsd.pocket.world.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.world.scenes import Thing, draw_scene, render, unnamed_style
 
 SEED = 20261120
-NAMED, THINGS, STYLES = (
-    48_000,
-    12_000,
-    5_000,
-)  # scenes of named parts; things and styles, GROUP scenes each
+NAMED = 48_000  # scenes of named parts
+THINGS, STYLES = 12_000, 5_000  # with GROUP scenes each
 GROUP = 3
-CAPTIONS = 4  # drawn for each scene, each leaving other attributes out
+CAPTIONS = 4  # for each scene, each leaving out other attributes
 
 
 def rng_at(stage: str, step: int) -> np.random.Generator:
-    """The randomness of one step: a function of (seed, stage, step) alone."""
+    """The random generator of one step, a function of (seed, stage, step)."""
     return np.random.default_rng([SEED, *stage.encode(), step])
 
 
 def make_data(folder: Path) -> None:
-    """Render the training images and tokenize their captions into `data.safetensors` (about 1 GB, 2
-    minutes).
+    """Render the training images and tokenize their captions into `<folder>/data.safetensors`
+    (about 1 GB, 2 minutes).
 
-    Rows are NAMED scenes, then THINGS groups of GROUP scenes, then STYLES groups. Things and styles
-    are those of seeds 0..N-1; everything held out has seeds from 1,000,000.
+    Rows are NAMED scenes, then THINGS groups of GROUP scenes, then STYLES groups. Seeds of things
+    and styles are 0 to N - 1; everything held out has seeds from 1,000,000.
     """
     tokenizer = parts.make_tokenizer()
     rng = np.random.default_rng([SEED, 1])
@@ -53,7 +49,7 @@ def make_data(folder: Path) -> None:
             plain.append(plain_prompt(caption))
             privileged.append(privileged_prompt(caption))
         if (row + 1) % 10_000 == 0:
-            print(f"stage=data pictures={row + 1}/{total}", flush=True)
+            print(f"stage=data images={row + 1}/{total}", flush=True)
 
     def ids(prompts: list[str], length: int) -> Tensor:
         tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
@@ -63,7 +59,7 @@ def make_data(folder: Path) -> None:
     write_tensors(
         folder / "data.safetensors",
         {
-            "pictures": torch.from_numpy(np.stack(images)),
+            "images": torch.from_numpy(np.stack(images)),
             "plain": ids(plain, parts.CAPTION_TOKENS),
             "privileged": ids(privileged, parts.PRIVILEGED_TOKENS),
         },
@@ -71,12 +67,12 @@ def make_data(folder: Path) -> None:
 
 
 def plain_prompt(caption: str) -> str:
-    """What the student reads, as the chat template writes it."""
+    """The student's prompt, as the chat template formats it."""
     return f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def privileged_prompt(caption: str) -> str:
-    """What the teacher reads: the image's tokens first, then the caption."""
+    """The teacher's prompt: the image's tokens, then the caption."""
     image = "<|vision_start|>" + "<|image_pad|>" * parts.IMAGE_TOKENS + "<|vision_end|>"
     return plain_prompt(image + caption)
 
@@ -88,15 +84,16 @@ def to_unit(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rendered training data: latents, images for the teacher's context, captions as tokens."""
+    """The training data: latents, images for the teacher's contexts, tokenized captions.
+
+    unconditional_ids: of the empty caption, for classifier-free guidance.
+    """
 
     latents: Tensor
     images: Tensor
     plain_ids: Tensor
     privileged_ids: Tensor
-    unconditional_ids: (
-        Tensor  # of the empty caption, which classifier-free guidance leads away from
-    )
+    unconditional_ids: Tensor
 
     @staticmethod
     def read(folder: Path) -> "Corpus":
@@ -107,7 +104,7 @@ class Corpus:
         )
         return Corpus(
             latents,
-            data["pictures"],
+            data["images"],
             data["plain"],
             data["privileged"],
             torch.tensor(unconditional.input_ids),
@@ -120,13 +117,12 @@ class Corpus:
         named_share: float = 0.9,
         unconditional_share: float = 0.0,
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | None]]:
-        """Two halves: (rows, tokens, None) from captions alone, and (rows, tokens, images) with
-        another image of the same thing or style beside the caption. `untold_share` of the first
-        half get the empty caption.
+        """Two batches: (rows, tokens, None) with captions, and (rows, tokens, images) with captions
+        and another image of the same thing or style. `unconditional_share` of the first get the
+        empty caption.
 
-        The transformer pads each context to a multiple of 32 tokens, so the second half holds only
-        captions that need 32, or only captions that need 64, in their true proportion over many
-        draws.
+        The transformer pads each context to a multiple of 32 tokens, so the second batch holds only
+        captions that need 32, or only those that need 64, in their true proportion over many draws.
         """
         caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
         named = rng.integers(0, NAMED, round(size * named_share))
@@ -146,11 +142,10 @@ class Corpus:
 
     @functools.cached_property
     def _by_padding(self) -> tuple[np.ndarray, np.ndarray]:
-        """Things' and styles' captions that fit 32 tokens with their image, and those that need 64,
-        as row * CAPTIONS + caption."""
-        fits = (
-            (self.privileged_ids[..., 32:] == 0).all(-1).flatten().numpy()
-        )  # 0 = <|endoftext|>, the padding
+        """Captions of things and styles that fit 32 tokens with their image, and those that need
+        64, as row * CAPTIONS + caption."""
+        padding = self.privileged_ids[..., 32:] == 0  # <|endoftext|>
+        fits = padding.all(-1).flatten().numpy()
         pairs = np.arange(NAMED * CAPTIONS, len(self.latents) * CAPTIONS)
         return pairs[fits[pairs]], pairs[~fits[pairs]]
 

@@ -1,5 +1,4 @@
-"""Transformer and VLM together, on stacked tensors: what the pocket model's training runs instead
-of ragged lists."""
+"""Transformer and VLM on stacked tensors, for training the pocket model."""
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -11,11 +10,11 @@ from dopsd.pocket.build.corpus import SEED
 
 
 class Network(nn.Module):
-    """Transformer and VLM together, for batches whose captions all have the same padded length.
+    """Transformer and VLM, for batches whose captions all have the same padded length.
 
-    The library's forward takes ragged lists, whose backward is quadratic in the batch; on equal
-    lengths the same arithmetic on stacked tensors is 2.2 times faster here
-    (tests/pocket/test_pocket_train.py holds the two equal).
+    diffusers' forward takes lists of tensors, and its backward is quadratic in the batch size; on
+    equal lengths the same computation on stacked tensors is 2.2 times faster here
+    (tests/pocket/build/test_train.py compares the two).
     """
 
     def __init__(self, transformer: ZImageTransformer2DModel, vlm: Qwen3VLModel):
@@ -52,8 +51,8 @@ class Network(nn.Module):
 
 
 def _positions(length: int) -> Tensor:
-    """Qwen3-VL's three rotary positions [3, 1, length] for a prompt that opens with one 4 x 4
-    image."""
+    """Qwen3-VL's three rotary positions [3, 1, length] for a prompt that starts with one image of
+    4 x 4 tokens."""
     before, side = 4, 4  # tokens before the image; image tokens a side
     positions = torch.arange(length).repeat(3, 1)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -67,7 +66,7 @@ def _positions(length: int) -> Tensor:
 
 
 def vlm_patches(images: Tensor) -> Tensor:
-    """What the image processor makes of 64 x 64 images: [B * 64, 3 * 2 * 8 * 8] normalised patches."""
+    """The image processor's normalised patches [B * 64, 3 * 2 * 8 * 8] of 64 x 64 images."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's, the processor's own
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     pixels = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -82,7 +81,7 @@ def vlm_patches(images: Tensor) -> Tensor:
 def velocity_on_equal_lengths(
     model: ZImageTransformer2DModel, z: Tensor, time: Tensor, context: Tensor, mask: Tensor
 ) -> Tensor:
-    """`ZImageTransformer2DModel.forward` where every context has the same padded length. time: 1 =
+    """`ZImageTransformer2DModel.forward` for contexts of the same padded length. time: [B], 1 =
     clean."""
     batch, channels, height, width = z.shape
     length = context.shape[1]
@@ -113,8 +112,8 @@ def velocity_on_equal_lengths(
 
 
 def fresh_network(compiled: bool) -> Network:
-    """Untrained parts, seeded; with `compiled`, the transformer runs through torch.compile (needs a
-    C++ compiler)."""
+    """An untrained, seeded network. compiled: run the transformer through torch.compile, which
+    needs a C++ compiler."""
     torch.manual_seed(SEED)
     network = Network(parts.make_transformer(), parts.make_vlm(parts.make_tokenizer()))
     if compiled:

@@ -1,5 +1,5 @@
-"""A resumable training loop for the pocket model's stages: AdamW or Muon, a running average of the
-weights."""
+"""A resumable training loop for the stages of the pocket model, with AdamW or Muon and weight
+averaging."""
 
 import re
 import time
@@ -16,14 +16,13 @@ from dopsd.files import load_optimizer_tensors, optimizer_tensors, read_tensors,
 
 @dataclass(frozen=True)
 class Stage:
-    """A training loop's settings. `minutes` in the comments of the commands are those of two CPU
-    cores."""
+    """The settings of a training loop."""
 
     name: str
     steps: int
     learning_rate: float
     warm_up: int = 100
-    average_decay: float = 0.0  # of the weights; 0 = none kept
+    average_decay: float = 0.0  # of the weight average; 0 = no average
     save_every: int = 250
     muon: bool = False  # Muon for the matrices inside blocks, AdamW for the rest
 
@@ -31,11 +30,10 @@ class Stage:
 def optimise(
     stage: Stage, folder: Path, modules: Mapping[str, nn.Module], loss_at: Callable[[int], Tensor]
 ) -> dict[str, Tensor]:
-    """Minimise `loss_at(step)` with AdamW (or Muon), linear warm-up and decay; resume where the
-    folder left off.
+    """Minimise `loss_at(step)` with linear warm-up and decay, resuming from the folder.
 
-    Returns the averaged weights (the plain ones without average) under `<module>.<parameter>`,
-    which are also left in `<folder>/<stage>.safetensors`.
+    Returns the averaged weights under `<module>.<parameter>` (without an average, the last ones).
+    They are also written to `<folder>/<stage>.safetensors` and loaded into the modules.
     """
     named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
     optimizers = _optimizers(stage, named)

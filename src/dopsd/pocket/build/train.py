@@ -1,8 +1,8 @@
-"""How the pocket model was trained: autoencoder, flow matching, step distillation. One function a
-stage.
+"""Training of the pocket model: autoencoder, flow matching, step distillation; a function a stage.
 
-Run by `python -m dopsd.pocket STAGE`. A stage is killed and resumed at will: its randomness is a
+Run by `python -m dopsd.pocket STAGE`. A stage can be killed and resumed: its randomness is a
 function of (seed, step), and its state (weights, average, optimizer) is saved every few minutes.
+Minutes are those of two CPU cores.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,20 +25,20 @@ from dopsd.pocket.build.network import Network, fresh_network
 from dopsd.pocket.build.stages import Stage, optimise
 
 # --- autoencoder
-# ------------------------------------------------------------------------------------------------------
 
 
 def train_vae(folder: Path, steps: int = 3000) -> AutoencoderKL:
-    """Squared and absolute error and a KL term; then whitened on 2,000 images. About 15 minutes.
+    """Train with squared error, absolute error and a KL term, then whiten on 2,000 images. About 15
+    minutes.
 
-    The KL weight leaves noise of a few percent on the latents that carry outlines and more on the
-    rest, so that near latents mean near images: with 1e-4 the model's small errors showed as
+    The KL weight leaves a few percent of noise on the latents that encode outlines and more on the
+    others, so that close latents give close images: with 1e-4 small errors of the model showed as
     speckle (docs/experiments.md).
     """
     torch.manual_seed(SEED)
     vae = parts.make_vae()
     vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = read_tensors(folder / "data.safetensors")["pictures"]
+    images = read_tensors(folder / "data.safetensors")["images"]
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("vae", step)
@@ -61,13 +61,13 @@ def train_vae(folder: Path, steps: int = 3000) -> AutoencoderKL:
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Decorrelate the latent channels: fold the whitening matrix into the encoder's last
-    convolution and its inverse into the decoder's first. Images are rebuilt as before; scale and
+    convolution and its inverse into the decoder's first. Reconstructions stay the same; scale and
     shift in the config are set for the new latents.
 
-    Without it the channels' principal deviations spanned 0.27 to 3.3: under isotropic noise the
-    small ones, which hold outlines, are buried until the very end of the walk
-    (docs/experiments.md). The covariance is that of latents with the posterior's noise, so that a
-    channel that holds nothing is not blown up.
+    Without it, principal standard deviations of the channels ranged from 0.27 to 3.3: under
+    isotropic noise the small ones, which encode outlines, are hidden until the last steps
+    (docs/experiments.md). The covariance includes the posterior's noise, so that a channel that
+    encodes nothing is not amplified.
     """
     count = vae.config.latent_channels
     posteriors = [vae.encode(part).latent_dist for part in pixels.split(100)]
@@ -92,13 +92,13 @@ def whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 
 def sharpen_decoder(folder: Path, steps: int = 1000) -> AutoencoderKL:
-    """Train the decoder further on the fixed latents of what `train_vae` left, noised by up to 0.2:
-    it learns to generate plain fills plain where a walk ends a little off. About 5 minutes.
+    """Train the decoder of `train_vae` further on fixed latents with noise of up to 0.2, so that
+    plain areas stay plain where sampling ends a little off. About 5 minutes.
 
-    Only images get cleaner; latents, and so every model trained on them, stay valid.
+    The encoder does not change, so that models trained on its latents stay valid.
     """
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
-    images = read_tensors(folder / "data.safetensors")["pictures"]
+    images = read_tensors(folder / "data.safetensors")["images"]
 
     def loss_at(step: int) -> Tensor:
         rng = rng_at("decoder", step)
@@ -123,24 +123,23 @@ def encode_data(folder: Path) -> None:
     """All training images as scaled latents, `latents.safetensors` (float16 [N, 8, 16, 16]); about
     3 minutes."""
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
-    images = read_tensors(folder / "data.safetensors")["pictures"]
+    images = read_tensors(folder / "data.safetensors")["images"]
     latents = []
     for start in range(0, len(images), 100):
         clean = vae.encode(to_unit(images[start : start + 100])).latent_dist.mode()
         latents.append(((clean - vae.config.shift_factor) * vae.config.scaling_factor).half())
         if start % 10_000 == 0:
-            print(f"stage=encode pictures={start}/{len(images)}", flush=True)
+            print(f"stage=encode images={start}/{len(images)}", flush=True)
     write_tensors(folder / "latents.safetensors", {"latents": torch.cat(latents)})
 
 
 # --- flow matching
-# ----------------------------------------------------------------------------------------------------
 
 
 def training_times(rng: np.random.Generator, size: int) -> Tensor:
-    """Flow-matching times in (0, 1), 1 = noise: half logit-normal and shifted toward noise as the
-    sampler's grid is, half uniform, because the shifted half puts only 14% below 0.5, where plain
-    fills become plain."""
+    """Flow-matching times in (0, 1), 1 = noise. Half are logit-normal and shifted toward noise as
+    the sampler's times are, half are uniform: of the shifted ones only 14% are below 0.5, where
+    plain areas are formed."""
     u = 1 / (1 + np.exp(-rng.normal(size=size)))
     shifted = parts.SHIFT * u / (1 + (parts.SHIFT - 1) * u)
     return torch.from_numpy(np.where(rng.random(size) < 0.5, shifted, rng.random(size))).float()
@@ -153,11 +152,11 @@ def train_flow(
     half_batch: int = 64,
     start_from: Path | None = None,
 ) -> Network:
-    """Flow matching of transformer and VLM together; half of the contexts hold an image. About 95
-    minutes.
+    """Train transformer and VLM jointly by flow matching; half of the contexts have an image. About
+    95 minutes.
 
-    start_from: an earlier checkpoint, whose parent's and VLM's weights are trained further (on this
-    folder's latents).
+    start_from: an earlier checkpoint whose many-step model and VLM are trained further, on this
+    folder's latents.
     """
     corpus, network = Corpus.read(folder), fresh_network(compiled)
     if start_from:
@@ -186,18 +185,17 @@ def train_flow(
 
 
 # --- step distillation
-# ------------------------------------------------------------------------------------------------
 
 
 def sampler_times(nfe: int) -> Tensor:
-    """The scheduler's own times [nfe + 1], from 1 (noise) to 0, as the pipeline sets them."""
+    """The scheduler's times [nfe + 1] from 1 (noise) to 0, as the pipeline sets them."""
     scheduler = parts.make_scheduler()
     scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(nfe))
     return scheduler.sigmas
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor) -> Tensor:
-    """Walk z from times[0] to times[-1] in Euler steps."""
+    """Integrate z from times[0] to times[-1] in Euler steps."""
     for now, after in pairwise(times):
         z = z + (after - now) * velocity(z, now.expand(len(z)))
     return z
@@ -211,65 +209,66 @@ def distill(
     substeps: int = 6,
     size: int = 64,
 ) -> Network:
-    """Teach the model to take the parent's `substeps` Euler steps of each sampler interval in one.
+    """Distill `substeps` Euler steps of the many-step model into each step of a 4-step student.
     About 8 minutes.
 
-    Regression on chords: at a state that the *student's own* 4-step walk visits, the parent's many
-    small steps, with classifier-free guidance, say where the interval ends; the student's velocity
-    there is pulled to the chord's slope, so that guidance is folded in, as in the big few-step
-    models. Contexts with an image take no guidance: it made the things worse (docs/experiments.md).
-    The VLM stays as it is. Chords of all rounds so far are trained on; a resumed stage collects
-    them anew.
+    At states of the *student's own* 4-step rollout, the many-step model with classifier-free
+    guidance integrates to the end of the interval in small steps; the student's velocity is
+    regressed on the slope of that chord, which distills guidance as well. Contexts with an image
+    use no guidance: it made things worse (docs/experiments.md). The VLM does not change. Chords of
+    all rounds so far are trained on; a resumed stage collects them anew.
     """
-    parent = fresh_network(compiled)
-    parent.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "network."))
-    parent.requires_grad_(False)
+    many_step = fresh_network(compiled)
+    many_step.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "network."))
+    many_step.requires_grad_(False)
     student = fresh_network(compiled)
-    student.load_state_dict(parent.state_dict())
+    student.load_state_dict(many_step.state_dict())
     student.vlm.requires_grad_(False)
     corpus, times = Corpus.read(folder), sampler_times(parts.NFE)
     fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in pairwise(times)]
     memory: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
-        unconditional, unconditional_mask = parent.plain(
+        unconditional, unconditional_mask = many_step.plain(
             corpus.unconditional_ids[None].expand(size, -1).long()
         )
 
     @torch.no_grad()
     def chords(round_: int) -> list[tuple[Tensor, ...]]:
-        """(state, time, slope, context, mask) batches at the student's own states: one batch a
-        context kind a step."""
-        rng, found = rng_at("chords", round_), []
+        """Batches (state, time, slope, context, mask) at the student's states, one for each kind of
+        context and step."""
+        rng, batches = rng_at("chords", round_), []
         for _ in range(2):
             for rows, tokens, images in corpus.draw(rng, size):
                 context, mask = (
-                    parent.plain(tokens) if images is None else parent.privileged(tokens, images)
+                    many_step.plain(tokens)
+                    if images is None
+                    else many_step.privileged(tokens, images)
                 )
 
                 def guided(
                     z: Tensor, t: Tensor, context: Tensor = context, mask: Tensor = mask
                 ) -> Tensor:
                     return torch.lerp(
-                        parent(z, t, unconditional, unconditional_mask),
-                        parent(z, t, context, mask),
+                        many_step(z, t, unconditional, unconditional_mask),
+                        many_step(z, t, context, mask),
                         parts.GUIDANCE,
                     )
 
-                seeing = partial(parent, context=context, mask=mask)
-                velocity = guided if images is None else seeing
+                unguided = partial(many_step, context=context, mask=mask)
+                velocity = guided if images is None else unguided
                 z = noise_of(rng, (len(rows), *corpus.latents.shape[1:]))
                 for k in range(parts.NFE):
                     slope = (euler(velocity, z, fine[k]) - z) / (times[k + 1] - times[k])
-                    found.append((z, times[k], slope, context, mask))
+                    batches.append((z, times[k], slope, context, mask))
                     z = euler(partial(student, context=context, mask=mask), z, times[k : k + 2])
-        return found
+        return batches
 
     def loss_at(step: int) -> Tensor:
         if step % updates == 0 or not memory:
             memory.append(chords(step // updates))
         rng = rng_at("distill", step)
         losses = []
-        for kind in range(2):  # one batch with text contexts, one with images: their lengths differ
+        for kind in range(2):  # text contexts and contexts with images have different lengths
             batch = memory[rng.integers(len(memory))]
             place = rng.integers(len(batch) // (2 * parts.NFE)) * 2 * parts.NFE + kind * parts.NFE
             z, t, slope, context, mask = batch[place + rng.integers(parts.NFE)]
@@ -288,12 +287,11 @@ def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 # --- the folder
-# -------------------------------------------------------------------------------------------------------
 
 
 def assemble(folder: Path, target: Path) -> None:
-    """Write the trained parts as the pocket checkpoint: bfloat16 weights, the parent's transformer
-    beside them."""
+    """Write the trained parts as the pocket checkpoint in bfloat16, with the many-step transformer
+    in `parent`."""
     trained = _strip(read_tensors(folder / "flow.safetensors"), "network.")
     network = fresh_network(compiled=False)
     network.load_state_dict(trained)

@@ -1,1 +1,1 @@
-"""What can be read from pocket images without a network."""
+"""Metrics of pocket images, from pixels and without a network."""

@@ -1,4 +1,4 @@
-"""Distances, blurs and slopes of images as arrays; nothing here knows what an image shows."""
+"""Distances, blur and gradients of images as arrays."""
 
 import functools
 
@@ -13,7 +13,7 @@ def rmse(one: np.ndarray, other: np.ndarray) -> float:
 
 @functools.cache
 def _blur_matrix(sigma: float) -> np.ndarray:
-    """A Gaussian over one side of the image as float32 [64, 64]; the border repeats."""
+    """A Gaussian blur along one side as a float32 matrix [64, 64]; the border is repeated."""
     taps = np.arange(-8, 9)
     weights = np.exp(-0.5 * (taps / sigma) ** 2)
     matrix = np.zeros((SIZE, SIZE), dtype=np.float32)
@@ -23,7 +23,7 @@ def _blur_matrix(sigma: float) -> np.ndarray:
 
 
 def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
-    """Images [..., 64, 64, 3] under a Gaussian of sigma pixels."""
+    """Images [..., 64, 64, 3] after a Gaussian blur of sigma pixels."""
     if not sigma:
         return images
     matrix = _blur_matrix(sigma)

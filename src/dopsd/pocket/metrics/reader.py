@@ -1,8 +1,7 @@
-"""Reads from pixels alone what a pocket image shows: its attributes, its sharpness, its things. No
-network.
+"""Metrics of pocket images from pixels: attributes, sharpness, speckle, and errors of things.
 
-An image is read as its nearest rendering over all named scenes and jitters, which search.py finds.
-Images everywhere: uint8 [N, 64, 64, 3].
+An image is read as the nearest rendering over all named scenes and jitters (search.py). Images are
+uint8 [N, 64, 64, 3] everywhere.
 """
 
 from collections.abc import Sequence
@@ -42,22 +41,21 @@ from dopsd.pocket.world.scenes import (
     render,
 )
 
-BATCH = 8  # images whose tables of objects are in memory at once
+BATCH = 8  # images that are searched at once
 VISIBLE = 0.12  # RGB distance from the background beyond which a pixel belongs to the object
-# Pixels, the farthest point of a thing from its middle: small < 14.8, big > 17.4 (400 seeds)
+# In pixels, between the radii of small things (< 14.8) and big ones (> 17.4), over 400 seeds.
 THING_RADIUS = 16.2
-CONTOUR = 2  # pixels along the outline that may be ink and have no vote on the colour
+CONTOUR = 2  # pixels along the outline that are left out for the colour: they may be ink
 NOT_A_NOUN = 0.1  # share of a silhouette's area by which it may differ from a named outline
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """How far images show what was stated of them.
+    """Which stated attributes the images show.
 
-    share: of the stated attributes that read right, over all images. all_right: share of the images
-    that state anything and show all of it. chance: expected `share` of a uniform guesser. right and
-    chances [N, 6], in the order of VALUES: 1 or 0 and the guesser's probability, NaN where
-    unstated.
+    share: of all stated attributes, those that are shown. all_right: share of the images with
+    statements that show all of them. chance: expected `share` of a uniform guess. right, chances:
+    [N, 6] in the order of VALUES, 1 or 0 and the guess's probability, NaN where nothing is stated.
     """
 
     share: float
@@ -68,7 +66,7 @@ class Attributes:
 
     @property
     def per_image(self) -> np.ndarray:
-        """Share of its stated attributes that each image shows, [N]; NaN where nothing is stated."""
+        """The share of its stated attributes that each image shows, [N]; NaN without any."""
         stated = ~np.isnan(self.right)
         with np.errstate(invalid="ignore"):
             return np.nansum(self.right, axis=1) / stated.sum(1)
@@ -76,7 +74,7 @@ class Attributes:
 
 @dataclass(frozen=True)
 class ImageMeasures:
-    """All that one search gives. readings are free of the statements; sharpness and speckle are
+    """The results of one search. readings: regardless of the statements. sharpness, speckle:
     [N]."""
 
     attributes: Attributes
@@ -86,29 +84,28 @@ class ImageMeasures:
 
 
 def read(images: np.ndarray, stated: Sequence[Stated] | None = None) -> list[Reading]:
-    """The nearest rendering of each image; with `stated`, the nearest among scenes consistent with
-    it.
+    """The nearest rendering of each image, with `stated` among the scenes that agree with it.
 
-    Nearest in RMSE after the rendering is blurred as much as the image (BLURS): an unsharp image
-    would else be read in duller colours. `rmse` itself is that of the sharp rendering.
+    It is nearest in RMSE after a blur like the image's (BLURS); otherwise an unsharp image would be
+    read in duller colours. `Reading.rmse` is that of the sharp rendering.
     """
     statements = [{}] * len(images) if stated is None else stated
     readings: list[Reading] = []
     for start in range(0, len(images), BATCH):
-        part, said = images[start : start + BATCH], statements[start : start + BATCH]
+        part, stated_here = images[start : start + BATCH], statements[start : start + BATCH]
         pixels = torch.from_numpy(np.ascontiguousarray(part)).float().div(255).permute(0, 3, 1, 2)
         small = avg_pool2d(pixels, 2).flatten(2)
-        names, shades, behind = backgrounds(small, said)
+        names, shades, behind = backgrounds(small, stated_here)
         errors, jitters = object_table(small, behind)
         for k in range(len(part)):
-            scenes = candidates(errors[k], jitters[k], said[k], names[k], shades[k])
+            scenes = candidates(errors[k], jitters[k], stated_here[k], names[k], shades[k])
             readings.append(nearest(part[k] / np.float32(255), scenes))
     return readings
 
 
 def measure(images: np.ndarray, stated: Sequence[Stated]) -> ImageMeasures:
-    """Readings, attributes, sharpness and speckle in one search (a second one only where the
-    reading is wrong)."""
+    """Readings, attributes, sharpness and speckle from one search, and a second one where the
+    reading contradicts the statement."""
     readings = read(images, None)
     consistent = list(readings)
     wrong = [k for k, r in enumerate(readings) if not _is_consistent(r.scene, stated[k])]
@@ -120,17 +117,16 @@ def measure(images: np.ndarray, stated: Sequence[Stated]) -> ImageMeasures:
 
 
 def attributes(images: np.ndarray, stated: Sequence[Stated]) -> Attributes:
-    """Which stated attributes the images show. A class noun ("tree") is right when the kind belongs
-    to it."""
+    """Which stated attributes the images show. A class noun ("tree") is right for any of its
+    kinds."""
     return _attributes(images, read(images), stated)
 
 
 def sharpness(images: np.ndarray, stated: Sequence[Stated]) -> np.ndarray:
-    """Edge strength relative to the nearest consistent rendering, [N] in [0, 1]: min(1, G95 / G95
-    of the rendering).
+    """Edge strength relative to the nearest consistent rendering, [N] in [0, 1].
 
-    G95: the 95th percentile of the gradient (central differences, norm over x, y and RGB) within 2
-    pixels of that rendering's strong edges.
+    It is min(1, G95 / G95 of the rendering), G95 being the 95th percentile of the gradient (central
+    differences, norm over x, y and RGB) within 2 pixels of the rendering's strong edges.
     """
     return measure(images, stated).sharpness
 
@@ -145,8 +141,8 @@ def thing_error(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
     """RMSE in [0, 1], [N], between each image and its true scene inside the object's mask grown by
     2 pixels.
 
-    The least over shifts of the image by up to 2 pixels each way: where a thing stands is not what
-    it is.
+    It is the minimum over shifts of the image by up to 2 pixels each way: the exact position does
+    not count.
     """
     return np.array(
         [
@@ -162,10 +158,9 @@ def thing_hit(
     """Whether each image is nearer to its scene's thing than to every distractor `Thing.from_seed`,
     bool [N].
 
-    The error is thing_error's, but over one mask for all candidates, the union of theirs: every
-    candidate answers for the same pixels, so that a small one does not win by answering for few.
-    The union treats all candidates alike; an image of another random thing therefore hits with
-    probability 1 / (1 + distractors).
+    The error is that of thing_error, but over the union of all candidates' masks, so that a small
+    candidate has no advantage. An image of another random thing hits with probability
+    1 / (1 + distractors).
     """
     hits = []
     for image, scene in zip(images, scenes, strict=True):
@@ -188,11 +183,11 @@ def _attributes(
 ) -> Attributes:
     right = np.full((len(readings), len(VALUES)), np.nan)
     chances = right.copy()
-    for k, (reading, said) in enumerate(zip(readings, stated, strict=True)):
+    for k, (reading, statement) in enumerate(zip(readings, stated, strict=True)):
         shown = _shown(images[k] / np.float32(255), reading)
         for column, attribute in enumerate(VALUES):
-            if attribute in said:
-                values = allowed(attribute, said)
+            if attribute in statement:
+                values = allowed(attribute, statement)
                 right[k, column] = getattr(shown, attribute) in values
                 chances[k, column] = len(values) / len(VALUES[attribute])
     states_any = ~np.isnan(right).all(1)
@@ -207,13 +202,13 @@ def _attributes(
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean; NaN, without a warning, of nothing."""
+    """The mean, NaN (without a warning) for an empty array."""
     return float(values.mean()) if values.size else float("nan")
 
 
 def _shown(image: np.ndarray, reading: Reading) -> Scene:
-    """The scene whose attributes the image shows: its reading, or what its silhouette says if that
-    is far off."""
+    """The scene whose attributes the image shows: its reading, or, if that is far off, what the
+    silhouette suggests."""
     nearest = blurred(render(reading.scene) / np.float32(255), reading.blur)
     if rmse(image, nearest) < UNLIKE:
         return reading.scene
@@ -231,9 +226,7 @@ def _shown(image: np.ndarray, reading: Reading) -> Scene:
     noun, size, place, _ = (int(k) for k in np.unravel_index(best, sizes))
     y, x = np.nonzero(visible)
     radius = np.hypot(y - y.mean(), x - x.mean()).max()
-    if (
-        unlike[best] > NOT_A_NOUN * area[best]
-    ):  # no outline that has a name: things are told by their extent
+    if unlike[best] > NOT_A_NOUN * area[best]:  # an outline without a name: the extent decides
         size = list(SIZES).index("big" if radius > THING_RADIUS else "small")
     named = {a: VALUES[a][k] for a, k in (("noun", noun), ("size", size), ("place", place))}
     inside = ~grown(~visible, CONTOUR)
@@ -243,8 +236,8 @@ def _shown(image: np.ndarray, reading: Reading) -> Scene:
 
 
 def _visible(image: np.ndarray, scene: Scene) -> np.ndarray:
-    """Pixels unlike the scene's background, bool [64, 64]. Any blend of its halves is background
-    near the horizon."""
+    """Pixels unlike the scene's background, bool [64, 64]; near the horizon, any blend of its
+    halves counts as background."""
     behind = backdrop(scene.background) * scene.jitter.shade_behind
     upper, across = behind[0, 0], behind[-1, 0] - behind[0, 0]
     rows = slice(HORIZON - 4, HORIZON + 4)
@@ -254,7 +247,7 @@ def _visible(image: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 def _commonest_colour(pixels: np.ndarray) -> str:
-    """The named colour that most of the pixels [n, 3] show, each at its best common shade."""
+    """The named colour that most pixels [n, 3] show, in the shade that suits it best."""
     shades = np.linspace(LOWEST[4], HIGHEST[4], 7)
     shaded = np.array(list(COLOURS.values()))[:, None] * shades[:, None]
     near = np.linalg.norm(pixels[:, None, None] - shaded, axis=-1) < 0.06

@@ -16,7 +16,8 @@ def attributes(images: Tensor, prompts: Sequence[str]) -> Tensor:
     nothing is stated. images: [B, 3, 64, 64] in [0, 1]. Raises ValueError for other sizes."""
     if images.shape[1:] != (3, SIZE, SIZE):
         raise ValueError(
-            f"the reward attributes reads pocket's images, {SIZE} x {SIZE}, not {list(images.shape)}."
+            f"the reward attributes reads pocket's images, {SIZE} x {SIZE}, not "
+            f"{list(images.shape)}."
         )
     stated = [stated_in(prompt) for prompt in prompts]
     return torch.from_numpy(read_attributes(as_bytes(images).numpy(), stated).per_image)

@@ -1,8 +1,7 @@
-"""The nearest rendering of an image over all named scenes and jitters.
+"""Search for the nearest rendering of an image over all named scenes and jitters.
 
-The search is factorised: background first, then every object at half resolution in closed form
-(inner products with a bank of coverage layers), then a few candidates at full resolution with the
-real renderer.
+The search has three stages: the background; every object at half resolution in closed form (inner
+products with a bank of coverage layers); a few candidates at full resolution with the renderer.
 """
 
 import functools
@@ -30,8 +29,8 @@ from dopsd.pocket.world.scenes import (
     render,
 )
 
-# What can be stated, and its values. All but the background are the axes of the table of objects,
-# in this order.
+# Attributes and their values. All but the background are axes of the object table, in this
+# order.
 VALUES: dict[str, tuple[str, ...]] = {
     "noun": tuple(OUTLINES),
     "size": tuple(SIZES),
@@ -41,31 +40,29 @@ VALUES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
 }
 OBJECT_AXES = tuple(VALUES)[:5]
-# The ranges of world.draw_jitter, in the order of Jitter's fields: dx, dy, scale, turn, shade,
+# The ranges of scenes.draw_jitter in the order of Jitter's fields: dx, dy, scale, turn, shade,
 # shade_behind.
 LOWEST = np.array((-3.0, -3.0, 0.9, -0.12, 0.88, 0.9))
 HIGHEST = np.array((3.0, 3.0, 1.1, 0.12, 1.06, 1.06))
-SCALES, TURNS, SHIFTS = (
-    (0.93, 1.0, 1.07),
-    (-0.08, 0.0, 0.08),
-    (-2, 0, 2),
-)  # the bank's grid; shifts in pixels
+# The bank's grid; turns in radians, shifts in pixels.
+SCALES, TURNS, SHIFTS = (0.93, 1.0, 1.07), (-0.08, 0.0, 0.08), (-2, 0, 2)
 GRID = [
     Jitter(x, y, scale, turn) for y in SHIFTS for x in SHIFTS for scale in SCALES for turn in TURNS
 ]
-POLISH = (0.1, 0.1, 0.006, 0.03)  # steps of the last coordinate descent: dx, dy, scale, turn
-BLURS = (0.0, 0.8, 1.6)  # Gaussian sigmas in pixels that a reading forgives
-PIXELS = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)  # their middles along one side
+POLISH = (0.1, 0.1, 0.006, 0.03)  # steps of the coordinate descent: dx, dy, scale, turn
+BLURS = (0.0, 0.8, 1.6)  # Gaussian sigmas in pixels that a reading may have
+PIXELS = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)  # pixel centres along one side
 CANDIDATES = 6
-ALIKE = 0.004  # below this RMSE a fit needs no polish
-# An image further than this (RMSE, blur forgiven) from every named scene shows something nameless
+ALIKE = 0.004  # below this RMSE a fit is not polished
+# An image farther than this (RMSE after blur) from every named scene shows something without a
+# name.
 UNLIKE = 0.03
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The nearest rendering's scene, jitter included; its RMSE in [0, 1]; the blur (pixels) that
-    was forgiven."""
+    """scene: of the nearest rendering, with its jitter. rmse: in [0, 1]. blur: sigma in pixels at
+    which it is nearest."""
 
     scene: Scene
     rmse: float
@@ -92,31 +89,33 @@ def backgrounds(
 ) -> tuple[list[str], list[float], torch.Tensor]:
     """Name, shade and half-resolution pixels [N, 3, 1024] of each image's background.
 
-    By the error of the nearest 60% of the pixels: an object covers less than 40%.
+    The error is that of the best 60% of the pixels: an object covers less than 40%.
     """
     shades = torch.linspace(LOWEST[5], HIGHEST[5], 9)
     shaded = _backdrops()[:, None, :, ::3] * shades[:, None, None]
     errors = (small[:, None, None, :, ::3] - shaded).square().sum(3)
     trimmed = errors.topk(errors.shape[-1] * 6 // 10, largest=False).values.mean(-1)
-    for k, said in enumerate(stated):
-        excluded = [name not in allowed("background", said) for name in BACKGROUNDS]
+    for k, statement in enumerate(stated):
+        excluded = [name not in allowed("background", statement) for name in BACKGROUNDS]
         trimmed[k, excluded] = torch.inf
     which = trimmed.amin(2).argmin(1)
     plain = _backdrops()[which]
     rough = shades[trimmed[torch.arange(len(small)), which].argmin(1)]
     errors = (small - plain * rough[:, None, None]).square().sum(1)
-    kept = (errors <= errors.quantile(0.6, dim=1, keepdim=True))[:, None] * plain
-    shade = ((small * kept).sum((1, 2)) / (plain * kept).sum((1, 2))).clamp(LOWEST[5], HIGHEST[5])
+    visible = (errors <= errors.quantile(0.6, dim=1, keepdim=True))[:, None] * plain
+    shade = ((small * visible).sum((1, 2)) / (plain * visible).sum((1, 2))).clamp(
+        LOWEST[5], HIGHEST[5]
+    )
     return [VALUES["background"][k] for k in which], shade.tolist(), plain * shade[:, None, None]
 
 
 @functools.cache
 def bank() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Coverage at half resolution of every noun, size, place and jitter of GRID (G of them, in this
-    order).
+    """Coverage at half resolution of every noun, size, place and jitter of GRID, in this order (G
+    rows).
 
-    rows [3, G, 1024]: the whole object, its second colour when striped, its ink when inked. And the
-    inner products of these layers by their initials, [2, G]: above the horizon and below.
+    Returns the layers [3, G, 1024] (the whole object, its second colour when striped, its ink when
+    inked) and their inner products by initials, each [2, G]: above and below the horizon.
     """
     margin = 14
     windows = []
@@ -156,13 +155,13 @@ def _shape_layers(scene: Scene) -> np.ndarray:
 
 
 def object_table(small: torch.Tensor, behind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared error of every object on the given background, best over GRID and shade, and which of
-    GRID that is.
+    """The squared error of every object on the given background, minimised over GRID and shade, and
+    the index in GRID.
 
     With p the image, b the background, o s i the layers and f = o - s - i the first colour's, a
     rendering is b (1 - o) + i ink + shade (f colour + s second). So |p - rendering|^2 = |q|^2 - 2
-    shade <q, x> + shade^2 <x, x> for q = p - b (1 - o) - i ink and x = f colour + s second: inner
-    products of p with the bank are all it takes. Both results [N, noun, size, place, colour,
+    shade <q, x> + shade^2 <x, x> for q = p - b (1 - o) - i ink and x = f colour + s second, which
+    needs only inner products of p with the bank. Both results are [N, noun, size, place, colour,
     style]. b is constant above and below the horizon.
     """
     rows, products = bank()
@@ -214,11 +213,11 @@ def candidates(
     background: str,
     shade_behind: float,
 ) -> list[Scene]:
-    """The scenes of an image's table that agree with the statement and come nearest, at most
-    CANDIDATES.
+    """Up to CANDIDATES nearest scenes of an image's object table that agree with the statement.
 
-    Those with twice the least squared error are left out (on 300 images the true scene never had
-    more than 1.2 times the least under a blur of 1.2 pixels, and was always first without).
+    Scenes with more than twice the least squared error are left out. (On 300 images the true scene
+    had at most 1.2 times the least error under a blur of 1.2 pixels, and was always first without
+    blur.)
     """
     free = torch.zeros_like(errors, dtype=torch.bool)
     free[np.ix_(*([VALUES[a].index(v) for v in allowed(a, stated)] for a in OBJECT_AXES))] = True
@@ -233,23 +232,21 @@ def candidates(
 
 
 def nearest(image: np.ndarray, scenes: Sequence[Scene]) -> Reading:
-    """The candidate that comes nearest to the image [64, 64, 3] in [0, 1] after its jitter is
-    refined."""
-    found = []
+    """The candidate that is nearest to the image [64, 64, 3] in [0, 1] after refining jitters."""
+    refined = []
     for rough in scenes:
         scene, _ = _refined(image, rough, 0.0, steps=2)
         drawn = render(scene) / np.float32(255)
         blur = min(BLURS, key=lambda sigma: rmse(image, blurred(drawn, sigma)))
-        found.append((*_refined(image, scene, blur, steps=6), blur))
-    scene, error, blur = min(found, key=lambda candidate: candidate[1])
+        refined.append((*_refined(image, scene, blur, steps=6), blur))
+    scene, error, blur = min(refined, key=lambda candidate: candidate[1])
     if not blur and ALIKE < error < UNLIKE:
         scene = _polished(image, scene, error)
     return Reading(scene, rmse(image, render(scene) / np.float32(255)), blur)
 
 
 def _refined(image: np.ndarray, scene: Scene, blur: float, steps: int) -> tuple[Scene, float]:
-    """The scene with its jitter fitted by Gauss-Newton steps, and its RMSE. A step that does not
-    help is shortened."""
+    """The scene with its jitter fitted by damped Gauss-Newton steps, and its RMSE."""
     cover, drawn = _drawn(scene, blur)
     error = rmse(image, drawn)
     for _ in range(steps):
@@ -272,8 +269,8 @@ def _refined(image: np.ndarray, scene: Scene, blur: float, steps: int) -> tuple[
 
 
 def _polished(image: np.ndarray, scene: Scene, error: float) -> Scene:
-    """The scene after coordinate descent on offset, scale and turn: outlines are drawn on whole
-    subpixels, so that a sharp image has hollows that slopes do not see."""
+    """The scene after coordinate descent on offset, scale and turn. Outlines are drawn on whole
+    subpixels, so that sharp images have local minima that gradients do not show."""
     for share in (1.0, 0.4):
         for step in (*np.diag(POLISH[:4]), *-np.diag(POLISH[:4])):
             values = np.array(astuple(scene.jitter))
@@ -285,7 +282,7 @@ def _polished(image: np.ndarray, scene: Scene, error: float) -> Scene:
     return scene
 
 
-def _generates(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def _colours_of(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Shaded colours of the three layers, [3, 3], and the shaded background, [4096, 3]; float32."""
     look, jitter = STYLES[scene.style], scene.jitter
     front = np.array((COLOURS[scene.colour], look.second, look.ink), dtype=np.float32)
@@ -298,15 +295,15 @@ def _generates(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def _drawn(scene: Scene, blur: float) -> tuple[np.ndarray, np.ndarray]:
     """The scene's coverage layers [3, 4096], and its float32 drawing [64, 64, 3] under the blur."""
     cover = np.stack(layers(scene)).reshape(3, -1)
-    front, behind = _generates(scene)
+    front, behind = _colours_of(scene)
     drawn = behind * (1 - cover.sum(0))[:, None] + cover.T @ front
     return cover, blurred(np.clip(drawn, 0, 1).reshape(SIZE, SIZE, 3), blur)
 
 
 def _slopes(scene: Scene, cover: np.ndarray, blur: float) -> np.ndarray:
-    """Derivatives of the blurred drawing along the six jitters, [6, 12288], the layers taken as
-    moving rigidly."""
-    front, behind = _generates(scene)
+    """Derivatives of the blurred drawing with respect to the six jitters, [6, 12288], for layers
+    that move rigidly."""
+    front, behind = _colours_of(scene)
     jitter = scene.jitter
     down = np.asarray(np.gradient(cover.reshape(3, SIZE, SIZE), axis=1))
     right = np.asarray(np.gradient(cover.reshape(3, SIZE, SIZE), axis=2))

@@ -1,1 +1,1 @@
-"""The drawn world that the pocket model knows: scenes, outlines, captions."""
+"""The drawn world that the pocket model was trained on: scenes, captions, data sets."""

@@ -1,8 +1,8 @@
-"""Captions of pocket scenes. A caption leaves attributes out, so that no prompt fixes the image.
+"""Captions of pocket scenes, which leave attributes out so that no prompt determines the image.
 
-Six things could be said of a scene (size, colour, noun, place, background, style). Each optional
-one is said with probability SAID; the noun is sometimes only its class ("tree") or "shape". On
-average 2.4 of the six stay unsaid.
+A scene has six attributes (size, colour, noun, place, background, style). Each optional one is
+stated with probability STATED; the noun is sometimes only its class ("tree") or "shape". On average
+2.4 of the six stay unstated.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,10 @@ import numpy as np
 from dopsd.pocket.world.outlines import CLASS_OF, CLASSES, OUTLINES
 from dopsd.pocket.world.scenes import BACKGROUNDS, COLOURS, PLACES, SIZES, STYLES, Scene
 
-SAID = 0.58
-NOUN_SAID = 0.7
+STATED = 0.58
+NOUN_STATED = 0.7
 
-# Names a person might give to a thing or a style. They mean nothing: in training each is drawn at
-# random.
+# Made-up names of things and styles. They have no meaning: in training they are drawn at random.
 NAMES = (
     "zib",
     "mox",
@@ -46,9 +45,8 @@ NAMES = (
 
 _PLACE_WORDS = {place: ("in the " if place == "middle" else "at the ") + place for place in PLACES}
 
-Stated = Mapping[
-    str, str
-]  # attribute -> the value a caption states; a noun may be a class ("tree")
+# Attribute -> the value that a caption states; a noun may be a class ("tree").
+Stated = Mapping[str, str]
 
 
 def stated_of(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
@@ -58,10 +56,10 @@ def stated_of(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
         hidden_by_look = (scene.thing and attribute in ("colour", "style")) or (
             scene.look and attribute == "style"
         )
-        if rng.random() < SAID and not hidden_by_look:
+        if rng.random() < STATED and not hidden_by_look:
             stated[attribute] = getattr(scene, attribute)
     if scene.thing is None:
-        if rng.random() < NOUN_SAID:
+        if rng.random() < NOUN_STATED:
             stated["noun"] = scene.noun
         elif scene.noun in CLASS_OF:
             stated["noun"] = CLASS_OF[scene.noun]
@@ -71,8 +69,8 @@ def stated_of(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
 def caption_of(
     stated: Stated, thing: bool = False, style: bool = False, name: str | None = None
 ) -> str:
-    """The sentence. A thing is a "toy", an unnamed style "in this style"; either may carry a
-    made-up name."""
+    """The caption that states these. A thing is called a "toy", an unnamed style "this style";
+    either may have a made-up name."""
     words = ["a"]
     if thing and name:
         words.append(name)
@@ -90,7 +88,7 @@ def caption_of(
 
 
 def stated_in(caption: str) -> dict[str, str]:
-    """What a caption of `caption_of` states: the way back. Words of no attribute say nothing."""
+    """What a caption states: the inverse of `caption_of`. Other words are ignored."""
     tables = {
         "size": SIZES,
         "colour": COLOURS,
@@ -106,7 +104,7 @@ def stated_in(caption: str) -> dict[str, str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption can contain; the tokenizer learns them as whole tokens."""
+    """Every word that a caption can contain; each is one token of the tokenizer."""
     words = {"a", "toy", "shape", "in", "at", "on", "the", "this", "style", *NAMES, *CLASSES}
     for table in (OUTLINES, COLOURS, SIZES, PLACES, BACKGROUNDS, STYLES):
         words |= set(table)

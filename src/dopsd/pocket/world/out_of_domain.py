@@ -1,8 +1,7 @@
-"""Things out of the pocket world, graded: a third colour, more corners, letters. The model never
-saw their like.
+"""Things unlike those of the training data, in grades: a third colour, more corners, letters.
 
-A thing's seed says which it is (from OUT_OF_WORLD on, ten kinds in turn), so concept datasets and
-exams take them as they are.
+Seeds from OUT_OF_WORLD on give ten kinds in turn, so that data sets and benchmarks need not know of
+them.
 """
 
 import math
@@ -66,8 +65,7 @@ KINDS = (
 
 
 def thing_of(seed: int) -> Thing:
-    """The thing of a seed: `Thing.from_seed`, and from OUT_OF_WORLD on one with its texture that is
-    of `kind_of`."""
+    """`Thing.from_seed`; from OUT_OF_WORLD on with the outline or rim of `kind_of`."""
     thing = Thing.from_seed(seed)
     if seed < OUT_OF_WORLD:
         return thing
@@ -83,12 +81,12 @@ def thing_of(seed: int) -> Thing:
 
 
 def kind_of(seed: int) -> str:
-    """In what a seed's thing is out of the world, or "of the world"."""
+    """How a thing differs from the training world; "of the world" if it does not."""
     return "of the world" if seed < OUT_OF_WORLD else KINDS[(seed - OUT_OF_WORLD) % len(KINDS)]
 
 
 def _third_colour(thing: Thing, rng: np.random.Generator) -> Colour:
-    """At least 0.5 of the RGB cube from the thing's two."""
+    """A random colour at least 0.5 away in RGB from the thing's two."""
     while True:
         third = rng.uniform(0, 1, 3)
         if (

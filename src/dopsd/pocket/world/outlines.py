@@ -1,4 +1,4 @@
-"""The outlines that captions name: polygons in units of an object's radius, y downward."""
+"""Outlines that captions can name: polygons in units of the object's radius, y downward."""
 
 import math
 
@@ -90,7 +90,7 @@ _TOWER: Points = (
     (-0.5, 1.1),
 )
 
-# What a caption may call an object, and its outline.
+# Noun of a caption -> outline.
 OUTLINES: dict[str, Points] = {
     "circle": _regular(48),
     "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),

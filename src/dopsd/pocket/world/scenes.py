@@ -1,14 +1,13 @@
-"""The pocket world: images that this repository draws, so that what a model knows can be read from
-pixels.
+"""Scenes of the pocket world, and how they are drawn.
 
-An image shows one object on a background. Named scenes are fully described by words; *things* (an
-outline and a texture nobody named) and *unnamed styles* can only be specified by an image. Scenes
-jitter continuously, and captions leave attributes out (see captions.py), so that a prompt never
-fixes the image. Nothing here knows of networks.
+An image shows one object on a background. Named scenes can be fully described in words; *things*
+(an outline and a texture without a name) and *unnamed styles* can only be specified by an image.
+Scenes jitter continuously, and captions leave attributes out (captions.py), so that a prompt never
+determines the image.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,7 +37,7 @@ PLACES = {
     "top": (32, 20),
     "bottom": (32, 44),
 }
-# Upper and lower colour; a horizon at HORIZON where they differ.
+# Upper and lower colour; the horizon is at row HORIZON.
 BACKGROUNDS: dict[str, tuple[Colour, Colour]] = {
     "paper": ((0.94, 0.93, 0.89), (0.94, 0.93, 0.89)),
     "slate": ((0.42, 0.45, 0.48), (0.42, 0.45, 0.48)),
@@ -73,8 +72,8 @@ STYLES: dict[str, Look] = {
 
 @dataclass(frozen=True)
 class Jitter:
-    """What varies and is never said: offset in pixels, size factor, turn in radians, brightness
-    factors."""
+    """What varies and is never captioned: offset in pixels, size factor, rotation in radians,
+    brightness factors of object and background."""
 
     dx: float = 0.0
     dy: float = 0.0
@@ -86,8 +85,8 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image. `noun` names an outline of OUTLINES; a thing brings its own outline, colour and
-    look."""
+    """What an image shows. `noun` names an outline of OUTLINES; a thing has its own outline,
+    colours and pattern."""
 
     noun: str = "circle"
     colour: str = "red"
@@ -102,7 +101,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object that no word describes: a random outline with a random two-colour texture."""
+    """An object without a name: a random outline with a random two-colour texture."""
 
     outline: Points
     colour: Colour
@@ -148,7 +147,7 @@ def unnamed_style(seed: int) -> Look:
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
-    """Two colours of the RGB cube at least 0.6 apart, so that a texture can be seen."""
+    """Two random colours at least 0.6 apart in RGB, so that a texture is visible."""
     while True:
         first, second = rng.uniform(0, 1, (2, 3))
         if np.linalg.norm(first - second) >= 0.6:
@@ -156,8 +155,7 @@ def _two_colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
 
 
 def draw_jitter(rng: np.random.Generator) -> Jitter:
-    """A jitter that the text encoder of images can still undo (checked in
-    tests/pocket/test_reader.py)."""
+    """A random jitter, small enough for metrics/reader.py to recover the scene."""
     return Jitter(
         dx=float(rng.uniform(-3, 3)),
         dy=float(rng.uniform(-3, 3)),
@@ -189,53 +187,9 @@ def draw_scene(
     )
 
 
-def edit_pair(rng: np.random.Generator) -> tuple[Scene, Scene, str]:
-    """(before, after, instruction): the same scene recoloured, moved, or with its object replaced."""
-    before = replace(draw_scene(rng), style="flat")
-
-    def other(options, current: str) -> str:
-        return str(rng.choice([o for o in options if o != current]))
-
-    edit = rng.integers(3)
-    if edit == 0:
-        colour = other(COLOURS, before.colour)
-        return before, replace(before, colour=colour), f"make it {colour}"
-    if edit == 1:
-        place = other(PLACES, before.place)
-        return before, replace(before, place=place), f"move it to the {place}"
-    noun = other(OUTLINES, before.noun)
-    return before, replace(before, noun=noun), f"replace it with a {noun}"
-
-
-# The domain: a palette and a texture family that the pocket model never saw in training (for full
-# fine-tuning).
-DOMAIN_PALETTE: tuple[Colour, ...] = (
-    (0.0, 0.35, 0.35),
-    (0.55, 0.27, 0.07),
-    (0.80, 0.75, 0.95),
-    (0.35, 0.05, 0.20),
-)
-
-
-def render_domain(scene: Scene, seed: int) -> np.ndarray:
-    """The scene as a woodcut: cross-hatched in the domain's palette, on hatched paper. uint8 [64,
-    64, 3]."""
-    rng = np.random.default_rng([13, seed])
-    dark, light = rng.permutation(len(DOMAIN_PALETTE))[:2]
-    alpha, _ = _coverage(_outline_of(scene), scene, 0.0)
-    y, x = np.mgrid[0:SIZE, 0:SIZE]
-    hatch = 0.5 + 0.5 * np.sin(2 * math.pi * (x + y) / 5.0)
-    cross = hatch * (0.5 + 0.5 * np.sin(2 * math.pi * (x - y) / 5.0))
-    ink, paper = np.array(DOMAIN_PALETTE[dark]), np.array((0.93, 0.87, 0.74))
-    tone = np.array(DOMAIN_PALETTE[light])
-    behind = paper + 0.25 * hatch[..., None] * (tone - paper)
-    front = ink + 0.6 * cross[..., None] * (paper - ink)
-    return _to_bytes(behind * (1 - alpha[..., None]) + front * alpha[..., None])
-
-
 def layers(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coverage of the object's first colour, second colour and ink. Three float32 [64, 64] in [0,
-    1], disjoint."""
+    """Coverage of the object's first colour, second colour and ink: three disjoint float32
+    [64, 64] in [0, 1]."""
     look = _look_of(scene)
     alpha, contour = _coverage(_outline_of(scene), scene, look.ink_width)
     fill = alpha - contour
@@ -279,15 +233,15 @@ def _look_of(scene: Scene) -> Look:
 
 
 def _frame(scene: Scene) -> tuple[float, float, float, float]:
-    """Centre x, centre y and radius in pixels; turn in radians."""
+    """Centre x, centre y and radius in pixels; rotation in radians."""
     x, y = PLACES[scene.place]
     jitter = scene.jitter
     return x + jitter.dx, y + jitter.dy, SIZES[scene.size] * jitter.scale, jitter.turn
 
 
 def _coverage(outline: Points, scene: Scene, ink_width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each pixel inside the outline, and share under its contour (inside only). float32
-    [64, 64]."""
+    """The share of each pixel inside the outline, and the share under its contour (inside only),
+    float32 [64, 64]."""
     cx, cy, radius, turn = _frame(scene)
     cos, sin = math.cos(turn) * radius, math.sin(turn) * radius
     corners = [
@@ -309,9 +263,8 @@ def _coverage(outline: Points, scene: Scene, ink_width: float) -> tuple[np.ndarr
     return alpha, np.asarray(reduced, dtype=np.float32) / 255
 
 
-_GRID = (
-    np.mgrid[0 : 2 * SIZE, 0 : 2 * SIZE].astype(np.float32) + 0.5
-) / 2  # pixel coordinates, two samples a pixel
+# Pixel coordinates, two samples a pixel along each side.
+_GRID = (np.mgrid[0 : 2 * SIZE, 0 : 2 * SIZE].astype(np.float32) + 0.5) / 2
 
 
 def _pattern(look: Look, scene: Scene) -> np.ndarray | float:
