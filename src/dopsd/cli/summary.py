@@ -35,11 +35,9 @@ def print_summary(run: "ResolvedRun", checked: "Checked") -> None:
         field("full", checked.coverage)
     field("method", recipe.method.name)
     field("training", _training(train.max_steps, checked))
-    field(
-        "compute",
-        f"{checked.images * checked.forwards_per_image} network forwards (a backward counts as two);"
-        f" the sampler takes {run.nfe} steps",
-    )
+    forwards = checked.images * checked.forwards_per_image
+    field("compute", f"{forwards} network forwards (a backward counts as two);")
+    field("", f"the sampler takes {run.nfe} steps")
 
 
 def _training(steps: int, checked: "Checked") -> str:
