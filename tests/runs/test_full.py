@@ -267,7 +267,9 @@ def test_a_saved_model_that_reads_back_differently_is_refused_and_removed(pocket
         save_file(tensors, file, {"format": "pt"})
 
     network.save_pretrained = save_with_an_error
-    with pytest.raises(ValueError, match="x_pad_token reads back with other values than were written"):
+    with pytest.raises(
+        ValueError, match="x_pad_token reads back with other values than were written"
+    ):
         write_model(tmp_path / "model", network, pocket)
     assert os.listdir(tmp_path) == []
 
