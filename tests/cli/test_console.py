@@ -1,8 +1,12 @@
 """What is printed is what was given: no markup, no emoji, no control characters, one line."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from dopsd.cli.console import printable, say, show_table
+from dopsd.cli.console import LONGEST, printable, refuse, say, show_table
 
 
 @pytest.mark.parametrize(
@@ -32,3 +36,17 @@ def test_control_characters_are_escaped(text, shown, capsys):
     assert capsys.readouterr().out == shown + "\n"
     show_table(["name"], [[text]])
     assert shown in capsys.readouterr().out
+
+
+def test_a_character_that_the_terminal_lacks_is_a_question_mark():
+    done = subprocess.run(
+        [sys.executable, "-m", "dopsd", "check", "星.yaml"],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(b"dopsd: ?.yaml does not exist")
+
+
+def test_a_refusal_is_never_longer_than_a_few_lines(capsys):
+    refuse("a" * 100_000)
+    assert len(capsys.readouterr().err) < LONGEST + 20

@@ -120,8 +120,7 @@ def test_every_image_is_visible_nothing_scrolls_sideways_and_nothing_is_fetched(
     for natural, shown, left, right in measured["images"]:
         assert natural == 64 and shown >= 100 and left >= 0 and right <= width
     assert measured["width"] <= width and measured["fetched"] == []
-    wide_tables = ["DIV.scroll"] if page == "comparison" and width > 390 else []
-    assert [each for each in measured["scrolling"] if each not in wide_tables] == []
+    assert measured["scrolling"] == []
 
 
 @pytest.mark.parametrize("page", ["report", "comparison"])

@@ -1,91 +1,21 @@
 """LoRA files of other tools: every public form is read, described or refused; models are found by
 their metadata."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImagePipeline
 from huggingface_hub import ModelCard
-from latents import sample_latents
+from lora_files import FORMS, MODULES, SCALE, deltas, kohya_names, peft_names
 from safetensors.torch import save_file
 
 from dopsd.config.recipe import parse_recipe
-from dopsd.diffusion.sampling import noise_for
 from dopsd.models.folder import fuse
 from dopsd.models.inspection import inspect_lora
 from dopsd.models.lora import ModelReference, merge_lora, model_for, read_lora
 from dopsd.models.pipeline import sample
 from dopsd.runs.train import train
-
-MODULES = {
-    "layers.0.attention.to_q": (128, 128),
-    "layers.3.attention.to_out.0": (128, 128),
-    "noise_refiner.0.feed_forward.w1": (341, 128),
-    "context_refiner.0.attention.to_k": (128, 128),
-}
-RANK, ALPHA = 4, 8
-
-
-def deltas() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: (
-            torch.randn(RANK, inner, generator=generator),
-            torch.randn(outer, RANK, generator=generator),
-        )
-        for name, (outer, inner) in MODULES.items()
-    }
-
-
-def peft_names(
-    prefix: str,
-    scale: float = 1.0,
-    marks: tuple[str, str] = ("lora_A", "lora_B"),
-    alpha: bool = False,
-):
-    """The same LoRA as different tools write it."""
-    tensors = {}
-    for name, (a, b) in deltas().items():
-        tensors[f"{prefix}{name}.{marks[0]}.weight"] = a.clone()
-        tensors[f"{prefix}{name}.{marks[1]}.weight"] = b * scale
-        if alpha:
-            tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(ALPHA))
-    return tensors
-
-
-def kohya_names():
-    tensors = {}
-    for name, (a, b) in deltas().items():
-        path = "lora_unet_" + name.replace(".", "_")
-        tensors |= {
-            f"{path}.lora_down.weight": a.clone(),
-            f"{path}.lora_up.weight": b.clone(),
-            f"{path}.alpha": torch.tensor(float(ALPHA)),
-        }
-    return tensors
-
-
-SCALE = ALPHA / RANK
-IN_METADATA = {
-    "lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})
-}
-FORMS = {
-    "ours": (lambda: peft_names("transformer.", SCALE), None),
-    "scale in the metadata": (lambda: peft_names("transformer."), IN_METADATA),
-    "with alpha": (lambda: peft_names("transformer.", alpha=True), None),
-    "ComfyUI's": (lambda: peft_names("diffusion_model.", SCALE), None),
-    "ComfyUI's with alpha": (lambda: peft_names("diffusion_model.", alpha=True), None),
-    "down and up": (
-        lambda: peft_names("diffusion_model.", marks=("lora_down", "lora_up"), alpha=True),
-        None,
-    ),
-    "bare names": (lambda: peft_names("", SCALE), None),
-    "raw PEFT": (lambda: peft_names("base_model.model.", SCALE), None),
-    "kohya": (kohya_names, None),
-}
 
 
 @pytest.fixture(params=FORMS)
@@ -119,24 +49,6 @@ def test_a_merged_foreign_file_changes_exactly_its_modules(pocket, tmp_path):
             torch.testing.assert_close(tensor, before[name] + b @ a * SCALE, atol=1e-4, rtol=1e-5)
         else:
             assert torch.equal(tensor, before[name]), name
-
-
-def test_inspect_reports_family_rank_and_loaders_of_every_public_form(file, request):
-    lines = dict(inspect_lora(file).lines)
-    assert (lines["family"], lines["rank"], lines["modules"]) == (
-        "zimage",
-        str(RANK),
-        str(len(MODULES)),
-    )
-    expected = {
-        "ours": "strength 1",
-        "scale in the metadata": "strength 1",
-        "with alpha": "error",
-        "bare names": "nothing is loaded, without a message",
-        "raw PEFT": "nothing is loaded, without a message",
-    }
-    form = request.node.callspec.params["file"]
-    assert lines["diffusers"] == expected.get(form, "strength 1")
 
 
 def foreign(tensors: dict[str, torch.Tensor]):
@@ -257,35 +169,6 @@ def test_training_goes_on_from_a_lora_file_whatever_the_alpha(concept, tmp_path,
         assert b.any()
         torch.testing.assert_close(right[module][1] @ right[module][0], b @ a, atol=1e-6, rtol=1e-4)
     assert "parent_adapter_sha256" in dict(inspect_lora(again).lines)
-
-
-def test_diffusers_generates_with_a_fused_folder_what_dopsd_generates_with_the_lora(
-    concept, tmp_path, pocket
-):
-    recipe = recipe_from(concept, tmp_path, "first")
-    file = finish(
-        parse_recipe(
-            recipe.model_dump() | {"train": recipe.train.model_dump() | {"learning_rate": 0.01}}
-        )
-    )
-    fuse("pocket", file, tmp_path / "fused", strength=0.5)
-    pipeline = ZImagePipeline.from_pretrained(tmp_path / "fused", torch_dtype=torch.float32)
-    noise = noise_for([3], pocket.channels, 16, 16)
-    expected = sample_latents(pocket, ["a big red star"], noise, file, strength=0.5)
-    base = sample_latents(pocket, ["a big red star"], noise)
-    latents = pipeline(
-        "a big red star",
-        height=64,
-        width=64,
-        num_inference_steps=4,
-        guidance_scale=0.0,
-        latents=noise.start,
-        output_type="latent",
-    ).images
-    assert (expected - base).abs().max() > 0.01
-    torch.testing.assert_close(latents.float(), expected, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="exists and is not overwritten"):
-        fuse("pocket", file, tmp_path / "fused")
 
 
 def test_the_model_card_is_valid_shows_images_and_contains_no_local_path(concept, tmp_path):

@@ -178,7 +178,7 @@ def test_a_folder_that_holds_another_run_is_refused_and_unchanged(concept, tmp_p
 
 
 def test_resuming_without_a_checkpoint_is_refused(concept, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="holds no run yet: leave out --resume"):
         next(train(recipe_for(concept, tmp_path, "new"), resume="latest"))
 
 

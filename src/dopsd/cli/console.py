@@ -1,5 +1,6 @@
 """Plain lines, tables and JSON files: everything that a command prints goes through here."""
 
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 160  # of tables where there is no terminal
+LONGEST = 2000  # characters of a sentence on why a command ends
 LABEL = 10  # columns of the label of a line such as "model      pocket"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -42,7 +44,15 @@ def note(text: str) -> None:
 
 def refuse(text: str) -> None:
     """Why a command ends, on standard error."""
-    err.print(f"dopsd: {printable(text)}", style="red")
+    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    err.print(f"dopsd: {printable(shown)}", style="red")
+
+
+def replace_unencodable() -> None:
+    """Print ? for a character that the terminal's encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dopsd.cli.console import refuse
+from dopsd.cli.console import refuse, replace_unencodable
 from dopsd.cli.logs import show_logs
 
 RecipeFile = Annotated[
@@ -98,6 +98,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*args: Any, verbose: bool = False, **kwargs: Any) -> Any:
+        replace_unencodable()
         show_logs(verbose)
         try:
             refuse_many_processes()

@@ -1,4 +1,4 @@
-"""One progress bar at a time on a terminal; elsewhere about ten plain lines for each phase."""
+"""One progress bar at a time on a terminal; elsewhere a few plain lines for each phase."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from dopsd.cli.console import err, note, printable
 
-PARTS = 10  # lines of a phase, at most, where there is no terminal
-PAUSE = 5.0  # seconds between two of them, at least
+PARTS = 5  # lines of a phase, at most, where there is no terminal
+PAUSE = 10.0  # seconds between two of them, at least
 BRIEF = 1.0  # seconds: a phase that takes less prints nothing
 
 Progress = Callable[[str, int, int], None]  # phase and remark ("training  loss 0.1"), done, total
@@ -72,7 +72,7 @@ class _Phase:
 
 
 class _Lines:
-    """Prints a line when another tenth of a phase is done, and its last."""
+    """Prints a line when another fifth of a phase is done, and its last."""
 
     def __init__(self) -> None:
         self._phases: dict[str, _Phase] = {}

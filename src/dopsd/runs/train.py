@@ -57,7 +57,6 @@ def train(
         tracking(recipe, is_new=not states) as trackers,
     ):
         # Encode, let the encoders leave memory, then load the network.
-        log.info("Loading the text encoder and the VAE.", extra=ON_SCREEN)
         encoded = encode_run(run, progress)
         low_memory = choose_low_memory(run, progress)
         log.info("Loading the network.", extra=ON_SCREEN)
