@@ -54,7 +54,7 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield "GPU", "Apple, through MPS (not tested by this project)"
     elif not torch.cuda.is_available():
         yield "GPU", "none: the pocket model trains on this CPU, larger models need a GPU"
-    yield "CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    yield "CPU", f"cores: {os.cpu_count()}, threads that torch uses: {torch.get_num_threads()}"
 
 
 def _hub() -> Iterator[tuple[str, str]]:
