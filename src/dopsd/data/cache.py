@@ -163,12 +163,6 @@ def forecast_cache(
     return CacheForecast(len(files), sum(files.values()))
 
 
-def context_bytes(context: Context) -> int:
-    """Bytes of a context's tensors without padding, as they are cached."""
-    width = context.tokens.shape[-1] * context.tokens.element_size()
-    return sum(context.lengths) * width + sum(extra.nbytes for extra in context.extras.values())
-
-
 def shown_to_teacher(row: Row) -> Image.Image:
     """The image that the teacher sees with the row's caption, cut to the row's size."""
     return cover_crop(open_image(row.example.shown or row.example.path), row.size)

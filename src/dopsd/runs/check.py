@@ -131,7 +131,7 @@ def _count_visits(run: ResolvedRun) -> dict[Size, BucketVisits]:
     """By size, what the run's batches train on."""
     settings = run.recipe.train
     kinds = [
-        (size, *(image_size(path) for path in example.references))
+        (size, *(fitted_size(run.family, path, image_size(path)) for path in example.references))
         for sizes in run.sizes
         for example, size in zip(run.listing.examples, sizes, strict=True)
     ]
