@@ -198,7 +198,7 @@ def _spread(tuned: Sequence[Entry], base: Entry, nfe: int, metrics: Sequence[str
             spreads = [
                 f"{metric} {np.std(score.replicates, ddof=1):.3f}"
                 for metric, score in scores.items()
-                if score and not score.difference.low <= 0 <= score.difference.high
+                if score
             ]
             rows.append(f"{entry.name} {', '.join(spreads)}")
     if not rows:
