@@ -118,9 +118,9 @@ BAD = {
     "nfe 0": (lambda: write_recipe({"method": {"nfe": 0}}), "method.nfe is 0"),
     "sample nfe 0": (lambda: write_recipe({"sample": {"nfe": 0}}), "sample.nfe is 0"),
     "no folder": (lambda: shutil.rmtree("images"), "images"),
-    "no pictures": (no_images, "no images in"),
+    "no images": (no_images, "no images in"),
     "no captions": (no_captions, "instance_prompt"),
-    "truncated picture": (truncated_image, "0.png"),
+    "truncated image": (truncated_image, "0.png"),
     "model missing": (
         lambda: write_recipe({"model": {"name_or_path": "./nothing"}}),
         "does not exist",
@@ -164,7 +164,7 @@ def test_dopsd_without_a_teacher_context_is_refused_and_listed(desk, monkeypatch
     assert result.exit_code == 2 and "its text encoders read no image" in " ".join(
         result.output.split()
     )
-    assert "no: its encoders" in " ".join(CliRunner().invoke(app, ["list"]).output.split())
+    assert "no: its text encoders" in " ".join(CliRunner().invoke(app, ["list"]).output.split())
 
 
 def test_a_base_model_can_be_tuned_on_purpose(desk):
@@ -238,7 +238,7 @@ def test_compare_refuses_recipes_on_different_data(desk):
     Path("recipe.yaml").rename("other.yaml")
     write_recipe({})
     result = CliRunner().invoke(app, ["compare", "recipe.yaml", "other.yaml"])
-    assert result.exit_code == 2 and "differ in model or data" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "differ in data.folder" in " ".join(result.output.split())
 
 
 def test_the_real_command_exits_2_without_a_traceback(desk):
@@ -316,9 +316,9 @@ def test_the_schema_in_the_repository_is_the_one_that_is_printed():
 
 
 def test_doctor_looks_and_exits_fine(monkeypatch):
-    found = run_cli("doctor")
-    assert found.exit_code == 0
-    assert "torch" in found.output and "offline by HF_HUB_OFFLINE" in found.output
+    result = run_cli("doctor")
+    assert result.exit_code == 0
+    assert "torch" in result.output and "offline by HF_HUB_OFFLINE" in result.output
 
 
 def test_train_prints_an_event_a_line_and_the_result_last_and_logs_the_rest(desk):

@@ -1,5 +1,4 @@
-"""`dopsd evaluate` on the pocket model and on folders: what is generated, measured, kept, and said
-of bad input."""
+"""`dopsd evaluate` on the pocket model and on folders: images, values, resuming and refusals."""
 
 import json
 import resource
@@ -72,7 +71,7 @@ def redness(path: Path) -> float:
     return red - (green + blue) / 2
 
 
-def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on_other(
+def test_base_and_tuned_are_what_sample_generates_on_the_same_noise_and_again_is_on_other(
     generated, lora
 ):
     folder, _ = generated
@@ -82,11 +81,11 @@ def test_base_and_tuned_are_what_sample_paints_on_the_same_noise_and_again_is_on
         ("again", None, OTHER_NOISE),
     ):
         wanted = sample("pocket", PROMPTS[1:], file, nfe=2, seed=first + MOST_SEEDS + 1)[0]
-        found = Image.open(folder / name / "nfe-2" / "0001_01.png")
-        assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1, name
+        generated_image = Image.open(folder / name / "nfe-2" / "0001_01.png")
+        assert np.abs(np.asarray(generated_image, int) - np.asarray(wanted, int)).max() <= 1, name
 
 
-def test_what_was_painted_can_be_read_again_as_a_folder_with_its_prompts(generated):
+def test_what_was_generated_can_be_read_again_as_a_folder_with_its_prompts(generated):
     for name in ("base", "again", "tuned"):
         again = read_image_set(generated[0] / name / "nfe-2", name, captioned=True)
         assert [(p.path.name, p.prompt) for p in again.images] == [
@@ -96,7 +95,7 @@ def test_what_was_painted_can_be_read_again_as_a_folder_with_its_prompts(generat
         ]
 
 
-def test_values_differences_and_floors_are_of_the_painted_pictures(generated):
+def test_values_differences_and_floors_are_of_the_generated_images(generated):
     folder, numbers = generated
     assert [(row["image_set"], row["nfe"]) for row in numbers] == [
         ("base", 1),
@@ -167,20 +166,20 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_pictures_is_measured_by_prompt_and_beside_another(images, tmp_path):
+def test_a_folder_of_images_is_measured_by_prompt_and_beside_another(images, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for k in range(6):
         Image.new("RGB", (48, 32), (40 * k, 70, 50)).save(base / f"{k}.png")
     (base / "metadata.jsonl").write_text((images / "metadata.jsonl").read_text())
-    mine, theirs = numbers_of(images, *RED, "--base", base)
+    given, base_row = numbers_of(images, *RED, "--base", base)
     table = np.array([[(40 * k - 60) / 255 for k in (2 * p, 2 * p + 1)] for p in range(3)])
-    assert mine["value"] == pytest.approx(bootstrap(table), abs=1e-6)
+    assert given["value"] == pytest.approx(bootstrap(table), abs=1e-6)
     assert (
-        mine["difference"] == pytest.approx([0, 0, 0], abs=1e-6)
-        and "no difference beyond noise" in mine["note"]
+        given["difference"] == pytest.approx([0, 0, 0], abs=1e-6)
+        and "no difference beyond noise" in given["note"]
     )
-    assert theirs["image_set"] == "base" and theirs["floor"] is None
+    assert base_row["image_set"] == "base" and base_row["floor"] is None
     (base / "5.png").rename(base / "6.png")
     (base / "metadata.jsonl").write_text(
         (base / "metadata.jsonl").read_text().replace("5.png", "6.png")
@@ -255,14 +254,14 @@ def test_a_measure_that_needs_targets_says_so_where_there_are_none(images, vlm):
     assert row["note"] == "not measured: no prompt has a target image to compare with."
 
 
-def test_answers_that_are_no_grade_are_counted_and_another_judge_is_labelled(images, vlm):
+def test_answers_that_are_no_grade_are_counted_and_another_model_is_labelled(images, vlm):
     (row,) = numbers_of(images, "--metric", f"vlm_object={vlm}", "--targets", images)
     assert row["value"] == [None, None, None]
     assert "6 of 6 images without a score" in row["note"]
     assert "not comparable with numbers by Qwen3-VL-8B-Instruct" in row["note"]
 
 
-def test_an_unreadable_picture_in_the_middle_is_named_and_what_was_scored_is_kept(images):
+def test_an_unreadable_image_is_named_and_the_scores_before_it_stay(images):
     good = (images / "3.png").read_bytes()
     (images / "3.png").write_bytes(good[: len(good) // 2])
     result = run(images, *RED)
@@ -298,7 +297,7 @@ def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_o
     assert (
         result.exit_code == 2
         and "cannot be written" in result.output
-        and "finished before is whole" in result.output
+        and "finished before are intact" in result.output
     )
     (store,) = (images / "scores").glob("red-*")
     assert 0 < len(store.read_bytes()) <= 300
@@ -308,7 +307,7 @@ def test_a_full_disk_while_scoring_ends_with_a_sentence_and_the_next_call_goes_o
     assert numbers_of(images, *RED) == straight
 
 
-def test_a_full_disk_while_painting_leaves_no_half_picture(tmp_path):
+def test_a_full_disk_while_generating_leaves_no_half_image(tmp_path):
     (tmp_path / "p.txt").write_text("a red star on night")
     with no_room_beyond(900):
         result = run(
@@ -327,7 +326,7 @@ GENERATE = ("{folder}/run", "--prompts", "{p}")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         (["{folder}/gone"], "is not a folder: give a folder of images"),
         (["{folder}/empty"], "looked for .jpg"),
@@ -349,15 +348,15 @@ GENERATE = ("{folder}/run", "--prompts", "{p}")
         ([*GENERATE, "--lora", "{folder}/gone.safetensors"], "gone.safetensors"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_is_painted(words, said, images, tmp_path):
+def test_bad_input_is_one_sentence_before_anything_is_generated(words, sentence, images, tmp_path):
     (images / "empty").mkdir()
     (tmp_path / "p.txt").write_text("a red star")
     result = run(*(word.format(folder=images, p=tmp_path / "p.txt") for word in words), *RED)
     assert result.exit_code == 2, result.output
-    assert said in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert sentence in " ".join(result.output.split()) and "Traceback" not in result.output
     assert not (images / "run").exists()
 
 
-def test_the_family_is_not_needed_for_pictures_that_are_there(images, pocket: Family):
+def test_the_family_is_not_needed_for_images_that_are_there(images, pocket: Family):
     (row,) = numbers_of(images, *RED, "--model", "/no/model")
     assert row["value"] is not None

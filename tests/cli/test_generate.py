@@ -47,12 +47,12 @@ def test_the_model_is_the_one_that_the_lora_file_names_and_is_printed():
         (["sample", "a star"], "give it with --model"),
         (["sample", "a star", "--lora", "b.safetensors"], "does not record which model"),
         (["fuse", "b.safetensors"], "does not record which model"),
-        (["sample", "a star", "--lora", "c.safetensors"], "local model called mine"),
+        (["sample", "a star", "--lora", "c.safetensors"], "local model called folder"),
     ],
 )
 def test_without_a_model_nothing_is_generated(words, sentence):
     write_lora("b.safetensors", {"x": "y"})
-    write_lora("c.safetensors", {"base_model": "mine"})
+    write_lora("c.safetensors", {"base_model": "folder"})
     result, printed = run(*words)
     assert result.exit_code == 2 and sentence in printed
     assert not Path("samples").exists() and not Path("fused").exists()

@@ -1,4 +1,4 @@
-"""`dopsd check`, `train`, `preflight`: a recipe looked at, run, and judged before it is run."""
+"""`dopsd check`, `train`, `preflight`: what a recipe would do, a run, and what it can learn."""
 
 import shlex
 from pathlib import Path
