@@ -2,7 +2,7 @@
 
 import pytest
 
-from dopsd.data.captions import as_caption, with_trigger
+from dopsd.data.captions import as_caption, with_trigger, without_trigger
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,20 @@ from dopsd.data.captions import as_caption, with_trigger
 )
 def test_a_trigger_is_put_into_the_caption_unless_it_is_there_as_a_word(caption, trigger, result):
     assert with_trigger(caption, trigger) == result
+
+
+@pytest.mark.parametrize(
+    ("caption", "result"),
+    [
+        ("zib, a small dog", "a small dog"),
+        ("a zib on grass", "a on grass"),
+        ("a zibra beside a zib", "a zibra beside a"),
+        ("a dog, zib, on grass", "a dog, on grass"),
+        ("zib", ""),
+    ],
+)
+def test_a_trigger_is_taken_out_as_a_whole_word(caption, result):
+    assert without_trigger(caption, "zib") == result
 
 
 def test_without_a_trigger_captions_stay_and_a_placeholder_is_refused():

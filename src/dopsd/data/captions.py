@@ -36,5 +36,15 @@ def with_trigger(caption: str, trigger: str | None) -> str:
             )
         return caption
     caption = PLACEHOLDER.sub(lambda _: trigger, caption)
-    whole_word = f"(?<!{LETTER}){re.escape(trigger)}(?!{LETTER})"
-    return caption if re.search(whole_word, caption) else f"{trigger}, {caption}"
+    return caption if _whole_word(trigger).search(caption) else f"{trigger}, {caption}"
+
+
+def without_trigger(caption: str, trigger: str) -> str:
+    """The caption without the trigger as a whole word, and without a comma that stood after it;
+    empty where nothing else was in it."""
+    rest = re.sub(f"{_whole_word(trigger).pattern}(\\s*,)?", "", caption)
+    return " ".join(rest.split()).strip(" ,")
+
+
+def _whole_word(trigger: str) -> re.Pattern[str]:
+    return re.compile(f"(?<!{LETTER}){re.escape(trigger)}(?!{LETTER})")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dopsd.data.captions import without_trigger
 from dopsd.diffusion.rollout import Velocity
 from dopsd.evaluation.benchmarks import FLOOR_SEED_OFFSET, SHOWN, BenchmarkResult, Kind
 from dopsd.evaluation.image_distance import distances
@@ -45,7 +46,8 @@ class PlainImages:
         # Neutral prompts, and the training images that they are compared with.
         plain: list[str] = []
         if trigger := run.recipe.data.trigger:
-            plain = [" ".join(e.caption.replace(trigger, " ").split()) for e in examples]
+            plain = [without_trigger(example.caption, trigger) for example in examples]
+        plain = [caption for caption in plain if caption]
         self._neutral = list(dict.fromkeys([*plain[:SHOWN], *run.health_prompts]))
         count = min(TARGETS, len(examples))
         self._targets = [examples[index * len(examples) // count].path for index in range(count)]

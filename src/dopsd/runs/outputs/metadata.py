@@ -72,6 +72,6 @@ def _optional_metadata(run: ResolvedRun) -> dict[str, str]:
 
 
 def _public_name(name_or_path: str) -> str:
-    """A hub id as it is; of a local path only the last part, so that no machine's path is told."""
+    """A hub id as it is; of a local path only the last part: no path of a machine leaves it."""
     path = Path(name_or_path)
     return path.name if path.exists() else name_or_path
