@@ -41,6 +41,17 @@ def test_lack_of_memory_is_a_sentence_with_the_setting_that_helps(error):
     assert result.exit_code == 2 and "smaller --width and --height" in printed
 
 
+def test_lack_of_memory_while_a_part_is_read_is_not_a_damaged_file():
+    def train(recipe: str) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        except RuntimeError as error:
+            raise ValueError("the vae cannot be read; it is damaged.") from error
+
+    result, printed = run(train, "recipe.yaml")
+    assert result.exit_code == 2 and "out of memory" in printed and "damaged" not in printed
+
+
 def test_any_other_error_is_a_bug_and_keeps_its_traceback():
     def broken() -> None:
         raise RuntimeError("shapes do not match")
@@ -84,6 +95,7 @@ def test_every_command_takes_verbose_and_help_is_one_paragraph_each():
 
         Then more."""
 
+    assert guarded(command).__doc__ == "Count to a number, and stop there.\n\nThen more."
     printed = run(command, "--help")[1]
     assert "Count to a number, and stop there. Then more." in printed
     assert "--verbose" in printed and "-v" in printed

@@ -107,10 +107,10 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             refuse("interrupted.")
             raise typer.Exit(130) from error
         except Exception as error:
-            if isinstance(error, ValueError):
-                sentence = str(error)
-            elif ran_out_of_memory(error):
+            if ran_out_of_memory(error):
                 sentence = f"out of memory. {memory_advice(signature.parameters)}"
+            elif isinstance(error, ValueError):
+                sentence = str(error)
             else:
                 raise
             logging.getLogger(__name__).debug("refused", exc_info=True)
@@ -149,10 +149,12 @@ def refuse_many_processes() -> None:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of a device or of the machine was full, as torch or Python report it."""
-    torch = sys.modules.get("torch")
+    """Whether the memory of a device or of the machine was full, as torch or Python report it, or
+    that was the cause of an error such as "the VAE cannot be read"."""
+    torch, cause = sys.modules.get("torch"), error.__cause__
     return (
         isinstance(error, MemoryError)
+        or (isinstance(cause, Exception) and ran_out_of_memory(cause))
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
         or "DefaultCPUAllocator" in str(error)
     )

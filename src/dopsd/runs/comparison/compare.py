@@ -240,7 +240,9 @@ def _train(recipe: Recipe, progress: Progress) -> None:
     if not result.exists():
         for step in train(recipe, "latest" if checkpoints(folder) else None, progress):
             progress(
-                f"{recipe.run_name}  loss {step.log['loss']:.4f}", step.step, recipe.train.max_steps
+                f"training {recipe.run_name}  loss {step.log['loss']:.4f}",
+                step.step,
+                recipe.train.max_steps,
             )
 
 
