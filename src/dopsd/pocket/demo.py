@@ -12,14 +12,14 @@ from dopsd.runs.comparison.table import Comparison, Entry
 from dopsd.runs.prepare import Progress
 
 THING = 1_000_003  # its seed; the pocket model never saw it
-STEPS = {"dopsd": 150, "sft": 800}  # about equal wall time: 16 and 3 forwards an image
+STEPS = {"dopsd": 150, "sft": 800}  # of 4 images: equal forwards, 16 and 3 an image
 LEARNING_RATES = {"dopsd": 1e-3, "sft": 3e-4}  # the best of benchmarks/claim.py sweep, other things
 NAMES = {"dopsd": "D-OPSD", "sft": "SFT"}
 INTRO = (
     "A few-step model was tuned on four images of a thing it had never seen, with D-OPSD and with "
-    "plain fine-tuning (SFT), for about the same time. Rows share prompts and noise. The first "
-    "grid shows how well each learned the thing, the last what it still knows. D-OPSD can learn "
-    "what its teacher generates, not more."
+    "plain fine-tuning (SFT), for as many forwards of the network. Images of one group share "
+    "prompt and noise. The first groups show how well each learned the thing, the last what it "
+    "still knows. D-OPSD can learn what its teacher generates, not more."
 )
 
 
