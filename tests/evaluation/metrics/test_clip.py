@@ -108,8 +108,8 @@ def test_the_aesthetic_head_is_a_product_of_matrices(widths, clip, images, tmp_p
     tensors = {f"{name}.weight": torch.tensor(w, dtype=torch.float32) for name, w in layers.items()}
     tensors |= {f"{name}.bias": torch.full((len(w),), 0.5) for name, w in layers.items()}
     save_file(tensors, folder / HEAD)
-    found = load_reward(f"aesthetic={folder}", CPU)(images, PROMPTS)
-    for image, value in zip(images, found, strict=True):
+    scores = load_reward(f"aesthetic={folder}", CPU)(images, PROMPTS)
+    for image, value in zip(images, scores, strict=True):
         answer = asked_directly(clip, image, "a")[1].double().numpy()
         for weight in layers.values():
             answer = weight @ answer + 0.5

@@ -33,10 +33,10 @@ def test_fid_is_the_closed_form_for_normal_distributions():
 
 def test_fid_where_covariances_commute_is_a_sum_of_squares():
     s, t = np.array([1.0, 2.0, 3.0]), np.array([4.0, 0.5, 3.0])
-    found = fid(
+    distance = fid(
         normal(40, np.zeros(3), np.diag(s), 1), normal(40, np.array([1.0, 0, 0]), np.diag(t), 2)
     )
-    assert found == pytest.approx(1 + np.square(s - t).sum(), rel=1e-9)
+    assert distance == pytest.approx(1 + np.square(s - t).sum(), rel=1e-9)
 
 
 def test_fid_of_fewer_images_than_dimensions_is_finite_and_zero_for_itself():
@@ -56,9 +56,9 @@ def kid_by_hand(x: np.ndarray, y: np.ndarray) -> float:
         return float((a @ b / len(a) + 1) ** 3)
 
     n, m = len(x), len(y)
-    mine = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    theirs = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    return mine + theirs - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+    within_x = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_y = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within_x + within_y - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
 
 
 def test_kid_of_sets_within_one_subset_is_the_sum_written_out():

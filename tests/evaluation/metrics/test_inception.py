@@ -110,9 +110,9 @@ def plainly(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_its_blocks_are_those_of_the_plain_network(network):
     z = torch.rand(1, 3, 107, 107) * 2 - 1
-    mine, theirs = network(z), plainly(network.state_dict(), z)
-    assert mine.shape == (1, 2048) and mine.std() > 1e-3
-    assert torch.allclose(mine, theirs, atol=1e-5 * mine.abs().max().item())
+    features, expected = network(z), plainly(network.state_dict(), z)
+    assert features.shape == (1, 2048) and features.std() > 1e-3
+    assert torch.allclose(features, expected, atol=1e-5 * features.abs().max().item())
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_images_are_resized_by_pillow_and_scaled_as_the_network_needs(network, t
         tmp_path / WEIGHTS,
     )
     image = (np.random.default_rng(0).uniform(size=(64, 96, 3)) * 255).round()
-    found = Inception(str(tmp_path), CPU)(torch.from_numpy(image / 255).permute(2, 0, 1)[None])
+    features = Inception(str(tmp_path), CPU)(torch.from_numpy(image / 255).permute(2, 0, 1)[None])
     channels = [
         Image.fromarray(image[..., c].astype(np.float32)).resize(
             (299, 299), Image.Resampling.BICUBIC
@@ -131,8 +131,8 @@ def test_images_are_resized_by_pillow_and_scaled_as_the_network_needs(network, t
     ]
     pixels = torch.from_numpy(np.stack([np.asarray(c) for c in channels]))
     wanted = network((pixels[None] - 128) / 128)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, wanted, atol=1e-5 * wanted.abs().max().item())
+    assert features.dtype == torch.float32
+    assert torch.allclose(features, wanted, atol=1e-5 * wanted.abs().max().item())
 
 
 def test_other_weights_are_one_sentence(network, tmp_path):

@@ -61,11 +61,11 @@ def test_it_is_the_weighted_distance_of_unit_activations(tmp_path):
     network, heads = written(tmp_path, (8, 12, 16, 16, 16))
     distance = Lpips(str(tmp_path), CPU)
     images, target = torch.rand(3, 3, 32, 48), torch.rand(3, 32, 48)
-    found = distance(images, target)
-    assert found.tolist() == pytest.approx(
+    distances = distance(images, target)
+    assert distances.tolist() == pytest.approx(
         [plainly(network, heads, p, target) for p in images], rel=1e-4
     )
-    assert found.min() > 1e-3 and distance(target[None], target).item() == 0
+    assert distances.min() > 1e-3 and distance(target[None], target).item() == 0
 
 
 def test_it_equals_the_authors_package_where_that_is_installed(tmp_path):
@@ -73,17 +73,17 @@ def test_it_equals_the_authors_package_where_that_is_installed(tmp_path):
         "lpips", reason="the lpips package (and torchvision) is not installed"
     )
     network, heads = written(tmp_path, (64, 128, 256, 512, 512))
-    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False)
-    convolutions = [m for m in theirs.net.modules() if isinstance(m, nn.Conv2d)]
-    for mine, other in zip(
+    reference = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False)
+    convolutions = [m for m in reference.net.modules() if isinstance(m, nn.Conv2d)]
+    for convolution, other in zip(
         (m for m in network if isinstance(m, nn.Conv2d)), convolutions, strict=True
     ):
-        other.load_state_dict(mine.state_dict())
-    for head, line in zip(heads, theirs.lins, strict=True):
+        other.load_state_dict(convolution.state_dict())
+    for head, line in zip(heads, reference.lins, strict=True):
         line.model[-1].weight.data = head
     one, other = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        wanted = theirs.eval()(one[None], other[None], normalize=True).item()
+        wanted = reference.eval()(one[None], other[None], normalize=True).item()
     assert Lpips(str(tmp_path), CPU)(one[None], other).item() == pytest.approx(wanted, rel=1e-4)
 
 
