@@ -128,6 +128,14 @@ def test_the_lora_file_holds_exactly_the_linear_layers_of_the_blocks(run, model)
     assert [metadata[key] for key in keys] == ["edit", "4", "dopsd"]
 
 
+def test_the_cache_forecast_counts_references_and_the_image_that_the_teacher_sees(run):
+    forecast = check(resolve(run)).cache
+    files = list((run.output_dir / "cache").rglob("*.safetensors"))
+    tensors = [tensor for file in files for tensor in read_tensors(file).values()]
+    assert len(files) == forecast.files
+    assert sum(tensor.nbytes for tensor in tensors) == forecast.bytes
+
+
 def test_diffusers_in_a_fresh_process_generates_what_dopsd_generates(run, model, pairs, tmp_path):
     file, reference = run.run_folder / "edited.safetensors", pairs / "square.png"
     noise = noise_for([3], 16, 4, 4)

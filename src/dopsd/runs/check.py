@@ -153,9 +153,11 @@ def _forecast_cache(run: ResolvedRun, tokens: _TokenCounts) -> CacheForecast:
         return 4 * family.channels * height * width
 
     @cache
-    def shape_of(references: tuple[Size, ...]) -> tuple[int, int]:
-        """Numbers of a token, and bytes of what a context holds besides tokens."""
-        blank = family.blank_context([""], references=[list(references)] if references else None)
+    def shape_of(references: tuple[Size, ...], shown: Size | None = None) -> tuple[int, int]:
+        """Numbers of a token, and bytes of what a context holds besides tokens. shown: size of the
+        image that the teacher sees."""
+        edited = [list(references)] if references else None
+        blank = family.blank_context([""], [shown] if shown else None, edited)
         return blank.tokens.shape[-1], sum(extra.nbytes for extra in blank.extras.values())
 
     def context_bytes(caption: str, references: Sequence[Size]) -> int:
@@ -163,7 +165,7 @@ def _forecast_cache(run: ResolvedRun, tokens: _TokenCounts) -> CacheForecast:
         return tokens.captions[caption] * width * token_bytes + extra_bytes
 
     def privileged_bytes(caption: str, size: Size, references: Sequence[Size]) -> int:
-        width, extra_bytes = shape_of(tuple(references))
+        width, extra_bytes = shape_of(tuple(references), size)
         return tokens.with_image[caption, size] * width * token_bytes + extra_bytes
 
     return forecast_cache(

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from dopsd.config.recipe import Recipe
+from dopsd.models.base import network_on_meta
 from dopsd.runs.memory import Forecast, forecast_run
 from dopsd.runs.prepare import Progress
 from dopsd.runs.resolve import ResolvedRun, frozen_dtype
@@ -62,8 +63,7 @@ def fitting_saver(
     of which `low` is the forecast; None where none of quantize and offload is enough."""
     model = run.recipe.model
     if model.quantize is None and not model.offload:
-        with torch.device("meta"):
-            network = run.family.empty_denoiser().to(device.dtype).network
+        network = network_on_meta(run.family).to(device.dtype)
         for kind in QUANTIZE:
             saved = saved_bytes(network, run.family.quantizable, kind)
             quantized = Forecast(low.resident - saved, low.peak - saved)

@@ -9,7 +9,7 @@ import torch
 
 from dopsd.diffusion.batch import Context
 from dopsd.evaluation.health import Agreement, HealthCheck
-from dopsd.runs.outputs.folder import Rows
+from dopsd.runs.outputs.folder import ON_SCREEN, Rows
 from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.trackers import Trackers
 from dopsd.runs.session import Session
@@ -42,7 +42,7 @@ class HealthMonitor:
         values = {name: metric.value for name, metric in health.metrics.items()}
         self._trackers.numbers("health", values | {"healthy": health.healthy}, step)
         level = logging.INFO if health.healthy else logging.WARNING
-        log.log(level, "Step %d: few-step health: %s.", step, health, extra={"screen": True})
+        log.log(level, "Step %d: few-step health: %s.", step, health, extra=ON_SCREEN)
         if health.healthy:
             session.export(recipe.result("-healthy"), weights_metadata(session.run, step))
         return str(health) if recipe.stop.unhealthy and not health.healthy else None

@@ -14,7 +14,7 @@ from dopsd.runs.environment import environment
 from dopsd.runs.fit import choose_low_memory
 from dopsd.runs.health_monitor import HealthMonitor
 from dopsd.runs.interrupts import Stopped, Unhealthy, noticing_signals
-from dopsd.runs.outputs.folder import Metrics, claimed, read_rows, write_header
+from dopsd.runs.outputs.folder import ON_SCREEN, Metrics, claimed, read_rows, write_header
 from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.model_card import write_card
 from dopsd.runs.outputs.previews import generate_previews, preview_folder, write_data_images
@@ -28,8 +28,6 @@ from dopsd.training.checkpoint import load_checkpoint, save_checkpoint
 from dopsd.training.loop import Plan, StepReport, train_steps
 
 log = logging.getLogger(__name__)
-
-ON_SCREEN = {"screen": True}  # `extra` of a record that the command line prints
 
 
 def train(

@@ -24,6 +24,8 @@ from dopsd.training.loop import StepReport
 
 log = logging.getLogger(__name__)
 
+ON_SCREEN = {"screen": True}  # `extra` of a log record that the command line prints as well
+
 # What a resumed run may change; everything else that makes its numbers must stay as it was.
 CHANGEABLE = {
     ("train", "max_steps"),
