@@ -104,6 +104,11 @@ class Method(BaseModel):
         return None
 
     @property
+    def takes_masks(self) -> bool:
+        """Whether the loss on the images weights latent positions by `Batch.mask`."""
+        return False
+
+    @property
     def teacher_sees_another(self) -> bool:
         """Whether the teacher sees another image of the concept than the one trained on."""
         return False
@@ -126,14 +131,16 @@ class Method(BaseModel):
         raise NotImplementedError
 
 
-def row_errors(left: Tensor, right: Tensor) -> Tensor:
+def row_errors(left: Tensor, right: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of each row, [B, ...] and [B, ...] -> [B].
 
+    mask: multiplies the squares, broadcast to their shape; the mean stays one over all elements.
     Pass float32 or wider: a difference of bf16 velocities is mostly rounding error.
     """
-    return (left - right).square().flatten(1).mean(1)
+    squares = (left - right).square()
+    return (squares if mask is None else mask * squares).flatten(1).mean(1)
 
 
-def mean_error(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+def mean_error(left: Tensor, right: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the batch of weight times `row_errors`: [B, ...], [B, ...], [B] -> 0-d."""
-    return (weight * row_errors(left, right)).mean()
+    return (weight * row_errors(left, right, mask)).mean()

@@ -83,6 +83,10 @@ class DOPSD(Method):
         return self.teacher_decay
 
     @property
+    def takes_masks(self) -> bool:
+        return self.teacher_sees == "target"  # a mask belongs to the image that it lies over
+
+    @property
     def teacher_sees_another(self) -> bool:
         return self.teacher_sees == "another"
 
@@ -118,7 +122,8 @@ class DOPSD(Method):
         # Distillation: the teacher sees the target image
         for k, z, t, velocity in self._states(roles, batch, noise, schedule, loss_steps, rng):
             target = self._target(roles, z, t, batch)
-            error = mean_error(velocity, target, batch.weight * loss_weight(t, self.space))
+            weight = batch.weight * loss_weight(t, self.space)
+            error = mean_error(velocity, target, weight, batch.mask)
             log = {"loss": error.detach() / len(loss_steps)}
             if not isinstance(self.loss_steps, int):
                 log[f"loss_at_{k}"] = error.detach()

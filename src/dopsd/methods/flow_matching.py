@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Space, loss_weight, noise_like, noisy
-from dopsd.methods.base import Method, Roles, row_errors
+from dopsd.methods.base import Method, Roles, mean_error
 
 Times = Literal["uniform", "logit_normal", "shift", "own_steps"]
 
@@ -63,6 +63,10 @@ class FlowMatching(DrawsTimes):
             raise ValueError("min_snr_gamma weighs the noise error: set space: noise beside it")
         return self
 
+    @property
+    def takes_masks(self) -> bool:
+        return True
+
     def time_weight(self, t: Tensor) -> Tensor:
         """Weight [B] of the squared velocity error at t [B].
 
@@ -80,4 +84,4 @@ class FlowMatching(DrawsTimes):
         noise = noise_like(clean, rng)
         t = self.draw_times(roles, clean, rng)
         velocity = roles.student(noisy(clean, noise, t), t, batch.context)
-        return (batch.weight * self.time_weight(t) * row_errors(velocity, noise - clean)).mean()
+        return mean_error(velocity, noise - clean, batch.weight * self.time_weight(t), batch.mask)
