@@ -58,7 +58,7 @@ def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, An
             "seed": seed,
             "base": bench.evaluate(base),
             "base_other_noise": bench.evaluate(base, noise_seed=HELD_OUT),
-            "teacher": bench.evaluate(base, as_teacher=True),
+            "teacher": bench.evaluate(base, "another"),
         }
         *_, (_, wall, velocity) = bench.train(DOPSD(), rates["dopsd"], seed, STEPS)
         found["dopsd"] = bench.evaluate(velocity) | {"seconds": wall}

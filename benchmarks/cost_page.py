@@ -110,10 +110,11 @@ def _training_cost() -> list[str]:
 
 def _sampling_cost() -> list[str]:
     models = _read("step_budgets.json")
+    metrics = _measured(next(iter(models["base"]["nfe"].values())))
     lines = [
         SAMPLING,
-        f"| model | NFE | {' | '.join(METRICS)} |",
-        "|---|---|" + "---|" * len(METRICS),
+        f"| model | NFE | {' | '.join(metrics)} |",
+        "|---|---|" + "---|" * len(metrics),
     ]
     for name, model in models.items():
         shown = "many-step model" if model["kind"] == "many_step" else name
@@ -127,12 +128,13 @@ def _too_long() -> list[str]:
     lines = [TOO_LONG.format(thing=runs["thing"])]
     for method in ("dopsd", "sft"):
         run = runs[method]
+        metrics = _measured(run["after"]["base"])
         lines += [
             f"**{method}**, {run['steps']} steps where the recipe says {run['recipe_steps']}. "
             + run["advice"],
             "",
-            f"| after step | {' | '.join(METRICS)} |",
-            "|---|" + "---|" * len(METRICS),
+            f"| after step | {' | '.join(metrics)} |",
+            "|---|" + "---|" * len(metrics),
         ]
         for label, scores in run["after"].items():
             mark = " (advised)" if label == str(run["advised"]) else ""
@@ -142,7 +144,11 @@ def _too_long() -> list[str]:
 
 
 def _score_cells(scores: dict[str, Any], is_base: bool) -> str:
-    return " | ".join(_score(scores[metric], metric, is_base) for metric in METRICS)
+    return " | ".join(_score(scores[metric], metric, is_base) for metric in _measured(scores))
+
+
+def _measured(scores: dict[str, Any]) -> list[str]:
+    return [metric for metric in METRICS if metric in scores]
 
 
 def _score(score: dict[str, Any] | None, metric: str, is_base: bool) -> str:

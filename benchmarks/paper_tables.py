@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dopsd.pocket.benchmark import METRICS
+
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parents[1] / "recipes"
-METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
 BETTER_IF_LESS = {"thing_error", "bleed", "speckle"}
 
 
@@ -134,7 +135,8 @@ def sections() -> list[str]:
 def _section(
     title: str, name: str, models: dict[str, Any], statements: Sequence[Statement]
 ) -> list[str]:
-    ((nfe, _),) = models["base"]["nfe"].items()
+    ((nfe, measured),) = models["base"]["nfe"].items()
+    metrics = [metric for metric in METRICS if metric in measured]
     lines = [
         f"## {title}",
         "",
@@ -143,11 +145,11 @@ def _section(
         "three things, one training of each recipe a thing (seed 0), at the forwards of the first",
         "recipe; 2 CPU cores. Intervals: 95% bootstrap over prompts, with these things.",
         "",
-        f"| model | {' | '.join(METRICS)} | images |",
-        "|---" * (len(METRICS) + 2) + "|",
+        f"| model | {' | '.join(metrics)} | images |",
+        "|---" * (len(metrics) + 2) + "|",
     ]
     for model, row in models.items():
-        cells = [_cell(row["nfe"][nfe][metric]) for metric in METRICS]
+        cells = [_cell(row["nfe"][nfe][metric]) for metric in metrics]
         cells.append(str(round(row["images"])) if row["images"] else "-")
         lines.append(f"| {model} | {' | '.join(cells)} |")
     recipes = sorted(file.stem for file in (RECIPES / name).glob("*.yaml"))

@@ -1,49 +1,110 @@
 """Images: which formats are read, open, crop, resize, tensors to PIL and back, image grids."""
 
+import io
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 
 # File extensions that are read, and Pillow's names of their formats. No other format is tried:
 # Pillow hands PostScript, whatever the file is called, to Ghostscript.
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".pjp")
+FORMATS = dict.fromkeys(JPEG_EXTENSIONS, "JPEG")
+FORMATS |= {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".dib": "BMP"}
 # Image extensions that are not read, and what to do; a folder of them must not shrink unnoticed.
 CONVERT = "convert it to JPEG or PNG"
-NOT_READ: dict[str, str] = dict.fromkeys((".gif", ".jxl", ".tif", ".tiff"), CONVERT)
+UNREAD_EXTENSIONS = """
+    .apng .gif .tif .tiff .jxl .jp2 .j2k .jpf .jpx .jpc .j2c .tga .icb .vda .vst .ppm .pgm .pbm .pnm
+    .pam .pfm .psd .xcf .kra .svg .eps .exr .hdr .ico .icns .cur .dds .pcx .qoi .sgi .rgb .wmf .emf
+    .jls .jxr .wdp .fits .xbm .xpm .dng .cr2 .cr3 .nef .nrw .arw .orf .raf .rw2 .pef .srw .x3f
+"""
+NOT_READ: dict[str, str] = dict.fromkeys(UNREAD_EXTENSIONS.split(), CONVERT)
 
 if features.check("avif"):
     FORMATS[".avif"] = "AVIF"
 else:
     NOT_READ[".avif"] = f"pip install --upgrade pillow, or {CONVERT}"
 
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
 if find_spec("pillow_heif"):
     import pillow_heif  # pyright: ignore[reportMissingImports]
 
     pillow_heif.register_heif_opener()
-    FORMATS |= {".heic": "HEIF", ".heif": "HEIF"}
+    FORMATS |= dict.fromkeys(HEIF_EXTENSIONS, "HEIF")
 else:
-    NOT_READ |= dict.fromkeys((".heic", ".heif"), f"pip install 'dopsd[heif]', or {CONVERT}")
+    NOT_READ |= dict.fromkeys(HEIF_EXTENSIONS, f"pip install 'dopsd[heif]', or {CONVERT}")
 
+# Pillow modes whose colours may have a profile of their own; all others are read as RGB.
+COLOUR_SPACES = {"L": "L", "LA": "L", "CMYK": "CMYK"}
 FORMAT_NAMES = tuple(dict.fromkeys(FORMATS.values()))
+
+# How files of image formats begin: first bytes, at which offset, and the usual extension.
+SIGNATURES = (
+    (b"\xff\xd8\xff", 0, ".jpg"),
+    (b"\x89PNG\r\n\x1a\n", 0, ".png"),
+    (b"WEBP", 8, ".webp"),
+    (b"GIF8", 0, ".gif"),
+    (b"II*\0", 0, ".tif"),
+    (b"MM\0*", 0, ".tif"),
+    (b"ftypavi", 4, ".avif"),  # avif, avis
+    (b"ftyphe", 4, ".heic"),  # heic, heix, heim, ...
+    (b"ftypmif1", 4, ".heic"),
+    (b"\0\0\0\x0cJXL ", 0, ".jxl"),
+    (b"\0\0\0\x0cjP  ", 0, ".jp2"),
+    (b"8BPS", 0, ".psd"),
+)
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image as it is displayed, in RGB: EXIF rotation applied, transparency on white, 16-bit
-    grey as 8-bit.
+    """The image as it is displayed, in sRGB: EXIF rotation and colour profile applied, transparency
+    on white, 16-bit grey as 8-bit. Of several frames, the first.
 
     Raises ValueError for a file that is no image of a known format, cannot be decoded, or is so
     large that Pillow takes it for a decompression bomb.
     """
+    return _as_rgb(_upright(path), "white", path)
+
+
+def open_mask(path: Path) -> Image.Image:
+    """A mask in 8-bit grey, upright: white where an image is trained on, transparency as black.
+    Raises ValueError as `open_image` does."""
+    return _as_rgb(_upright(path), "black", None).convert("L")
+
+
+def open_alpha(path: Path) -> Image.Image | None:
+    """The transparency of an image, upright, in 8-bit grey with 255 = opaque; None for an image
+    without. Raises ValueError as `open_image` does."""
+    image = _upright(path)
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def frame_count(path: Path) -> int:
+    """Frames of an animation; 1 for a still image, and for a JPEG with previews inside (MPO)."""
+    with Image.open(path, formats=FORMAT_NAMES) as image:
+        return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+
+
+def kind_of_image(path: Path) -> str | None:
+    """The usual extension of a file's format where its first bytes are an image's, else None."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    return next((e for mark, at, e in SIGNATURES if start[at : at + len(mark)] == mark), None)
+
+
+def _upright(path: Path) -> Image.Image:
+    """The decoded file with its EXIF rotation applied."""
     try:
         with Image.open(path, formats=FORMAT_NAMES) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise ValueError(
             f"{path} is not a {' / '.join(FORMAT_NAMES)} image, or it is broken."
@@ -62,14 +123,45 @@ def image_size(path: Path) -> Size:
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)  # quarter turns
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, background: str, profile_of: Path | None) -> Image.Image:
+    """In RGB on a background. profile_of: the file whose colour profile is applied; None: no
+    profile is, as the numbers of a mask are no colours."""
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip instead of scale
         grey = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    rgb = _in_srgb(image, profile_of) if profile_of else image.convert("RGB")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        rgb.putalpha(image.convert("RGBA").getchannel("A"))
+        canvas = Image.new("RGBA", image.size, background)
+        return Image.alpha_composite(canvas, rgb).convert("RGB")
+    return rgb
+
+
+def _in_srgb(image: Image.Image, path: Path) -> Image.Image:
+    """Without transparency, its colours converted from its ICC profile to sRGB. A profile that
+    cannot be used is left out with a warning, as browsers do."""
+    content, mode = image.info.get("icc_profile"), COLOUR_SPACES.get(image.mode, "RGB")
+    opaque = image.convert(mode)
+    if not content:
+        return opaque.convert("RGB")
+    try:
+        profile = ImageCms.getOpenProfile(io.BytesIO(content))
+        if ImageCms.getProfileDescription(profile).startswith("sRGB"):
+            return opaque.convert("RGB")
+        if profile.profile.xcolor_space.strip() == "RGB":
+            opaque = opaque.convert("RGB")
+        converted = ImageCms.profileToProfile(
+            opaque, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        log.warning(
+            "%s has a colour profile that cannot be used (%s): its colours are read as sRGB.",
+            path.name,
+            error,
+        )
+        return opaque.convert("RGB")
+    assert converted is not None
+    return converted
 
 
 def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:

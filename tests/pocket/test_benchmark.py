@@ -13,6 +13,7 @@ from dopsd.pocket.benchmark import (
     ConceptQuestions,
     ManyStepModel,
     evaluate_concept,
+    render_scenes,
 )
 from dopsd.pocket.world.captions import NAMES
 from dopsd.pocket.world.datasets import concept_caption, concept_of
@@ -42,6 +43,17 @@ def test_a_model_that_ignores_names_bleeds_everything_that_it_learned(pocket, po
         (pocket.channels, 16, 16),
     )
     np.testing.assert_array_equal(result.others_error, result.thing_error)
+
+
+def test_a_teacher_sees_the_true_scene_or_an_image_of_the_data(concept, pocket_text_encoder):
+    questions = ConceptQuestions.encode(THING, pocket_text_encoder, concept, unrelated_count=1)
+    prompt = concept_caption(questions.scenes[1], THING)
+    truth = Image.fromarray(render_scenes(questions.scenes)[1].numpy())
+    of_the_data = Image.open(concept / "1.png").convert("RGB")
+    for sees, image in (("target", truth), ("another", of_the_data)):
+        alone = pocket_text_encoder.context([prompt], [image])
+        asked = questions.teacher_contexts[sees].row(1)
+        torch.testing.assert_close(asked.tokens, alone.tokens, atol=1e-4, rtol=1e-4)
 
 
 def test_a_replicate_shows_the_next_concept_in_as_many_images(concept: Path, tmp_path):

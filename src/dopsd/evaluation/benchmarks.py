@@ -16,9 +16,12 @@ SHOWN = 8  # images of a topic that are kept for the report
 # Added to the seeds of the noise when the base model is asked again for its noise floor.
 FLOOR_SEED_OFFSET = 1_000_000
 
-Kind = Literal["base", "floor", "teacher", "many_step", "tuned"]
-"""What is asked: the base model, the base model on other noise, the base model with an image in its
-context, the many-step model that it was distilled from, or a tuned model."""
+Kind = Literal["base", "floor", "teacher", "teacher_other", "many_step", "tuned"]
+"""What is asked: the base model, the base model on other noise, the base model with the image to
+generate in its context (what D-OPSD's teacher sees in training), the base model with another image
+of the same data in its context, the many-step model that it was distilled from, or a tuned
+model."""
+TEACHERS: tuple[Kind, ...] = ("teacher", "teacher_other")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Benchmark(Protocol):
     definitions: Mapping[str, str]  # metric -> what it measures, and which way is better
     captions: Mapping[str, tuple[str, ...]]  # topic -> captions of the images that are shown
     truth: Mapping[str, Sequence[Tensor]]  # topic -> true images uint8 [H, W, 3], where known
-    asks_teacher: bool  # whether `ask` can measure a teacher
+    asks_teacher: bool  # whether `ask` can measure the kinds of TEACHERS
     # Loads the many-step model that the base model was distilled from; None where there is none.
     many_step: Callable[[], Velocity] | None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from dopsd.files import sha256_of
 from dopsd.models.pipeline import ImagePipeline
 from dopsd.models.zimage import ZImageDenoiser
 from dopsd.pocket.build.architecture import GUIDANCE
-from dopsd.pocket.metrics.reader import measure, thing_error, thing_hit
+from dopsd.pocket.metrics.reader import measure, thing_error, thing_hit, thing_sharp
 from dopsd.pocket.world.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.world.datasets import (
     HELD_OUT,
@@ -40,21 +40,27 @@ from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render
 UNSEEN_SCENES, UNRELATED = 24, 96  # prompts of each kind
 NOISE_SEED = 50_000
 DISTRACTORS = tuple(range(2 * HELD_OUT, 2 * HELD_OUT + 63))  # seeds of thing_hit's other things
-METRICS = ("thing_error", "thing_hit", "bleed", "sharpness", "speckle", "attributes")
-MEASURED = ("thing_error", "thing_hit", "sharpness", "speckle", "attributes", "others_error")
+OF_THE_THING = ("thing_error", "thing_hit", "thing_sharp")  # teachers have these alone
+METRICS = (*OF_THE_THING, "bleed", "sharpness", "speckle", "attributes")
+MEASURED = (*OF_THE_THING, "sharpness", "speckle", "attributes", "others_error")
+TeacherSees = Literal["target", "another"]
+"""The image in the teacher's context: the true image of the scene that is generated, as in D-OPSD's
+training, or an image of the data set, which shows the thing in another scene."""
 DEFINITIONS = {
     "thing_error": "root mean square difference to the true image within the thing (0 to 1), in "
     "24 unseen scenes; lower is better",
     "thing_hit": "share of those images that are nearer to the thing than to every one of some "
     "other things; higher is better",
+    "thing_sharp": "strength of edges in those images, over that of the true image (0 to 1); "
+    "higher is better",
     "bleed": "by how much thing_error falls, compared with the base model, where the prompt gives "
     "another name or none; lower is better",
     "sharpness": "strength of edges, over that of a clean drawing of the same scene (0 to 1), on "
     "96 unrelated prompts; higher is better",
     "speckle": "mean absolute Laplacian where that drawing is flat; lower is better",
     "attributes": "share of the attributes in those prompts that the image shows; higher is better",
-    "teacher": "the base model with one of the training images in its context: what D-OPSD learns "
-    "from",
+    "teacher": "the base model with the true image in its context: what D-OPSD learns from",
+    "teacher, another image": "the base model with one of the training images in its context",
 }
 
 
@@ -62,14 +68,14 @@ DEFINITIONS = {
 class ConceptQuestions:
     """The benchmark's prompts for one thing, encoded: the same for every model.
 
-    scenes: the true scenes. teacher_context: their prompts with an image of the data set, None
-    where no data set was given. renamed: the scenes' captions with another made-up name, or none.
-    stated: what each unrelated prompt states.
+    scenes: the true scenes. teacher_contexts: their prompts with each image that a teacher may see,
+    empty where no data set was given. renamed: the scenes' captions with another made-up name, or
+    none. stated: what each unrelated prompt states.
     """
 
     scenes: tuple[Scene, ...]
     scene_context: Context
-    teacher_context: Context | None
+    teacher_contexts: Mapping[TeacherSees, Context]
     renamed: tuple[str, ...]
     renamed_context: Context
     stated: tuple[Mapping[str, str], ...]
@@ -82,23 +88,25 @@ class ConceptQuestions:
         data: Path | None = None,
         unrelated_count: int = UNRELATED,
     ) -> "ConceptQuestions":
-        """The questions for thing `seed`. data: the thing's images, for the teacher's contexts; the
+        """The questions for thing `seed`. data: the thing's images, for the teachers' contexts; the
         text encoder then needs its VLM."""
         rng = np.random.default_rng([HELD_OUT, seed, 2])
         drawn = draw_scenes(seed, rng, UNSEEN_SCENES)
         scenes = tuple(replace(scene, jitter=Jitter()) for scene in drawn)
         prompts = [concept_caption(scene, seed) for scene in scenes]
-        teacher_context = None
+        teacher_contexts: dict[TeacherSees, Context] = {}
         if data is not None:
             files = sorted(data.glob("*.png"))
-            images = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(prompts))]
-            teacher_context = text_encoder.context(prompts, images)
+            another = [Image.open(files[i % len(files)]).convert("RGB") for i in range(len(scenes))]
+            target = [Image.fromarray(render(scene)) for scene in scenes]
+            teacher_contexts["target"] = text_encoder.context(prompts, target)
+            teacher_contexts["another"] = text_encoder.context(prompts, another)
         stated = unrelated_statements(unrelated_count)
         renamed = tuple(renamed_caption(scene, seed, k) for k, scene in enumerate(scenes))
         return ConceptQuestions(
             scenes,
             text_encoder.context(prompts),
-            teacher_context,
+            teacher_contexts,
             renamed,
             text_encoder.context(list(renamed)),
             stated,
@@ -134,6 +142,7 @@ class ConceptResult:
     renamed_images: Tensor
     thing_error: np.ndarray
     thing_hit: np.ndarray
+    thing_sharp: np.ndarray
     sharpness: np.ndarray
     speckle: np.ndarray
     attributes: np.ndarray
@@ -153,20 +162,24 @@ def evaluate_concept(
     vae: VAE,
     schedule: Schedule,
     latent_shape: tuple[int, int, int],
-    as_teacher: bool = False,
+    teacher_sees: TeacherSees | None = None,
     noise_seed: int = NOISE_SEED,
 ) -> ConceptResult:
-    """Generate and measure. latent_shape: (channels, height, width). as_teacher: generate the
-    scenes alone, with an image in the context. Another noise_seed gives the noise floor."""
-    context = questions.teacher_context if as_teacher else questions.scene_context
-    assert context is not None, "the questions were encoded without the data set's images"
+    """Generate and measure. latent_shape: (channels, height, width). teacher_sees: generate the
+    scenes alone, with this image in the context. Another noise_seed gives the noise floor."""
+    context = questions.scene_context
+    if teacher_sees:
+        assert questions.teacher_contexts, (
+            "the questions were encoded without the data set's images"
+        )
+        context = questions.teacher_contexts[teacher_sees]
     count, nothing = len(questions.scenes), np.zeros(0)
     seeds = range(noise_seed, noise_seed + count + len(questions.stated))
     noise = noise_for(seeds, *latent_shape)
     things = generate(velocity, vae, schedule, context, noise[:count])
     unrelated = renamed = things[:0]
     sharpness = speckle = attributes = others_error = nothing
-    if not as_teacher:
+    if not teacher_sees:
         unrelated = generate(velocity, vae, schedule, questions.unrelated_context, noise[count:])
         renamed = generate(velocity, vae, schedule, questions.renamed_context, noise[:count])
         measures = measure(unrelated.numpy(), questions.stated)
@@ -179,6 +192,7 @@ def evaluate_concept(
         renamed,
         thing_error(things.numpy(), questions.scenes),
         thing_hit(things.numpy(), questions.scenes, DISTRACTORS).astype(float),
+        thing_sharp(things.numpy(), questions.scenes),
         sharpness,
         speckle,
         attributes,
@@ -244,6 +258,7 @@ class ConceptBenchmark:
 
     def ask(self, velocity: Velocity, nfe: int, kind: Kind) -> BenchmarkResult:
         family = self._pipeline.family
+        sees: dict[Kind, TeacherSees] = {"teacher": "target", "teacher_other": "another"}
         side = family.resolution // family.vae_scale_factor
         result = evaluate_concept(
             self._questions,
@@ -251,7 +266,7 @@ class ConceptBenchmark:
             self._pipeline.vae,
             family.schedule(nfe, side, side),
             (family.channels, side, side),
-            as_teacher=kind == "teacher",
+            teacher_sees=sees.get(kind),
             noise_seed=HELD_OUT if kind == "floor" else NOISE_SEED,
         )
         values = {name: getattr(result, name) for name in MEASURED}

@@ -93,7 +93,7 @@ def measure_gates(checkpoint: Path = CHECKPOINT, work: Path | None = None) -> li
             asked = (questions, pocket, vae, schedule, latent_shape)
             student.append(evaluate_concept(*asked))
             other_noise.append(evaluate_concept(*asked, noise_seed=HELD_OUT))
-            teacher.append(evaluate_concept(*asked, as_teacher=True))
+            teacher.append(evaluate_concept(*asked, teacher_sees="another"))
     error, floor_error, teacher_error = (
         np.array([result.thing_error.mean() for result in results])
         for results in (student, other_noise, teacher)

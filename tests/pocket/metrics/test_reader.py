@@ -12,6 +12,7 @@ from dopsd.pocket.metrics.reader import (
     speckle,
     thing_error,
     thing_hit,
+    thing_sharp,
 )
 from dopsd.pocket.world.captions import Stated, stated_of
 from dopsd.pocket.world.outlines import CLASSES
@@ -163,6 +164,15 @@ def test_thing_error_is_zero_on_rendered_images_and_tolerates_two_pixels():
     assert thing_error(images, scenes).max() < 1e-6
     assert thing_error(np.roll(images, (1, -2), (1, 2)), scenes).mean() < 0.02
     assert thing_error(np.roll(images, 6, 2), scenes).mean() > 0.1
+
+
+def test_thing_sharp_is_one_on_rendered_images_and_falls_with_blur_wherever_the_thing_is():
+    scenes, images, _ = drawn(12, seed=3, thing=True)
+    assert (thing_sharp(images, scenes) == 1).all()
+    means = [thing_sharp(blurred(images, sigma), scenes).mean() for sigma in (0.6, 1.2, 2.4)]
+    assert 1 > means[0] > means[1] > means[2] and means[2] < 0.5
+    moved = np.roll(blurred(images, 1.2), 2, 1)
+    assert abs(thing_sharp(moved, scenes).mean() - means[1]) < 0.05
 
 
 def test_the_right_thing_is_a_hit_and_a_random_one_only_by_chance():

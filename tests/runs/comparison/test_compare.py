@@ -22,7 +22,7 @@ from dopsd.runs.comparison.evaluate import Candidate, Evaluator
 from dopsd.runs.outputs.folder import read_rows
 
 THING = 1_000_100  # of the fixture `concept`
-NOT_OF_THE_TEACHER = METRICS[2:]  # metrics that are measured on prompts without an image
+NOT_OF_THE_TEACHER = METRICS[3:]  # metrics that are measured on prompts without an image
 
 
 def short(recipe: Recipe) -> Recipe:
@@ -42,12 +42,15 @@ def recipes(concept: Path, tmp_path: Path) -> list[Recipe]:
 @pytest.mark.slow
 def test_a_concept_is_measured_and_the_teacher_only_on_the_thing(recipes, tmp_path):
     outcome = compare(recipes, tmp_path / "page.html", silent)
-    assert list(outcome.numbers) == ["base", "base, other noise", "teacher", "dopsd", "sft"]
+    assert list(outcome.numbers) == [
+        *("base", "base, other noise", "teacher", "teacher, another image"),
+        *("dopsd", "sft"),
+    ]
     base = outcome.numbers["base"]["nfe"]["4"]
     for name, numbers in outcome.numbers.items():
         for metric in METRICS:
             score = numbers["nfe"]["4"][metric]
-            assert (score is None) == (name == "teacher" and metric in NOT_OF_THE_TEACHER)
+            assert (score is None) == (name.startswith("teacher") and metric in NOT_OF_THE_TEACHER)
             if score and metric != "bleed":
                 assert score["difference"]["value"] == pytest.approx(
                     score["value"] - base[metric]["value"], abs=1e-9
@@ -55,10 +58,10 @@ def test_a_concept_is_measured_and_the_teacher_only_on_the_thing(recipes, tmp_pa
     assert base["bleed"]["value"] == 0
     json.dumps(outcome.numbers)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png") == 8 * (5 + 3 + 3)  # truth and four models; three; three
+    assert page.count("data:image/png") == 8 * (6 + 3 + 3)  # truth and five models; three; three
     cache = tmp_path / "runs" / "answers"
     written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert len(written) == 5
+    assert len(written) == 6
     assert compare(recipes, tmp_path / "page.html", silent).numbers == outcome.numbers
     assert written == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
 

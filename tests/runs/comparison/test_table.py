@@ -10,7 +10,7 @@ from dopsd.pocket.benchmark import METRICS, ConceptBenchmark
 from dopsd.runs.comparison.evaluate import Candidate
 from dopsd.runs.comparison.table import Entry, definitions, notes, tabulate, verdict
 
-LEARNED, RETAINED = METRICS[:2], METRICS[2:]
+LEARNED, RETAINED = METRICS[:3], METRICS[3:]
 BENCHMARK = ConceptBenchmark.__new__(ConceptBenchmark)  # its metrics and definitions, no model
 
 
@@ -91,7 +91,7 @@ def test_the_spread_over_trainings_is_told(entries):
         Entry(loras, results={4: [result(shift, 0.02) for shift in shifts]}),
     ]
     (sentence,) = (note for note in notes(many, (4,), BENCHMARK) if "Standard deviation" in note)
-    assert "tuned thing_error 0.020, thing_hit 0.020, bleed 0.000" in sentence
+    assert "tuned thing_error 0.020, thing_hit 0.020, thing_sharp 0.020, bleed 0.000" in sentence
     assert not any("Standard deviation" in note for note in notes(entries, (4,), BENCHMARK))
 
 
@@ -99,7 +99,7 @@ def test_the_verdict_names_only_differences_beyond_their_interval(entries):
     (sentence,) = verdict(entries, 4, METRICS).splitlines()
     assert sentence == (
         "tuned differs from the base model in thing_error (-0.080±0.000), thing_hit "
-        "(-0.080±0.000), bleed (+0.020±0.000)."
+        "(-0.080±0.000), thing_sharp (-0.080±0.000), bleed (+0.020±0.000)."
     )
 
 

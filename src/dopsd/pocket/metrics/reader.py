@@ -41,6 +41,7 @@ from dopsd.pocket.world.scenes import (
     render,
 )
 
+SHARPEST = 97  # percentile of the gradient in thing_sharp
 BATCH = 8  # images that are searched at once
 VISIBLE = 0.12  # RGB distance from the background beyond which a pixel belongs to the object
 # In pixels, between the radii of small things (< 14.8) and big ones (> 17.4), over 400 seeds.
@@ -172,6 +173,22 @@ def thing_hit(
         errors = _shifted_errors(image, np.stack([render(rival) for rival in rivals]), mask)
         hits.append(errors[0] < errors[1:].min())
     return np.array(hits)
+
+
+def thing_sharp(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+    """Edge strength relative to the true scene, [N] in [0, 1]: the 97th percentile of the gradient
+    over that of the true image, at most 1. Position does not count, so that a blur of the thing is
+    seen whatever its error is."""
+
+    def strongest(image: np.ndarray) -> float:
+        return float(np.percentile(gradient(image / 255.0), SHARPEST))
+
+    return np.array(
+        [
+            min(1.0, strongest(image) / strongest(render(scene)))
+            for image, scene in zip(images, scenes, strict=True)
+        ]
+    )
 
 
 def _is_consistent(scene: Scene, stated: Stated) -> bool:

@@ -130,6 +130,7 @@ def reference_candidates(evaluator: Evaluator, many_step: bool) -> list[Candidat
     candidates = [Candidate("base", "base"), Candidate("base, other noise", "floor")]
     if evaluator.benchmark.asks_teacher:
         candidates.append(Candidate("teacher", "teacher"))
+        candidates.append(Candidate("teacher, another image", "teacher_other"))
     if many_step and evaluator.benchmark.many_step:
         candidates.append(Candidate("many-step model", "many_step"))
     return candidates

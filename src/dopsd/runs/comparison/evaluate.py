@@ -15,7 +15,13 @@ import torch
 
 from dopsd.config.recipe import Recipe
 from dopsd.diffusion.rollout import Velocity
-from dopsd.evaluation.benchmarks import Benchmark, BenchmarkResult, Kind, find_benchmark
+from dopsd.evaluation.benchmarks import (
+    TEACHERS,
+    Benchmark,
+    BenchmarkResult,
+    Kind,
+    find_benchmark,
+)
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.models import load_family
 from dopsd.models.base import Family
@@ -25,7 +31,7 @@ from dopsd.models.pipeline import ImagePipeline
 from dopsd.runs.comparison.plain_images import PlainImages
 from dopsd.runs.resolve import resolve
 
-LAYOUT = 2  # part of every cache key: raise it when the same question gives another result
+LAYOUT = 3  # part of every cache key: raise it when the same question gives another result
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Evaluator:
             tuned: Any = [sha256_of(file) for file in network]
         else:
             tuned = sha256_of(lora) if lora else None
-        teacher = self._teacher if candidate.kind == "teacher" else None
+        teacher = self._teacher if candidate.kind in TEACHERS else None
         about = self.benchmark.about
         parts = [LAYOUT, self._weights, candidate.kind, teacher, tuned, nfe, about]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
