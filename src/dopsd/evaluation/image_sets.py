@@ -226,14 +226,14 @@ def _generate(
         [ImageRequest(question.prompt, 0, latent_shape) for question in plan.questions]
     )
     denoiser = pipeline.load_denoiser()
-    _fill([g for g in missing if g.name != TUNED], pipeline, denoiser, encoded, progress)
+    fill([g for g in missing if g.name != TUNED], pipeline, denoiser, encoded, progress)
     if tuned := [g for g in missing if g.name == TUNED]:
         assert plan.lora is not None
         merge_lora(denoiser.network, plan.lora, family, plan.strength)
-        _fill(tuned, pipeline, denoiser, encoded, progress)
+        fill(tuned, pipeline, denoiser, encoded, progress)
 
 
-def _fill(
+def fill(
     image_sets: Sequence[ImageSet],
     pipeline: ImagePipeline,
     denoiser: Denoiser,

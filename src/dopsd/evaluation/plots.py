@@ -1,4 +1,5 @@
-"""Numbers of a run over its steps, as lines in the unit square that a page draws."""
+"""Numbers of a run over its steps, or one number over another, as lines in the unit square that a
+page draws."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,19 @@ Metrics = Sequence[Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class Curve:
-    """Lines over steps as (name, CSS colour, points [N, 2]), points in the unit square, y downward.
+    """Lines as (name, CSS colour, points [N, 2]), points in the unit square, y downward.
 
-    steps: at the left and right end. values: at the bottom, in the middle and at the top.
-    definition: what is drawn, in a sentence."""
+    ends: of the horizontal axis, left and right. values: at the bottom, in the middle and at the
+    top. definition: what is drawn, in a sentence. axis: what the lines run over. marked: every
+    point is drawn as a dot as well."""
 
     title: str
     lines: Sequence[tuple[str, str, np.ndarray]]
-    steps: tuple[float, float]
+    ends: tuple[float, float]
     values: tuple[float, float, float]
     definition: str = ""
+    axis: str = "step"
+    marked: bool = False
 
 
 def plot_curve(
@@ -39,8 +43,7 @@ def plot_curve(
         if not measured:
             continue
         points = _thin(np.array(measured))
-        hue = 220 + 170 * index / max(1, len(names) - 1)
-        colour, is_long = f"hsl({hue:.0f} 65% 52%)", len(points) >= SMOOTHED_FROM
+        colour, is_long = _colour(index, len(names)), len(points) >= SMOOTHED_FROM
         if len(names) > 1:
             lines.append((name, colour, _smooth(points) if is_long else points))
         elif is_long:
@@ -70,6 +73,32 @@ def plot_curve(
         (low, math.sqrt(low * high) if logarithmic else (low + high) / 2, high),
         definition,
     )
+
+
+def plot_against(
+    title: str, lines: Mapping[str, np.ndarray], axis: str, definition: str = ""
+) -> Curve:
+    """Lines through marked points [N, 2] (x, y), from blue (first) to orange (last). axis: the name
+    of x. Both axes end at the outermost points."""
+    every_point = np.concatenate(list(lines.values()))
+    low, high = every_point.min(axis=0), every_point.max(axis=0)
+    span = np.where(high > low, high - low, 1.0)
+
+    def place(points: np.ndarray) -> np.ndarray:
+        x, y = ((points - low) / span).T
+        return np.stack([x, 1 - y], axis=1)
+
+    placed = [
+        (name, _colour(index, len(lines)), place(points))
+        for index, (name, points) in enumerate(lines.items())
+    ]
+    (left, bottom), (right, top) = low.tolist(), high.tolist()
+    ends = round(left, 3), round(right, 3)
+    return Curve(title, placed, ends, (bottom, (bottom + top) / 2, top), definition, axis, True)
+
+
+def _colour(index: int, count: int) -> str:
+    return f"hsl({220 + 170 * index / max(1, count - 1):.0f} 65% 52%)"
 
 
 def steps_per_point(steps: int) -> int:
