@@ -19,6 +19,11 @@ class LoraSection(Section):
         description="Regular expression over module names; default: all linear layers of the "
         "blocks.",
     )
+    init: Literal["gaussian", "kaiming"] = Field(
+        "gaussian",
+        description="Start of A (B is 0): normal with deviation 1 / rank, as in the reference "
+        "code, or peft's default, uniform within 1 / sqrt(inputs).",
+    )
     init_from: LocalPath | None = Field(
         None, description="LoRA file to continue from, of the same rank and targets."
     )

@@ -141,14 +141,15 @@ def make_student(run: ResolvedRun, network: nn.Module) -> tuple[Student, Teacher
         home = torch.device("cpu") if recipe.model.offload else run.device
         student = full_student(network, home)
         return student, Teacher(student.weights, decay, student.base, home)
+    lora = recipe.lora
     student = lora_student(
-        network, run.lora_targets, recipe.lora.rank, run.lora_alpha, recipe.train.seed
+        network, run.lora_targets, lora.rank, run.lora_alpha, recipe.train.seed, lora.init
     )
     if recipe.model.offload:
         offloaded = offload_blocks(network, run.device)
         log.info("Offloaded: %.2f GiB of frozen weights stay in main memory.", offloaded / 2**30)
-    if recipe.lora.init_from:
-        start_from_lora(student.weights, recipe.lora.init_from, run.family, run.lora_scale)
+    if lora.init_from:
+        start_from_lora(student.weights, lora.init_from, run.family, run.lora_scale)
     return student, Teacher(student.weights, decay)
 
 

@@ -3,12 +3,16 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from dopsd.training.seeds import adapter_seed
+
 ADAPTER = "student"
+Init = Literal["gaussian", "kaiming"]
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,30 @@ def _linears(network: nn.Module) -> dict[str, nn.Linear]:
 
 
 def add_lora(
-    network: nn.Module, targets: str, rank: int, alpha: float, seed: int
+    network: nn.Module,
+    targets: str,
+    rank: int,
+    alpha: float,
+    seed: int,
+    init: Init = "gaussian",
 ) -> dict[str, nn.Parameter]:
     """Put LoRA on the targets and freeze everything else. Returns the trainable parameters by name,
     float32.
 
-    A is drawn from `seed` and B is zero, so the network's output does not change. Raises ValueError
-    where the targets match nothing.
+    A [rank, in] is drawn from `seed` and B is zero, so the network's output does not change. init:
+    of A; gaussian: normal with standard deviation 1 / rank, as in diffusers' scripts and the
+    reference codes of D-OPSD and PSO; kaiming: uniform within 1 / sqrt(in), peft's own default.
+    Raises ValueError where the targets match nothing.
     """
     coverage(network, targets, rank)
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(adapter_seed(seed))
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type] - an int in peft's annotation only
             target_modules=targets,
+            init_lora_weights="gaussian" if init == "gaussian" else True,
             lora_dropout=0.0,
             bias="none",
         )

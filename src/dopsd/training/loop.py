@@ -19,6 +19,7 @@ from dopsd.diffusion.batch import Batch
 from dopsd.methods.base import Method, Roles
 from dopsd.training.adapters import unmoved_modules
 from dopsd.training.roles import Teacher
+from dopsd.training.seeds import noise_seed
 
 
 class Batches(Protocol):
@@ -84,7 +85,7 @@ class StepLoss:
 
 def generator_at(seed: int, index: int) -> torch.Generator:
     """Random numbers of micro-batch `index`, on the CPU so that every device draws the same."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+    return torch.Generator().manual_seed(noise_seed(seed, index))
 
 
 def train_steps(

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dopsd.training.adapters import add_lora, base_tensors
+from dopsd.training.adapters import Init, add_lora, base_tensors
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ class AllWeights:
         return f"every weight of the network, {self.parameters / 1e6:.2f} M"
 
 
-def lora_student(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> Student:
+def lora_student(
+    network: nn.Module, targets: str, rank: int, alpha: float, seed: int, init: Init = "gaussian"
+) -> Student:
     """LoRA on the targets; see `add_lora`."""
-    weights = add_lora(network, targets, rank, alpha, seed)
+    weights = add_lora(network, targets, rank, alpha, seed, init)
     return Student(weights, base_tensors(weights), publish=lambda: None)
 
 
