@@ -56,9 +56,12 @@ def redness(images: Tensor, prompts) -> Tensor:
     return images[:, 0].mean((1, 2)).float()
 
 
-def roles(student, teacher=None, base=None, score=None, times: Tensor = TIMES) -> Roles:
-    """Roles of these velocities with a sampler of Euler steps at `times`."""
-    schedule = Schedule(times, (0.0,) * (len(times) - 1))
+def roles(
+    student, teacher=None, base=None, score=None, times: Tensor = TIMES, renoise=None
+) -> Roles:
+    """Roles of these velocities with a sampler at `times`, of Euler steps or with these shares of
+    fresh noise."""
+    schedule = Schedule(times, renoise or (0.0,) * (len(times) - 1))
     return Roles(student, teacher or student, base or student, lambda nfe, h, w: schedule, score)
 
 

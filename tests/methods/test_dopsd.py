@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Schedule
 from dopsd.methods import DOPSD
 
 from .plain import TIMES, Plain, batch, context, latents, roles, run, same
@@ -204,4 +205,4 @@ def test_off_policy_states_are_the_noised_images():
 @pytest.mark.parametrize(("steps", "why"), [(5, "at most 4"), ((0, 4), "0 to 3")])
 def test_steps_that_the_sampler_does_not_have_are_refused(steps, why):
     with pytest.raises(ValueError, match=why):
-        DOPSD(loss_steps=steps).refuse_nfe(4)
+        DOPSD(loss_steps=steps).refuse_schedule(Schedule(TIMES, (0.0,) * 4))

@@ -4,6 +4,7 @@ The numbers in test names are those of the list of invariants in docs/methods/pr
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.flow import Schedule
 from dopsd.methods import PSO, PSOOnline
 from dopsd.methods.preference import Term, pairwise_losses
 
@@ -25,13 +27,23 @@ def errors_of(student, base, z, t, text, wanted):
     return error - base_error
 
 
+R = math.sin(0.25 * math.pi)  # eta 0.5
+EULER = Schedule(TIMES, (0.0,) * 4)
+
+
 def flat_pso(
-    student, base, data: Batch, beta: float, eta: float, form: str, normalise: bool, last: bool
+    student,
+    base,
+    data: Batch,
+    beta: float,
+    form: str,
+    normalise: bool,
+    trained: Sequence[int] = range(4),
+    shares: Sequence[float] = (R, R, R),
 ) -> Tensor:
     """The loss of PSO as one graph. Rollout and densities are written with (clean, noise) instead
-    of `flow.transition`."""
+    of `flow.transition`. shares: r of each step; trained: steps in the margin."""
     rng = torch.Generator().manual_seed(7)
-    r = math.sin(eta * math.pi / 2)
 
     def draw():
         return torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
@@ -42,14 +54,14 @@ def flat_pso(
         for k in range(4):
             with torch.no_grad():
                 u = student(z, TIMES[k].expand(3), data.context)
-            now, after = TIMES[k], TIMES[k + 1]
+            now, after, r = TIMES[k], TIMES[k + 1], (*shares, 0.0)[k]
             if k == 3:
                 generated = z - now * u
                 break
             fresh = draw()
             std = after * r
 
-            def mean_at(v, z=z, now=now, after=after):
+            def mean_at(v, z=z, now=now, after=after, r=r):
                 return (1 - after) * (z - now * v) + after * math.sqrt(1 - r * r) * (
                     z + (1 - now) * v
                 )
@@ -59,13 +71,17 @@ def flat_pso(
             z = z_next
     slopes = [
         TIMES[k] * (1 - TIMES[k + 1]) - (1 - TIMES[k]) * TIMES[k + 1] * math.sqrt(1 - r * r)
-        for k in range(3)
+        for k, r in enumerate(shares)
     ]
-    w = [(c**2 / (2 * (TIMES[k + 1] * r) ** 2)).item() for k, c in enumerate(slopes)]
+    w = [
+        (c**2 / (2 * (TIMES[k + 1] * r) ** 2)).item()
+        for k, (c, r) in enumerate(zip(slopes, shares, strict=True))
+    ]
+    exact = w
     w = [x * 3 / sum(w) for x in w] if normalise else w
     w = [*w, w[-1]]
     margin = torch.zeros(3, dtype=torch.float64)
-    for k in range(4 if last else 3):
+    for k in trained:
         t, noise = TIMES[k].expand(3), draw()
         state = (1 - TIMES[k]) * data.latents + TIMES[k] * noise
         margin = margin - beta * w[k] * errors_of(
@@ -78,8 +94,7 @@ def flat_pso(
             ratio = (-((z_next - mean_at(u)) ** 2) + (z_next - mean_at(v)) ** 2).mean((1, 2, 3)) / (
                 2 * std**2
             )
-            own = (slopes[k] ** 2 / (2 * (TIMES[k + 1] * r) ** 2)).item()
-            margin = margin - beta * (w[k] / own) * ratio
+            margin = margin - beta * (w[k] / exact[k]) * ratio
         else:
             state = (1 - TIMES[k]) * generated + TIMES[k] * noise
             margin = margin + beta * w[k] * errors_of(
@@ -100,10 +115,70 @@ def test_invariant_7_the_pieces_gradient_is_that_of_one_graph(form, weights, las
         student,
     )
     student.zero_grad()
-    loss = flat_pso(student, base, data, 2, 0.5, form, weights == "normalised", last == "noised")
+    trained = range(4 if last == "noised" else 3)
+    loss = flat_pso(student, base, data, 2, form, weights == "normalised", trained)
     loss.backward()
     assert result.log["loss"] == pytest.approx(loss.item(), abs=1e-12)
     assert same(result.gradients, [p.grad for p in student.parameters()])
+
+
+@pytest.mark.parametrize("form", ["rollout", "forward"])
+def test_eta_own_trains_the_samplers_own_transitions(form):
+    """SDXL-Turbo's sampler re-noises by these shares, which no one eta gives."""
+    student, base, data, shares = Plain(0), Plain(1), pairs(), (0.960, 0.919, 0.903)
+    parts = roles(student, base=base, renoise=(*shares, 0.0))
+    result = run(PSO(beta=2, form=form, eta="own", weights="exact"), parts, data, student)
+    student.zero_grad()
+    loss = flat_pso(student, base, data, 2, form, normalise=False, shares=shares)
+    loss.backward()
+    assert result.log["loss"] == pytest.approx(loss.item(), abs=1e-12)
+    assert same(result.gradients, [p.grad for p in student.parameters()])
+
+
+def test_eta_own_is_refused_where_the_sampler_draws_no_noise():
+    for form in ("rollout", "forward"):
+        with pytest.raises(ValueError, match="this model's sampler draws none"):
+            PSO(eta="own", form=form).refuse_schedule(EULER)
+        PSO(eta="own", form=form).refuse_schedule(Schedule(TIMES, (0.9, 0.9, 0.9, 0.0)))
+
+
+@pytest.mark.parametrize("form", ["rollout", "forward"])
+def test_a_drawn_number_of_steps_is_the_margin_of_these_steps_alone(form):
+    student, base, data = Plain(0), Plain(1), pairs()
+    method = PSO(beta=2, form=form, loss_steps=1)
+    (drawn,) = method._loss_steps(4, 7)
+    result = run(method, roles(student, base=base), data, student)
+    assert result.pieces == 2 and f"margin_at_{drawn}" in result.log
+    if form == "forward":  # the rollout form's noise of later steps depends on the ones before
+        student.zero_grad()
+        flat_pso(student, base, data, 2, form, True, [drawn]).backward()
+        assert same(result.gradients, [p.grad for p in student.parameters()])
+    assert {method._loss_steps(4, seed) for seed in range(40)} == {(0,), (1,), (2,), (3,)}
+
+
+def test_forwards_are_the_calls_with_a_backward_as_two_for_every_number_of_steps():
+    for method in (
+        PSO(),
+        PSO(loss_steps=1),
+        PSO(form="forward", loss_steps=2),
+        PSO(form="forward", loss_steps=1, reference=False),
+        PSO(last_step="left_out"),
+    ):
+        calls = []
+
+        def counted(z, t, text, calls=calls):
+            calls.append(len(z))
+            return Plain()(z, t, text)
+
+        pieces = list(method.losses(roles(counted), pairs(), torch.Generator().manual_seed(0)))
+        assert len(calls) + 2 * len(pieces) == method.forwards(4)
+
+
+def test_more_steps_than_the_sampler_has_are_refused():
+    with pytest.raises(ValueError, match="5 of the 4 steps that can have a loss"):
+        PSO(loss_steps=5).refuse_schedule(EULER)
+    with pytest.raises(ValueError, match="4 of the 3 steps that can have a loss"):
+        PSO(loss_steps=4, last_step="left_out").refuse_schedule(EULER)
 
 
 def test_invariant_13_rollouts_without_noise_are_refused_because_losers_would_have_no_gradient():
@@ -128,7 +203,7 @@ def test_invariant_14_every_state_with_a_likelihood_is_of_a_step_that_draws_nois
         assert result.pieces == pieces
         assert all(math.isfinite(value) for value in result.log.values())
     with pytest.raises(ValueError, match="only the last"):
-        PSO(last_step="left_out").refuse_nfe(1)
+        PSO(last_step="left_out").refuse_schedule(Schedule(TIMES[-2:], (0.0,)))
 
 
 def test_invariant_15_exactly_the_times_of_the_sampler_are_trained():

@@ -13,6 +13,7 @@ import torch
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Schedule, clean_of, noise_of, transition
 from dopsd.methods import PSOOnline
+from dopsd.methods.preference import Term, pairwise_losses
 
 from .plain import TIMES, Plain, batch, context, latents, redness, roles, run, same
 
@@ -120,7 +121,7 @@ def test_invariant_23_the_gradient_is_half_beta_times_that_of_grpo_with_two_roll
     r = math.sin(0.25 * math.pi)
     start = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
     bits = Random(7)
-    for seeds in [[bits.getrandbits(62) for _ in range(4)] for _ in range(2)]:
+    for seeds in [[2**31 + bits.getrandbits(31) for _ in range(4)] for _ in range(2)]:
         z = start
         for k in range(4):
             now, after = TIMES[k], TIMES[k + 1]
@@ -175,3 +176,89 @@ def test_noise_of_steps_that_are_not_trained_is_shared_by_the_two_rollouts(start
     assert [
         torch.equal(one, other) for one, other in zip(states[:4], states[4:8], strict=True)
     ] == alike
+
+
+def published(clip=None) -> PSOOnline:
+    """The settings of the published code for SDXL-Turbo."""
+    return PSOOnline(
+        reward="red",
+        beta=50,
+        eta="own",
+        start="own",
+        weights="exact",
+        stochastic_steps=(0, 1, 2),
+        clip=clip,
+    )
+
+
+def test_eta_own_takes_the_samplers_noise_and_its_density(monkeypatch):
+    """SDXL-Turbo re-noises by shares of its own, and no eta says all three of them."""
+    shares = (0.96, 0.92, 0.9, 0.0)
+    parts = roles(Plain(0), base=Plain(1), score=redness, renoise=shares)
+    terms = []
+    monkeypatch.setattr(
+        "dopsd.methods.pso_online.pairwise_losses",
+        lambda of_roles, text, of_terms, *_, **__: terms.extend(of_terms) or (),
+    )
+    list(published().losses(parts, batch(), torch.Generator().manual_seed(3)))
+    assert [term.step for term in terms] == [0, 0, 1, 1, 2, 2]
+    for term in terms:
+        now, after, r = TIMES[term.step], TIMES[term.step + 1], shares[term.step]
+        slope = now * (1 - after) - (1 - now) * after * math.sqrt(1 - r * r)
+        torch.testing.assert_close(term.weight, slope**2 / (2 * (after * r) ** 2))
+
+
+def test_eta_own_is_refused_where_the_sampler_draws_no_noise():
+    with pytest.raises(ValueError, match="this model's sampler draws none"):
+        published().refuse_schedule(Schedule(TIMES, (0.0,) * 4))
+    published().refuse_schedule(Schedule(TIMES, (0.9, 0.9, 0.9, 0.0)))
+    with pytest.raises(ValueError, match="this model's sampler draws none"):
+        published().refuse_schedule(Schedule(TIMES, (0.9, 0.0, 0.9, 0.0)))
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.4])
+def test_invariant_20_a_density_ratio_outside_the_window_has_no_gradient(clip):
+    """Against one graph in which the ratio itself is clamped."""
+    student, base, data, beta = Plain(0), Plain(1), batch(), 2.0
+    terms = [
+        Term(branch, step, latents(seed), TIMES[step].expand(3), latents(seed + 1), weight)
+        for branch, step, seed, weight in (
+            ("winner", 0, 11, torch.tensor(0.5)),
+            ("loser", 0, 13, torch.tensor(0.5)),
+            ("winner", 1, 15, torch.tensor(2.0)),
+            ("loser", 1, 17, torch.tensor(2.0)),
+        )
+    ]
+    pieces = pairwise_losses(
+        roles(student, base=base), data.context, terms, beta, data.weight, clip=clip
+    )
+    log = {}
+    for piece in pieces:
+        piece.surrogate.backward()
+        log |= piece.log
+    got = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    margin, outside = torch.zeros(3, dtype=torch.float64), 0
+    for term in terms:
+        u, v = student(term.z, term.t, data.context), base(term.z, term.t, data.context).detach()
+        error = ((u - term.wanted) ** 2 - (v - term.wanted) ** 2).mean((1, 2, 3))
+        ratio = torch.exp(-term.weight * error)
+        clipped = ratio.clamp(1 - clip, 1 + clip)
+        outside += (clipped != ratio).sum().item()
+        margin = margin + beta * clipped.log() * (1 if term.branch == "winner" else -1)
+    loss = -(data.weight * torch.nn.functional.logsigmoid(margin)).mean()
+    loss.backward()
+    assert log["loss"].item() == pytest.approx(loss.item(), abs=1e-12)
+    assert same(got, [p.grad for p in student.parameters()])
+    assert 0 < outside < 12
+
+
+def test_a_window_that_no_ratio_leaves_changes_nothing():
+    """A student next to the base, whose ratios are all near 1."""
+    student, base = Plain(0), Plain(0)
+    with torch.no_grad():
+        student.second.bias += 1e-4
+    parts = roles(student, base=base, score=redness, renoise=(0.9, 0.9, 0.9, 0.0))
+    clipped, plain = (run(published(clip), parts, batch(), student) for clip in (0.1, None))
+    assert all(map(torch.equal, clipped.gradients, plain.gradients))
+    assert clipped.log == plain.log

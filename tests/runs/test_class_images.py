@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_folders import write_image
 from PIL import Image
 
 from dopsd.config.recipe import Recipe, parse_recipe
@@ -59,7 +60,8 @@ def test_changed_weights_at_the_same_path_get_a_new_image_folder(
         recipe = parse_recipe(
             tree | {"model": model, "data": {"folder": str(concept), "resolution": 64}}
         )
-        (files,) = generate_once(recipe, open_family(recipe), ["a red star"], 1).values()
+        kinds = [("a red star", (64, 64))]
+        (files,) = generate_once(recipe, open_family(recipe), kinds, 1).values()
         return files[0].parent
 
     base, turbo = tmp_path / "base", tmp_path / "turbo"
@@ -78,11 +80,12 @@ def test_an_interrupted_folder_gets_only_its_missing_images(concept, tmp_path, p
     recipe = recipe_of(
         concept, tmp_path, name="dreambooth", class_prompt="a red star", class_images=3
     )
-    (files,) = generate_once(recipe, pocket, ["a red star"], 3).values()
+    kinds = [("a red star", (64, 64))]
+    (files,) = generate_once(recipe, pocket, kinds, 3).values()
     before = [path.read_bytes() for path in files]
     files[1].unlink()
     progress = []
-    generate_once(recipe, pocket, ["a red star"], 3, lambda *counts: progress.append(counts))
+    generate_once(recipe, pocket, kinds, 3, lambda *counts: progress.append(counts))
     assert [path.read_bytes() for path in files] == before and progress == [(2, 3)]
 
 
@@ -93,7 +96,7 @@ def test_every_image_gets_rejected_images_for_its_own_caption(concept, tmp_path,
     ]
     (concept / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = recipe_of(concept, tmp_path, name="pso", form="forward", losers=2)
-    listing, class_images = with_generated(resolve(recipe))
+    (listing,), class_images = with_generated(resolve(recipe))
     assert class_images == () and len(listing.examples) == 8
     assert all(not example.also for example in listing.examples)
     by_caption = {example.caption: example.rejected for example in listing.examples}
@@ -109,9 +112,39 @@ def test_every_image_gets_rejected_images_for_its_own_caption(concept, tmp_path,
         assert all(caption_of_file[path.name] == caption for path in files)
     of_one_prompt = {"losers": 2, "loser_prompt": "a star"}
     recipe = recipe_of(concept, tmp_path, name="pso", form="forward", **of_one_prompt)
-    with_one_prompt, _ = with_generated(resolve(recipe))
+    (with_one_prompt,), _ = with_generated(resolve(recipe))
     assert len(with_one_prompt.examples) == 4
     assert len({example.rejected for example in with_one_prompt.examples}) == 1
+
+
+def test_losers_have_the_shape_that_their_winner_is_trained_at(tmp_path, pocket):
+    """A wide, a tall and a square winner under one caption, at two resolutions."""
+    folder = tmp_path / "shapes"
+    for name, size in (("wide", (200, 100)), ("tall", (100, 200)), ("square", (90, 90))):
+        write_image(folder / f"{name}.png", size=size)
+    recipe = parse_recipe(
+        {
+            "model": {"name_or_path": "pocket"},
+            "data": {"folder": str(folder), "instance_prompt": "a star", "resolution": [64, 32]},
+            "method": {"name": "pso", "form": "forward", "losers": 2},
+            "output_dir": str(tmp_path),
+            "run_name": "run",
+        }
+    )
+    run = resolve(recipe)
+    listings, _ = with_generated(run)
+    assert len(listings) == len(run.sizes) == 2
+    for listing, sizes in zip(listings, run.sizes, strict=True):
+        assert len(set(sizes)) == 3
+        for example, size in zip(listing.examples, sizes, strict=True):
+            assert len(example.rejected) == 2
+            assert {Image.open(file).size for file in example.rejected} == {size}
+    (width, height), file = run.sizes[0][0], listings[0].examples[0].rejected[0]
+    place = int(file.name[:4])
+    (expected,) = sample(
+        "pocket", ["a star"], seed=FIRST_SEED + 2 * place, width=width, height=height
+    )
+    assert np.array_equal(np.asarray(Image.open(file)), np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +155,7 @@ def test_every_image_gets_rejected_images_for_its_own_caption(concept, tmp_path,
             {"name": "pso", "nfe": 1, "last_step": "left_out"},
             "a sampler of one step has only the last",
         ),
+        ({"name": "pso", "eta": "own"}, "eta: own takes the noise that the model's own sampler"),
         ({"name": "pso_online", "reward": "red", "nfe": 1}, "needs a sampler of 2 steps or more"),
         ({"name": "pso_online", "reward": "read"}, "Did you mean red"),
         (

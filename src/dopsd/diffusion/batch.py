@@ -79,9 +79,9 @@ class Batch:
     latents: clean, float32 [B, C, h, w]. context: what the student reads. prompts: as texts.
     weight: float32 [B], 1 = an ordinary example. The rest is None unless the method or the data
     needs it. mask: float32 [B, 1, h, w] in [0, 1], the weight of the loss at each latent position
-    (1 everywhere is the same as None). privileged: what the teacher reads, of prompt and image. rejected: latents of a worse image for
-    the same prompt, like `latents`. prior: images of the class. replay: prompts unrelated to the
-    data.
+    (1 everywhere is the same as None). privileged: what the teacher reads, of prompt and image.
+    rejected: latents of a worse image for the same prompt, like `latents`. prior: images of the
+    class. replay: prompts unrelated to the data.
     """
 
     latents: Tensor

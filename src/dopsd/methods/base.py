@@ -113,8 +113,8 @@ class Method(BaseModel):
         """Whether the teacher sees another image of the concept than the one trained on."""
         return False
 
-    def refuse_nfe(self, nfe: int) -> None:
-        """Raise ValueError for settings that do not fit a sampler of `nfe` steps."""
+    def refuse_schedule(self, schedule: Schedule) -> None:
+        """Raise ValueError for settings that do not fit a sampler with this schedule."""
 
     def forwards(self, nfe: int) -> int:
         """Network forwards for each image of a batch at this nfe; a backward counts as two."""

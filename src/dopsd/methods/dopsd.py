@@ -90,8 +90,8 @@ class DOPSD(Method):
     def teacher_sees_another(self) -> bool:
         return self.teacher_sees == "another"
 
-    def refuse_nfe(self, nfe: int) -> None:
-        steps = self.loss_steps
+    def refuse_schedule(self, schedule: Schedule) -> None:
+        steps, nfe = self.loss_steps, schedule.nfe
         if isinstance(steps, int) and steps > nfe:
             raise ValueError(
                 f"method.loss_steps asks for {steps} of the {nfe} steps of the sampler: ask for "

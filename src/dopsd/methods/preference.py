@@ -11,9 +11,10 @@ computes the margins, and a second yields one weighted error per state. The resu
 the activations of one forward in memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dopsd.diffusion.batch import Context
+from dopsd.diffusion.flow import Schedule, Step, transition
 from dopsd.methods.base import Loss, Method, Roles, row_errors
 
 Link = Literal["logistic", "hinge"]
@@ -53,6 +55,50 @@ class Preference(Method):
     )
 
 
+class RolloutPreference(Preference):
+    """A method whose margin weighs each step of a rollout by its density as a Gaussian policy:
+
+    w_k = slope^2 / (2 std^2)                                      see `flow.Transition`
+    """
+
+    eta: Literal["own"] | Annotated[float, Field(ge=0.01, le=1)] = Field(
+        default=0.5,
+        description="Fresh noise of the trained steps: r = sin(eta pi/2), 1 = all noise is drawn "
+        "anew; own: what the model's sampler draws (SDXL's samplers do; the published code).",
+    )
+    weights: Literal["normalised", "exact"] = Field(
+        default="normalised",
+        description="Weights of the steps. exact: those of the likelihood, which span three orders "
+        "of magnitude.",
+    )
+
+    def noisy_steps(self, nfe: int) -> Collection[int]:
+        """Indices of the steps whose noise `eta` sets."""
+        raise NotImplementedError
+
+    def noisy_schedule(self, schedule: Schedule) -> Schedule:
+        """The sampler's schedule with the noise that `eta` asks for."""
+        if self.eta == "own":
+            return schedule
+        return schedule.stochastic(self.eta, self.noisy_steps(schedule.nfe))
+
+    def refuse_schedule(self, schedule: Schedule) -> None:
+        if self.eta == "own" and not all(
+            schedule.renoise[step] for step in self.noisy_steps(schedule.nfe)
+        ):
+            raise ValueError(
+                "method.eta: own takes the noise that the model's own sampler draws, and this "
+                "model's sampler draws none: give method.eta a number, such as 0.5."
+            )
+
+    def weights_of(self, steps: Sequence[Step]) -> list[Tensor]:
+        """w_k, 0-d, of steps that draw noise; normalised: divided by their mean."""
+        weights = [transition(step).weight for step in steps]
+        if self.weights == "exact" or not weights:
+            return weights
+        return [weight / torch.stack(weights).mean() for weight in weights]
+
+
 def pairwise_losses(
     roles: Roles,
     context: Context,
@@ -62,11 +108,13 @@ def pairwise_losses(
     link: Link = "logistic",
     reference: bool = True,
     extra_log: Mapping[str, Tensor] | None = None,
+    clip: float | None = None,
 ) -> Iterator[Loss]:
     """The pieces of the loss of one batch of pairs.
 
     weight: [B], of each pair; 0 leaves a pair out. reference: whether errors are relative to the
-    base model. extra_log: more numbers to report.
+    base model. extra_log: more numbers to report. clip: limit of each term's density ratio,
+    exp(-w_k E_k), to 1 - clip ... 1 + clip; beyond it a term has no gradient.
     """
     # Margins, without gradient
     with torch.no_grad():
@@ -78,6 +126,15 @@ def pairwise_losses(
             errors = [error - base for error, base in zip(errors, base_errors, strict=True)]
         factors = [beta * term.weight * (1.0 if term.branch == "loser" else -1.0) for term in terms]
         parts = [factor * error for factor, error in zip(factors, errors, strict=True)]
+        if clip is not None:
+            # w_k E_k = -log ratio
+            low, high = -beta * math.log1p(clip), -beta * math.log1p(-clip)
+            signs = [1.0 if term.branch == "loser" else -1.0 for term in terms]
+            kept = [
+                sign * (sign * p).clamp(low, high) for sign, p in zip(signs, parts, strict=True)
+            ]
+            factors = [f * (p == k) for f, p, k in zip(factors, parts, kept, strict=True)]
+            parts = kept
         margin = torch.stack(parts).sum(0)
         slope = -torch.sigmoid(-margin) if link == "logistic" else -(margin < 1).to(margin)
         loss = -logsigmoid(margin) if link == "logistic" else (1 - margin).clamp(min=0)
@@ -96,11 +153,6 @@ def pairwise_losses(
             yield Loss(surrogate, {}, last=False)
         else:
             yield Loss(surrogate, log, last=True, counts=counts)
-
-
-def normalised(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The same weights, 0-d each, divided by their mean."""
-    return [weight / torch.stack(list(weights)).mean() for weight in weights]
 
 
 def _statistics(

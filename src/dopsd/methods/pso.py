@@ -11,23 +11,24 @@ predictions; the form for velocities is ours.
     w_k = slope^2 / (2 std^2) of step k as a Gaussian (`flow.Transition`); "normalised": / mean
 """
 
-from collections.abc import Iterator
-from typing import Literal, Self
+from collections.abc import Collection, Iterator
+from random import Random
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from dopsd.diffusion.batch import Batch
-from dopsd.diffusion.flow import Step, noise_like, noisy, transition
+from dopsd.diffusion.flow import Schedule, Step, noise_like, noisy, transition
 from dopsd.diffusion.rollout import rollout
 from dopsd.methods.base import Loss, Need, Roles, ToGenerate
-from dopsd.methods.preference import Branch, Link, Preference, Term, normalised, pairwise_losses
+from dopsd.methods.preference import Branch, Link, RolloutPreference, Term, pairwise_losses
 
 
-class PSO(Preference):
+class PSO(RolloutPreference):
     """The customisation loss of the paper's code: form: forward, link: hinge, reference: false, a
-    loser_prompt of the class, and a loser_share below 1."""
+    loser_prompt of the class, a loser_share below 1, and loss_steps: 1."""
 
     name: Literal["pso"] = "pso"
     form: Literal["rollout", "forward"] = Field(
@@ -35,21 +36,14 @@ class PSO(Preference):
         description="Losers: states of the student's own rollout, or images that the base model "
         "generates before training.",
     )
-    eta: float = Field(
-        default=0.5,
-        ge=0.01,
-        le=1,
-        description="Fresh noise of the rollout: r = sin(eta pi/2), 1 = all noise is drawn anew.",
-    )
-    weights: Literal["normalised", "exact"] = Field(
-        default="normalised",
-        description="Weights of the steps. exact: those of the likelihood, which span three orders "
-        "of magnitude.",
-    )
     last_step: Literal["noised", "left_out"] = Field(
         default="noised",
         description="The last step has no density: noise both images there, or leave it out "
         "(paper).",
+    )
+    loss_steps: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        default="all",
+        description="Steps in the margin: all, or a number drawn at random for each batch.",
     )
     link: Link = Field(
         default="logistic",
@@ -93,23 +87,47 @@ class PSO(Preference):
             return None
         return ToGenerate("rejected", self.losers, self.loser_prompt)
 
-    def refuse_nfe(self, nfe: int) -> None:
-        if nfe == 1 and self.last_step == "left_out":
+    def noisy_steps(self, nfe: int) -> Collection[int]:
+        return range(nfe - 1)
+
+    def refuse_schedule(self, schedule: Schedule) -> None:
+        super().refuse_schedule(schedule)
+        usable = self._usable_steps(schedule.nfe)
+        if not usable:
             raise ValueError(
                 "a sampler of one step has only the last: set method.last_step: noised, or a "
                 "larger method.nfe."
             )
+        if self.loss_steps != "all" and self.loss_steps > len(usable):
+            raise ValueError(
+                f"method.loss_steps asks for {self.loss_steps} of the {len(usable)} steps that can "
+                f"have a loss: ask for at most {len(usable)}."
+            )
+
+    def _usable_steps(self, nfe: int) -> range:
+        return range(nfe if self.last_step == "noised" else nfe - 1)
+
+    def _loss_steps(self, nfe: int, seed: int) -> tuple[int, ...]:
+        """Indices of the steps in the margin. Python's generator draws them: the memory forecast
+        runs on tensors without values."""
+        usable = self._usable_steps(nfe)
+        if self.loss_steps == "all":
+            return tuple(usable)
+        return tuple(sorted(Random(seed).sample(usable, self.loss_steps)))
 
     def forwards(self, nfe: int) -> int:
-        steps = nfe if self.last_step == "noised" else nfe - 1
+        steps = len(self._loss_steps(nfe, seed=0))
         state = 5 if self.reference else 4  # student, base, and student again with a backward
         return 2 * steps * state + (nfe if self.form == "rollout" else 0)
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
-        stochastic = schedule.stochastic(self.eta, range(schedule.nfe - 1))
+        stochastic = self.noisy_schedule(schedule)
         *steps, last = stochastic.steps()
-        weights = self._weights([transition(step).weight for step in steps])
+        # The last step has no density and takes the weight of the one before
+        weights = self.weights_of(steps) or [torch.ones(())]
+        weights.append(weights[-1])
+        loss_steps = self._loss_steps(schedule.nfe, rng.initial_seed())
 
         # The losers' images, and the states on the way to them
         states = []
@@ -124,7 +142,9 @@ class PSO(Preference):
 
         # A winner and a loser at each step
         terms = []
-        for step in [*steps, last] if self.last_step == "noised" else steps:
+        for step in [*steps, last]:
+            if step.index not in loss_steps:
+                continue
             k, noise = step.index, noise_like(loser, rng)
             loser_weight = weights[k] * self.loser_share
             terms.append(_noised("winner", step, batch.latents, noise, weights[k]))
@@ -137,14 +157,6 @@ class PSO(Preference):
         yield from pairwise_losses(
             roles, batch.context, terms, self.beta, batch.weight, self.link, self.reference
         )
-
-    def _weights(self, of_steps: list[Tensor]) -> list[Tensor]:
-        """w_k for each step of the sampler. The last step has no density and takes the weight of
-        the one before."""
-        if not of_steps:
-            return [torch.ones(())]
-        weights = normalised(of_steps) if self.weights == "normalised" else of_steps
-        return [*weights, weights[-1]]
 
 
 def _noised(branch: Branch, step: Step, clean: Tensor, noise: Tensor, weight: Tensor) -> Term:

@@ -4,10 +4,10 @@ some steps of the rollouts draw fresh noise (eta), the others are the sampler's 
 at each of those steps  wanted = the velocity that the rollout's own next state implies
 winner, loser = the rollouts with the higher and the lower reward of their final images
 margin = beta sum_k w_k [ E_k(loser) - E_k(winner) ]
-E_k as in `preference`; w_k as in `pso`, normalised to mean 1
+E_k and w_k as in `preference`; clip limits each exp(-w_k E_k) to 1 - clip ... 1 + clip
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import Annotated, Literal
 
@@ -16,15 +16,15 @@ from pydantic import Field
 from torch import Tensor
 
 from dopsd.diffusion.batch import Batch
-from dopsd.diffusion.flow import Step, noise_like, transition
+from dopsd.diffusion.flow import Schedule, Step, noise_like, transition
 from dopsd.diffusion.rollout import RolloutStep, rollout
 from dopsd.methods.base import Loss, Need, Roles, row_errors
-from dopsd.methods.preference import Branch, Preference, Term, normalised, pairwise_losses
+from dopsd.methods.preference import Branch, RolloutPreference, Term, pairwise_losses
 
 Index = Annotated[int, Field(ge=0)]
 
 
-class PSOOnline(Preference):
+class PSOOnline(RolloutPreference):
     """Pairs with equal scores, or with a missing score (NaN), are left out."""
 
     name: Literal["pso_online"] = "pso_online"
@@ -33,9 +33,6 @@ class PSOOnline(Preference):
         description="Scores images, higher is better: red, pickscore, clip, ... or "
         "package.module:callable.",
         examples=["pickscore"],
-    )
-    eta: float = Field(
-        default=0.5, ge=0.01, le=1, description="Noise of the steps below: r = sin(eta pi/2)."
     )
     start: Literal["shared", "own"] = Field(
         default="shared",
@@ -47,6 +44,13 @@ class PSOOnline(Preference):
         min_length=1,
         description="Steps that draw noise and are trained; default: the second and third.",
     )
+    clip: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Limits the density ratio of student and base at each step to 1 - clip ... "
+        "1 + clip; 0.1 in the published code.",
+    )
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -56,7 +60,12 @@ class PSOOnline(Preference):
     def reward_name(self) -> str:
         return self.reward
 
-    def refuse_nfe(self, nfe: int) -> None:
+    def noisy_steps(self, nfe: int) -> Collection[int]:
+        default = tuple(range(1, min(3, nfe - 1))) or (0,)
+        return tuple(sorted(set(self.stochastic_steps or default)))
+
+    def refuse_schedule(self, schedule: Schedule) -> None:
+        nfe = schedule.nfe
         if nfe == 1:
             raise ValueError(
                 "pso_online needs a sampler of 2 steps or more: the last step draws no noise. "
@@ -67,20 +76,17 @@ class PSOOnline(Preference):
                 f"method.stochastic_steps names step {late[0]}, and a sampler of {nfe} steps draws "
                 f"noise at 0 to {nfe - 2}."
             )
-
-    def _trained_steps(self, nfe: int) -> tuple[int, ...]:
-        default = tuple(range(1, min(3, nfe - 1))) or (0,)
-        return tuple(sorted(set(self.stochastic_steps or default)))
+        super().refuse_schedule(schedule)
 
     def forwards(self, nfe: int) -> int:
         # Two rollouts; for each trained step and branch student, base, and student with backward
-        return 2 * nfe + 10 * len(self._trained_steps(nfe))
+        return 2 * nfe + 10 * len(self.noisy_steps(nfe))
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         assert roles.score is not None, "the run must provide a reward"
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
-        trained = self._trained_steps(schedule.nfe)
-        schedule = schedule.stochastic(self.eta, trained)
+        trained = self.noisy_steps(schedule.nfe)
+        schedule = self.noisy_schedule(schedule)
 
         # Two rollouts for each prompt
         first_start = noise_like(batch.latents, rng)
@@ -101,7 +107,7 @@ class PSOOnline(Preference):
 
         # A winner and a loser at each trained step
         steps = [step for step in schedule.steps() if step.index in trained]
-        weights = normalised([transition(step).weight for step in steps])
+        weights = self.weights_of(steps)
         terms = []
         for step, weight in zip(steps, weights, strict=True):
             one, other = first[step.index], second[step.index]
@@ -115,15 +121,22 @@ class PSOOnline(Preference):
         extra_log = {"score": scores.nanmean(), "diversity": row_errors(*ends).sqrt().mean()}
         pair_weight = batch.weight * (order != 0)
         yield from pairwise_losses(
-            roles, batch.context, terms, self.beta, pair_weight, extra_log=extra_log
+            roles,
+            batch.context,
+            terms,
+            self.beta,
+            pair_weight,
+            extra_log=extra_log,
+            clip=self.clip,
         )
 
-    def _noise_seeds(self, seed: int, nfe: int, trained: tuple[int, ...]) -> list[list[int]]:
+    def _noise_seeds(self, seed: int, nfe: int, trained: Collection[int]) -> list[list[int]]:
         """A seed for each step of both rollouts. With a shared start, steps that are not trained
         share theirs: noise that the loss does not see must not decide who wins. Python's generator
-        draws them, so that the memory forecast, whose tensors have no values, can run."""
+        draws them, so that the memory forecast, whose tensors have no values, can run; all are of
+        2^31 and above, where no seed of an image lies (see `training/seeds.py`)."""
         draw = Random(seed)
-        first, second = ([draw.getrandbits(62) for _ in range(nfe)] for _ in range(2))
+        first, second = ([2**31 + draw.getrandbits(31) for _ in range(nfe)] for _ in range(2))
         if self.start == "shared":
             second = [second[k] if k in trained else first[k] for k in range(nfe)]
         return [first, second]

@@ -61,7 +61,7 @@ def check(run: ResolvedRun) -> Checked:
         own_sizes = lora_sizes(network, run.lora_targets, recipe.lora.rank)
         refuse_unfit(path, read_lora(path, family), own_sizes)
     tokens = _count_tokens(run)
-    recipe.method.refuse_nfe(run.nfe)
+    recipe.method.refuse_schedule(run.schedule(run.nfe, *run.latent_size))
     return Checked(
         coverage=trained,
         forwards_per_image=recipe.method.forwards(run.nfe),

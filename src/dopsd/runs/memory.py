@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dopsd.config.recipe import Recipe
 from dopsd.diffusion.batch import Batch, Context
 from dopsd.diffusion.components import VAE
+from dopsd.diffusion.flow import Schedule
 from dopsd.images import image_size
 from dopsd.methods import Method
 from dopsd.methods.base import Score
@@ -77,9 +78,12 @@ def forecast(
     images that each image is edited from. progress: called with the forwards done, of how many; a
     backward counts as two.
     """
-    nfe = _fewest_steps(recipe.method, recipe.method.nfe or family.default_nfe)
+    latents = latent_size(family, size[1], size[0])
+    nfe = recipe.method.nfe or family.default_nfe
+    if _can_take(recipe.method, family.schedule(2, *latents)):
+        nfe = min(2, nfe)
     method = recipe.method.model_copy(update={"nfe": nfe})
-    schedule = family.schedule(nfe, *latent_size(family, size[1], size[0]))
+    schedule = family.schedule(nfe, *latents)
     contexts = _blank_contexts(recipe, family, size, captions, references)
 
     # The network by its config alone: shapes without storage.
@@ -187,14 +191,15 @@ def _bytes_of_8_bit_moments(recipe: Recipe, weights: Mapping[str, Tensor]) -> in
     return sum(6 * weight.numel() for weight in weights.values() if weight.numel() >= 4096)
 
 
-def _fewest_steps(method: Method, nfe: int) -> int:
-    """Two steps of the sampler need as much memory as all of them, because each step's graph is
-    freed before the next. A method whose settings name later steps keeps its own number."""
+def _can_take(method: Method, schedule: Schedule) -> bool:
+    """Whether the method's settings fit a sampler of two steps. They need as much memory as all of
+    them, because each step's graph is freed before the next; a method whose settings name later
+    steps keeps its own number."""
     try:
-        method.refuse_nfe(2)
+        method.refuse_schedule(schedule)
     except ValueError:
-        return nfe
-    return min(2, nfe)
+        return False
+    return True
 
 
 def _mean_score(vae: VAE) -> Score:

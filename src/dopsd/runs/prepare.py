@@ -40,7 +40,7 @@ def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun
     recipe, family = run.recipe, run.family
 
     # Images that the base model generates for the method: class images, or rejected ones.
-    listing, class_examples = with_generated(run, _named(progress, "generating"))
+    listings, class_examples = with_generated(run, _named(progress, "generating"))
     text_encoder = family.load_text_encoder(run.device, run.dtype, images=run.learns_from_teacher)
     vae = family.load_vae(run.device, torch.float32)
 
@@ -64,7 +64,7 @@ def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun
     unconditional = recipe.data.caption_dropout > 0
     rows = tuple(
         row
-        for resolution in run.resolutions
+        for resolution, listing in zip(run.resolutions, listings, strict=True)
         for row in cache_rows(listing.examples, resolution, run.learns_from_teacher, unconditional)
     )
     prior = cache_rows(class_examples, run.side, False, False) if class_examples else ()

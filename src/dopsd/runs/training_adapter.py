@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.config.recipe import Recipe, parse_recipe
+from dopsd.data.buckets import bucket_sizes
 from dopsd.methods import SFT
 from dopsd.runs.class_images import Progress, generate_once
 from dopsd.runs.resolve import open_family
@@ -40,9 +41,11 @@ def adapter_recipe(
         tree.setdefault(section, {})[key] = value
     for section, value in changes.items():
         tree[section] = {**tree.get(section, {}), **value} if isinstance(value, dict) else value
-    generated = generate_once(
-        parse_recipe(tree, "the adapter"), family, list(dict.fromkeys(prompts)), images, progress
-    )
+    recipe = parse_recipe(tree, "the adapter")
+    side = max(recipe.data.resolution, default=family.resolution)
+    square = bucket_sizes(side, family.multiple)[0]
+    kinds = [(prompt, square) for prompt in dict.fromkeys(prompts)]
+    generated = generate_once(recipe, family, kinds, images, progress)
     folder = next(iter(generated.values()))[0].parent
     return parse_recipe(tree | {"data": {**tree["data"], "folder": str(folder)}}, "the adapter")
 
