@@ -1,12 +1,13 @@
 """Images open as they are displayed, whatever their format, rotation and transparency."""
 
+import struct
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
 from dopsd.images import FORMATS, NOT_READ, cover_crop, image_size, open_image
 
@@ -131,3 +132,94 @@ def test_a_crop_keeps_the_centre_and_fills_the_size_exactly():
     crop = cover_crop(stripes, (64, 64))
     assert crop.size == (64, 64)
     assert (np.asarray(crop)[:, 8:-8] == (0, 0, 255)).all()
+
+
+def matrix_profile(red, green, blue, gamma: float) -> bytes:
+    """An ICC profile (version 2) of three primaries in XYZ (D50) and a gamma."""
+
+    def fixed(number: float) -> bytes:
+        return struct.pack(">i", round(number * 65536))
+
+    name = b"a test profile\0"
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78),
+        b"cprt": b"text\0\0\0\0none\0",
+        b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642) + fixed(1.0) + fixed(0.8249),
+    }
+    for letter, primary in zip((b"r", b"g", b"b"), (red, green, blue), strict=True):
+        tags[letter + b"XYZ"] = b"XYZ \0\0\0\0" + b"".join(map(fixed, primary))
+        tags[letter + b"TRC"] = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += tag + struct.pack(">II", start + len(body), len(content))
+        body += content
+    header = bytearray(128)
+    header[8:12], header[12:24] = struct.pack(">I", 0x02100000), b"mntrRGB XYZ "
+    header[36:40], header[68:80] = b"acsp", fixed(0.9642) + fixed(1.0) + fixed(0.8249)
+    header[0:4] = struct.pack(">I", start + len(body))
+    return bytes(header) + struct.pack(">I", len(tags)) + table + body
+
+
+# Columns of the matrices from linear RGB to XYZ (D50), by Lindbloom: Adobe RGB (1998) and sRGB.
+ADOBE = (
+    (0.6097559, 0.3111242, 0.0194811),
+    (0.2052401, 0.6256560, 0.0608902),
+    (0.1492240, 0.0632197, 0.7448387),
+)
+SRGB = (
+    (0.4360747, 0.2225045, 0.0139322),
+    (0.3850649, 0.7168786, 0.0971045),
+    (0.1430804, 0.0606169, 0.7141733),
+)
+
+
+def adobe_in_srgb(colour) -> np.ndarray:
+    """The closed form: gamma 563/256, two matrices, and sRGB's curve."""
+    linear = (np.array(colour) / 255) ** (563 / 256)
+    linear = np.linalg.inv(np.array(SRGB).T) @ np.array(ADOBE).T @ linear
+    linear = linear.clip(0, 1)
+    curve = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+    return (curve * 255).round()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_of_a_profile_become_srgb(suffix, mode, tmp_path):
+    if suffix not in FORMATS or (mode, suffix) == ("RGBA", ".jpg"):
+        pytest.skip("no such file")
+    profile, colour = matrix_profile(*ADOBE, 563 / 256), (100, 150, 120)
+    image = Image.new("RGB", (32, 32), colour)
+    if mode == "RGBA":
+        image.putalpha(255)
+    options = (
+        {"lossless": True} if suffix == ".webp" else {"quality": 100} if suffix != ".png" else {}
+    )
+    image.save(tmp_path / f"a{suffix}", icc_profile=profile, **options)
+    seen = np.array(open_image(tmp_path / f"a{suffix}").getpixel((16, 16)))
+    assert np.abs(seen - adobe_in_srgb(colour)).max() <= 3
+    assert np.abs(np.array(colour) - adobe_in_srgb(colour)).max() > 10, "unlike the raw numbers"
+
+
+def test_an_srgb_profile_leaves_every_number_as_it_is(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(noise).save(tmp_path / "a.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), noise)
+
+
+@pytest.mark.parametrize("profile", [b"damaged", matrix_profile(*ADOBE, 2.2)[:150], b"\0" * 200])
+def test_a_damaged_profile_is_left_out_and_that_is_said(profile, tmp_path, caplog):
+    Image.new("RGB", (8, 8), (100, 150, 120)).save(tmp_path / "a.png", icc_profile=profile)
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (100, 150, 120)
+    assert "a.png has a colour profile that cannot be used" in caplog.text
+
+
+def test_grey_and_palette_images_with_a_profile_of_rgb_are_converted(tmp_path):
+    profile = matrix_profile(*ADOBE, 1.0)
+    for mode in ("L", "P"):
+        path = tmp_path / f"{mode}.png"
+        grey = Image.new("RGB", (8, 8), (128, 128, 128))
+        grey.convert(mode, palette=Image.Palette.ADAPTIVE).save(path, icc_profile=profile)
+        # linear grey 0.502 is 188 in sRGB's curve
+        assert np.abs(np.array(open_image(path).getpixel((0, 0))) - 188).max() <= 2

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,7 @@ if find_spec("pillow_heif"):
 else:
     NOT_READ |= dict.fromkeys(HEIF_EXTENSIONS, f"pip install 'dopsd[heif]', or {CONVERT}")
 
+ANIMATED = ("PNG", "WEBP", "AVIF", "HEIF")  # formats whose files may hold several frames
 # Pillow modes whose colours may have a profile of their own; all others are read as RGB.
 COLOUR_SPACES = {"L": "L", "LA": "L", "CMYK": "CMYK"}
 FORMAT_NAMES = tuple(dict.fromkeys(FORMATS.values()))
@@ -88,13 +90,16 @@ def open_alpha(path: Path) -> Image.Image | None:
 
 
 def frame_count(path: Path) -> int:
-    """Frames of an animation; 1 for a still image, and for a JPEG with previews inside (MPO)."""
+    """Frames of a file; 1 for a JPEG, whatever previews it holds (MPO)."""
     with Image.open(path, formats=FORMAT_NAMES) as image:
-        return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+        return image.n_frames if image.format in ANIMATED else 1  # type: ignore[attr-defined]
 
 
 def kind_of_image(path: Path) -> str | None:
-    """The usual extension of a file's format where its first bytes are an image's, else None."""
+    """The usual extension of a file's format where its first bytes are an image's, else None; also
+    None for a file that may not be read."""
+    if not os.access(path, os.R_OK):
+        return None
     with path.open("rb") as file:
         start = file.read(16)
     return next((e for mark, at, e in SIGNATURES if start[at : at + len(mark)] == mark), None)

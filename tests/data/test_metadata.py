@@ -57,7 +57,7 @@ def test_every_bad_metadata_line_is_named_with_its_number(tmp_path):
         {"file_name": "gone.png", "text": "missing"},
         {"file_name": "../outside.png", "text": "escapes"},
         {"file_name": "x/../../outside.png", "text": "escapes"},
-        {"file_name": str(tmp_path / "good.png"), "text": "absolute"},
+        {"file_name": str(tmp_path.parent / "good.png"), "text": "absolute, elsewhere"},
         {"file_name": "C:\\good.png", "text": "absolute"},
         {"file_name": 7, "text": "wrong type"},
         {"file_name": "good.png", "text": {"wrong": "type"}},

@@ -25,6 +25,10 @@ def print_summary(run: "ResolvedRun", checked: "Checked") -> None:
         field("", f"{example.path.name}: {example.caption[:80]}")
     for path, why in listing.refused:
         field("left out", f"{path.name}: {why}")
+    if masked := sum(example.mask is not None for example in listing.examples):
+        field("masks", f"{masked} images are trained on where their masks are white")
+    for note in listing.notes:
+        field("note", note)
     sizes = sorted(run.buckets.items())
     field(
         "buckets", ", ".join(f"{count} at {width} x {height}" for (width, height), count in sizes)

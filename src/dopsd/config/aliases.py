@@ -41,6 +41,12 @@ ALIASES = {
     "folder_path": "data.folder",
     "num_repeats": "data.repeats",
     "trigger_word": "data.trigger",
+    "masked_loss": "data.masks",
+    "masked_training": "data.masks",
+    "alpha_mask": "data.masks",
+    "mask_path": "data.masks",
+    "conditioning_data_dir": "data.masks",
+    "enable_wildcard": "data.caption_lines",
     "caption_dropout_rate": "data.caption_dropout",
     "max_step_saves_to_keep": "save.keep_last",
     "checkpoints_total_limit": "save.keep_last",
@@ -67,7 +73,6 @@ ALIASES = {
 UNSUPPORTED = {
     "text_encoder_lr": "text encoders are not trained",
     "train_text_encoder": "text encoders are not trained",
-    "masked_loss": "there is no masked loss",
 }
 
 

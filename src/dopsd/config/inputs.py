@@ -98,6 +98,16 @@ class SourceSection(Section):
     caption_extension: str | None = Field(
         None, pattern=r"^\.?\w+$", description="Only captions of this extension, e.g. `.txt`."
     )
+    caption_lines: Literal["joined", "each"] = Field(
+        "joined",
+        description="Lines of a caption file: one caption together, or one each, of which an epoch "
+        "draws one.",
+    )
+    masks: Literal["files", "alpha", "ignore"] = Field(
+        "files",
+        description="Masked loss: by files such as x-masklabel.png or x_mask.png beside x.png, by "
+        "the images' own transparency, or none.",
+    )
     repeats: int = Field(1, ge=1, description="How often an epoch visits each image.")
     weight: float = Field(
         1.0, gt=0, description="Of its images' loss; a regularisation folder takes less than 1."

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.examples import Example
+from dopsd.data.masks import mask_weights
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, TextEncoder
 from dopsd.files import read_metadata, read_tensors, sha256_of, write_tensors
@@ -24,7 +25,7 @@ from dopsd.images import Size, cover_crop, image_size, open_image, to_pixels
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 2  # part of every key: raise it when the same inputs would give other files
+LAYOUT = 3  # part of every key: raise it when the same inputs would give other files
 EXTRA = "extra."  # before the names of a context's extras
 
 Encode = Callable[[Sequence["Row"]], Iterable[Mapping[str, Tensor]]]
@@ -35,7 +36,8 @@ class Row:
     """One image with one caption, and the files that hold its tensors.
 
     size: (width, height) in pixels. privileged: context of caption and image, if asked for.
-    rejected: latents of the example's worse images, cut to the same size. also: the same image with
+    mask: weights at latent positions, if the image has a mask. rejected: latents of the example's
+    worse images, cut to the same size. also: the same image with
     its other captions. unconditional: the same image with the empty caption, if asked for.
     """
 
@@ -44,6 +46,7 @@ class Row:
     latents: Path
     context: Path
     privileged: Path | None
+    mask: Path | None = None
     rejected: tuple[Path, ...] = ()
     also: tuple["Row", ...] = ()
     unconditional: "Row | None" = None
@@ -100,12 +103,17 @@ def prepare(
     def encode_privileged(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
         return encode_captions(batch, [shown_to_teacher(row) for row in batch])
 
+    def encode_masks(batch: Sequence[Row]) -> Iterable[Mapping[str, Tensor]]:
+        factor = vae.vae_scale_factor
+        return ({"mask": mask_weights(row.example, row.size, factor)} for row in batch)
+
     # The files of each kind, those that are missing or broken, and how to make them.
     privileged_files = {row.privileged: row for row in captioned_rows if row.privileged}
     kinds: list[tuple[str, dict[Path, Row], Encode]] = [
         ("latents", {row.latents: row for row in rows} | _rejected_files(rows), encode_images),
         ("context", {row.context: row for row in captioned_rows}, encode_captions),
         ("privileged", privileged_files, encode_privileged),
+        ("mask", {row.mask: row for row in rows if row.mask}, encode_masks),
     ]
     total = sum(len(files) for _, files, _ in kinds)
     missing = [
@@ -140,16 +148,20 @@ def forecast_cache(
     context_bytes: Callable[[str, Sequence[Size]], int],
     privileged_bytes: Callable[[str, Size, Sequence[Size]], int] | None = None,
     unconditional: bool = False,
+    mask_bytes: Callable[[Size], int] | None = None,
 ) -> CacheForecast:
     """What the files of these examples at these sizes take on disk, from shapes alone.
 
     latent_bytes(size): of an image. context_bytes(caption, sizes of the references).
     privileged_bytes(caption, size of the image, sizes of the references): where the method has a
-    teacher. Images of equal content under two names are counted twice, so this is an upper bound;
-    the headers of the files (about 100 bytes each) are not counted.
+    teacher. mask_bytes(size): of an image's mask, where images have masks. Images of equal content
+    under two names are counted twice, so this is an upper bound; the headers of the files (about
+    100 bytes each) are not counted.
     """
     files: dict[tuple[object, ...], int] = {}
     for example, size in zip(examples, sizes, strict=True):
+        if example.mask and mask_bytes:
+            files["mask", example.mask, size] = mask_bytes(size)
         references = [image_size(path) for path in example.references]
         for path in (example.path, *example.rejected):
             files["latents", path, size] = latent_bytes(size)
@@ -195,6 +207,12 @@ def read_latents(path: Path) -> Tensor:
     return read_tensors(path)["latents"]
 
 
+def read_mask(path: Path) -> Tensor:
+    """Cached weights of a mask: float32 [1, h, w]. Raises ValueError for a file that cannot be
+    read."""
+    return read_tensors(path)["mask"]
+
+
 def _row(
     example: Example,
     folder: Path,
@@ -212,6 +230,12 @@ def _row(
         key = _key("latents", sha256_of(image), size, vae.fingerprint)
         return folder / "latents" / f"{key}.safetensors"
 
+    mask = None
+    if example.mask:
+        source = "alpha" if example.mask == example.path else "file"
+        key = _key("mask", source, sha256_of(example.mask), size, vae.vae_scale_factor)
+        mask = folder / "mask" / f"{key}.safetensors"
+
     def captioned(caption: str) -> Row:
         pair = _key("privileged", caption, shown, size, text_encoder.fingerprint, *references)
         return Row(
@@ -220,6 +244,7 @@ def _row(
             latents=latents_of(example.path),
             context=context_file(folder, caption, text_encoder.fingerprint, references),
             privileged=folder / "privileged" / f"{pair}.safetensors" if privileged else None,
+            mask=mask,
             rejected=tuple(map(latents_of, example.rejected)),
         )
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dopsd.data.folder import CAPTION_EXTENSIONS, images_in
+from dopsd.data.folder_files import CAPTION_EXTENSIONS, CaptionFiles, images_in
+from dopsd.data.masks import pair_masks
 from dopsd.data.metadata import METADATA
 from dopsd.files import write_text
 from dopsd.images import open_image
@@ -27,14 +28,11 @@ def uncaptioned(folder: Path, overwrite: bool = False) -> tuple[list[Path], int]
         raise ValueError(
             f"{folder} has its captions in {metadata[0]}: text files beside images are not read."
         )
-    images = images_in(folder)
+    images, _, _ = pair_masks(images_in(folder))
     if not images:
         raise ValueError(f"no images in {folder}.")
-    todo = [
-        p
-        for p in images
-        if overwrite or not any(p.with_suffix(e).is_file() for e in CAPTION_EXTENSIONS)
-    ]
+    texts = CaptionFiles(folder, CAPTION_EXTENSIONS)
+    todo = [path for path in images if overwrite or not texts.of(path)]
     return todo, len(images) - len(todo)
 
 

@@ -12,7 +12,8 @@ from dopsd.files import sha256_of
 class Example:
     """One image and its caption.
 
-    also: further captions; an epoch draws one of all. weight: of its loss. references: images that
+    also: further captions; an epoch draws one of all. weight: of its loss. mask: a grey image,
+    white where this one is trained on; `path` itself: its own transparency. references: images that
     the caption turns into this one, in order. rejected: worse images for the same caption, of which
     an epoch draws one. shown: the image that the teacher sees, if it is not `path`.
     """
@@ -21,6 +22,7 @@ class Example:
     caption: str
     also: tuple[str, ...] = ()
     weight: float = 1.0
+    mask: Path | None = None
     references: tuple[Path, ...] = ()
     rejected: tuple[Path, ...] = ()
     shown: Path | None = None
@@ -31,17 +33,25 @@ class Listing:
     """The examples of a folder or of several, sorted by path within a folder.
 
     refused: (file, reason) of what was skipped. source: where the captions came from, in words
-    ("metadata.jsonl", ".txt files", "instance prompt").
+    ("metadata.jsonl", ".txt files", "instance prompt"). notes: sentences on what is read in another
+    way than someone may expect, or not read at all.
     """
 
     examples: tuple[Example, ...]
     refused: tuple[tuple[Path, str], ...]
     source: str
+    notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images' bytes and their captions, in any order and wherever they lie."""
+        """SHA-256 of the images' bytes, those of their masks, and their captions, in any order and
+        wherever they lie."""
         contents = sorted(
-            [*map(sha256_of, (e.path, *e.references, *e.rejected)), e.caption, *e.also]
+            [
+                *map(sha256_of, (e.path, *e.references, *e.rejected)),
+                *([f"mask {sha256_of(e.mask)}"] if e.mask else []),
+                e.caption,
+                *e.also,
+            ]
             for e in self.examples
         )
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

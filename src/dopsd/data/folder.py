@@ -5,14 +5,29 @@ prompt, else from the trigger alone. Sizes are left to `buckets`, tensors to `ca
 """
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dopsd.data.captions import as_caption
 from dopsd.data.examples import Example, Listing
+from dopsd.data.folder_files import CAPTION_EXTENSIONS, CaptionFiles, images_below, images_in
+from dopsd.data.folder_notes import (
+    CaptionLines,
+    notes_on_frames,
+    notes_on_texts,
+    notes_on_transparency,
+)
+from dopsd.data.masks import MaskSource, pair_masks, refuse_unusable_mask
 from dopsd.data.metadata import METADATA, Finding, read_metadata_file
-from dopsd.images import FORMATS, NOT_READ, open_image
+from dopsd.images import (
+    FORMATS,
+    NOT_READ,
+    kind_of_image,
+    open_alpha,
+    open_image,
+)
 
-CAPTION_EXTENSIONS = (".txt", ".caption")
 MAX_LISTED = 5  # refused items that an error lists
 
 
@@ -23,6 +38,8 @@ def read_folder(
     skip_bad: bool = False,
     decode: bool = True,
     trigger: str | None = None,
+    caption_lines: CaptionLines = "joined",
+    masks: MaskSource = "files",
 ) -> Listing:
     """Every image of the folder with its caption, sorted by path.
 
@@ -30,6 +47,8 @@ def read_folder(
     instance_prompt: caption of images without one of their own. trigger: caption of those, where
     there is no instance prompt; it is not put into other captions here. caption_extension: only
     captions of this extension. decode: decode each image once, to know that it can be.
+    caption_lines: what the lines of a text file are. masks: where masks come from; files that are
+    masks are never images to train on, whatever it is.
 
     Raises ValueError when there is nothing to read and, unless `skip_bad`, when anything in the
     folder is refused.
@@ -42,60 +61,81 @@ def read_folder(
             f"{folder} holds both {' and '.join(METADATA)}: keep one, so that captions have one "
             "source."
         )
+    images, mask_of, refused_masks = pair_masks(images_in(folder))
     if present:
-        findings, source = _from_metadata(present[0]), present[0].name
+        findings, source = _from_metadata(present[0], images, mask_of), present[0].name
+        notes: list[str] = []
     else:
         prompt = None
         if instance_prompt is not None:
             prompt = as_caption(instance_prompt, "the instance prompt")
-        findings, source = _from_captions_beside(folder, prompt, trigger, caption_extension)
+        texts = CaptionFiles(folder, _extensions(caption_extension))
+        findings, source = _from_captions_beside(folder, images, texts, prompt, trigger)
+        notes = notes_on_texts(texts, images, mask_of, caption_lines)
+        if caption_lines == "each":
+            findings = [_with_a_caption_each_line(finding) for finding in findings]
+    findings += refused_masks
+    if masks == "files":
+        findings = [_with_mask(finding, mask_of) for finding in findings]
     if decode:
         findings = [_decoded(finding) for finding in findings]
+        if masks == "alpha":
+            findings = [_with_alpha(finding) for finding in findings]
+        findings = [_with_usable_mask(finding) for finding in findings]
+        notes += notes_on_frames(findings)
     findings.sort(key=lambda finding: finding[0].as_posix())
     examples = tuple(result for _, result in findings if isinstance(result, Example))
     refused = tuple((path, result) for path, result in findings if isinstance(result, str))
     if refused and not (skip_bad and examples):
         reasons = [reason for _, reason in refused]
         raise ValueError(_complaint(folder, reasons, len(findings), skip_bad))
-    return Listing(examples, refused, source)
+    if masks == "alpha" and decode:
+        notes += notes_on_transparency(folder, examples)
+    return Listing(examples, refused, source, tuple(notes))
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Files with the extension of an image, sorted; hidden files, which belong to the system, are
-    left out."""
-    files = (
-        path
-        for path in folder.iterdir()
-        if path.name[0] != "." and (path.is_symlink() or path.is_file())
-    )
-    return sorted(path for path in files if path.suffix.lower() in FORMATS.keys() | NOT_READ.keys())
-
-
-def _from_metadata(metadata: Path) -> list[Finding]:
+def _from_metadata(
+    metadata: Path, images: Sequence[Path], mask_of: Mapping[Path, Path]
+) -> list[Finding]:
     """One finding per row of a metadata file, and one per image beside it that no row names."""
     findings, named = read_metadata_file(metadata)
     unnamed = f"has no caption: no row of {metadata.name} names it."
-    images = images_in(metadata.parent)
+    owner_of = {mask: image for image, mask in mask_of.items()}
+    findings = [
+        (path, f"{path.name} is the mask of {owner_of[path].name}: it is no image to train on.")
+        if isinstance(result, Example) and path in owner_of
+        else (path, result)
+        for path, result in findings
+    ]
     return findings + [(path, f"{path.name} {unnamed}") for path in images if path not in named]
 
 
+def _extensions(given: str | None) -> tuple[str, ...]:
+    return CAPTION_EXTENSIONS if given is None else (f".{given.lstrip('.')}",)
+
+
 def _from_captions_beside(
-    folder: Path, prompt: str | None, trigger: str | None, extension: str | None
+    folder: Path,
+    images: Sequence[Path],
+    caption_files: CaptionFiles,
+    prompt: str | None,
+    trigger: str | None,
 ) -> tuple[list[Finding], str]:
     """One finding per image, captioned by the file beside it or else by `prompt` or `trigger`; and
     where captions came from."""
-    images = images_in(folder)
     if not images:
-        raise ValueError(
-            f"no images in {folder}: looked for {', '.join(FORMATS)} in it, not in its subfolders."
+        below = images_below(folder)
+        theirs = (
+            f" ({len(below)} lie there, first: {below[0].relative_to(folder)})" if below else ""
         )
-    extensions = CAPTION_EXTENSIONS if extension is None else (f".{extension.lstrip('.')}",)
-    texts = {
-        path: [text for e in extensions if os.path.lexists(text := path.with_suffix(e))]
-        for path in images
-    }
-    used = {text[0].suffix for text in texts.values() if text}
-    sources = [f"{e} files" for e in extensions if e in used]
+        raise ValueError(
+            f"no images in {folder}: looked for {', '.join(FORMATS)} in it, not in its subfolders"
+            f"{theirs}."
+        )
+    extensions = caption_files.extensions
+    texts = {path: caption_files.of(path) for path in images}
+    used = {text[0].suffix.lower() for text in texts.values() if text}
+    sources = [f"{e} files" for e in extensions if e.lower() in used]
     default = trigger if prompt is None else prompt
     if not used and default is None:
         raise ValueError(
@@ -117,7 +157,7 @@ def _ways_to_caption(folder: Path, image: Path, extension: str) -> str:
 
 
 def _captioned(
-    path: Path, texts: list[Path], default: str | None, extensions: tuple[str, ...]
+    path: Path, texts: list[Path], default: str | None, extensions: Sequence[str]
 ) -> Example | str:
     """The image with the first of its texts, or with the default caption; or why not."""
     if not texts and default is None:
@@ -147,11 +187,50 @@ def _decoded(finding: Finding) -> Finding:
         if extension in NOT_READ:
             return path, f"{image.name} is not read: {NOT_READ[extension]}."
         if extension not in FORMATS:
+            if kind := kind_of_image(image):
+                return path, (
+                    f"{image.name} is not read: it begins like a {kind} file; rename it to "
+                    f"{image.name}{kind}."
+                )
             return path, f"{image.name} is not one of {', '.join(FORMATS)}: convert it."
         try:
             open_image(image)
         except ValueError as error:
             return path, str(error)
+    return finding
+
+
+def _with_a_caption_each_line(finding: Finding) -> Finding:
+    path, result = finding
+    if isinstance(result, str):
+        return finding
+    caption, *also = (line.strip() for line in result.caption.splitlines() if line.strip())
+    return path, replace(result, caption=caption, also=tuple(also))
+
+
+def _with_mask(finding: Finding, mask_of: Mapping[Path, Path]) -> Finding:
+    """With the mask that lies beside the image, unless a row of metadata names one."""
+    path, result = finding
+    if isinstance(result, str) or result.mask or path not in mask_of:
+        return finding
+    return path, replace(result, mask=mask_of[path])
+
+
+def _with_alpha(finding: Finding) -> Finding:
+    path, result = finding
+    if isinstance(result, str) or open_alpha(path) is None:
+        return finding
+    return path, replace(result, mask=path)
+
+
+def _with_usable_mask(finding: Finding) -> Finding:
+    path, result = finding
+    if isinstance(result, str) or result.mask is None:
+        return finding
+    try:
+        refuse_unusable_mask(result)
+    except ValueError as error:
+        return path, str(error)
     return finding
 
 

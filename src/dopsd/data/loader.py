@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dopsd.data.cache import Row, read_context, read_latents
+from dopsd.data.cache import Row, read_context, read_latents, read_mask
 from dopsd.diffusion.batch import Batch, Context
 from dopsd.images import Size
 
@@ -46,6 +47,7 @@ class Loader:
         self.caption_dropout = caption_dropout
         images = dict.fromkeys(path for row in rows for path in (row.latents, *row.rejected))
         self._latents = {path: read_latents(path) for path in images}
+        self._masks = {row.mask: read_mask(row.mask) for row in rows if row.mask}
         versions = [version for row in rows for version in row.versions]
         contexts = dict.fromkeys(
             path for row in versions for path in (row.context, row.privileged) if path
@@ -78,11 +80,19 @@ class Loader:
             context=Context.stack([self._contexts[row.context] for row in rows]),
             prompts=tuple(row.example.caption for row in rows),
             weight=torch.tensor([row.example.weight for row in rows]),
+            mask=self._mask_of(rows),
             privileged=Context.stack(privileged) if privileged else None,
             rejected=torch.stack(rejected) if rejected else None,
             prior=self._prior.batch(index) if self._prior else None,
             replay=self._replayed(index, len(rows)) if self._replay else None,
         )
+
+    def _mask_of(self, rows: Sequence[Row]) -> Tensor | None:
+        """Weights at latent positions, 1 for rows without a mask; None where no row has one."""
+        if not any(row.mask for row in rows):
+            return None
+        blank = torch.ones(1, *self._latents[rows[0].latents].shape[-2:])
+        return torch.stack([self._masks[row.mask] if row.mask else blank for row in rows])
 
     def _drawn(self, files: Sequence[Path], index: int, position: int) -> Path | None:
         """One of the files, by the seed, for the row at this position of batch `index`."""

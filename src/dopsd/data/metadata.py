@@ -2,18 +2,20 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from dopsd.data.captions import as_caption
 from dopsd.data.examples import Example
+from dopsd.data.folder_files import file_in, is_outside
 from dopsd.files import parse_json_row, read_bytes, read_lines
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "target", "chosen")
 REFERENCE_COLUMN = "references"  # images that the caption edits, one or a list
+MASK_COLUMN = "mask"  # grey image, white where the row's image is trained on
 REJECTED_COLUMN = "rejected"  # worse images for the same caption, one or a list
+FILE_COLUMNS = (*IMAGE_COLUMNS, REFERENCE_COLUMN, REJECTED_COLUMN, MASK_COLUMN)
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 
 Finding = tuple[Path, Example | str]  # a file, and its example or the reason why it has none
@@ -42,6 +44,9 @@ def _finding_of(row: Row, metadata: Path, where: str) -> Finding:
     try:
         references = _images_named(row.get(REFERENCE_COLUMN), folder, where)
         rejected = _rejected(row, folder, where)
+        masks = _images_named(row.get(MASK_COLUMN), folder, where)
+        if len(masks) > 1:
+            raise ValueError(f"{where} names {len(masks)} masks: an image has one.")
         path = _image_of(row, folder, where, is_edit=bool(references))
         if path in rejected:
             raise ValueError(
@@ -53,12 +58,20 @@ def _finding_of(row: Row, metadata: Path, where: str) -> Finding:
         caption, *also = (as_caption(text, f"the caption of {where}") for text in texts)
     except ValueError as error:
         return path, str(error)
-    return path, Example(path, caption, tuple(also), references=references, rejected=rejected)
+    return path, Example(
+        path,
+        caption,
+        tuple(also),
+        mask=masks[0] if masks else None,
+        references=references,
+        rejected=rejected,
+    )
 
 
 def _files_named(row: Row, folder: Path) -> set[Path]:
-    lists = (value if isinstance(value, list) else [value] for value in row.values())
-    return {folder / name for names in lists for name in names if isinstance(name, str)}
+    lists = (row.get(c) if isinstance(row.get(c), list) else [row.get(c)] for c in FILE_COLUMNS)
+    names = (name for names in lists for name in names or () if isinstance(name, str))
+    return {path for name in names if (path := file_in(folder, name))}
 
 
 def _json_rows(metadata: Path) -> Iterator[tuple[int, Row | ValueError]]:
@@ -118,14 +131,13 @@ def _images_named(names: object, folder: Path, where: str) -> tuple[Path, ...]:
 def _image_named(name: object, folder: Path, where: str) -> Path:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{where} names its image with {name!r}, which is not a file name.")
-    inside = Path(os.path.normpath(name))
-    if inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts:
+    if path := file_in(folder, name):
+        return path
+    if is_outside(folder, name):
         raise ValueError(
             f"{where} names {name}, which is outside the folder: give a path relative to {folder}."
         )
-    if not os.path.isfile(folder / inside):
-        raise ValueError(f"{where} names {name}, and there is no such file in {folder}.")
-    return folder / inside
+    raise ValueError(f"{where} names {name}, and there is no such file in {folder}.")
 
 
 def _first_column(row: Row, columns: tuple[str, ...], where: str) -> object:

@@ -7,6 +7,8 @@ from pathlib import Path
 from dopsd.data.captions import with_trigger
 from dopsd.data.examples import Example, Listing
 from dopsd.data.folder import read_folder
+from dopsd.data.folder_notes import CaptionLines, notes_on_subfolders
+from dopsd.data.masks import MaskSource
 
 
 @dataclass(frozen=True)
@@ -15,14 +17,17 @@ class Source:
 
     instance_prompt: caption of images without one. trigger: the word for the new thing or style, in
     the captions of this folder alone (`with_trigger`); without an instance prompt it is the caption
-    of images without one. repeats: how often an epoch visits each image. weight: of each image's
-    loss; a regularisation folder takes less than 1.
+    of images without one. caption_lines: whether the lines of a text file are one caption or one
+    each. masks: where they come from. repeats: how often an epoch visits each image. weight: of
+    each image's loss; a regularisation folder takes less than 1.
     """
 
     folder: Path
     instance_prompt: str | None = None
     trigger: str | None = None
     caption_extension: str | None = None
+    caption_lines: CaptionLines = "joined"
+    masks: MaskSource = "files"
     repeats: int = 1
     weight: float = 1.0
 
@@ -37,6 +42,8 @@ def read_sources(sources: Sequence[Source], skip_bad: bool = False) -> Listing:
             source.caption_extension,
             skip_bad,
             trigger=source.trigger,
+            caption_lines=source.caption_lines,
+            masks=source.masks,
         )
         for source in sources
     ]
@@ -50,10 +57,13 @@ def read_sources(sources: Sequence[Source], skip_bad: bool = False) -> Listing:
         f"{source.folder}: {listing.source}"
         for source, listing in zip(sources, listings, strict=True)
     ]
+    folders = [source.folder for source in sources]
+    unread = [note for each in folders for note in notes_on_subfolders(each, examples, folders)]
     return Listing(
         tuple(examples),
         tuple(refusal for listing in listings for refusal in listing.refused),
         listings[0].source if len(sources) == 1 else "; ".join(origins),
+        tuple(note for listing in listings for note in listing.notes) + tuple(unread),
     )
 
 

@@ -152,6 +152,10 @@ def _forecast_cache(run: ResolvedRun, tokens: _TokenCounts) -> CacheForecast:
         height, width = latent_size(family, size[1], size[0])
         return 4 * family.channels * height * width
 
+    def mask_bytes(size: Size) -> int:
+        height, width = latent_size(family, size[1], size[0])
+        return 4 * height * width
+
     @cache
     def shape_of(references: tuple[Size, ...], shown: Size | None = None) -> tuple[int, int]:
         """Numbers of a token, and bytes of what a context holds besides tokens. shown: size of the
@@ -175,6 +179,7 @@ def _forecast_cache(run: ResolvedRun, tokens: _TokenCounts) -> CacheForecast:
         context_bytes,
         privileged_bytes if run.learns_from_teacher else None,
         unconditional=run.recipe.data.caption_dropout > 0,
+        mask_bytes=mask_bytes,
     )
 
 

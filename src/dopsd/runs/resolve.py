@@ -186,10 +186,20 @@ def read_data(recipe: Recipe) -> Listing:
                 section.rejected_column,
             )
     sources = [
-        Source(s.folder, s.instance_prompt, s.trigger, s.caption_extension, s.repeats, s.weight)
-        for s in sections
+        Source(
+            section.folder,
+            section.instance_prompt,
+            section.trigger,
+            section.caption_extension,
+            section.caption_lines,
+            section.masks,
+            section.repeats,
+            section.weight,
+        )
+        for section in sections
     ]
     listing = read_sources(sources, recipe.data.skip_bad)
+    _refuse_unused_masks(recipe, listing)
     if recipe.method.teacher_sees_another:
         listing = show_next_image(listing)
     _refuse_incomplete_pairs(recipe, listing)
@@ -217,6 +227,17 @@ def _refuse_missing_requirements(recipe: Recipe) -> None:
         Checkpoint(model, called=f"health.text_model {model}")
     if recipe.method.reward_name:
         find_reward(recipe.method.reward_name)
+
+
+def _refuse_unused_masks(recipe: Recipe, listing: Listing) -> None:
+    """A method without masked loss would train on images whole that someone has masked."""
+    masked = [example for example in listing.examples if example.mask]
+    if masked and not recipe.method.takes_masks:
+        raise ValueError(
+            f"{recipe.method.name}, as it is set, has no masked loss, and {len(masked)} images "
+            f"have masks (first: {masked[0].path.name}): set data.masks: ignore to train on them "
+            "whole, or use dopsd, sft or dreambooth."
+        )
 
 
 def _refuse_incomplete_pairs(recipe: Recipe, listing: Listing) -> None:
