@@ -20,7 +20,7 @@ from dopsd import load_family, sample
 from dopsd.images import to_pil
 from dopsd.pocket.benchmark import NOISE_SEED, ConceptQuestions, render_scenes
 from dopsd.pocket.world.captions import caption_of
-from dopsd.pocket.world.datasets import concept_caption, concept_of
+from dopsd.pocket.world.datasets import concept_of
 
 SCENES, UNRELATED = 4, 2
 # Pixels: an image, between images, row labels, column labels
@@ -38,14 +38,14 @@ def main(
     ),
 ) -> None:
     """Generate the images with each LoRA file of the demo and lay them out with labels."""
-    thing = concept_of(demo / "images")
-    if thing is None:
+    concept = concept_of(demo / "images")
+    if concept is None:
         raise typer.BadParameter(f"{demo} holds no finished demo: run `dopsd demo` first.")
     text_encoder = load_family("pocket").load_text_encoder(
         torch.device("cpu"), torch.float32, images=False
     )
-    questions = ConceptQuestions.encode(thing, text_encoder)
-    scenes = [concept_caption(scene, thing) for scene in questions.scenes[:SCENES]]
+    questions = ConceptQuestions.encode(concept.seed, text_encoder)
+    scenes = [concept.caption(scene, concept.name) for scene in questions.scenes[:SCENES]]
     unrelated = [caption_of(stated) for stated in questions.stated[:UNRELATED]]
 
     rows: dict[str, list[Image.Image]] = {

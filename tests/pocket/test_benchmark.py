@@ -16,7 +16,8 @@ from dopsd.pocket.benchmark import (
     render_scenes,
 )
 from dopsd.pocket.world.captions import NAMES
-from dopsd.pocket.world.datasets import concept_caption, concept_of
+from dopsd.pocket.world.datasets import Concept, concept_of, write_style_concept
+from dopsd.pocket.world.scenes import unnamed_style
 
 THING = 1_000_100  # the concept of the fixture `concept`
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def test_renamed_prompts_do_not_contain_the_name_of_the_concept(pocket_text_enco
     assert len({words[0] for words in names[::2]}) == 12
     for scene, prompt, words in zip(questions.scenes, questions.renamed, names, strict=True):
         without_name = prompt.replace(f"{words[0]} ", "") if words else prompt
-        assert without_name == concept_caption(scene, THING).replace(f"{concept_name} ", "")
+        assert without_name == Concept("thing", THING).caption(scene, None)
 
 
 def test_a_model_that_ignores_names_bleeds_everything_that_it_learned(pocket, pocket_text_encoder):
@@ -45,9 +46,27 @@ def test_a_model_that_ignores_names_bleeds_everything_that_it_learned(pocket, po
     np.testing.assert_array_equal(result.others_error, result.thing_error)
 
 
-def test_a_teacher_sees_the_true_scene_or_an_image_of_the_data(concept, pocket_text_encoder):
+def test_a_style_has_a_benchmark_of_scenes_in_it_with_its_replicates(tmp_path, pocket_text_encoder):
+    write_style_concept(tmp_path / "style", THING, images=2)
+    benchmark = find_benchmark(tmp_path / "style")
+    assert benchmark is not None
+    questions = ConceptQuestions.encode(
+        THING, pocket_text_encoder, tmp_path / "style", unrelated_count=1, kind="style"
+    )
+    assert {scene.look for scene in questions.scenes} == {unnamed_style(THING)}
+    assert len({scene.noun for scene in questions.scenes}) > 5
+    assert set(questions.teacher_contexts) == {"target", "another"}
+    name = NAMES[THING % len(NAMES)]
+    assert not any(name in prompt.split() for prompt in questions.renamed)
+    assert ["style" in prompt.split() for prompt in questions.renamed] == [True, False] * 12
+    folder = benchmark.replicate(tmp_path / "style", 1, tmp_path)
+    assert concept_of(folder) == ("style", THING + 1) and len(list(folder.glob("*.png"))) == 2
+
+
+def test_a_teacher_sees_the_true_scene_or_an_image_of_the_data(concept: Path, pocket_text_encoder):
     questions = ConceptQuestions.encode(THING, pocket_text_encoder, concept, unrelated_count=1)
-    prompt = concept_caption(questions.scenes[1], THING)
+    thing = Concept("thing", THING)
+    prompt = thing.caption(questions.scenes[1], thing.name)
     truth = Image.fromarray(render_scenes(questions.scenes)[1].numpy())
     of_the_data = Image.open(concept / "1.png").convert("RGB")
     for sees, image in (("target", truth), ("another", of_the_data)):
@@ -62,7 +81,7 @@ def test_a_replicate_shows_the_next_concept_in_as_many_images(concept: Path, tmp
     assert benchmark.replicate(concept, 0, tmp_path) == concept
     (concept / "3.png").unlink()
     folder = benchmark.replicate(concept, 2, tmp_path / "replicates")
-    assert concept_of(folder) == THING + 2 and len(list(folder.glob("*.png"))) == 3
+    assert concept_of(folder) == ("thing", THING + 2) and len(list(folder.glob("*.png"))) == 3
     first = Image.open(folder / "0.png").tobytes()
     assert first != Image.open(concept / "0.png").tobytes()
 

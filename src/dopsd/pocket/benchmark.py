@@ -1,6 +1,7 @@
-"""The concept benchmark: what a model learned from four images of a new thing, and what it forgot.
+"""The concept benchmark: what a model learned from images of a new thing or in a new style, and
+what it forgot.
 
-Learning is measured on unseen scenes of the thing, forgetting on unrelated prompts, both from
+Learning is measured on unseen scenes of the concept, forgetting on unrelated prompts, both from
 pixels and on fixed noise.
 """
 
@@ -30,10 +31,10 @@ from dopsd.pocket.metrics.reader import measure, thing_error, thing_hit, thing_s
 from dopsd.pocket.world.captions import NAMES, caption_of, stated_of
 from dopsd.pocket.world.datasets import (
     HELD_OUT,
-    concept_caption,
+    Concept,
     concept_of,
-    draw_scenes,
     write_concept,
+    write_style_concept,
 )
 from dopsd.pocket.world.scenes import Jitter, Scene, draw_scene, render
 
@@ -66,7 +67,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class ConceptQuestions:
-    """The benchmark's prompts for one thing, encoded: the same for every model.
+    """The benchmark's prompts for one concept, encoded: the same for every model.
 
     scenes: the true scenes. teacher_contexts: their prompts with each image that a teacher may see,
     empty where no data set was given. renamed: the scenes' captions with another made-up name, or
@@ -87,13 +88,15 @@ class ConceptQuestions:
         text_encoder: TextEncoder,
         data: Path | None = None,
         unrelated_count: int = UNRELATED,
+        kind: Literal["thing", "style"] = "thing",
     ) -> "ConceptQuestions":
-        """The questions for thing `seed`. data: the thing's images, for the teachers' contexts; the
-        text encoder then needs its VLM."""
-        rng = np.random.default_rng([HELD_OUT, seed, 2])
-        drawn = draw_scenes(seed, rng, UNSEEN_SCENES)
+        """The questions for thing (or style) `seed`. data: its images, for the teachers' contexts;
+        the text encoder then needs its VLM."""
+        concept = Concept(kind, seed)
+        rng = np.random.default_rng([HELD_OUT, seed, 2 if kind == "thing" else 6])
+        drawn = concept.draw_scenes(rng, UNSEEN_SCENES)
         scenes = tuple(replace(scene, jitter=Jitter()) for scene in drawn)
-        prompts = [concept_caption(scene, seed) for scene in scenes]
+        prompts = [concept.caption(scene, concept.name) for scene in scenes]
         teacher_contexts: dict[TeacherSees, Context] = {}
         if data is not None:
             files = sorted(data.glob("*.png"))
@@ -102,7 +105,7 @@ class ConceptQuestions:
             teacher_contexts["target"] = text_encoder.context(prompts, target)
             teacher_contexts["another"] = text_encoder.context(prompts, another)
         stated = unrelated_statements(unrelated_count)
-        renamed = tuple(renamed_caption(scene, seed, k) for k, scene in enumerate(scenes))
+        renamed = tuple(renamed_caption(concept, scene, k) for k, scene in enumerate(scenes))
         return ConceptQuestions(
             scenes,
             text_encoder.context(prompts),
@@ -114,12 +117,11 @@ class ConceptQuestions:
         )
 
 
-def renamed_caption(scene: Scene, seed: int, index: int) -> str:
-    """The caption of a thing's scene with a name that is not its own at even indices, cycling
+def renamed_caption(concept: Concept, scene: Scene, index: int) -> str:
+    """The caption of a concept's scene with a name that is not its own at even indices, cycling
     through all others, and without a name at odd ones."""
-    other = (seed + 1 + index // 2 % (len(NAMES) - 1)) % len(NAMES)
-    stated = {"size": scene.size, "place": scene.place, "background": scene.background}
-    return caption_of(stated, thing=True, name=NAMES[other] if index % 2 == 0 else None)
+    other = (concept.seed + 1 + index // 2 % (len(NAMES) - 1)) % len(NAMES)
+    return concept.caption(scene, NAMES[other] if index % 2 == 0 else None)
 
 
 def unrelated_statements(count: int, stream: int = 3) -> tuple[dict[str, str], ...]:
@@ -224,26 +226,26 @@ class ManyStepModel:
 
 
 class ConceptBenchmark:
-    """The benchmark of a folder of `write_concept` (see `evaluation.benchmarks.DataBenchmark`)."""
+    """The benchmark of a folder of a concept (see `evaluation.benchmarks.DataBenchmark`)."""
 
     metrics: tuple[str, ...] = METRICS
     learned: str | None = "thing_error"
     definitions: Mapping[str, str] = MappingProxyType(DEFINITIONS)
 
     def __init__(self, data: Path, pipeline: ImagePipeline):
-        thing = concept_of(data)
-        assert thing is not None, f"{data} holds no thing of the pocket world"
+        concept = concept_of(data)
+        assert concept is not None, f"{data} holds no concept of the pocket world"
         self._pipeline, family = pipeline, pipeline.family
         self.asks_teacher = bool(family.teacher_contexts)
         text_encoder = family.load_text_encoder(
             pipeline.device, pipeline.dtype, images=self.asks_teacher
         )
         self._questions = ConceptQuestions.encode(
-            thing, text_encoder, data if self.asks_teacher else None
+            concept.seed, text_encoder, data if self.asks_teacher else None, kind=concept.kind
         )
         files = sorted(data.glob("*.png"))
-        self.about: Any = ["concept", thing, [sha256_of(file) for file in files]]
-        self.captions: Mapping[str, tuple[str, ...]] = _captions(self._questions)
+        self.about: Any = ["concept", *concept, [sha256_of(file) for file in files]]
+        self.captions: Mapping[str, tuple[str, ...]] = _captions(self._questions, concept.kind)
         true_images = render_scenes(self._questions.scenes[:SHOWN])
         self.truth: Mapping[str, Sequence[Tensor]] = {next(iter(self.captions)): list(true_images)}
         has_many_step = (family.checkpoint.folder / "parent").is_dir()
@@ -276,22 +278,24 @@ class ConceptBenchmark:
 
     @staticmethod
     def replicate(data: Path, number: int, target: Path) -> Path:
-        """Images of the thing whose seed is `number` higher, as many as `data` has."""
-        thing = concept_of(data)
-        assert thing is not None, f"{data} holds no thing of the pocket world"
+        """Images of the concept whose seed is `number` higher, as many as `data` has."""
+        concept = concept_of(data)
+        assert concept is not None, f"{data} holds no concept of the pocket world"
         if number == 0:
             return data
-        folder = target / str(thing + number)
+        seed = concept.seed + number
+        folder = target / str(seed)
         if not folder.is_dir():
-            write_concept(folder, thing + number, images=len(list(data.glob("*.png"))))
+            write = write_concept if concept.kind == "thing" else write_style_concept
+            write(folder, seed, images=len(list(data.glob("*.png"))))
         return folder
 
 
-def _captions(questions: ConceptQuestions) -> dict[str, tuple[str, ...]]:
+def _captions(questions: ConceptQuestions, kind: str) -> dict[str, tuple[str, ...]]:
     """Topic -> captions of the images that are shown."""
     scenes, stated = questions.scenes[:SHOWN], questions.stated[:SHOWN]
     return {
-        "The thing in new scenes": tuple(
+        f"The {kind} in new scenes": tuple(
             f"{scene.size}, {scene.place}, {scene.background}" for scene in scenes
         ),
         "The same scenes with another name, or none": questions.renamed[:SHOWN],

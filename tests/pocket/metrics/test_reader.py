@@ -1,5 +1,7 @@
 """The image reader is right on rendered images, whose scenes are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -185,3 +187,12 @@ def test_the_right_thing_is_a_hit_and_a_random_one_only_by_chance():
     ]
     hits = thing_hit(np.stack([render(scene) for scene in others]), scenes * 3, DISTRACTORS)
     assert hits.sum() <= 6  # 1/64 expected of 72 images; more than 6 hits have a chance below 1e-4
+
+
+def test_a_style_is_told_from_other_styles_by_what_is_drawn_in_it():
+    scenes, images, _ = drawn(24, seed=5, style=True)
+    assert thing_hit(images, scenes, DISTRACTORS).mean() > 0.9
+    others = [replace(scene, look=unnamed_style(9000 + k)) for k, scene in enumerate(scenes)]
+    strange = np.stack([render(scene) for scene in others])
+    assert thing_hit(strange, scenes, DISTRACTORS).sum() <= 4
+    assert thing_error(images, scenes).max() < 1e-6 < 0.05 < thing_error(strange, scenes).mean()

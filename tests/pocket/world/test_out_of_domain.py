@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from dopsd.pocket.world.datasets import CONCEPT_FILE, concept_of, write_concept
+from dopsd.pocket.world.datasets import CONCEPT_FILE, Concept, concept_of, write_concept
 from dopsd.pocket.world.out_of_domain import CORNERS, KINDS, OUT_OF_WORLD, kind_of, thing_of
 from dopsd.pocket.world.scenes import Scene, Thing, layers
 
@@ -41,9 +41,6 @@ def test_letters_differ_and_fill_about_half_of_their_square():
 
 def test_a_concept_dataset_of_such_a_thing_is_written_and_recognised(tmp_path):
     write_concept(tmp_path, SEEDS[8])
-    assert (
-        concept_of(tmp_path)
-        == SEEDS[8]
-        == json.loads((tmp_path / CONCEPT_FILE).read_text())["thing"]
-    )
+    assert concept_of(tmp_path) == Concept("thing", SEEDS[8])
+    assert json.loads((tmp_path / CONCEPT_FILE).read_text()) == {"thing": SEEDS[8]}
     assert Image.open(tmp_path / "3.png").size == (64, 64)

@@ -156,7 +156,7 @@ def test_replicates_are_further_things_each_with_trainings_of_its_own(recipes, t
     folders = [candidate.lora.parent.name for candidate in tuned.candidates if candidate.lora]
     assert folders == ["sft", f"sft-{THING + 1}"]
     folder = tmp_path / "runs" / "replicates" / str(THING + 1)
-    assert concept_of(folder) == THING + 1 and len(list(folder.glob("*.png"))) == 4
+    assert concept_of(folder) == ("thing", THING + 1) and len(list(folder.glob("*.png"))) == 4
     assert tuned.cost["images"] == 4
 
 

@@ -4,6 +4,7 @@ An image is read as the nearest rendering over all named scenes and jitters (sea
 uint8 [N, 64, 64, 3] everywhere.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ from dopsd.pocket.world.scenes import (
     backdrop,
     layers,
     render,
+    unnamed_style,
 )
 
 SHARPEST = 97  # percentile of the gradient in thing_sharp
@@ -156,8 +158,8 @@ def thing_error(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
 def thing_hit(
     images: np.ndarray, scenes: Sequence[Scene], distractor_seeds: Sequence[int]
 ) -> np.ndarray:
-    """Whether each image is nearer to its scene's thing than to every distractor `Thing.from_seed`,
-    bool [N].
+    """Whether each image is nearer to its scene's thing than to every distractor, bool [N]:
+    `Thing.from_seed`, or `unnamed_style` where the scene is in one.
 
     The error is that of thing_error, but over the union of all candidates' masks, so that a small
     candidate has no advantage. An image of another random thing hits with probability
@@ -165,14 +167,22 @@ def thing_hit(
     """
     hits = []
     for image, scene in zip(images, scenes, strict=True):
-        rivals = [
-            scene,
-            *(replace(scene, thing=Thing.from_seed(seed)) for seed in distractor_seeds),
-        ]
-        mask = _objects_mask(rivals)
-        errors = _shifted_errors(image, np.stack([render(rival) for rival in rivals]), mask)
+        mask, rivals = _rivals(scene, tuple(distractor_seeds))
+        errors = _shifted_errors(image, rivals, mask)
         hits.append(errors[0] < errors[1:].min())
     return np.array(hits)
+
+
+@functools.lru_cache(maxsize=64)  # a benchmark's scenes are the same at every call
+def _rivals(scene: Scene, distractor_seeds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of all candidates, and the scene followed by its distractors, uint8
+    [1 + distractors, 64, 64, 3]."""
+    if scene.thing:
+        others = [replace(scene, thing=Thing.from_seed(seed)) for seed in distractor_seeds]
+    else:
+        others = [replace(scene, look=unnamed_style(seed)) for seed in distractor_seeds]
+    rivals = [scene, *others]
+    return _objects_mask(rivals), np.stack([render(rival) for rival in rivals])
 
 
 def thing_sharp(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
