@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_klein import write_klein
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.batch import Batch, Replay
 from dopsd.methods import METHODS, missing
 from dopsd.models import FAMILIES, family_class, load_family
 from dopsd.models.base import Family, network_on_meta
@@ -71,7 +71,8 @@ def batch_of(opened) -> Callable[[str, bool], Batch]:
         )
         plain = Batch(latents, text_encoder.context(PROMPTS), PROMPTS, torch.ones(2))
         seen = text_encoder.context(PROMPTS, images) if seeing else None
-        return replace(plain, privileged=seen, rejected=worse, prior=plain, replay=plain.context)
+        replay = Replay(plain.context, latents)
+        return replace(plain, privileged=seen, rejected=worse, prior=plain, replay=replay)
 
     return of
 

@@ -17,7 +17,7 @@ from tiny_klein import write_klein
 from torch import Tensor, nn
 
 from dopsd.config.recipe import parse_recipe
-from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.batch import Batch, Replay
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.sampling import generate, noise_for
 from dopsd.methods import METHODS, missing
@@ -76,7 +76,7 @@ def batch_of(family_of) -> Callable[[str], Batch]:
         )
         plain = Batch(latents, encoder.context(PROMPTS), PROMPTS, torch.ones(2))
         privileged = encoder.context(PROMPTS, images) if has_teacher else None
-        parts = {"rejected": rejected, "prior": plain, "replay": plain.context}
+        parts = {"rejected": rejected, "prior": plain, "replay": Replay(plain.context, latents)}
         return replace(plain, privileged=privileged, **parts)
 
     return batch

@@ -60,8 +60,8 @@ def test_every_path_expands_the_home_folder(key, monkeypatch):
 
 def test_a_file_of_replayed_prompts_expands_and_a_prompt_does_not(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    assert recipe_with("data.replay", "~/p.txt").data.replay == ("/home/someone/p.txt",)
-    assert recipe_with("data.replay", "~ waves ~").data.replay == ("~ waves ~",)
+    assert recipe_with("retention.prompts", "~/p.txt").retention.prompts == ("/home/someone/p.txt",)
+    assert recipe_with("retention.prompts", "~ waves ~").retention.prompts == ("~ waves ~",)
 
 
 def test_a_home_folder_that_does_not_exist_is_one_sentence():

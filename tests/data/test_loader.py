@@ -10,7 +10,8 @@ import torch
 from dopsd.data.cache import Row
 from dopsd.data.examples import Example
 from dopsd.data.loader import BucketVisits, Loader, count_visits
-from dopsd.diffusion.batch import Batch
+from dopsd.data.replay import Replays
+from dopsd.diffusion.batch import Batch, Replay
 from dopsd.files import write_tensors
 
 SIZES = [(64, 64)] * 7 + [(96, 48)] * 3 + [(48, 96)] * 1
@@ -205,14 +206,16 @@ def test_rejected_images_come_with_the_batch_and_all_are_drawn_in_time(rows):
     assert torch.equal(again.batch(7).rejected, loader.batch(7).rejected)
 
 
-def test_class_images_and_replayed_prompts_come_beside_every_batch(rows):
-    replay = Loader(rows, 11, seed=0)._contexts[rows[4].context]
-    loader = Loader(rows[:7], 2, seed=0, prior=rows[7:10], replay=replay)
+def test_class_images_come_beside_every_batch_and_replayed_prompts_beside_some(rows):
+    context = Loader(rows, 11, seed=0)._contexts[rows[4].context]
+    replays = Replays([Replay(context)], count=3, micro_batches=5, seed=0)
+    loader = Loader(rows[:7], 2, seed=0, prior=rows[7:10], replays=replays)
     for index in (0, 5, 12):
         batch = loader.batch(index)
         assert batch.prior is not None and set(batch.prior.prompts) <= {"7", "8", "9"}
-        assert batch.replay is not None and len(batch.replay) == len(batch)
-        assert set(batch.replay.tokens[:, 0, 0].tolist()) == {4.0}
+        assert (batch.replay is None) == (index == 12)
+        if batch.replay:
+            assert batch.replay.context.tokens[:, 0, 0].tolist() == [4.0] * 3
     seen = {prompt for index in range(6) for prompt in loader.batch(index).prior.prompts}
     assert seen == {"7", "8", "9"}
     plain = Loader(rows[:7], 2, seed=0).batch(3)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dopsd.diffusion.batch import Batch, Context
 from dopsd.diffusion.flow import Schedule
-from dopsd.methods import Method, Roles
+from dopsd.methods import Method, Objective, Roles
 
 TIMES = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)
 SHAPE = (2, 4, 4)
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def run(
-    method: Method, of_roles: Roles, of_batch: Batch, student: nn.Module, seed: int = 7
+    method: Objective, of_roles: Roles, of_batch: Batch, student: nn.Module, seed: int = 7
 ) -> Outcome:
     """Backward on each piece, as the optimizer loop does."""
     student.zero_grad()

@@ -74,15 +74,11 @@ def test_teacher_never_gets_gradient():
 
 @pytest.mark.parametrize("states", ["student", "teacher", "data"])
 @pytest.mark.parametrize("loss_steps", ["all", 2, (1, 3)])
-@pytest.mark.parametrize("retention", [0.0, 0.5])
-def test_exactly_the_last_piece_is_marked_last(states, loss_steps, retention):
-    method = DOPSD(states=states, loss_steps=loss_steps, retention=retention)
-    data = batch(privileged=context(3), replay=context(4))
+def test_exactly_the_last_piece_is_marked_last(states, loss_steps):
+    method, data = DOPSD(states=states, loss_steps=loss_steps), with_teacher()
     pieces = list(method.losses(roles(Plain()), data, torch.Generator().manual_seed(7)))
     carried = 4 if loss_steps == "all" else 2
-    assert [piece.last for piece in pieces] == [False] * (carried - 1 + 4 * bool(retention)) + [
-        True
-    ]
+    assert [piece.last for piece in pieces] == [False] * (carried - 1) + [True]
 
 
 class Counted:
@@ -100,8 +96,8 @@ class Counted:
 @pytest.mark.parametrize("loss_steps", ["all", 1, 2, (0, 2)])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_the_announced_cost_is_what_every_draw_of_steps_computes(states, loss_steps, guidance):
-    method = DOPSD(states=states, loss_steps=loss_steps, teacher_guidance=guidance, retention=0.1)
-    data = batch(privileged=context(3), replay=context(4))
+    method = DOPSD(states=states, loss_steps=loss_steps, teacher_guidance=guidance)
+    data = with_teacher()
     for seed in range(8):
         student, teacher, base = (Counted(Plain(index)) for index in range(3))
         parts = roles(student, torch.no_grad()(teacher), torch.no_grad()(base))
@@ -154,35 +150,6 @@ def test_guidance_extrapolates_from_the_text_only_velocity_through_the_one_with_
     )
     plain = run(DOPSD(), roles(student, teacher), with_teacher(same_contexts=True), student)
     assert same(guided.gradients, plain.gradients)
-
-
-def test_retention_is_exactly_0_at_the_start_and_has_a_gradient_later():
-    student, data = Plain(0), batch(privileged=context(2), replay=context(4))
-    result = run(
-        DOPSD(retention=3.0), roles(student), data, student
-    )  # contexts are equal, so only retention could have a gradient
-    assert result.log["retention"] == 0 and not any(gradient.any() for gradient in result.gradients)
-    moved = run(DOPSD(retention=3.0), roles(student, teacher=student, base=Plain(1)), data, student)
-    assert moved.log["retention"] > 0 and moved.log["loss"] == pytest.approx(
-        3 * moved.log["retention"]
-    )
-    assert any(gradient.any() for gradient in moved.gradients)
-
-
-def test_retention_is_measured_on_the_students_own_rollout():
-    student, base, data = Plain(0), Plain(1), batch(privileged=context(2), replay=context(4))
-    result = run(DOPSD(retention=1.0), roles(student, teacher=student, base=base), data, student)
-    student.zero_grad()
-    rng = torch.Generator().manual_seed(7)
-    torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)  # of the first rollout
-    z = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
-    total = 0.0
-    for now, after in pairwise(TIMES):
-        u = student(z, now.expand(3), data.replay)
-        total = total + ((u - base(z, now.expand(3), data.replay).detach()) ** 2).mean() / 4
-        z = (z + (after - now) * u).detach()
-    total.backward()
-    assert same(result.gradients, [p.grad for p in student.parameters()])
 
 
 def test_off_policy_states_are_the_noised_images():

@@ -13,13 +13,12 @@ MASKED = [
     SFT(samples="teacher"),
     DreamBooth(class_prompt="a dog"),
     DOPSD(),
-    DOPSD(retention=1),
 ]
 
 
 def data(mask: torch.Tensor | None) -> Batch:
     prior = Batch(latents(8), context(9), ("p",) * 3, torch.ones(3, dtype=torch.float64))
-    return batch(mask=mask, prior=prior, privileged=context(3), replay=context(4))
+    return batch(mask=mask, prior=prior, privileged=context(3))
 
 
 @pytest.mark.parametrize("method", MASKED, ids=str)
@@ -34,7 +33,7 @@ def test_a_mask_of_ones_gives_the_very_bits_of_no_mask(method):
 @pytest.mark.parametrize("method", MASKED, ids=str)
 def test_the_error_where_the_mask_is_zero_reaches_no_weight(method):
     """A student that is one free velocity per position gets gradient inside the mask alone, from
-    the images; class images and other prompts are not masked."""
+    the images; class images are not masked."""
     mask = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
     mask[:, :, 1:3, 1:3] = 0.5
     free = torch.nn.Parameter(torch.zeros(1, 2, 4, 4, dtype=torch.float64))

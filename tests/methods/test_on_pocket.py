@@ -9,12 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.batch import Batch, Replay
 from dopsd.diffusion.rollout import sample
 from dopsd.evaluation.health import HealthCheck
 from dopsd.evaluation.rewards import load_reward
 from dopsd.images import to_pixels
-from dopsd.methods import DOPSD, DPO, PSO, SFT, DreamBooth, Method, PSOOnline, Roles
+from dopsd.methods import (
+    DOPSD,
+    DPO,
+    PSO,
+    SFT,
+    DreamBooth,
+    Method,
+    Objective,
+    PSOOnline,
+    Retention,
+    Roles,
+    WithRetention,
+)
 from dopsd.models.base import Family
 from dopsd.pocket.benchmark import unrelated_statements
 from dopsd.pocket.world.captions import caption_of
@@ -55,7 +67,9 @@ def concept_batch(pocket: Family, pocket_text_encoder, tmp_path_factory) -> Batc
         privileged=pocket_text_encoder.context(texts, images),
         rejected=rejected,
         prior=prior,
-        replay=pocket_text_encoder.context(["a green tree on beach", "a cyan tower"]),
+        replay=Replay(
+            pocket_text_encoder.context(["a green tree on beach", "a cyan tower"]), rejected
+        ),
     )
 
 
@@ -80,7 +94,7 @@ def student_of(pocket: Family, method: Method, seed: int):
     return student, teacher, parts
 
 
-def logged(method: Method, parts: Roles, batch: Batch, name: str, draws: int = 2) -> float:
+def logged(method: Objective, parts: Roles, batch: Batch, name: str, draws: int = 2) -> float:
     """An entry of the method's log, mean over unseen noise."""
     total = 0.0
     for draw in range(draws):
@@ -124,10 +138,12 @@ def test_a_method_improves_its_own_objective(
     assert sign * (after - before) > least, (before, after)
 
 
-def test_retention_is_exactly_0_before_the_first_step(pocket, concept_batch):
-    method = DOPSD(nfe=2, retention=1.0)
+@pytest.mark.parametrize("states", ["samples", "walk", "step"])
+def test_retention_is_exactly_0_before_the_first_step(states, pocket, concept_batch):
+    method = SFT(nfe=2)
     _, _, parts = student_of(pocket, method, seed=0)
-    assert logged(method, parts, concept_batch, "retention") == 0
+    objective = WithRetention(method, Retention(weight=1.0, states=states))
+    assert logged(objective, parts, concept_batch, "retention") == 0
 
 
 @pytest.mark.slow

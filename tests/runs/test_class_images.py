@@ -163,33 +163,11 @@ def test_losers_have_the_shape_that_their_winner_is_trained_at(tmp_path, pocket)
             "names step 3, and a sampler of 4 steps",
         ),
         ({"name": "dopsd", "loss_steps": 5}, "asks for 5 of the 4 steps of the sampler"),
-        ({"name": "dopsd", "retention": 1, "replay": "missing.txt"}, "missing.txt does not exist"),
         ({"name": "dreambooth", "class_prompt": "a " * 600}, "tokens"),
     ],
 )
 def test_check_refuses_settings_that_a_method_cannot_use(method, message, concept, tmp_path):
-    replay = method.pop("replay", None)
     recipe = recipe_of(concept, tmp_path, **method)
-    if replay:
-        recipe = recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"replay": (replay,)})}
-        )
     with pytest.raises(ValueError, match=message):
         check(resolve(recipe))
     assert open_family(recipe) is not None
-
-
-def test_replay_prompts_come_from_a_list_a_file_or_the_checkpoint(concept, tmp_path, pocket):
-    recipe = recipe_of(concept, tmp_path, name="dopsd", retention=1)
-    assert resolve(recipe).replay_prompts == pocket.unrelated_prompts
-    file = tmp_path / "prompts.txt"
-    for text, expected in (("a cat\n\n a dog \n", ("a cat", "a dog")), ("\n", None)):
-        file.write_text(text)
-        with_file = recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"replay": (str(file),)})}
-        )
-        if expected:
-            assert resolve(with_file).replay_prompts == expected
-        else:
-            with pytest.raises(ValueError, match="holds no prompt"):
-                resolve(with_file)

@@ -38,10 +38,23 @@ def print_summary(run: "ResolvedRun", checked: "Checked") -> None:
     else:
         field("full", checked.coverage)
     field("method", recipe.method.name)
+    if recipe.retention.weight:
+        field("retention", _retention(run))
     field("training", _training(train.max_steps, checked))
     forwards = checked.images * checked.forwards_per_image
-    field("compute", f"{forwards} network forwards (a backward counts as two);")
+    field("compute", f"{forwards:.0f} network forwards (a backward counts as two);")
     field("", f"the sampler takes {run.nfe} steps")
+
+
+def _retention(run: "ResolvedRun") -> str:
+    """What is replayed, how often, and what is generated for it before training."""
+    retention, prompts = run.recipe.retention, run.replay_prompts
+    which = "the empty prompt" if prompts == ("",) else f"{len(prompts)} prompts"
+    text = f"weight {retention.weight:g}, {retention.per_step} a step of {which}"
+    if retention.states != "samples":
+        return f"{text}, on the student's rollout"
+    count = retention.samples * len(run.resolutions)
+    return f"{text}, on {count} images that the base model generates first"
 
 
 def _training(steps: int, checked: "Checked") -> str:

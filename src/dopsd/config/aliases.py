@@ -91,6 +91,22 @@ RENAMED = {
     "model.gradient_checkpointing": Renamed("model.memory", {True: "low", False: "high"}),
 }
 
+
+@dataclass(frozen=True)
+class Moved:
+    """The key that a removed one became, whose values mean something else, and the old value that
+    meant the same as leaving the key out."""
+
+    key: str
+    off: Any
+
+
+# Keys that are refused under their old name, unless at `off`, which old run folders hold.
+MOVED = {
+    "method.retention": Moved("retention.weight", 0),
+    "data.replay": Moved("retention.prompts", []),
+}
+
 SIMILAR = 0.75  # difflib ratio from which a key is suggested: one typing error in four letters
 
 
@@ -109,6 +125,11 @@ def with_current_names(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
             keys[new_key] = renamed.values[value] if known else value
             written = f"{renamed.key}: {keys[new_key]}" if known else renamed.key
             log.warning("%s: %s is now %s; the old name still works.", source, old, written)
+    for old, moved in MOVED.items():
+        section, old_key = old.split(".")
+        keys = current.get(section)
+        if isinstance(keys, dict) and old_key in keys and keys[old_key] == moved.off:
+            del keys[old_key]
     return current
 
 
@@ -116,6 +137,8 @@ def hint(place: str, keys: Sequence[str], owners: Sequence[str]) -> str:
     """What to say after "`place` is no key of a recipe". keys: all keys as `section.key`; owners:
     methods that have the key, where it is one of another method than the recipe's."""
     last = place.rpartition(".")[2]
+    if place in MOVED:
+        return f"; it is now {MOVED[place].key}, of every method"
     if last in UNSUPPORTED:
         return f"; {UNSUPPORTED[last]}"
     if last in ALIASES:

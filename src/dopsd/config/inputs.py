@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dopsd.config.fields import LocalPath, NameOrPath, PromptOrFile, Section, Word, as_list
+from dopsd.config.fields import LocalPath, NameOrPath, Section, Word, as_list
 
 Sides = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_list)]
 
@@ -132,9 +132,4 @@ class DataSection(SourceSection):
     )
     skip_bad: bool = Field(
         False, description="Leave out images that cannot be used (they are listed)."
-    )
-    replay: Annotated[tuple[PromptOrFile, ...], BeforeValidator(as_list)] = Field(
-        (),
-        description="Prompts of method.retention, or one .txt or .jsonl file of them; default: "
-        "the health prompts.",
     )

@@ -34,6 +34,7 @@ MAIN_KEYS = {
     "method": "name",
     "lora": "rank",
     "train": "max_steps",
+    "retention": "weight",
     "sample": "prompts",
     "sample.prompts": "prompt",
     "health": "every",

@@ -13,9 +13,15 @@ from pydantic import Field, model_validator
 from dopsd.config.fields import LocalPath, Section
 from dopsd.config.inputs import DataSection, ModelSection
 from dopsd.config.monitoring import HealthSection, SampleSection, TrackSection
-from dopsd.config.training import LoraSection, SaveSection, StopSection, TrainSection
+from dopsd.config.training import (
+    LoraSection,
+    RetentionSection,
+    SaveSection,
+    StopSection,
+    TrainSection,
+)
 from dopsd.files import write_text
-from dopsd.methods import AnyMethod
+from dopsd.methods import AnyMethod, WithRetention
 
 
 class Recipe(Section):
@@ -31,6 +37,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()  # type: ignore[call-arg]
     sample: SampleSection = SampleSection()  # type: ignore[call-arg]
     health: HealthSection = HealthSection()  # type: ignore[call-arg]
+    retention: RetentionSection = RetentionSection()  # type: ignore[call-arg]
     stop: StopSection = StopSection()  # type: ignore[call-arg]
     save: SaveSection = SaveSection()  # type: ignore[call-arg]
     track: TrackSection = TrackSection()  # type: ignore[call-arg]
@@ -63,6 +70,16 @@ class Recipe(Section):
     def run_folder(self) -> Path:
         """The run's own folder: <output_dir>/<run_name>."""
         return self.output_dir / self.run_name
+
+    @property
+    def objective(self) -> WithRetention:
+        """What an optimizer step minimises."""
+        return WithRetention(self.method, self.retention)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that an optimizer step trains on, where no bucket is smaller than a batch."""
+        return self.train.batch_size * self.train.gradient_accumulation_steps
 
     def result(self, mark: str = "") -> Path:
         """Path of the run's result: a LoRA file, or the folder of a whole model. mark: added to the

@@ -1,10 +1,12 @@
-"""Sections of the recipe for training itself: adapter, optimizer, when to stop, checkpoints."""
+"""Sections of the recipe for training itself: adapter, optimizer, retention, when to stop,
+checkpoints."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from dopsd.config.fields import LocalPath, Pattern, Section, Seed
+from dopsd.config.fields import LocalPath, Pattern, PromptOrFile, Section, Seed, as_list
+from dopsd.methods import Retention
 
 
 class LoraSection(Section):
@@ -50,6 +52,24 @@ class TrainSection(Section):
         3, ge=1, description="Steps in a row without finite loss or gradient, then stop."
     )
     seed: Seed = 0
+
+
+class RetentionSection(Section, Retention):
+    """What holds the student to the base model on prompts unrelated to the data, beside the loss of
+    any method."""
+
+    prompts: Annotated[tuple[PromptOrFile, ...], BeforeValidator(as_list)] = Field(
+        ("",),
+        min_length=1,
+        description="Replayed prompts, or one .txt or .jsonl file of them; default: the empty one. "
+        "Never prompts that the result is judged by.",
+    )
+    samples: int = Field(
+        64,
+        ge=1,
+        description="States samples and each data.resolution: images that the base model "
+        "generates once, the prompts in turn.",
+    )
 
 
 class StopSection(Section):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dopsd.data.cache import Row, read_context, read_latents, read_mask
+from dopsd.data.replay import Replays
 from dopsd.diffusion.batch import Batch, Context
 from dopsd.images import Size
 
@@ -24,8 +25,8 @@ class Loader:
     Within an epoch every row comes exactly once, with one of its captions (or, in a share
     `caption_dropout`, the empty one) and one of its rejected images, if it has any. The last batch
     of a size is smaller where its rows are no multiple of `batch_size`. prior: rows of which a
-    further batch comes with every batch. replay: contexts of other prompts, likewise. Each file is
-    read once, at the start; its tensors stay in memory on the CPU.
+    further batch comes with every batch. replays: other prompts, of which some batches bring a few.
+    Each file is read once, at the start; its tensors stay in memory on the CPU.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Loader:
         seed: int,
         caption_dropout: float = 0.0,
         prior: Sequence[Row] = (),
-        replay: Context | None = None,
+        replays: Replays | None = None,
     ):
         if not rows:
             raise ValueError("there are no examples to train on.")
@@ -55,7 +56,7 @@ class Loader:
         self._contexts = {path: read_context(path) for path in contexts}
         self._kinds = [self._kind(row) for row in self.rows]
         self._prior = Loader(prior, batch_size, seed) if prior else None
-        self._replay = replay
+        self._replays = replays
 
     @property
     def batches_per_epoch(self) -> int:
@@ -84,7 +85,7 @@ class Loader:
             privileged=Context.stack(privileged) if privileged else None,
             rejected=torch.stack(rejected) if rejected else None,
             prior=self._prior.batch(index) if self._prior else None,
-            replay=self._replayed(index, len(rows)) if self._replay else None,
+            replay=self._replays.at(index) if self._replays else None,
         )
 
     def _mask_of(self, rows: Sequence[Row]) -> Tensor | None:
@@ -100,12 +101,6 @@ class Loader:
             return None
         rng = np.random.default_rng([self.seed, index, position, 2])
         return files[int(rng.integers(len(files)))]
-
-    def _replayed(self, index: int, count: int) -> Context:
-        """`count` of the other prompts for batch `index`."""
-        assert self._replay is not None
-        drawn = np.random.default_rng([self.seed, index, 3]).integers(len(self._replay), size=count)
-        return Context.stack([self._replay.row(int(i)) for i in drawn])
 
     def _with_drawn_caption(self, index: int, epoch: int) -> Row:
         """The row with the caption that this epoch draws for it."""

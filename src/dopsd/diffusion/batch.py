@@ -73,6 +73,26 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Prompts unrelated to the data, on which the student is held to the base model.
+
+    context: of R prompts. latents: what the base model generates for them, clean, float32
+    [R, C, h, w]; None where only the prompts are needed.
+    """
+
+    context: Context
+    latents: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def to(self, device: torch.device | str) -> "Replay":
+        """The same on another device; dtypes stay."""
+        latents = None if self.latents is None else self.latents.to(device)
+        return Replay(self.context.to(device), latents)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of examples of one size.
 
@@ -81,7 +101,7 @@ class Batch:
     needs it. mask: float32 [B, 1, h, w] in [0, 1], the weight of the loss at each latent position
     (1 everywhere is the same as None). privileged: what the teacher reads, of prompt and image.
     rejected: latents of a worse image for the same prompt, like `latents`. prior: images of the
-    class. replay: prompts unrelated to the data.
+    class. replay: of retention, where this micro-batch has any.
     """
 
     latents: Tensor
@@ -92,14 +112,14 @@ class Batch:
     privileged: Context | None = None
     rejected: Tensor | None = None
     prior: "Batch | None" = None
-    replay: Context | None = None
+    replay: Replay | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def rows_of(self, part: Part) -> int:
         """Number of rows of a part; 0 where the batch does not have it."""
-        value: Tensor | Batch | Context | None = getattr(self, part)
+        value: Tensor | Batch | Replay | None = getattr(self, part)
         return 0 if value is None else len(value)
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -108,6 +128,6 @@ class Batch:
         moved = {
             name: part.to(device)
             for name, part in parts.items()
-            if isinstance(part, Tensor | Context | Batch)
+            if isinstance(part, Tensor | Context | Batch | Replay)
         }
         return replace(self, **moved)

@@ -4,12 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dopsd.methods.base import Loss, Method, Roles, ToGenerate
+from dopsd.methods.base import Loss, Method, Objective, Roles, ToGenerate
 from dopsd.methods.dopsd import DOPSD
 from dopsd.methods.dpo import DPO
 from dopsd.methods.dreambooth import DreamBooth
 from dopsd.methods.pso import PSO
 from dopsd.methods.pso_online import PSOOnline
+from dopsd.methods.retention import Retention, WithRetention
 from dopsd.methods.sft import SFT
 
 METHODS: dict[str, type[Method]] = {
@@ -32,9 +33,12 @@ __all__ = [
     "DreamBooth",
     "Loss",
     "Method",
+    "Objective",
     "PSOOnline",
+    "Retention",
     "Roles",
     "ToGenerate",
+    "WithRetention",
     "missing",
 ]
 

@@ -7,7 +7,7 @@ forward are in memory, not those of all.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +18,7 @@ from dopsd.diffusion.flow import Schedule, Space
 from dopsd.diffusion.rollout import Velocity
 
 # What a method requires: roles, and parts of a batch beside images and prompts.
-Need = Literal["teacher", "base", "reward", "privileged", "rejected", "prior", "replay"]
+Need = Literal["teacher", "base", "reward", "privileged", "rejected", "prior"]
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
@@ -68,6 +68,14 @@ class ToGenerate:
     what: Literal["prior", "rejected"]
     count: int
     prompt: str | None = None
+
+
+class Objective(Protocol):
+    """What an optimizer step minimises: a method, or a method with further pieces beside it."""
+
+    def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """As `Method.losses`."""
+        ...
 
 
 class Method(BaseModel):

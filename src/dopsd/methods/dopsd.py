@@ -1,14 +1,11 @@
 """D-OPSD, on-policy self-distillation (arXiv:2605.05204): the model is its own teacher.
 
-    z_0 ~ noise
-    for each step k of the student's own few-step rollout:
-        u_s = student(z_k, t_k, prompt)                     with gradient
-        u_t = teacher(z_k, t_k, prompt + target image)      without
-        loss_k = w(t_k) |u_s - u_t|^2 / K                   eq. 7; w = 1 in velocity space
-        z_{k+1} = sampler step from z_k along u_s, detached
-
-With retention > 0 the same loss on prompts unrelated to the data, where the base model with the
-same prompt is the teacher: the student keeps what it does there.
+z_0 ~ noise
+for each step k of the student's own few-step rollout:
+    u_s = student(z_k, t_k, prompt)                     with gradient
+    u_t = teacher(z_k, t_k, prompt + target image)      without
+    loss_k = w(t_k) |u_s - u_t|^2 / K                   eq. 7; w = 1 in velocity space
+    z_{k+1} = sampler step from z_k along u_s, detached
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +20,7 @@ from torch import Tensor
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Schedule, loss_weight, noise_like, noisy
 from dopsd.diffusion.rollout import rollout
-from dopsd.methods.base import Loss, Method, Need, Roles, mean_error, row_errors
+from dopsd.methods.base import Loss, Method, Need, Roles, mean_error
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -65,18 +62,10 @@ class DOPSD(Method):
         default="target",
         description="The image that is trained on, or another one of the same folder.",
     )
-    retention: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of staying close to the base model on the prompts of data.replay.",
-    )
 
     @property
     def needs(self) -> frozenset[Need]:
-        needs: set[Need] = {"teacher", "privileged"}
-        if self.retention:
-            needs |= {"base", "replay"}
-        return frozenset(needs)
+        return frozenset({"teacher", "privileged"})
 
     @property
     def decay(self) -> float:
@@ -110,16 +99,13 @@ class DOPSD(Method):
         student = 2 if self.states == "student" else 3
         teacher = 1 if self.teacher_guidance == 1 else 2
         losses = len(self._loss_steps(nfe, seed=0))
-        retention = 4 * nfe if self.retention else 0
-        return rollout_forwards + losses * (student + teacher) + retention
+        return rollout_forwards + losses * (student + teacher)
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
         noise = noise_like(batch.latents, rng)
         loss_steps = self._loss_steps(schedule.nfe, rng.initial_seed())
-        pieces_left = len(loss_steps) + (schedule.nfe if self.retention else 0)
-
-        # Distillation: the teacher sees the target image
+        pieces_left = len(loss_steps)
         for k, z, t, velocity in self._states(roles, batch, noise, schedule, loss_steps, rng):
             target = self._target(roles, z, t, batch)
             weight = batch.weight * loss_weight(t, self.space)
@@ -129,17 +115,6 @@ class DOPSD(Method):
                 log[f"loss_at_{k}"] = error.detach()
             pieces_left -= 1
             yield Loss(error / len(loss_steps), log, last=pieces_left == 0)
-
-        # Retention: the base model is the teacher
-        if self.retention:
-            assert batch.replay is not None, "the run must cache the replay prompts"
-            start = noise_like(noise, rng)
-            for state in rollout(roles.student, start, schedule, batch.replay, rng):
-                target = roles.base(state.z, state.t, batch.replay)
-                error = row_errors(state.velocity, target).mean() / schedule.nfe
-                log = {"loss": self.retention * error.detach(), "retention": error.detach()}
-                pieces_left -= 1
-                yield Loss(self.retention * error, log, last=pieces_left == 0, over="replay")
 
     def _loss_steps(self, nfe: int, seed: int) -> tuple[int, ...]:
         """Indices of the steps that have a loss, in order. Python's generator draws them, not

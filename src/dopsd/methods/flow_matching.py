@@ -14,6 +14,8 @@ from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Space, loss_weight, noise_like, noisy
 from dopsd.methods.base import Method, Roles, mean_error
 
+# The velocity wanted at a noised image: noise - image, or the base model's
+Target = Literal["data", "base"]
 Times = Literal["uniform", "logit_normal", "shift", "own_steps"]
 
 
@@ -78,10 +80,17 @@ class FlowMatching(DrawsTimes):
         return torch.minimum((1 - t) ** 2, self.min_snr_gamma * t**2)
 
     def matching_error(
-        self, roles: Roles, batch: Batch, clean: Tensor, rng: torch.Generator
+        self,
+        roles: Roles,
+        batch: Batch,
+        clean: Tensor,
+        rng: torch.Generator,
+        target: Target = "data",
     ) -> Tensor:
         """The loss of a batch, 0-d, with `clean` [B, C, h, w] in place of its latents."""
         noise = noise_like(clean, rng)
         t = self.draw_times(roles, clean, rng)
-        velocity = roles.student(noisy(clean, noise, t), t, batch.context)
-        return mean_error(velocity, noise - clean, batch.weight * self.time_weight(t), batch.mask)
+        z = noisy(clean, noise, t)
+        wanted = noise - clean if target == "data" else roles.base(z, t, batch.context).detach()
+        velocity = roles.student(z, t, batch.context)
+        return mean_error(velocity, wanted, batch.weight * self.time_weight(t), batch.mask)

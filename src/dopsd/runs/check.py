@@ -25,13 +25,13 @@ class Checked:
     """What training would do.
 
     coverage: which weights train. forwards_per_image: network forwards that one image costs, a
-    backward counted as two. visits: by size, how many images the run trains on. enlarged: images
-    that are smaller than the size they are trained at. cache: what encoding writes to disk, without
-    images that the method still has to generate.
+    backward counted as two, its share of a step's retention included. visits: by size, how many
+    images the run trains on. enlarged: images that are smaller than the size they are trained at.
+    cache: what encoding writes to disk, without images that are still to be generated.
     """
 
     coverage: Coverage | AllWeights
-    forwards_per_image: int
+    forwards_per_image: float
     visits: dict[Size, BucketVisits]
     enlarged: tuple[EnlargedImage, ...]
     cache: CacheForecast
@@ -62,9 +62,11 @@ def check(run: ResolvedRun) -> Checked:
         refuse_unfit(path, read_lora(path, family), own_sizes)
     tokens = _count_tokens(run)
     recipe.method.refuse_schedule(run.schedule(run.nfe, *run.latent_size))
+    forwards = recipe.objective.forwards_per_step(run.nfe, recipe.images_per_step)
+    _refuse_unused_prompts(run)
     return Checked(
         coverage=trained,
-        forwards_per_image=recipe.method.forwards(run.nfe),
+        forwards_per_image=forwards / recipe.images_per_step,
         visits=_count_visits(run),
         enlarged=_enlarged(run),
         cache=_forecast_cache(run, tokens),
@@ -90,6 +92,16 @@ def _refuse_other_architectures(run: ResolvedRun, network: nn.Module) -> None:
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def _refuse_unused_prompts(run: ResolvedRun) -> None:
+    """Each replayed prompt needs an image of the base model where retention learns from those."""
+    retention, count = run.recipe.retention, len(run.replay_prompts)
+    if retention.states == "samples" and retention.samples < count:
+        raise ValueError(
+            f"retention.samples is {retention.samples}, and there are {count} replayed prompts, "
+            f"which take turns: set retention.samples to {count} or more, or name fewer prompts."
+        )
 
 
 @dataclass(frozen=True)

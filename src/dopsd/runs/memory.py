@@ -10,6 +10,7 @@ own model is not.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.config.recipe import Recipe
-from dopsd.diffusion.batch import Batch, Context
+from dopsd.data.buckets import bucket_sizes
+from dopsd.diffusion.batch import Batch, Context, Replay
 from dopsd.diffusion.components import VAE
 from dopsd.diffusion.flow import Schedule
 from dopsd.images import image_size
-from dopsd.methods import Method
+from dopsd.methods import Method, WithRetention
 from dopsd.methods.base import Score
 from dopsd.models.base import Family, Size, fitted_size, latent_size
 from dopsd.runs.prepare import Progress
@@ -69,14 +71,15 @@ def forecast(
     dtype: torch.dtype,
     low_memory: bool,
     references: Sequence[Size] = (),
+    replayed: Sequence[str] = ("",),
     progress: Callable[[int, int], None] | None = None,
 ) -> Forecast:
     """Memory of an optimizer step of a recipe.
 
     size: of the images, (width, height) in pixels. captions: of which the longest are taken.
     low_memory: with activations recomputed and images decoded in tiles. references: sizes of the
-    images that each image is edited from. progress: called with the forwards done, of how many; a
-    backward counts as two.
+    images that each image is edited from. replayed: prompts of retention. progress: called with the
+    forwards done, of how many; a backward counts as two.
     """
     latents = latent_size(family, size[1], size[0])
     nfe = recipe.method.nfe or family.default_nfe
@@ -84,7 +87,8 @@ def forecast(
         nfe = min(2, nfe)
     method = recipe.method.model_copy(update={"nfe": nfe})
     schedule = family.schedule(nfe, *latents)
-    contexts = _blank_contexts(recipe, family, size, captions, references)
+    objective = WithRetention(method, recipe.retention)
+    contexts = _blank_contexts(recipe, family, size, captions, references, replayed)
 
     # The network by its config alone: shapes without storage.
     with torch.device("meta"):
@@ -97,7 +101,8 @@ def forecast(
     if low_memory:
         denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
     if progress:
-        _report_forwards(denoiser.network, progress, method.forwards(nfe))
+        total = ceil(objective.forwards_per_step(nfe, images=1))
+        _report_forwards(denoiser.network, progress, total)
 
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as meter:
         # What is resident before a step, the optimizer's moments included.
@@ -120,7 +125,7 @@ def forecast(
 
         # One step.
         plan = Plan(max_steps=1, learning_rate=1.0)
-        accumulate_gradient(roles, method, _SameBatch(batch), CPU, plan, step=0)
+        accumulate_gradient(roles, objective, _SameBatch(batch), CPU, plan, step=0)
         torch.nn.utils.clip_grad_norm_(weights.values(), plan.max_grad_norm)
         optimizer.step()
         teacher.follow()
@@ -141,12 +146,13 @@ def _report_forwards(network: nn.Module, progress: Callable[[int, int], None], t
 
 @dataclass(frozen=True)
 class _Contexts:
-    """Contexts of the right shapes, on the CPU: the student's, and the teacher's where there is
-    one."""
+    """Contexts of the right shapes, on the CPU: the student's, and those of the teacher and of
+    retention where there are any."""
 
     prompts: tuple[str, ...]
     student: Context
     teacher: Context | None
+    replay: Context | None
 
 
 def _blank_contexts(
@@ -155,6 +161,7 @@ def _blank_contexts(
     size: Size,
     captions: Sequence[str],
     references: Sequence[Size],
+    replayed: Sequence[str],
 ) -> _Contexts:
     count = recipe.train.batch_size
     prompts = sorted(captions, key=len)[-count:]
@@ -163,7 +170,11 @@ def _blank_contexts(
     teacher = None
     if "privileged" in recipe.method.needs:
         teacher = family.blank_context(prompts, [size] * count, edited)
-    return _Contexts(tuple(prompts), family.blank_context(prompts, references=edited), teacher)
+    student = family.blank_context(prompts, references=edited)
+    replay = None
+    if recipe.retention.weight:
+        replay = family.blank_context([max(replayed, key=len)] * recipe.retention.per_step)
+    return _Contexts(tuple(prompts), student, teacher, replay)
 
 
 def _blank_batch(
@@ -179,8 +190,16 @@ def _blank_batch(
         privileged=_blank_copy(contexts.teacher, dtype) if contexts.teacher else None,
         rejected=latents if "rejected" in needs else None,
         prior=plain if "prior" in needs else None,
-        replay=student if "replay" in needs else None,
+        replay=_blank_replay(recipe, family, contexts.replay, dtype) if contexts.replay else None,
     )
+
+
+def _blank_replay(recipe: Recipe, family: Family, context: Context, dtype: torch.dtype) -> Replay:
+    """Replayed prompts, with square images of the largest resolution."""
+    side = max(recipe.data.resolution, default=family.resolution)
+    width, height = bucket_sizes(side, family.multiple)[0]
+    latents = torch.zeros(len(context), family.channels, *latent_size(family, height, width))
+    return Replay(_blank_copy(context, dtype), latents)
 
 
 def _bytes_of_8_bit_moments(recipe: Recipe, weights: Mapping[str, Tensor]) -> int:
@@ -272,4 +291,7 @@ def forecast_run(
     ]
     largest = max(references, key=lambda sizes: sum(width * height for width, height in sizes))
     count = partial(progress, f"forecasting memory ({level})") if progress else None
-    return forecast(run.recipe, run.family, size, captions, dtype, low_memory, largest, count)
+    replayed = run.replay_prompts or ("",)
+    return forecast(
+        run.recipe, run.family, size, captions, dtype, low_memory, largest, replayed, count
+    )

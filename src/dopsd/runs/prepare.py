@@ -7,7 +7,9 @@ import torch
 
 from dopsd.data.cache import Row, prepare
 from dopsd.data.examples import Example
-from dopsd.diffusion.batch import Context
+from dopsd.diffusion.batch import Context, Replay
+from dopsd.diffusion.components import TextEncoder
+from dopsd.runs.base_samples import BaseSamples, base_samples
 from dopsd.runs.class_images import with_generated
 from dopsd.runs.outputs.previews import Preview, read_previews
 from dopsd.runs.resolve import PREVIEWED_CAPTIONS, ResolvedRun
@@ -20,15 +22,15 @@ class EncodedRun:
     """What the encoders leave behind.
 
     rows: the training images, cached. prior: class images, where the method wants them.
-    health: contexts of the health prompts. replay: of the prompts that a method with retention
-    replays, else None.
+    health: contexts of the health prompts. replays: what retention draws from, a group for each
+    size; empty without retention.
     """
 
     rows: tuple[Row, ...]
     prior: tuple[Row, ...]
     previews: tuple[Preview, ...]
     health: Context
-    replay: Context | None
+    replays: tuple[Replay, ...]
 
 
 def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun:
@@ -39,8 +41,9 @@ def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun
     """
     recipe, family = run.recipe, run.family
 
-    # Images that the base model generates for the method: class images, or rejected ones.
+    # Images that the base model generates: class images or rejected ones, and those of retention.
     listings, class_examples = with_generated(run, _named(progress, "generating"))
+    samples = base_samples(run, _named(progress, "generating for retention"))
     text_encoder = family.load_text_encoder(run.device, run.dtype, images=run.learns_from_teacher)
     vae = family.load_vae(run.device, torch.float32)
 
@@ -69,18 +72,34 @@ def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun
     )
     prior = cache_rows(class_examples, run.side, False, False) if class_examples else ()
 
-    # The prompts of previews, of the health check and of retention.
+    # The prompts of previews and of the health check.
     shown = list(dict.fromkeys(rows))[:PREVIEWED_CAPTIONS] if run.learns_from_teacher else []
-    replay = None
-    if run.replay_prompts:
-        replay = text_encoder.context(list(run.replay_prompts)).to("cpu")
     return EncodedRun(
         rows=rows,
         prior=prior,
         previews=read_previews(run.previews, text_encoder, shown),
         health=text_encoder.context(list(run.health_prompts)),
-        replay=replay,
+        replays=_replays(run, samples, text_encoder),
     )
+
+
+def _replays(
+    run: ResolvedRun, samples: Sequence[BaseSamples], text_encoder: TextEncoder
+) -> tuple[Replay, ...]:
+    """The replayed prompts encoded, each with its image where there are images."""
+    if not run.replay_prompts:
+        return ()
+    contexts = {
+        prompt: text_encoder.context([prompt]).to("cpu")
+        for prompt in dict.fromkeys(run.replay_prompts)
+    }
+
+    def stacked(prompts: Sequence[str]) -> Context:
+        return Context.stack([contexts[prompt] for prompt in prompts])
+
+    if not samples:
+        return (Replay(stacked(run.replay_prompts)),)
+    return tuple(Replay(stacked(group.prompts), group.latents) for group in samples)
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

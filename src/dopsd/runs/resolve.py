@@ -40,7 +40,7 @@ class ResolvedRun:
 
     resolutions: sides of the square buckets, in pixels; every image is trained at each.
     sizes: by resolution, the size (width, height) at which each example is trained.
-    health_prompts: unrelated to the data. replay_prompts: of a method with retention, else empty.
+    health_prompts: unrelated to the data. replay_prompts: of retention, else empty.
     nfe: forwards of the rollout in training; deployed_nfe: of previews and of the deployed model.
     dtype: of the frozen weights on `device`.
     """
@@ -130,7 +130,6 @@ def resolve(recipe: Recipe) -> ResolvedRun:
 
     # Prompts that are generated while training.
     health_prompts = recipe.health.prompts or family.unrelated_prompts or PROMPTS
-    replayed = "replay" in recipe.method.needs
     previews = _previews(recipe, family, listing, max(resolutions), health_prompts)
 
     device = device_and_dtype()[0]
@@ -142,7 +141,7 @@ def resolve(recipe: Recipe) -> ResolvedRun:
         sizes=sizes,
         previews=previews,
         health_prompts=health_prompts,
-        replay_prompts=_replay_prompts(recipe) or health_prompts if replayed else (),
+        replay_prompts=_replay_prompts(recipe),
         nfe=recipe.method.nfe or family.default_nfe,
         deployed_nfe=recipe.sample.nfe or family.default_nfe,
         device=device,
@@ -253,9 +252,9 @@ def _refuse_incomplete_pairs(recipe: Recipe, listing: Listing) -> None:
 
 
 def _replay_prompts(recipe: Recipe) -> tuple[str, ...]:
-    """`data.replay`, or the prompts of the one file that it names. Raises ValueError for a file
-    without any."""
-    prompts = recipe.data.replay
+    """`retention.prompts`, or the prompts of the one file that it names; none without retention.
+    Raises ValueError for a file without any."""
+    prompts = recipe.retention.prompts if recipe.retention.weight else ()
     if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
         return tuple(row.prompt for row in read_prompts(Path(prompts[0])))
     return prompts

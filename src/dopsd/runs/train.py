@@ -9,6 +9,7 @@ from pathlib import Path
 from dopsd.config.recipe import Recipe
 from dopsd.config.schema import TrainSection
 from dopsd.data.loader import Loader
+from dopsd.data.replay import Replays
 from dopsd.runs.check import check
 from dopsd.runs.environment import environment
 from dopsd.runs.fit import choose_low_memory
@@ -89,7 +90,7 @@ def _train(
     max_seconds = recipe.train.max_seconds or math.inf
     for report in train_steps(
         session.roles,
-        recipe.method,
+        recipe.objective,
         _loader(recipe, encoded),
         session.trainable,
         session.optimizer,
@@ -142,13 +143,21 @@ def _train(
 
 
 def _loader(recipe: Recipe, encoded: EncodedRun) -> Loader:
+    replays = None
+    if encoded.replays:
+        replays = Replays(
+            encoded.replays,
+            recipe.retention.per_step,
+            recipe.train.gradient_accumulation_steps,
+            recipe.train.seed,
+        )
     return Loader(
         encoded.rows,
         recipe.train.batch_size,
         recipe.train.seed,
         recipe.data.caption_dropout,
         encoded.prior,
-        encoded.replay,
+        replays,
     )
 
 

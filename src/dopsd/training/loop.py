@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dopsd.diffusion.batch import Batch
-from dopsd.methods.base import Method, Roles
+from dopsd.methods.base import Objective, Roles
 from dopsd.training.adapters import unmoved_modules
 from dopsd.training.roles import Teacher
 from dopsd.training.seeds import noise_seed
@@ -90,7 +90,7 @@ def generator_at(seed: int, index: int) -> torch.Generator:
 
 def train_steps(
     roles: Roles,
-    method: Method,
+    objective: Objective,
     batches: Batches,
     trainable: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -113,7 +113,7 @@ def train_steps(
             group["lr"] = learning_rate
 
         # Gradient
-        loss = accumulate_gradient(roles, method, batches, device, plan, step)
+        loss = accumulate_gradient(roles, objective, batches, device, plan, step)
         log = {name: value.item() for name, value in {**loss.log, **loss.counts}.items()}
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.max_grad_norm).item()
 
@@ -141,7 +141,12 @@ def train_steps(
 
 
 def accumulate_gradient(
-    roles: Roles, method: Method, batches: Batches, device: torch.device, plan: Plan, step: int
+    roles: Roles,
+    objective: Objective,
+    batches: Batches,
+    device: torch.device,
+    plan: Plan,
+    step: int,
 ) -> StepLoss:
     """Add the gradient of one optimizer step to the trainable parameters, piece by piece.
 
@@ -156,7 +161,7 @@ def accumulate_gradient(
     counts: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     for index, batch in zip(indices, micro_batches, strict=True):
         complete = False
-        for piece in method.losses(roles, batch.to(device), generator_at(plan.seed, index)):
+        for piece in objective.losses(roles, batch.to(device), generator_at(plan.seed, index)):
             complete = piece.last
             rows_of_step = sum(each.rows_of(piece.over) for each in micro_batches)
             divisor = rows_of_step / batch.rows_of(piece.over)
@@ -165,7 +170,7 @@ def accumulate_gradient(
                 log[name] = log[name] + value / divisor
             for name, value in piece.counts.items():
                 counts[name] = counts[name] + value
-        assert complete, "the method ended without a piece marked `last`"
+        assert complete, "the objective ended without a piece marked `last`"
     return StepLoss(log, counts, images=sum(map(len, micro_batches)))
 
 

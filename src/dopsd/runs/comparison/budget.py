@@ -21,15 +21,10 @@ def rule_of(text: str | None) -> Rule | None:
     return cast(Rule | None, text)
 
 
-def images_a_step(recipe: Recipe) -> int:
-    """Images that one optimizer step trains on."""
-    return recipe.train.batch_size * recipe.train.gradient_accumulation_steps
-
-
-def forwards_a_step(recipe: Recipe, nfe: int) -> int:
+def forwards_a_step(recipe: Recipe, nfe: int) -> float:
     """Network forwards of one optimizer step, a backward counted as two. nfe: the model's own,
     for methods that name none."""
-    return images_a_step(recipe) * recipe.method.forwards(recipe.method.nfe or nfe)
+    return recipe.objective.forwards_per_step(recipe.method.nfe or nfe, recipe.images_per_step)
 
 
 def on_budget_of(
@@ -50,13 +45,16 @@ def on_budget_of(
                 "step, and with a budget of seconds nobody does: use --equal forwards."
             )
         return _with(other, name, max_steps=NO_LAST_STEP, max_seconds=round(seconds, 1))
-    cost = images_a_step if rule == "images" else lambda recipe: forwards_a_step(recipe, nfe)
+
+    def cost(recipe: Recipe) -> float:
+        return recipe.images_per_step if rule == "images" else forwards_a_step(recipe, nfe)
+
     budget = first.train.max_steps * cost(first)
     steps = round(budget / cost(other))
     if steps < 1:
         raise ValueError(
-            f"one step of {other.run_name} takes {cost(other)} {rule}, and all of "
-            f"{first.run_name} takes {budget}: give the longer recipe first."
+            f"one step of {other.run_name} takes {cost(other):g} {rule}, and all of "
+            f"{first.run_name} takes {budget:g}: give the longer recipe first."
         )
     return _with(other, name, max_steps=steps)
 

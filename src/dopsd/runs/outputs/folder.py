@@ -33,7 +33,7 @@ CHANGEABLE = {
     ("model", "memory"),
     ("model", "offload"),
 }
-NUMERIC_SECTIONS = ("model", "data", "method", "lora", "train")
+NUMERIC_SECTIONS = ("model", "data", "method", "lora", "train", "retention")
 
 
 @contextmanager
