@@ -1,6 +1,8 @@
 """D-OPSD's gradient against the algorithm as one graph, on a small denoiser in float64."""
 
+import math
 from itertools import pairwise
+from statistics import fmean
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Schedule
 from dopsd.methods import DOPSD
+from dopsd.methods.pull import lengthened
 
 from .plain import TIMES, Plain, batch, context, latents, roles, run, same
 
@@ -93,16 +96,33 @@ class Counted:
 
 
 @pytest.mark.parametrize("states", ["student", "teacher", "data"])
-@pytest.mark.parametrize("loss_steps", ["all", 1, 2, (0, 2)])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_the_announced_cost_is_what_every_draw_of_steps_computes(states, loss_steps, guidance):
-    method = DOPSD(states=states, loss_steps=loss_steps, teacher_guidance=guidance)
-    data = with_teacher()
-    for seed in range(8):
-        student, teacher, base = (Counted(Plain(index)) for index in range(3))
-        parts = roles(student, torch.no_grad()(teacher), torch.no_grad()(base))
-        list(method.losses(parts, data, torch.Generator().manual_seed(seed)))
-        assert student.forwards + teacher.forwards + base.forwards == method.forwards(4)
+@pytest.mark.parametrize("loss_steps", ["all", "last", 1, 2, (0, 2)])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"teacher_guidance": 2.0}, {"anchor": 1.0}, {"anchor": 1.0, "correction": "split"}],
+)
+def test_the_announced_cost_is_the_calls_and_their_mean_where_steps_are_drawn(
+    states, loss_steps, settings
+):
+    method = DOPSD(states=states, loss_steps=loss_steps, **settings)
+    costs = {}
+    for seed in range(40):
+        drawn = method._loss_steps(4, seed)
+        if drawn not in costs:
+            student, teacher, base = (Counted(Plain(index)) for index in range(3))
+            parts = roles(student, torch.no_grad()(teacher), base)
+            list(method.losses(parts, with_teacher(), torch.Generator().manual_seed(seed)))
+            costs[drawn] = student.forwards + teacher.forwards + base.forwards
+    assert len(costs) == ({1: 4, 2: 6}.get(loss_steps, 1))  # every subset is as likely
+    assert fmean(costs.values()) == pytest.approx(method.forwards(4), abs=1e-12)
+
+
+def test_costs_of_the_cheaper_forms():
+    assert DOPSD().forwards(4) == 16 and DOPSD().forwards(8) == 32
+    assert DOPSD(loss_steps="last").forwards(4) == 4 + 3
+    assert DOPSD(loss_steps=1).forwards(4) == 5.5
+    assert DOPSD(loss_steps=1, states="data").forwards(4) == 4
+    assert DOPSD(anchor=1).forwards(4) == 20
 
 
 def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
@@ -122,6 +142,135 @@ def test_a_list_of_steps_is_the_sum_over_those_steps_alone():
         z = (z + (after - now) * u).detach()
     total.backward()
     assert same(result.gradients, [p.grad for p in student.parameters()])
+
+
+def walk(student, data, seed=7, times=TIMES):
+    """(index, z, t [B]) at each step of the student's Euler walk from the noise of this seed."""
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(data.latents.shape, generator=rng, dtype=torch.float64)
+    for k, (now, after) in enumerate(pairwise(times)):
+        t = now.expand(len(z))
+        yield k, z, t
+        with torch.no_grad():
+            z = z + (after - now) * student(z, t, data.context)
+
+
+def check_against(expected_loss: Tensor, result, student, tolerance=1e-10):
+    """The loss and gradients of a run against a loss written out as one graph."""
+    student.zero_grad()
+    expected_loss.backward()
+    assert result.log["loss"] == pytest.approx(expected_loss.item(), abs=tolerance)
+    assert same(result.gradients, [p.grad for p in student.parameters()], tolerance=tolerance)
+
+
+@pytest.mark.parametrize("space", ["velocity", "clean"])
+def test_the_anchor_is_the_distance_of_one_step_estimates_to_the_base_written_out(space):
+    """SelfLift: both clean estimates from the same state, base without the image."""
+    student, teacher, base, data = Plain(0), Plain(1), Plain(2), with_teacher()
+    method = DOPSD(anchor=80.0, space=space)
+    result = run(method, roles(student, teacher, base), data, student)
+    total, moved = torch.zeros((), dtype=torch.float64), 0.0
+    for (
+        _,
+        z,
+        t,
+    ) in walk(student, data):
+        own, per_image = student(z, t, data.context), t.view(-1, 1, 1, 1)
+        wanted = teacher(z, t, data.privileged).detach()
+        scale = t**2 if space == "clean" else torch.ones_like(t)
+        pull = ((own - wanted) ** 2).mean((1, 2, 3)) * scale
+        picture = z - per_image * own
+        base_picture = (z - per_image * base(z, t, data.context)).detach()
+        stay = ((picture - base_picture) ** 2).mean((1, 2, 3))
+        moved += (stay * data.weight).mean().item() / 4
+        total = total + ((pull + 80.0 * stay) * data.weight).mean() / 4
+    check_against(total, result, student)
+    assert result.log["anchor"] == pytest.approx(moved, abs=1e-10)
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+def test_step_weights_weigh_the_steps_and_only_their_ratios_matter():
+    student, teacher, data = Plain(0), Plain(1), with_teacher()
+    parts = roles(student, teacher)
+    result = run(DOPSD(step_weights=(8, 4, 2, 1)), parts, data, student)
+    total = torch.zeros((), dtype=torch.float64)
+    for k, z, t in walk(student, data):
+        wanted = teacher(z, t, data.privileged).detach()
+        rows = ((student(z, t, data.context) - wanted) ** 2).mean((1, 2, 3)) * data.weight
+        total = total + (8, 4, 2, 1)[k] / 3.75 * rows.mean() / 4
+    check_against(total, result, student)
+    scaled = run(DOPSD(step_weights=(80, 40, 20, 10)), parts, data, student)
+    assert same(scaled.gradients, result.gradients)
+
+
+def test_a_split_correction_has_the_gradient_of_direction_and_length_apart():
+    """By autograd on both terms as they are written, the length in the first one a constant."""
+    student, teacher, base, data = Plain(0), Plain(1), Plain(2), with_teacher()
+    result = run(DOPSD(correction="split"), roles(student, teacher, base), data, student)
+    student.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for _, z, t in walk(student, data):
+        reference = base(z, t, data.context).detach()
+        own = (student(z, t, data.context) - reference).flatten(1)
+        pull = (teacher(z, t, data.privileged).detach() - reference).flatten(1)
+        cosine = (own * pull).sum(1) / (own.norm(dim=1) * pull.norm(dim=1))
+        direction = 2 * own.norm(dim=1).detach() * pull.norm(dim=1) * (1 - cosine)
+        length = (own.norm(dim=1) - pull.norm(dim=1)) ** 2
+        total = total + ((direction + length) / own.shape[1] * data.weight).mean() / 4
+    total.backward()
+    assert same(result.gradients, [p.grad for p in student.parameters()], tolerance=1e-10)
+
+
+def test_a_split_correction_reaches_the_full_length_in_a_direction_that_stays_wrong():
+    """A student that can only scale a fixed direction at 60 degrees from the pull: the squared
+    error stops at half the length, the split one at all of it."""
+    pull, direction = torch.tensor([1.0, 0.0]), torch.tensor([0.5, math.sqrt(0.75)])
+    shape = (1, 2, 1, 1)
+    for correction, best in (("whole", 0.5), ("split", 1.0)):
+        scale = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        for _ in range(300):
+            own = (scale * direction).view(shape)
+            wanted = pull.double().view(shape)
+            if correction == "split":
+                wanted = lengthened(own, wanted, torch.zeros(shape, dtype=torch.float64))
+            (gradient,) = torch.autograd.grad(((own - wanted) ** 2).sum(), scale)
+            scale = (scale - 0.05 * gradient).detach().requires_grad_()
+        assert scale.item() == pytest.approx(best, abs=1e-4)
+
+
+PLAIN_IN_DISGUISE = [
+    {"anchor": 0.0},
+    {"step_weights": (3.0, 3.0, 3.0, 3.0)},
+    {"loss_steps": 4},
+    {"loss_steps": (0, 1, 2, 3)},
+]
+
+
+@pytest.mark.parametrize("settings", PLAIN_IN_DISGUISE, ids=str)
+def test_settings_without_effect_are_bit_equal_to_plain(settings):
+    student, data = Plain(0), with_teacher()
+    parts = roles(student, Plain(1), Plain(2))
+    plain, other = (run(DOPSD(**each), parts, data, student) for each in ({}, settings))
+    assert all(map(torch.equal, plain.gradients, other.gradients))
+    assert plain.log == other.log
+
+
+def test_one_low_noise_query_is_the_last_step_and_with_one_step_it_is_plain():
+    student, data = Plain(0), with_teacher()
+    parts = roles(student, Plain(1))
+    last, listed = (run(DOPSD(loss_steps=s), parts, data, student) for s in ("last", (3,)))
+    assert all(map(torch.equal, last.gradients, listed.gradients)) and last.pieces == 1
+    one_step = roles(student, Plain(1), times=TIMES[[0, -1]])
+    last, plain = (run(DOPSD(loss_steps=s), one_step, data, student) for s in ("last", "all"))
+    assert all(map(torch.equal, last.gradients, plain.gradients)) and last.log == plain.log
+    assert DOPSD(loss_steps="last").forwards(1) == DOPSD().forwards(1) == 4
+
+
+def test_a_split_correction_starts_as_plain_where_the_student_is_the_base():
+    student, data = Plain(0), with_teacher()
+    parts = roles(student, Plain(1), base=Plain(0))
+    plain, split = (run(DOPSD(correction=c), parts, data, student) for c in ("whole", "split"))
+    assert same(split.gradients, plain.gradients)
 
 
 def test_random_steps_are_drawn_from_the_seed_and_each_step_comes_up():
@@ -169,7 +318,16 @@ def test_off_policy_states_are_the_noised_images():
         torch.testing.assert_close(z, (1 - t) * data.latents + t * noise)
 
 
-@pytest.mark.parametrize(("steps", "why"), [(5, "at most 4"), ((0, 4), "0 to 3")])
-def test_steps_that_the_sampler_does_not_have_are_refused(steps, why):
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"loss_steps": 5}, "at most 4"),
+        ({"loss_steps": (0, 4)}, "0 to 3"),
+        ({"step_weights": (1, 2, 3)}, "has 3 weights, and the sampler takes 4 steps"),
+    ],
+)
+def test_steps_that_the_sampler_does_not_have_are_refused(settings, why):
     with pytest.raises(ValueError, match=why):
-        DOPSD(loss_steps=steps).refuse_schedule(Schedule(TIMES, (0.0,) * 4))
+        DOPSD(**settings).refuse_schedule(Schedule(TIMES, (0.0,) * 4))
+    with pytest.raises(ValueError, match="at least one step must have a weight"):
+        DOPSD(step_weights=(0, 0, 0, 0))

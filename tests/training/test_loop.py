@@ -181,6 +181,31 @@ def test_log_entries_are_averaged_over_images_and_counts_are_summed():
     assert report.log["loss"] == pytest.approx(sum(map(sum, FIVE)) / 5)
 
 
+class OneOfTwo(MeanOutput):
+    """Reports the loss under a name that depends on the draw, as methods that draw steps do."""
+
+    def losses(self, roles, batch, rng):
+        (piece,) = super().losses(roles, batch, rng)
+        name = "large" if batch.latents.sum() > 5 else "small"
+        yield replace(piece, log={**piece.log, name: piece.log["loss"]})
+
+
+def test_a_log_entry_is_averaged_over_the_micro_batches_that_report_it():
+    """Latents 1 and 2 report `small`, the images of 10 and 20 `large`."""
+    weights, roles = network(1.0, 1.0)
+    batches = Batches(
+        images((1.0, 0.0)),
+        images((10.0, 0.0), (20.0, 0.0)),
+        images((2.0, 0.0)),
+        images((40.0, 0.0)),
+    )
+    plan = Plan(max_steps=1, learning_rate=0.1, accumulation_steps=4)
+    (report,) = train(weights, roles, batches, plan, OneOfTwo())
+    assert report.log["small"] == pytest.approx(1.5)
+    assert report.log["large"] == pytest.approx((10 + 20 + 40) / 3)
+    assert report.log["loss"] == pytest.approx((1 + 10 + 20 + 2 + 40) / 5)
+
+
 def test_a_first_step_that_used_no_example_is_not_refused_and_the_next_one_is_checked():
     weights, roles = network(1.0, 1.0)
     plan = Plan(max_steps=2, learning_rate=1.0)

@@ -66,6 +66,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_plateau_without_health(self) -> Self:
+        every = self.sample.every if self.health.every is None else self.health.every
+        if self.stop.plateau and not every:
+            raise ValueError(
+                "stop.plateau looks at health checks, and there are none: set health.every"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         """The run's own folder: <output_dir>/<run_name>."""

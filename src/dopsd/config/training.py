@@ -78,6 +78,12 @@ class StopSection(Section):
     unhealthy: bool = Field(
         False, description="End with exit code 3 at the first health check that fails."
     )
+    plateau: int | None = Field(
+        None,
+        ge=2,
+        description="End, as at max_steps, once over this many health checks the loss has not "
+        "fallen while drift has grown; 3 is a good start.",
+    )
 
 
 class SaveSection(Section):

@@ -1,8 +1,17 @@
-"""Early stopping advice: one sentence from the health checks of a run (health.jsonl)."""
+"""When a run should have stopped, from its health checks (health.jsonl), and whether it has reached
+its plateau: learning no more, and only moving away from the base model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, variance
 from typing import Any
+
+CERTAIN = 2  # standard errors by which the loss must have fallen to count as falling
+GROWTH = 0.05  # share by which drift must have grown over the checks that are looked at
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -14,7 +23,49 @@ class Advice:
     sentence: str
 
 
-def advise(rows: Sequence[Mapping[str, Any]]) -> Advice | None:
+def plateau(checks: Rows, metrics: Rows, patience: int) -> str | None:
+    """What shows, in a sentence, that a run has reached its plateau by its last health check; None
+    where it has not.
+
+    It has, over the last `patience` intervals between health checks, where both hold:
+
+    - the loss is flat: its mean over these intervals is not lower, by more than two standard errors
+      of the difference, than its mean over the interval before them;
+    - drift grows: it is higher at each check than at the one before, and by 5% or more in all.
+
+    checks: rows of health.jsonl in order. metrics: rows of metrics.jsonl; those without a finite
+    loss are left out.
+    """
+    if len(checks) <= patience:
+        return None
+    *before, first = checks[: len(checks) - patience]
+    last = checks[-1]["step"]
+    drifts = [check["drift"]["value"] for check in checks[len(checks) - patience - 1 :]]
+    grows = all(low < high for low, high in pairwise(drifts))
+    if not grows or drifts[-1] < (1 + GROWTH) * drifts[0]:
+        return None
+
+    def losses(after: int, until: int) -> list[float]:
+        return [
+            row["loss"]
+            for row in metrics
+            if after < row["step"] <= until and row["loss"] is not None
+        ]
+
+    earlier = losses(before[-1]["step"] if before else 0, first["step"])
+    later = losses(first["step"], last)
+    if min(len(earlier), len(later)) < 2:
+        return None
+    error = math.sqrt(variance(earlier) / len(earlier) + variance(later) / len(later))
+    if fmean(earlier) - fmean(later) > CERTAIN * error:
+        return None
+    return (
+        f"since step {first['step']} the loss has not fallen ({fmean(earlier):.3g} before, "
+        f"{fmean(later):.3g} since), and drift has grown from {drifts[0]:.2f} to {drifts[-1]:.2f}"
+    )
+
+
+def advise(rows: Rows) -> Advice | None:
     """Advice from the rows of health.jsonl in order; None without rows.
 
     A model that recovered had not collapsed: what counts is the last healthy check.

@@ -29,8 +29,9 @@ class Loss:
     surrogate: 0-d, what to differentiate; a mean over the rows of the batch's part `over`. last:
     whether it is the batch's last piece. log and counts: detached 0-d tensors to report, added up
     over the pieces of a batch, and read only at the end of an optimizer step, so that no device
-    waits in between. Over micro-batches a log entry is averaged as the surrogate is, and a count is
-    summed: how many examples the loss uses. A step whose counts are all 0 has no gradient.
+    waits in between. Over micro-batches a log entry is averaged over the rows of those that report
+    it, and a count is summed: how many examples the loss uses. A step whose counts are all 0 has no
+    gradient.
     """
 
     surrogate: Tensor
@@ -124,8 +125,9 @@ class Method(BaseModel):
     def refuse_schedule(self, schedule: Schedule) -> None:
         """Raise ValueError for settings that do not fit a sampler with this schedule."""
 
-    def forwards(self, nfe: int) -> int:
-        """Network forwards for each image of a batch at this nfe; a backward counts as two."""
+    def forwards(self, nfe: int) -> float:
+        """Network forwards for each image of a batch at this nfe; a backward counts as two. The
+        mean over the draws where it depends on them."""
         raise NotImplementedError
 
     @property

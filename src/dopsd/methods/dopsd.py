@@ -6,21 +6,30 @@ for each step k of the student's own few-step rollout:
     u_t = teacher(z_k, t_k, prompt + target image)      without
     loss_k = w(t_k) |u_s - u_t|^2 / K                   eq. 7; w = 1 in velocity space
     z_{k+1} = sampler step from z_k along u_s, detached
+
+Beyond the paper, each by a setting whose default leaves it out; u_b = base(z_k, t_k, prompt):
+
+anchor             loss_k += anchor |(z_k - t_k u_s) - (z_k - t_k u_b)|^2 / K      SelfLift
+step_weights       loss_k *= weight_k / mean of the weights                        LightX2V
+loss_steps: last   the last, least noisy state alone                               DanceOPD
+correction: split  direction and length of u_s - u_b are trained apart             musubi-tuner
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from random import Random
-from typing import Annotated, Literal
+from statistics import fmean
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dopsd.diffusion.batch import Batch
 from dopsd.diffusion.flow import Schedule, loss_weight, noise_like, noisy
 from dopsd.diffusion.rollout import rollout
 from dopsd.methods.base import Loss, Method, Need, Roles, mean_error
+from dopsd.methods.pull import lengthened, noise_bins, pull_log
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -47,10 +56,27 @@ class DOPSD(Method):
         description="States trained at: of the student's rollout, of the teacher's, or noised "
         "images (off policy).",
     )
-    loss_steps: Literal["all"] | Annotated[int, Field(ge=1)] | tuple[Index, ...] = Field(
+    loss_steps: Literal["all", "last"] | Annotated[int, Field(ge=1)] | tuple[Index, ...] = Field(
         default="all",
-        description="Steps of the rollout that have a loss: all, a number drawn at random, or a "
-        "list of indices.",
+        description="Steps of the rollout that have a loss: all, the last (least noisy) one, a "
+        "number drawn at random, or a list of indices.",
+    )
+    step_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Weight of the loss at each step of the rollout, noisiest first; only their "
+        "ratios matter. Default: equal.",
+    )
+    anchor: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of staying close, at the same states and prompts, to the base model's "
+        "clean estimate; costs a forward.",
+    )
+    correction: Literal["whole", "split"] = Field(
+        default="whole",
+        description="split: direction and length of the student's difference to the base model "
+        "are trained apart, so that a wrong direction does not shorten it; costs a forward.",
     )
     teacher_guidance: float = Field(
         default=1.0,
@@ -63,9 +89,20 @@ class DOPSD(Method):
         description="The image that is trained on, or another one of the same folder.",
     )
 
+    @model_validator(mode="after")
+    def _one_step_weighs_something(self) -> Self:
+        if self.step_weights and not any(self.step_weights):
+            raise ValueError("step_weights are all 0: at least one step must have a weight")
+        return self
+
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"teacher", "privileged"})
+        compared: set[Need] = {"base"} if self._compares_with_base else set()
+        return frozenset({"teacher", "privileged"} | compared)
+
+    @property
+    def _compares_with_base(self) -> bool:
+        return self.anchor > 0 or self.correction == "split"
 
     @property
     def decay(self) -> float:
@@ -91,28 +128,51 @@ class DOPSD(Method):
                 f"method.loss_steps names step {max(steps)}, and a sampler of {nfe} steps has "
                 f"0 to {nfe - 1}."
             )
+        if self.step_weights and len(self.step_weights) != nfe:
+            raise ValueError(
+                f"method.step_weights has {len(self.step_weights)} weights, and the sampler takes "
+                f"{nfe} steps: give {nfe}."
+            )
 
-    def forwards(self, nfe: int) -> int:
+    def forwards(self, nfe: int) -> float:
+        """The rollout ends at the last step that has a loss; where steps are drawn this is the
+        mean over the draws."""
+        steps = self._loss_steps(nfe, seed=0)
+        losses = len(steps)
+        rollout_forwards = float(steps[-1] + 1)
+        if isinstance(self.loss_steps, int):
+            rollout_forwards = losses * (nfe + 1) / (losses + 1)  # mean of the largest draw
+        if self.states == "data":
+            rollout_forwards = 0.0
         # A loss costs the student three forwards (one, and a backward that counts as two); on the
         # student's own rollout one of them is the rollout's.
-        rollout_forwards = 0 if self.states == "data" else self._rollout_length(nfe)
         student = 2 if self.states == "student" else 3
         teacher = 1 if self.teacher_guidance == 1 else 2
-        losses = len(self._loss_steps(nfe, seed=0))
-        return rollout_forwards + losses * (student + teacher)
+        base = 1 if self._compares_with_base else 0
+        return rollout_forwards + losses * (student + teacher + base)
 
     def losses(self, roles: Roles, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         schedule = roles.schedule(self.nfe, *batch.latents.shape[-2:])
         noise = noise_like(batch.latents, rng)
         loss_steps = self._loss_steps(schedule.nfe, rng.initial_seed())
+        bins = noise_bins(schedule, loss_steps)
         pieces_left = len(loss_steps)
         for k, z, t, velocity in self._states(roles, batch, noise, schedule, loss_steps, rng):
             target = self._target(roles, z, t, batch)
+            log = pull_log(velocity, target, z, t, batch.latents, bins, k)
+            base = self._base_velocity(roles, z, t, batch)
+            if base is not None and self.correction == "split":
+                target = lengthened(velocity, target, base)
             weight = batch.weight * loss_weight(t, self.space)
+            if self.step_weights:
+                weight = weight * self.step_weights[k] / fmean(self.step_weights)
             error = mean_error(velocity, target, weight, batch.mask)
-            log = {"loss": error.detach() / len(loss_steps)}
-            if not isinstance(self.loss_steps, int):
-                log[f"loss_at_{k}"] = error.detach()
+            log[f"loss_at_{k}"] = error.detach()
+            if base is not None and self.anchor:
+                moved = mean_error(velocity, base, batch.weight * loss_weight(t, "clean"))
+                log["anchor"] = moved.detach() / len(loss_steps)
+                error = error + self.anchor * moved
+            log["loss"] = error.detach() / len(loss_steps)
             pieces_left -= 1
             yield Loss(error / len(loss_steps), log, last=pieces_left == 0)
 
@@ -121,15 +181,11 @@ class DOPSD(Method):
         torch's: the memory forecast runs on tensors without values, which cannot be read."""
         if self.loss_steps == "all":
             return tuple(range(nfe))
+        if self.loss_steps == "last":
+            return (nfe - 1,)
         if isinstance(self.loss_steps, int):
             return tuple(sorted(Random(seed).sample(range(nfe), self.loss_steps)))
         return tuple(sorted(set(self.loss_steps)))
-
-    def _rollout_length(self, nfe: int) -> int:
-        """Steps that are run: to the last one of a list, else all. Where steps are drawn the number
-        of forwards must not depend on the draw: processes that share a network's weights have to
-        run equally many."""
-        return max(self.loss_steps) + 1 if isinstance(self.loss_steps, tuple) else nfe
 
     def _states(
         self,
@@ -141,7 +197,7 @@ class DOPSD(Method):
         rng: torch.Generator,
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """At each step that has a loss: index, z, t [B], and the student's velocity with graph."""
-        length = self._rollout_length(schedule.nfe)
+        length = loss_steps[-1] + 1
         if self.states == "student":
             states = rollout(roles.student, noise, schedule, batch.context, rng, loss_steps)
             for state in islice(states, length):
@@ -165,6 +221,11 @@ class DOPSD(Method):
             for step in schedule.steps():
                 t = step.now.expand(len(noise)).to(noise.device)
                 yield noisy(batch.latents, noise_like(noise, rng), step.now), t
+
+    @torch.no_grad()
+    def _base_velocity(self, roles: Roles, z: Tensor, t: Tensor, batch: Batch) -> Tensor | None:
+        """The base model's velocity for the prompt alone, where a setting compares with it."""
+        return roles.base(z, t, batch.context) if self._compares_with_base else None
 
     @torch.no_grad()
     def _target(self, roles: Roles, z: Tensor, t: Tensor, batch: Batch) -> Tensor:

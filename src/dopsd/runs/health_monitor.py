@@ -1,20 +1,31 @@
-"""Few-step health during a run: measured now and then, written to health.jsonl, and the last
-healthy weights kept."""
+"""Few-step health during a run: measured now and then, written to health.jsonl, the last healthy
+weights kept, and whether the run should end."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dopsd.diffusion.batch import Context
+from dopsd.evaluation.early_stopping import plateau
 from dopsd.evaluation.health import Agreement, HealthCheck
-from dopsd.runs.outputs.folder import ON_SCREEN, Rows
+from dopsd.runs.outputs.folder import ON_SCREEN, Rows, read_rows
 from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.trackers import Trackers
 from dopsd.runs.session import Session
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """Why a run should end after a step, as its recipe wants: what is unhealthy, and what shows a
+    plateau. None: no reason."""
+
+    unhealthy: str | None = None
+    plateau: str | None = None
 
 
 class HealthMonitor:
@@ -29,11 +40,10 @@ class HealthMonitor:
         if self._every:
             self._rows = Rows(recipe.run_folder / "health.jsonl", steps_done)
 
-    def after_step(self, step: int, last: bool) -> str | None:
-        """Measure where it is due after this step. Returns what is unhealthy, where the recipe
-        wants to stop for it."""
+    def after_step(self, step: int, last: bool) -> Reasons:
+        """Measure where it is due after this step. Returns the reasons to end the run."""
         if not self._every or not (last or step % self._every == 0):
-            return None
+            return Reasons()
         session, recipe = self._session, self._session.run.recipe
         if self._check is None:
             self._check = _health_check(session, self._contexts)
@@ -45,7 +55,16 @@ class HealthMonitor:
         log.log(level, "Step %d: few-step health: %s.", step, health, extra=ON_SCREEN)
         if health.healthy:
             session.export(recipe.result("-healthy"), weights_metadata(session.run, step))
-        return str(health) if recipe.stop.unhealthy and not health.healthy else None
+        return Reasons(
+            unhealthy=str(health) if recipe.stop.unhealthy and not health.healthy else None,
+            plateau=self._plateau() if recipe.stop.plateau else None,
+        )
+
+    def _plateau(self) -> str | None:
+        recipe = self._session.run.recipe
+        assert recipe.stop.plateau is not None, "asked for only where the recipe stops for it"
+        metrics = read_rows(recipe.run_folder / "metrics.jsonl")
+        return plateau(read_rows(self._rows.path), metrics, recipe.stop.plateau)
 
 
 def _health_check(session: Session, contexts: Context) -> HealthCheck:

@@ -107,10 +107,14 @@ def _train(
         seconds += report.seconds
         done, signal = step == plan.max_steps or seconds >= max_seconds, received_signal()
         save_due = _due(step, recipe.save.every)
+        reasons = monitor.after_step(step, done)
+        unhealthy = reasons.unhealthy
+        if reasons.plateau and not done:
+            log.info("Step %d: ending: %s.", step, reasons.plateau, extra=ON_SCREEN)
+            done = True
         preview_due = done or _due(step, recipe.sample.every)
         if preview_due:
             _preview(session, encoded, step, trackers)
-        unhealthy = monitor.after_step(step, done)
 
         # Exports come before the last checkpoint: a run that is killed in between repeats its last
         # steps and exports again.

@@ -7,7 +7,7 @@ uninterrupted one bit for bit.
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dopsd.diffusion.batch import Batch
+from dopsd.diffusion.batch import Batch, Part
 from dopsd.methods.base import Objective, Roles
 from dopsd.training.adapters import unmoved_modules
 from dopsd.training.roles import Teacher
@@ -159,18 +159,25 @@ def accumulate_gradient(
     micro_batches = [batches.batch(index) for index in indices]
     log: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     counts: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    sums: dict[tuple[str, Part], Tensor] = {}  # of log entries, each times the rows it is a mean of
+    rows: Counter[tuple[str, Part]] = Counter()  # of the micro-batches that report the entry
     for index, batch in zip(indices, micro_batches, strict=True):
-        complete = False
+        complete, reported = False, {}
         for piece in objective.losses(roles, batch.to(device), generator_at(plan.seed, index)):
             complete = piece.last
             rows_of_step = sum(each.rows_of(piece.over) for each in micro_batches)
             divisor = rows_of_step / batch.rows_of(piece.over)
             (piece.surrogate / divisor).backward()
             for name, value in piece.log.items():
-                log[name] = log[name] + value / divisor
+                entry = (name, piece.over)
+                reported[entry] = batch.rows_of(piece.over)
+                sums[entry] = sums.get(entry, 0.0) + value * reported[entry]
             for name, value in piece.counts.items():
                 counts[name] = counts[name] + value
         assert complete, "the objective ended without a piece marked `last`"
+        rows.update(reported)
+    for (name, part), total in sums.items():
+        log[name] = log[name] + total / rows[name, part]
     return StepLoss(log, counts, images=sum(map(len, micro_batches)))
 
 

@@ -309,6 +309,26 @@ def test_curves_have_a_point_for_each_step(run):
     assert points_of(page) == [30] * 6
 
 
+def test_the_teachers_pull_is_one_curve_over_the_noise_levels_with_its_definition(run):
+    rows = [
+        {
+            "step": step,
+            "loss": 1.0,
+            "pull_cosine_at_t0.50-0.75": 0.5,
+            "pull_cosine_at_t0.75-1.00": 0.25,
+            "pull_ratio_at_t0.50-0.75": 1.0,
+        }
+        for step in range(1, 31)
+    ]
+    text = "".join(json.dumps(row | {"images": 4, "seconds": 0.5}) + "\n" for row in rows)
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    page = page_of(run)
+    assert len(page.all("svg")) == 3
+    titles = ("pull_cosine at each noise level", "pull_ratio at each noise level")
+    assert all(title in page.text for title in titles)
+    assert "0: it does not show it at this noise level" in page.text
+
+
 def test_a_curve_of_a_long_run_is_thinned_and_says_so(run):
     write_metrics(run, 2 * MAX_POINTS + 1)
     page = page_of(run)

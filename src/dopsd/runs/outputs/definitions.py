@@ -28,6 +28,7 @@ LOSS = (
 TRAINING = {
     "grad_norm": "Norm of the gradient of all trained weights, before clipping.",
     "retention": "Squared distance to the base model's velocity on the replay prompts.",
+    "anchor": "Squared distance of the student's one-step images to the base model's.",
     "subject": "The part of the loss on your images.",
     "prior": "The part of the loss on the class images.",
     "pairs": "Pairs that count in a step.",
@@ -40,3 +41,10 @@ TRAINING = {
     "diversity": "Distance between the two generated images of a prompt, in latents.",
 }
 AT_STEPS = "By step of the sampler: 0 is the noisiest."
+AT_TIMES = {
+    "pull_cosine": "By range of t (1 is noise): cosine between teacher - student and the student's "
+    "error against the training image, (z - image) / t - student. 1: the teacher leads to that "
+    "image; near 0: it does not show it at this noise level.",
+    "pull_ratio": "By range of t (1 is noise): length of teacher - student over the length of the "
+    "student's error against the training image.",
+}

@@ -20,7 +20,8 @@ ROLES = {
     "student": "the tuned model",
 }
 NOT_DRAWN = ("step", "loss", "learning_rate", "images", "seconds", "skipped")
-STEP_METRIC = re.compile(r"(.+)_at_(\d+)")  # a metric at one step of the sampler
+# A metric at one step of the sampler, or in one range of the time t
+STEP_METRIC = re.compile(r"(.+)_at_(\d+|t[\d.]+-[\d.]+)")
 
 
 def write_report(folder: Path, state: State) -> Path:
@@ -153,7 +154,9 @@ def _curve_section(metrics: Metrics) -> Section:
     curves: list[Curve | None] = [plot_curve("loss", metrics, ["loss"], definitions.LOSS)]
     for metric, group in by_step.items():
         group.sort(key=lambda name: (len(name), name))
-        curves.append(plot_curve(f"{metric} at each step", metrics, group, definitions.AT_STEPS))
+        over = "noise level" if metric in definitions.AT_TIMES else "step"
+        meaning = definitions.AT_TIMES.get(metric, definitions.AT_STEPS)
+        curves.append(plot_curve(f"{metric} at each {over}", metrics, group, meaning))
     curves += [
         plot_curve(name, metrics, [name], definitions.TRAINING.get(name, ""))
         for name in sorted(names, key=lambda name: name != "grad_norm")

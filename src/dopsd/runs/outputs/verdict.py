@@ -24,11 +24,20 @@ def _progress(record: RunRecord, state: State) -> str:
     planned = f" of {record.max_steps}" if record.max_steps else ""
     if state == "finished":
         if record.max_steps and record.step < record.max_steps:
-            return f"Finished at step {record.step}{planned}, by the limit of train.max_seconds"
+            return f"Finished at step {record.step}{planned}, by {_early_end(record)}"
         return f"Finished: {record.step}{planned} steps"
     if state == "stopped":
         return f"Stopped at step {record.step}{planned}"
     return f"Running: step {record.step}{planned} when this page was written"
+
+
+def _early_end(record: RunRecord) -> str:
+    """What can have ended a run before train.max_steps."""
+    settings = record.settings
+    by_plateau = bool(settings.get("stop", {}).get("plateau"))
+    by_seconds = bool(settings.get("train", {}).get("max_seconds")) or not by_plateau
+    ends = ["the limit of train.max_seconds"] * by_seconds + ["stop.plateau"] * by_plateau
+    return " or ".join(ends)
 
 
 def _health(record: RunRecord) -> str:
