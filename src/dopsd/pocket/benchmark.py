@@ -89,9 +89,11 @@ class ConceptQuestions:
         data: Path | None = None,
         unrelated_count: int = UNRELATED,
         kind: Literal["thing", "style"] = "thing",
+        stream: int | None = None,
     ) -> "ConceptQuestions":
         """The questions for thing (or style) `seed`. data: its images, for the teachers' contexts;
-        the text encoder then needs its VLM."""
+        the text encoder then needs its VLM. stream: see `unrelated_statements`; default: the same
+        unrelated prompts for every concept."""
         concept = Concept(kind, seed)
         rng = np.random.default_rng([HELD_OUT, seed, 2 if kind == "thing" else 6])
         drawn = concept.draw_scenes(rng, UNSEEN_SCENES)
@@ -104,7 +106,7 @@ class ConceptQuestions:
             target = [Image.fromarray(render(scene)) for scene in scenes]
             teacher_contexts["target"] = text_encoder.context(prompts, target)
             teacher_contexts["another"] = text_encoder.context(prompts, another)
-        stated = unrelated_statements(unrelated_count)
+        stated = unrelated_statements(unrelated_count, 3 if stream is None else stream)
         renamed = tuple(renamed_caption(concept, scene, k) for k, scene in enumerate(scenes))
         return ConceptQuestions(
             scenes,

@@ -75,6 +75,17 @@ def train(
             yield from _train(session, encoded, start, received_signal, trackers)
 
 
+def train_in_memory(recipe: Recipe) -> Iterator[tuple[StepReport, Session]]:
+    """Train a recipe without a run folder, to measure between its steps: each optimizer step, and
+    the session, whose `deployed_roles.student` is the tuned model. Only the cache of encoded images
+    is written."""
+    run = resolve(recipe)
+    encoded = encode_run(run)
+    session = Session.open(run, choose_low_memory(run), encoded.previews[0].student.context)
+    for report in _steps(session, encoded, start=0):
+        yield report, session
+
+
 def _train(
     session: Session,
     encoded: EncodedRun,
@@ -84,28 +95,18 @@ def _train(
 ) -> Iterator[StepReport]:
     """The steps from `start` on, with what is written between them."""
     run, recipe = session.run, session.run.recipe
-    metrics, plan = Metrics(recipe.run_folder / "metrics.jsonl", start), _plan(recipe.train)
+    metrics = Metrics(recipe.run_folder / "metrics.jsonl", start)
     monitor = HealthMonitor(session, encoded.health, start, trackers)
     seconds = sum(row["seconds"] for row in read_rows(metrics.path))
     max_seconds = recipe.train.max_seconds or math.inf
-    for report in train_steps(
-        session.roles,
-        recipe.objective,
-        _loader(recipe, encoded),
-        session.trainable,
-        session.optimizer,
-        session.teacher,
-        run.device,
-        plan,
-        start,
-    ):
+    for report in _steps(session, encoded, start):
         step = report.step
         metrics.add(report)
         _track(trackers, report)
 
         # What is due after this step.
         seconds += report.seconds
-        done, signal = step == plan.max_steps or seconds >= max_seconds, received_signal()
+        done, signal = step == recipe.train.max_steps or seconds >= max_seconds, received_signal()
         save_due = _due(step, recipe.save.every)
         reasons = monitor.after_step(step, done)
         unhealthy = reasons.unhealthy
@@ -144,6 +145,21 @@ def _train(
             raise Unhealthy(step, unhealthy)
         if done:
             return
+
+
+def _steps(session: Session, encoded: EncodedRun, start: int) -> Iterator[StepReport]:
+    recipe = session.run.recipe
+    return train_steps(
+        session.roles,
+        recipe.objective,
+        _loader(recipe, encoded),
+        session.trainable,
+        session.optimizer,
+        session.teacher,
+        session.run.device,
+        _plan(recipe.train),
+        start,
+    )
 
 
 def _loader(recipe: Recipe, encoded: EncodedRun) -> Loader:
