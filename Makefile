@@ -22,7 +22,7 @@ env: .venv/.ready  ## make the environment in .venv, or bring it up to date
 	@$(PIP) -c constraints-cpu.txt -e ".[dev]"
 	@touch $@
 
-demo: env  ## tune the pocket model on a thing it never saw, with D-OPSD and with SFT
+demo: env  ## tune the pocket model on a thing it never saw, by plain fine-tuning and with retention
 	@.venv/bin/dopsd demo
 
 test: env  ## the fast tests

@@ -22,10 +22,10 @@ import torch
 import typer
 from bench import BATCH, CPU, RANK, Bench
 
+from dopsd.config.recipe import load_recipe
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_json
 from dopsd.methods import DOPSD
-from dopsd.pocket.demo import demo_recipe
 from dopsd.pocket.world.datasets import HELD_OUT
 from dopsd.pocket.world.out_of_domain import OUT_OF_WORLD, kind_of
 from dopsd.runs.preflight import ENOUGH, preflight
@@ -33,6 +33,7 @@ from dopsd.runs.preflight import ENOUGH, preflight
 THINGS = (*range(HELD_OUT + 910, HELD_OUT + 920), *range(OUT_OF_WORLD + 10, OUT_OF_WORLD + 20))
 STEPS, RATE, SEEDS = 80, 1e-3, 8
 RESULTS = Path(__file__).parent / "results" / "preflight.json"
+RECIPE = Path(__file__).parents[1] / "recipes" / "pocket-identity-dopsd.yaml"
 ABOUT = """## Does preflight predict what D-OPSD learns?
 
 `python benchmarks/preflight.py run`; numbers in `benchmarks/results/preflight.json`. {count}
@@ -73,7 +74,7 @@ def measure_thing(thing: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(thing, folder)
-        recipe = demo_recipe("dopsd", bench.data, folder)
+        recipe = load_recipe(RECIPE, (f"data.folder={bench.data}", f"output_dir={folder}"))
         answer = preflight(recipe, folder / "page.html", lambda what, done, total: None, SEEDS)
         base = bench.family.load_denoiser(CPU, torch.float32)
         *_, (_, seconds, velocity) = bench.train(DOPSD(), RATE, 0, STEPS)

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dopsd import load_family, sample
 from dopsd.images import to_pil
 from dopsd.pocket.benchmark import NOISE_SEED, ConceptQuestions, render_scenes
+from dopsd.pocket.demo import ARMS, NAMES
 from dopsd.pocket.world.captions import caption_of
 from dopsd.pocket.world.datasets import concept_of
 
@@ -26,7 +27,7 @@ SCENES, UNRELATED = 4, 2
 # Pixels: an image, between images, row labels, column labels
 SIDE, GAP, LABEL, HEADER = 128, 6, 92, 62
 SECTION = 18  # pixels between the two groups of columns
-ROWS = {"base": None, "SFT": "sft", "D-OPSD": "dopsd"}
+ROWS = {NAMES["base"]: None} | {NAMES[arm]: arm for arm in ARMS}
 TITLES = ("The new thing in new scenes", "Unrelated prompts")
 MOST_BYTES = 200_000
 
@@ -51,8 +52,9 @@ def main(
     rows: dict[str, list[Image.Image]] = {
         "how it\nshould look": to_pil(render_scenes(questions.scenes[:SCENES]))
     }
-    for label, run in ROWS.items():
+    for name, run in ROWS.items():
         lora = demo / run / f"{run}.safetensors" if run else None
+        label = name.replace(" + ", " +\n")
         rows[label] = sample("pocket", scenes, lora, seed=NOISE_SEED)
         rows[label] += sample("pocket", unrelated, lora, seed=NOISE_SEED + len(questions.scenes))
 

@@ -11,14 +11,21 @@ from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
 from dopsd.cli.app import app
-from dopsd.config.recipe import parse_recipe
+from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.evaluation.metrics.dino import DinoDistance
 from dopsd.evaluation.statistics import Interval
 from dopsd.models.pipeline import sample
-from dopsd.pocket.demo import demo_recipe
 from dopsd.pocket.world.datasets import write_concept
 from dopsd.runs.preflight import Preflight, preflight, verdict_of
 from dopsd.runs.train import train
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def recipe_of(method: str, data: Path, folder: Path) -> Recipe:
+    """recipes/pocket-identity-<method>.yaml on this data."""
+    file = RECIPES / f"pocket-identity-{method}.yaml"
+    return load_recipe(file, (f"data.folder={data}", f"output_dir={folder}"))
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -35,7 +42,7 @@ def concept(tmp_path: Path) -> Path:
 @pytest.fixture()
 def result(concept: Path, tmp_path: Path) -> Preflight:
     return preflight(
-        demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
+        recipe_of("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
     )
 
 
@@ -52,7 +59,7 @@ def test_the_student_samples_like_the_deployed_model_and_the_teacher_is_nearer(r
 
 
 def test_preflight_fills_the_cache_that_training_reads(result, concept, tmp_path):
-    tree = demo_recipe("dopsd", concept, tmp_path / "runs").model_dump()
+    tree = recipe_of("dopsd", concept, tmp_path / "runs").model_dump()
     cached = {
         path: path.stat().st_mtime_ns
         for path in (tmp_path / "runs" / "cache").rglob("*.safetensors")
@@ -93,14 +100,14 @@ def test_preflight_advises_against_images_that_the_student_already_generates(con
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption)
     result = preflight(
-        demo_recipe("dopsd", folder, tmp_path / "runs"), tmp_path / "page.html", no_progress
+        recipe_of("dopsd", folder, tmp_path / "runs"), tmp_path / "page.html", no_progress
     )
     assert result.verdict != "can" and "Try another model.vlm" in result.sentence
 
 
 def test_the_command_prints_the_conclusion_and_writes_the_numbers(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
+    recipe_of("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(
         app, ["preflight", "recipe.yaml", "--images", "2", "--json", "numbers.json"]
     )
@@ -116,7 +123,7 @@ def test_check_with_the_preflight_option_runs_preflight(concept, tmp_path, monke
     for image in ("2.png", "3.png"):
         (concept / image).unlink()
         (concept / image).with_suffix(".txt").unlink()
-    demo_recipe("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
+    recipe_of("dopsd", concept, tmp_path / "runs").save_as(tmp_path / "recipe.yaml")
     result = CliRunner().invoke(app, ["check", "recipe.yaml", "--preflight"])
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
@@ -134,7 +141,7 @@ def test_the_distance_is_chosen_by_the_name_of_a_metric(concept, tmp_path):
         "image_size": 64,
     }
     Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dino")
-    recipe = demo_recipe("dopsd", concept, tmp_path / "runs")
+    recipe = recipe_of("dopsd", concept, tmp_path / "runs")
     result = preflight(
         recipe,
         tmp_path / "page.html",
@@ -153,9 +160,7 @@ def test_the_distance_is_chosen_by_the_name_of_a_metric(concept, tmp_path):
 
 def test_a_method_without_a_teacher_that_sees_images_is_refused(concept, tmp_path):
     with pytest.raises(ValueError, match="sft learns from the images themselves"):
-        preflight(
-            demo_recipe("sft", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
-        )
+        preflight(recipe_of("sft", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress)
     assert not (tmp_path / "runs").exists()
 
 
@@ -163,6 +168,6 @@ def test_an_unreadable_image_is_named_and_no_page_is_written(concept, tmp_path):
     (concept / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1\.png"):
         preflight(
-            demo_recipe("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
+            recipe_of("dopsd", concept, tmp_path / "runs"), tmp_path / "page.html", no_progress
         )
     assert not (tmp_path / "page.html").exists()

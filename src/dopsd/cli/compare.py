@@ -60,18 +60,28 @@ def compare(
 
 def demo(
     json_file: AsJson = None,
+    thing: Annotated[
+        int | None, typer.Option(help="Seed of another object, from 1000000 on.", min=0)
+    ] = None,
     folder: Annotated[
-        Path, typer.Option("--out", help="Folder for images, runs and report.")
-    ] = Path("runs/demo"),
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for images, runs and report; default: runs/demo, or runs/demo-<thing>.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Tune the pocket model on four images of a new object, with D-OPSD and with SFT, and compare:
-    a few minutes on a CPU."""
+    """Tune the pocket model on four images of a new object, by plain fine-tuning and with
+    retention, and compare what they learn and keep: a few minutes on a CPU."""
+    from dopsd.pocket.demo import THING
     from dopsd.pocket.demo import demo as run_demo
 
+    folder = folder or Path("runs/demo" if thing is None else f"runs/demo-{thing}")
     with progress_bar() as advance:
-        result = run_demo(folder, advance)
+        result = run_demo(folder, THING if thing is None else thing, advance)
     show_table(result.header, result.table)
-    write_numbers(json_file, result.comparison.numbers)
+    write_numbers(json_file, result.numbers)
     for sentence in result.sentences:
         say(sentence)
     for label, value in result.results:

@@ -46,3 +46,15 @@ def difference_at_equal_learning(
     mean paired difference and its 95% interval over prompts."""
     level = equal_learning([ours, other], error)
     return paired(values_at(ours, error, level, kept), values_at(other, error, level, kept))
+
+
+def sentence_of(gain: Interval, metric: str, ours: str, other: str) -> str:
+    """What such a difference shows, in words."""
+    where = "where both have learned equally much"
+    if gain.low > 0:
+        return f"{ours} keeps more {metric} than {other} {where}: by {gain}."
+    if gain.high < 0:
+        return f"{ours} keeps less {metric} than {other} {where}: by {-gain.value:.3f} " + (
+            f"[{-gain.high:.3f}, {-gain.low:.3f}]."
+        )
+    return f"Not shown: that {ours} keeps more {metric} than {other} {where} ({gain})."

@@ -14,13 +14,13 @@ from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.models.pipeline import sample
 from dopsd.pocket.benchmark import METRICS
-from dopsd.pocket.demo import STEPS, demo_recipe
 from dopsd.pocket.world.datasets import CONCEPT_FILE, concept_of
 from dopsd.runs.comparison.budget import on_budget_of, rule_of
 from dopsd.runs.comparison.compare import Repeat, compare, train_recipes
 from dopsd.runs.comparison.evaluate import Candidate, Evaluator
 from dopsd.runs.outputs.folder import read_rows
 
+RECIPES = Path(__file__).parents[3] / "recipes"
 THING = 1_000_100  # of the fixture `concept`
 NOT_OF_THE_TEACHER = METRICS[3:]  # metrics that are measured on prompts without an image
 
@@ -34,9 +34,16 @@ def silent(what: str, done: int, total: int) -> None:
     pass
 
 
+def recipe_of(method: str, data: Path, folder: Path) -> Recipe:
+    """recipes/pocket-identity-<method>.yaml on this data, as the run <method>."""
+    file = RECIPES / f"pocket-identity-{method}.yaml"
+    places = (f"data.folder={data}", f"output_dir={folder}", f"run_name={method}")
+    return load_recipe(file, (*places, "sample.every=0", "save.every=0"))
+
+
 @pytest.fixture()
 def recipes(concept: Path, tmp_path: Path) -> list[Recipe]:
-    return [short(demo_recipe(method, concept, tmp_path / "runs")) for method in ("dopsd", "sft")]
+    return [short(recipe_of(method, concept, tmp_path / "runs")) for method in ("dopsd", "sft")]
 
 
 @pytest.mark.slow
@@ -241,13 +248,6 @@ def test_a_folder_with_a_run_of_another_recipe_is_refused(recipes, tmp_path):
     other = parse_recipe(recipes[0].model_dump() | {"lora": {"rank": 3}})
     with pytest.raises(ValueError, match="another recipe"):
         compare([other], tmp_path / "page.html", silent)
-
-
-@pytest.mark.parametrize("method", STEPS)
-def test_the_demo_is_what_the_pocket_identity_recipes_say(method, tmp_path):
-    written = load_recipe(Path(__file__).parents[3] / "recipes" / f"pocket-identity-{method}.yaml")
-    shown = demo_recipe(method, tmp_path, tmp_path)
-    assert (written.train, written.lora, written.method) == (shown.train, shown.lora, shown.method)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def train_recipes(
             recipe = repeat_of(named, repeat)
             if equal and named is not recipes[0]:
                 recipe = on_budget_of(first, recipe, equal, nfe, _cost(first, nfe)["seconds"])
-            _train(recipe, progress)
+            train_once(recipe, progress)
             entry.candidates.append(Candidate(named.run_name, lora=recipe.result()))
             for name, cost in _cost(recipe, nfe).items():
                 entry.cost[name] = entry.cost.get(name, 0) + cost / len(repeats)
@@ -225,7 +225,7 @@ def _refuse_unfit(loras: Sequence[Path], family: Family) -> None:
             )
 
 
-def _train(recipe: Recipe, progress: Progress) -> None:
+def train_once(recipe: Recipe, progress: Progress) -> None:
     """Train unless the run folder holds the result, resuming a run that was stopped. Raises
     ValueError for a folder of another recipe."""
     folder, result = recipe.run_folder, recipe.result()
