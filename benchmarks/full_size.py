@@ -162,7 +162,7 @@ def _qwen(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> None:
         for key, value in own.to_dict().items()
         if key not in ("model_type", "architectures")
     }
-    text_config["rope_parameters"] = own.rope_parameters | MROPE
+    text_config["rope_parameters"] = text["rope_parameters"] | MROPE
     pocket = json.loads((POCKET / "vlm" / "config.json").read_text())
     of_the_tokenizer = {key: value for key, value in pocket.items() if key.endswith("_token_id")}
     Qwen3VLConfig(
@@ -209,8 +209,9 @@ def write_random_weights(folder: Path, device: torch.device) -> None:
     try:
         for part, about in parts.items():
             if isinstance(about, list | tuple) and (folder / part / "config.json").is_file():
+                library, kind = about
                 with device:
-                    _initialized(*about, folder / part).save_pretrained(folder / part)
+                    _initialized(library, kind, folder / part).save_pretrained(folder / part)
     finally:
         torch.set_default_dtype(before)
 

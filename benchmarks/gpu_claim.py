@@ -93,11 +93,9 @@ class Claim:
         where the time ends before; the next call goes on from the last checkpoint."""
         recipe = self.recipe(arm, steps)
         begun = (recipe.run_folder / "metrics.jsonl").exists()
-        run = train(recipe, "latest" if begun else None, progress)
-        for report in run:
+        for report in train(recipe, "latest" if begun else None, progress):
             progress(f"training {arm}", report.step, steps)
             if report.step % SAVE_EVERY == 0 and report.step < steps and not has_time():
-                run.close()
                 raise OutOfTime
         health = read_rows(recipe.run_folder / "health.jsonl")[-1]
         seconds = sum(row["seconds"] for row in read_rows(recipe.run_folder / "metrics.jsonl"))

@@ -87,8 +87,8 @@ def measure_step(
     recipe = _with_memory(recipe, level)
 
     shutil.rmtree(recipe.run_folder, ignore_errors=True)
-    steps, seconds = train(recipe, progress=progress), []
-    for report in steps:
+    seconds: list[float] = []
+    for report in train(recipe, progress=progress):
         if report.step == WARM_UP and run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if report.step > WARM_UP:
@@ -97,7 +97,6 @@ def measure_step(
         if len(seconds) == MEASURED or sum(seconds) > SECONDS:
             break
     peak, reserved = _peaks(run.device)
-    steps.close()
     shutil.rmtree(recipe.run_folder)
     return {
         "side": side,

@@ -72,7 +72,7 @@ def test_pocket_is_measured_and_the_same_command_goes_on(gpu, dino, concept, tmp
 
 
 def test_the_flops_of_a_step_are_those_of_a_real_one(gpu, tmp_path):
-    """SFT on pocket: as a count over the real step without recomputation gives."""
+    """D-OPSD on pocket, against a count over a step of its recipe."""
     from gpu_steps import measure_step
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,7 +83,7 @@ def test_the_flops_of_a_step_are_those_of_a_real_one(gpu, tmp_path):
     changes = (f"data.folder={tmp_path / 'images' / str(SIDE)}", f"output_dir={tmp_path}")
     recipe = load_recipe(
         SCRIPTS.parent / "recipes" / "pocket-identity-dopsd.yaml",
-        (*changes, "train.batch_size=1", "lora.rank=32", "sample.every=0", "run_name=real"),
+        (*changes, "train.batch_size=1", "sample.every=0", "run_name=real"),
     )
     steps = train(recipe)
     next(steps)

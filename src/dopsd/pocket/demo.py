@@ -193,7 +193,8 @@ def _drawn(curves: Mapping[str, Sequence[Look]]) -> list[Curve]:
             for arm, curve in curves.items()
         }
         about = "Dots: looks along the training, from the untouched model at the upper left."
-        drawn.append(plot_against(f"{metric} kept", lines, "error on the thing removed:", about))
+        title = f"Share of {metric} kept, over the share of the error removed"
+        drawn.append(plot_against(title, lines, "error removed:", about))
     return drawn
 
 
