@@ -4,6 +4,7 @@ import pytest
 from image_folders import refusals, write_image, write_metadata
 
 from dopsd.data.folder import read_folder
+from dopsd.data.sources import Source, read_sources
 
 
 @pytest.mark.parametrize("file", ["file_name", "image", "image_path"])
@@ -12,6 +13,28 @@ def test_metadata_columns_have_the_usual_names(tmp_path, file, text):
     write_image(tmp_path / "a.png")
     write_metadata(tmp_path, {file: "a.png", text: "a cat", "other": 1})
     assert read_folder(tmp_path).examples[0].caption == "a cat"
+
+
+def test_a_row_may_have_a_text_for_the_teacher_which_gets_the_trigger_too(tmp_path):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name)
+    write_metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": "a cat", "teacher_text": "a grey cat on a sofa, sharp"},
+        {"file_name": "b.png", "text": "a dog"},
+    )
+    cat, dog = read_sources([Source(tmp_path, trigger="zib")]).examples
+    assert cat.teacher_text == "zib, a grey cat on a sofa, sharp" and dog.teacher_text is None
+    assert cat.read_by_teacher("zib, a cat") == cat.teacher_text
+    assert cat.read_by_teacher("") == "", "under caption dropout both read nothing"
+    assert dog.read_by_teacher("zib, a dog") == "zib, a dog"
+    before = read_folder(tmp_path).fingerprint()
+    write_metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": "a cat", "teacher_text": "a white cat"},
+        {"file_name": "b.png", "text": "a dog"},
+    )
+    assert read_folder(tmp_path).fingerprint() != before
 
 
 def test_csv_metadata_is_read_and_a_caption_cut_by_a_comma_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """What `check` announces is what training does: images seen, cache files, enlarged images."""
 
 import numpy as np
+import pytest
+from image_folders import write_metadata
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -64,3 +66,35 @@ def test_images_that_are_enlarged_are_listed_the_most_enlarged_first(tmp_path):
     checked = check(resolve(recipe_for(tmp_path / "data", tmp_path / "runs", shapes, max_steps=1)))
     assert [(image.path.name, image.factor) for image in checked.enlarged][1] == ("1.png", 2.0)
     assert [image.path.name for image in checked.enlarged] == ["2.png", "1.png"]
+
+
+def test_a_teacher_that_only_reads_needs_another_prompt_than_the_student(tmp_path):
+    """Each way to give it one is accepted, and its contexts are cached as forecast."""
+    shapes = [(64, 64), (64, 64)]
+    plain = recipe_for(tmp_path / "data", tmp_path / "runs", shapes, max_steps=1)
+
+    def with_model(**settings):
+        model = plain.model.model_copy(update={"teacher_context": "prompt", **settings})
+        return plain.model_copy(update={"model": model})
+
+    why = r"for 2 of 2 images \(first: 0.png\) it would read the student's own"
+    with pytest.raises(ValueError, match=why):
+        check(resolve(with_model()))
+    check(resolve(with_model(teacher_suffix="on night in inked style")))
+    rows = [
+        {"file_name": f"{i}.png", "text": f"a zib number {i}", "teacher_text": "a zib, sharp"}
+        for i in range(2)
+    ]
+    for file in (tmp_path / "data").glob("*.txt"):
+        file.unlink()
+    write_metadata(tmp_path / "data", *rows)
+    recipe = with_model()
+    forecast = check(resolve(recipe)).cache
+    (report,) = train(recipe)
+    assert report.log["loss"] > 0
+    files = list((tmp_path / "runs" / "cache").rglob("*.safetensors"))
+    assert len(files) == forecast.files
+    assert sum(t.nbytes for f in files for t in load_file(f).values()) == forecast.bytes
+    preview = recipe.run_folder / "samples" / "step-000000"
+    assert (preview / "teacher_0_0.png").is_file()
+    assert not (recipe.run_folder / "samples" / "teacher-image-0.png").exists()

@@ -16,7 +16,8 @@ class ModelSection(Section):
     teacher_context: str | None = Field(
         None,
         min_length=1,
-        description="How the teacher sees an image, e.g. `vlm` or `edit`; default: the family's.",
+        description="How the teacher sees an image, e.g. `vlm` or `edit`; or `prompt`: it sees "
+        "none, and reads `teacher_text` of metadata.jsonl. Default: the family's.",
     )
     teacher_suffix: str | None = Field(
         None, description="Words after the caption in the teacher's prompt."

@@ -96,6 +96,8 @@ def prepare(
     ) -> Iterable[Mapping[str, Tensor]]:
         references = [[open_image(path) for path in row.example.references] for row in batch]
         captions = [row.example.caption for row in batch]
+        if images is not None:
+            captions = [row.example.read_by_teacher(row.example.caption) for row in batch]
         return _context_tensors(
             text_encoder.context(captions, images, references if any(references) else None)
         )
@@ -170,8 +172,9 @@ def forecast_cache(
             key = (caption, example.references)
             files["context", *key] = context_bytes(caption, references)
             if privileged_bytes:
-                bytes_of_pair = privileged_bytes(caption, size, references)
-                files["privileged", *key, shown, size] = bytes_of_pair
+                read = example.read_by_teacher(caption)
+                bytes_of_pair = privileged_bytes(read, size, references)
+                files["privileged", read, example.references, shown, size] = bytes_of_pair
     return CacheForecast(len(files), sum(files.values()))
 
 
@@ -237,7 +240,8 @@ def _row(
         mask = folder / "mask" / f"{key}.safetensors"
 
     def captioned(caption: str) -> Row:
-        pair = _key("privileged", caption, shown, size, text_encoder.fingerprint, *references)
+        read = example.read_by_teacher(caption)
+        pair = _key("privileged", read, shown, size, text_encoder.fingerprint, *references)
         return Row(
             replace(example, caption=caption, also=()),
             size,

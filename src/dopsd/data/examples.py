@@ -15,7 +15,8 @@ class Example:
     also: further captions; an epoch draws one of all. weight: of its loss. mask: a grey image,
     white where this one is trained on; `path` itself: its own transparency. references: images that
     the caption turns into this one, in order. rejected: worse images for the same caption, of which
-    an epoch draws one. shown: the image that the teacher sees, if it is not `path`.
+    an epoch draws one. shown: the image that the teacher sees, if it is not `path`. teacher_text:
+    what the teacher reads in place of every caption, if it is another text.
     """
 
     path: Path
@@ -26,6 +27,12 @@ class Example:
     references: tuple[Path, ...] = ()
     rejected: tuple[Path, ...] = ()
     shown: Path | None = None
+    teacher_text: str | None = None
+
+    def read_by_teacher(self, caption: str) -> str:
+        """What the teacher reads where the student reads this caption of the image, or the empty
+        one, which both read."""
+        return self.teacher_text if caption and self.teacher_text else caption
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,15 @@ class Listing:
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images' bytes, those of their masks, and their captions, in any order and
-        wherever they lie."""
+        """SHA-256 of the images' bytes, those of their masks, and their captions and
+        teacher's texts, in any order and wherever they lie."""
         contents = sorted(
             [
                 *map(sha256_of, (e.path, *e.references, *e.rejected)),
                 *([f"mask {sha256_of(e.mask)}"] if e.mask else []),
                 e.caption,
                 *e.also,
+                *([f"teacher {e.teacher_text}"] if e.teacher_text else []),
             ]
             for e in self.examples
         )

@@ -17,6 +17,7 @@ MASK_COLUMN = "mask"  # grey image, white where the row's image is trained on
 REJECTED_COLUMN = "rejected"  # worse images for the same caption, one or a list
 FILE_COLUMNS = (*IMAGE_COLUMNS, REFERENCE_COLUMN, REJECTED_COLUMN, MASK_COLUMN)
 CAPTION_COLUMNS = ("text", "prompt", "caption")
+TEACHER_COLUMN = "teacher_text"  # what the teacher reads in place of the captions
 
 Finding = tuple[Path, Example | str]  # a file, and its example or the reason why it has none
 Row = Mapping[str, object]
@@ -56,6 +57,9 @@ def _finding_of(row: Row, metadata: Path, where: str) -> Finding:
         if texts == [] or not isinstance(texts, list):
             texts = [texts]
         caption, *also = (as_caption(text, f"the caption of {where}") for text in texts)
+        teacher_text = row.get(TEACHER_COLUMN) or None
+        if teacher_text is not None:
+            teacher_text = as_caption(teacher_text, f"{TEACHER_COLUMN} of {where}")
     except ValueError as error:
         return path, str(error)
     return path, Example(
@@ -65,6 +69,7 @@ def _finding_of(row: Row, metadata: Path, where: str) -> Finding:
         mask=masks[0] if masks else None,
         references=references,
         rejected=rejected,
+        teacher_text=teacher_text,
     )
 
 

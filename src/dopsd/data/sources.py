@@ -104,4 +104,5 @@ def _with_trigger(example: Example, trigger: str | None) -> Example:
         example,
         caption=with_trigger(example.caption, trigger),
         also=tuple(with_trigger(text, trigger) for text in example.also),
+        teacher_text=with_trigger(example.teacher_text, trigger) if example.teacher_text else None,
     )

@@ -108,11 +108,11 @@ class Batch:
     context: Context
     prompts: tuple[str, ...]
     weight: Tensor
-    mask: Tensor | None = None
     privileged: Context | None = None
     rejected: Tensor | None = None
     prior: "Batch | None" = None
     replay: Replay | None = None
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -97,8 +97,10 @@ class DOPSD(Method):
 
     @property
     def needs(self) -> frozenset[Need]:
-        compared: set[Need] = {"base"} if self._compares_with_base else set()
-        return frozenset({"teacher", "privileged"} | compared)
+        needs: set[Need] = {"teacher", "privileged"}
+        if self._compares_with_base:
+            needs.add("base")
+        return frozenset(needs)
 
     @property
     def _compares_with_base(self) -> bool:

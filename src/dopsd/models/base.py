@@ -23,8 +23,9 @@ Size = tuple[int, int]  # (width, height) in pixels, as in Pillow
 class TeacherVision:
     """How a teacher sees images; None: the family's default.
 
-    context: one of the family's `teacher_contexts`. vlm: hub id or folder of the vision-language
-    model, for a context that uses one. suffix: text after the caption in the teacher's prompt.
+    context: one of the family's `teacher_contexts`; `prompt`: it sees none and reads a better
+    prompt. vlm: hub id or folder of the vision-language model, for a context that uses one. suffix:
+    text after the caption in the teacher's prompt.
     """
 
     context: str | None = None

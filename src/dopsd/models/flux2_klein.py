@@ -2,8 +2,8 @@
 tokens, patched KL latents.
 
 A teacher sees the image as one more reference (`edit`), or through a Qwen3-VL whose language
-weights are replaced by the pipeline's text encoder (`vlm`). The network has no mask: it also reads
-the padding, and all rows of a batch have one layout.
+weights are replaced by the pipeline's text encoder (`vlm`), or it reads a better prompt (`prompt`).
+The network has no mask: it also reads the padding, and all rows of a batch have one layout.
 """
 
 import hashlib
@@ -29,12 +29,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dopsd.diffusion.batch import Context
+from dopsd.diffusion.components import TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.models.base import MethodTraits, Size, TeacherVision, Usage, plain_usage
 from dopsd.models.flux2_klein_components import KleinDenoiser, KleinVAE, reference_key
 from dopsd.models.flux2_klein_lora import KEY_PATTERN, LOADERS, in_own_form
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora import Pairs, diffusers_form
+from dopsd.models.prompt_teacher import PROMPT, PromptTeacher
 from dopsd.models.qwen3 import QwenTextEncoder
 from dopsd.models.qwen3_prompts import Reading, count_tokens, with_suffix
 from dopsd.models.vae import empty_autoencoder, load_autoencoder
@@ -84,7 +86,7 @@ class Flux2Klein:
 
     name = "flux2_klein"
     repo = "black-forest-labs/FLUX.2-klein-4B"
-    teacher_contexts = ("edit", "vlm")
+    teacher_contexts = ("edit", "vlm", PROMPT)
     native_space = "velocity"
     lora_targets = (
         r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -155,10 +157,12 @@ class Flux2Klein:
 
     def load_text_encoder(
         self, device: torch.device, dtype: torch.dtype, images: bool
-    ) -> "KleinTextEncoder":
+    ) -> TextEncoder:
         vlm = self.vlm if images and self.teacher_context == "vlm" else None
         text = QwenTextEncoder(self.checkpoint, READING, vlm, self.suffix or "", device, dtype)
-        return KleinTextEncoder(self, text, self.load_vae(device, torch.float32))
+        encoder = KleinTextEncoder(self, text, self.load_vae(device, torch.float32))
+        reads_words = images and self.teacher_context == PROMPT
+        return PromptTeacher(encoder, self.suffix or "") if reads_words else encoder
 
     def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KleinVAE:
         return KleinVAE(load_autoencoder(AutoencoderKLFlux2, self.checkpoint, device, dtype), tiled)
@@ -189,6 +193,8 @@ class Flux2Klein:
             return count_tokens(
                 self.checkpoint, READING, [self.edit_prompt(prompt, True) for prompt in prompts]
             )
+        if sizes is not None and self.teacher_context == PROMPT:
+            prompts, sizes = [with_suffix(prompt, self.suffix or "") for prompt in prompts], None
         return count_tokens(self.checkpoint, READING, prompts, self.suffix or "", self.vlm, sizes)
 
     def blank_context(

@@ -2,7 +2,7 @@
 
 Z-Image counts time from noise (0) to clean (1) and predicts clean - noise; `ZImageDenoiser`
 reverses both. A teacher sees the image through a Qwen3-VL whose language weights are replaced by
-the pipeline's text encoder.
+the pipeline's text encoder (`vlm`), or reads a better prompt (`prompt`).
 """
 
 import inspect
@@ -22,7 +22,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_de
 from torch import Tensor
 
 from dopsd.diffusion.batch import Context
-from dopsd.diffusion.components import Denoiser
+from dopsd.diffusion.components import Denoiser, TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.models.base import MethodTraits, Size, TeacherVision, Usage, plain_usage
 from dopsd.models.hub import Checkpoint
@@ -37,8 +37,9 @@ from dopsd.models.lora_forms import (
     KOHYA,
     Loaders,
 )
+from dopsd.models.prompt_teacher import PROMPT, PromptTeacher
 from dopsd.models.qwen3 import QwenTextEncoder
-from dopsd.models.qwen3_prompts import Reading, count_tokens, text_width
+from dopsd.models.qwen3_prompts import Reading, count_tokens, text_width, with_suffix
 from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -76,7 +77,7 @@ class ZImage:
     name = "zimage"
     repo = "Tongyi-MAI/Z-Image-Turbo"
     licence, hub_licence = "Apache-2.0", "apache-2.0"
-    teacher_contexts = ("vlm",)
+    teacher_contexts = ("vlm", PROMPT)
     default_vlm = "Qwen/Qwen3-VL-4B-Instruct"
     reference_size = None
     native_space = "velocity"
@@ -105,7 +106,7 @@ class ZImage:
         self.checkpoint, folder = checkpoint, checkpoint.folder
         checkpoint.refuse_missing(PARTS, index, "Z-Image")
         teacher_vision, own_vlm = teacher_vision or TeacherVision(), folder / "vlm"
-        self.teacher_context = "vlm"
+        self.teacher_context = teacher_vision.context or self.teacher_contexts[0]
         self.vlm = teacher_vision.vlm or (str(own_vlm) if own_vlm.is_dir() else self.default_vlm)
         self.suffix = teacher_vision.suffix or ""
         with checkpoint.reading("scheduler"):
@@ -145,9 +146,11 @@ class ZImage:
 
     def load_text_encoder(
         self, device: torch.device, dtype: torch.dtype, images: bool
-    ) -> QwenTextEncoder:
-        vlm = self.vlm if images else None
-        return QwenTextEncoder(self.checkpoint, READING, vlm, self.suffix, device, dtype)
+    ) -> TextEncoder:
+        vlm = self.vlm if images and self.teacher_context == "vlm" else None
+        text = QwenTextEncoder(self.checkpoint, READING, vlm, self.suffix, device, dtype)
+        reads_words = images and self.teacher_context == PROMPT
+        return PromptTeacher(text, self.suffix) if reads_words else text
 
     def load_vae(self, device: torch.device, dtype: torch.dtype, tiled: bool = False) -> KLVAE:
         return KLVAE(load_autoencoder(AutoencoderKL, self.checkpoint, device, dtype), tiled)
@@ -163,6 +166,8 @@ class ZImage:
     def count_tokens(
         self, prompts: Sequence[str], sizes: Sequence[Size] | None = None
     ) -> list[int]:
+        if sizes is not None and self.teacher_context == PROMPT:
+            prompts, sizes = [with_suffix(prompt, self.suffix) for prompt in prompts], None
         return count_tokens(self.checkpoint, READING, prompts, self.suffix, self.vlm, sizes)
 
     def blank_context(

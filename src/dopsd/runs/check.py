@@ -14,6 +14,7 @@ from dopsd.images import Size, image_size, open_image
 from dopsd.models import load_family
 from dopsd.models.base import fitted_size, latent_size, network_on_meta
 from dopsd.models.lora import read_lora, refuse_misfit
+from dopsd.models.prompt_teacher import PROMPT
 from dopsd.runs.outputs.lora_export import refuse_unfit
 from dopsd.runs.resolve import ResolvedRun
 from dopsd.training.adapters import Coverage, coverage, lora_sizes
@@ -51,6 +52,7 @@ def check(run: ResolvedRun) -> Checked:
     """
     recipe, family = run.recipe, run.family
     _refuse_unfit_references(run)
+    _refuse_same_prompts(run)
     network = network_on_meta(family)
     if recipe.adapter == "full":
         trained = AllWeights(sum(parameter.numel() for parameter in network.parameters()))
@@ -71,6 +73,20 @@ def check(run: ResolvedRun) -> Checked:
         enlarged=_enlarged(run),
         cache=_forecast_cache(run, tokens),
     )
+
+
+def _refuse_same_prompts(run: ResolvedRun) -> None:
+    """A teacher that only reads must read something else than the student, or the loss is 0."""
+    if not run.learns_from_teacher or run.teacher_sees_images:
+        return
+    without = [example for example in run.listing.examples if not example.teacher_text]
+    if without and not run.recipe.model.teacher_suffix:
+        raise ValueError(
+            f"with model.teacher_context: {PROMPT} the teacher reads a better prompt, and for "
+            f"{len(without)} of {len(run.listing.examples)} images (first: "
+            f"{without[0].path.name}) it would read the student's own, which teaches nothing: name "
+            "one as `teacher_text` in metadata.jsonl, or set model.teacher_suffix."
+        )
 
 
 def _refuse_other_architectures(run: ResolvedRun, network: nn.Module) -> None:
@@ -131,7 +147,10 @@ def _count_tokens(run: ResolvedRun) -> _TokenCounts:
     if run.learns_from_teacher:
         family.count_tokens(previewed, [(run.side, run.side)] * len(previewed))
         for sizes in run.sizes:
-            pairs = [(caption, sizes[index]) for caption, index in captions]
+            pairs = [
+                (run.listing.examples[index].read_by_teacher(caption), sizes[index])
+                for caption, index in captions
+            ]
             if run.recipe.data.caption_dropout:
                 pairs += [("", size) for size in sizes]
             lengths = family.count_tokens([caption for caption, _ in pairs], [s for _, s in pairs])

@@ -284,7 +284,9 @@ def forecast_run(
     level = "low" if low_memory else "high"
     examples = run.listing.examples
     size = max(run.buckets, key=lambda size: size[0] * size[1])
-    captions = [caption for example in examples for caption in (example.caption, *example.also)]
+    captions = [
+        text for e in examples for text in (e.caption, *e.also, e.teacher_text) if text is not None
+    ]
     references = [
         [fitted_size(run.family, path, image_size(path)) for path in paths]
         for paths in {example.references for example in examples}

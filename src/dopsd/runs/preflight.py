@@ -25,6 +25,7 @@ from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_image, to_pil
 from dopsd.models.base import latent_size
 from dopsd.models.pipeline import EncodedRequest, ImagePipeline, ImageRequest
+from dopsd.models.prompt_teacher import PROMPT
 from dopsd.runs.check import check
 from dopsd.runs.resolve import ResolvedRun, resolve
 
@@ -190,7 +191,8 @@ def _alternatives(run: ResolvedRun) -> list[str]:
     """What else can be tried with this model."""
     contexts = run.family.teacher_contexts
     current = run.recipe.model.teacher_context or contexts[0]
-    other_contexts = [f"model.teacher_context: {name}" for name in contexts if name != current]
+    others = [name for name in contexts if name not in (current, PROMPT)]
+    other_contexts = [f"model.teacher_context: {name}" for name in others]
     other_vlm = ["another model.vlm"] if current == "vlm" else []
     captions = "captions that leave out what only the image shows"
     return [*other_contexts, *other_vlm, captions, "method sft"]

@@ -77,7 +77,7 @@ def encode_run(run: ResolvedRun, progress: Progress | None = None) -> EncodedRun
     return EncodedRun(
         rows=rows,
         prior=prior,
-        previews=read_previews(run.previews, text_encoder, shown),
+        previews=read_previews(run.previews, text_encoder, shown, run.teacher_sees_images),
         health=text_encoder.context(list(run.health_prompts)),
         replays=_replays(run, samples, text_encoder),
     )

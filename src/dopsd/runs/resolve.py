@@ -29,6 +29,7 @@ from dopsd.models import load_family
 from dopsd.models.base import Family, TeacherVision, latent_size
 from dopsd.models.hub import Checkpoint
 from dopsd.models.pipeline import ImageRequest, device_and_dtype
+from dopsd.models.prompt_teacher import PROMPT
 from dopsd.runs.outputs.trackers import refuse_unready
 
 PREVIEWED_CAPTIONS = 4  # captions that are previewed when the recipe names no prompts
@@ -77,6 +78,11 @@ class ResolvedRun:
     def learns_from_teacher(self) -> bool:
         """Whether the method has a teacher that is shown images."""
         return "privileged" in self.recipe.method.needs
+
+    @property
+    def teacher_sees_images(self) -> bool:
+        """Whether that teacher sees images, or reads a better prompt."""
+        return self.family.teacher_context != PROMPT
 
     @property
     def lora_targets(self) -> str:

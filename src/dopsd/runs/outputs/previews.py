@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,17 @@ class Preview:
 
 
 def read_previews(
-    requests: Sequence[ImageRequest], text_encoder: TextEncoder, rows: Sequence[Row]
+    requests: Sequence[ImageRequest],
+    text_encoder: TextEncoder,
+    rows: Sequence[Row],
+    teacher_sees: bool = True,
 ) -> tuple[Preview, ...]:
     """Encode the prompts. rows: the training images that the teacher sees with them in turn; none
-    where the method has no such teacher."""
+    where the method has no such teacher. teacher_sees: whether it sees them, or only reads their
+    texts where the prompt is a caption of theirs."""
     previews = []
+    examples = [version.example for row in rows for version in row.versions]
+    texts = {example.caption: example.read_by_teacher(example.caption) for example in examples}
     for index, request in enumerate(requests):
         student = EncodedRequest(request, request.encode(text_encoder))
         if not rows:
@@ -60,8 +66,10 @@ def read_previews(
             continue
         row = rows[index % len(rows)]
         image, path = shown_to_teacher(row), row.example.shown or row.example.path
-        privileged = EncodedRequest(request, request.encode(text_encoder, image))
-        teacher_image = TeacherImage(image, path.name, row.example.caption)
+        read = replace(request, prompt=texts.get(request.prompt, request.prompt))
+        privileged = EncodedRequest(request, read.encode(text_encoder, image))
+        seen = TeacherImage(image, path.name, row.example.caption)
+        teacher_image = seen if teacher_sees else None
         previews.append(Preview(student, privileged, teacher_image))
     return tuple(previews)
 
