@@ -13,6 +13,7 @@ arms of `dopsd demo` and looks at them along the way.
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -152,7 +153,8 @@ def random_checkpoint(model: str, folder: Path) -> str:
     done = target / "complete"
     if not done.exists():
         note(f"Writing random weights of the shapes of {model} into {target}.")
-        target.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # of an interrupted call
+        target.mkdir(parents=True)
         write_configs(model, target)
         write_random_weights(target, device_and_dtype()[0])
         done.touch()
