@@ -63,6 +63,25 @@ def decoder(work: Work = WORK, steps: int = 1000) -> None:
     train.sharpen_decoder(work, steps)
 
 
+@app.command()
+def vision(work: Work = WORK, steps: int = 1500, start_from: StartFrom = None) -> None:
+    """Train the VLM's second vision tower alone (8 minutes)."""
+    from dopsd.pocket.build.teacher import few_step_start
+    from dopsd.pocket.build.vision import train_tower
+
+    train_tower(work, few_step_start(work, start_from)[1], steps)
+
+
+@app.command()
+def teacher(
+    work: Work = WORK, steps: int = 1000, start_from: StartFrom = None, compiled: Compiled = True
+) -> None:
+    """Train the teacher: drawing what the context's image shows (40 minutes)."""
+    from dopsd.pocket.build.teacher import train_teacher
+
+    train_teacher(work, steps, start_from, compiled)
+
+
 @app.command("all")
 def everything(work: Work = WORK, target: Path = PACKAGED, compiled: Compiled = True) -> None:
     """Every stage in order, then the folder and its gates (about 2.5 hours on two CPU cores)."""

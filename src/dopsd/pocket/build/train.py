@@ -158,7 +158,7 @@ def train_flow(
     start_from: an earlier checkpoint whose many-step model and VLM are trained further, on this
     folder's latents.
     """
-    corpus, network = Corpus.read(folder), fresh_network(compiled)
+    corpus, network = Corpus.read(folder), fresh_network(compiled, parts.FIRST_TOWER)
     if start_from:
         transformer = ZImageTransformer2DModel.from_pretrained(
             start_from / "parent", subfolder="transformer"
@@ -218,13 +218,13 @@ def distill(
     use no guidance: it made things worse (docs/experiments.md). The VLM does not change. Chords of
     all rounds so far are trained on; a resumed stage collects them anew.
     """
-    many_step = fresh_network(compiled)
-    many_step.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "network."))
+    many_step = fresh_network(compiled, parts.FIRST_TOWER)
+    many_step.load_state_dict(without_prefix(read_tensors(folder / "flow.safetensors"), "network."))
     many_step.requires_grad_(False)
-    student = fresh_network(compiled)
+    student = fresh_network(compiled, parts.FIRST_TOWER)
     student.load_state_dict(many_step.state_dict())
     student.vlm.requires_grad_(False)
-    corpus, times = Corpus.read(folder), sampler_times(parts.NFE)
+    corpus, times = Corpus.read(folder), sampler_times(parts.DISTILLED_NFE)
     fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in pairwise(times)]
     memory: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
@@ -257,7 +257,7 @@ def distill(
                 unguided = partial(many_step, context=context, mask=mask)
                 velocity = guided if images is None else unguided
                 z = noise_of(rng, (len(rows), *corpus.latents.shape[1:]))
-                for k in range(parts.NFE):
+                for k in range(parts.DISTILLED_NFE):
                     slope = (euler(velocity, z, fine[k]) - z) / (times[k + 1] - times[k])
                     batches.append((z, times[k], slope, context, mask))
                     z = euler(partial(student, context=context, mask=mask), z, times[k : k + 2])
@@ -270,8 +270,11 @@ def distill(
         losses = []
         for kind in range(2):  # text contexts and contexts with images have different lengths
             batch = memory[rng.integers(len(memory))]
-            place = rng.integers(len(batch) // (2 * parts.NFE)) * 2 * parts.NFE + kind * parts.NFE
-            z, t, slope, context, mask = batch[place + rng.integers(parts.NFE)]
+            place = (
+                rng.integers(len(batch) // (2 * parts.DISTILLED_NFE)) * 2 * parts.DISTILLED_NFE
+                + kind * parts.DISTILLED_NFE
+            )
+            z, t, slope, context, mask = batch[place + rng.integers(parts.DISTILLED_NFE)]
             losses.append(F.mse_loss(student(z, t.expand(len(z)), context, mask), slope))
         return sum(losses[1:], losses[0]) / len(losses)
 
@@ -282,8 +285,9 @@ def distill(
     return student
 
 
-def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, without it."""
+    return {n.removeprefix(prefix): each for n, each in tensors.items() if n.startswith(prefix)}
 
 
 # --- the folder
@@ -292,13 +296,13 @@ def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def assemble(folder: Path, target: Path) -> None:
     """Write the trained parts as the pocket checkpoint in bfloat16, with the many-step transformer
     in `parent`."""
-    trained = _strip(read_tensors(folder / "flow.safetensors"), "network.")
-    network = fresh_network(compiled=False)
+    trained = without_prefix(read_tensors(folder / "flow.safetensors"), "network.")
+    network = fresh_network(compiled=False, tower=parts.FIRST_TOWER)
     network.load_state_dict(trained)
     network.to(torch.bfloat16).transformer.save_pretrained(target / "parent" / "transformer")
     transformer = parts.make_transformer()
     transformer.load_state_dict(
-        _strip(read_tensors(folder / "distill.safetensors"), "transformer.")
+        without_prefix(read_tensors(folder / "distill.safetensors"), "transformer.")
     )
     vae = AutoencoderKL.from_pretrained(folder / "vae-sharp").to(torch.bfloat16)
     parts.save_pipeline(
