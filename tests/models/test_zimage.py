@@ -44,7 +44,7 @@ def test_student_contexts_equal_the_pipelines_prompt_embeddings(pocket_text_enco
 
 
 @pytest.mark.parametrize(
-    ("nfe", "width", "height"), [(4, 64, 64), (8, 64, 64), (4, 96, 48), (8, 48, 96)]
+    ("nfe", "width", "height"), [(2, 64, 64), (4, 64, 64), (8, 64, 64), (2, 96, 48), (8, 48, 96)]
 )
 def test_latents_equal_the_pipelines_from_the_same_noise(pocket, pipeline, nfe, width, height):
     noise = noise_for(
@@ -273,3 +273,16 @@ def test_images_generated_in_chunks_equal_those_generated_together(
     apart = generate(velocity, vae, pocket.schedule(2, side, side), context, noise)
     assert sizes == [3, 3, 2, 2, 1, 1]
     assert (together.int() - apart.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("version", "named"), [(None, "none"), (2, "2"), (4, "4")])
+def test_a_model_of_another_release_is_refused(pocket, tmp_path, version, named):
+    folder = tmp_path / "old"
+    shutil.copytree(pocket.checkpoint.folder, folder)
+    about = json.loads((folder / "dopsd.json").read_text())
+    del about["version"]
+    if version:
+        about["version"] = version
+    (folder / "dopsd.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"another release.*version {named},.*`pocket`"):
+        load_family(str(folder))

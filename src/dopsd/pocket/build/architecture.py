@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dopsd.files import write_json
+from dopsd.models.zimage import DOPSD_JSON_VERSION
 from dopsd.pocket.world.captions import vocabulary
 
 WIDTH = 128  # of the text encoder and of the transformer
@@ -256,7 +257,12 @@ def save_pipeline(
     vlm.save_pretrained(folder / "vlm")
     tokenizer.save_pretrained(folder / "vlm")
     make_image_processor().save_pretrained(folder / "vlm")
-    about = {"nfe": NFE, "starting_points": STARTING_POINTS, "unrelated_prompts": UNRELATED_PROMPTS}
+    about = {
+        "version": DOPSD_JSON_VERSION,
+        "nfe": NFE,
+        "starting_points": STARTING_POINTS,
+        "unrelated_prompts": UNRELATED_PROMPTS,
+    }
     write_json(folder / "dopsd.json", about)
     write_json(
         folder / "model_index.json",

@@ -18,7 +18,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from torch import Tensor
 from transformers import Qwen3VLModel
 
-from dopsd.files import read_tensors, write_tensors, write_text
+from dopsd.files import read_tensors, write_tensors
 from dopsd.pocket.build import architecture as parts
 from dopsd.pocket.build.corpus import SEED, Corpus, noise_of, rng_at, to_unit
 from dopsd.pocket.build.network import Network, fresh_network
@@ -288,26 +288,3 @@ def distill(
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with the prefix, without it."""
     return {n.removeprefix(prefix): each for n, each in tensors.items() if n.startswith(prefix)}
-
-
-# --- the folder
-
-
-def assemble(folder: Path, target: Path) -> None:
-    """Write the trained parts as the pocket checkpoint in bfloat16, with the many-step transformer
-    in `parent`."""
-    trained = without_prefix(read_tensors(folder / "flow.safetensors"), "network.")
-    network = fresh_network(compiled=False, tower=parts.FIRST_TOWER)
-    network.load_state_dict(trained)
-    network.to(torch.bfloat16).transformer.save_pretrained(target / "parent" / "transformer")
-    transformer = parts.make_transformer()
-    transformer.load_state_dict(
-        without_prefix(read_tensors(folder / "distill.safetensors"), "transformer.")
-    )
-    vae = AutoencoderKL.from_pretrained(folder / "vae-sharp").to(torch.bfloat16)
-    parts.save_pipeline(
-        target, transformer.to(torch.bfloat16), vae, network.vlm, parts.make_tokenizer()
-    )
-    write_text(
-        target / "README.md", (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
-    )

@@ -86,7 +86,7 @@ def _attend(attention: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     )
-    return attention.to_out[0](out.transpose(1, 2).flatten(2))
+    return attention.get_submodule("to_out.0")(out.transpose(1, 2).flatten(2))
 
 
 def _heads(attention: nn.Module, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
