@@ -5,15 +5,14 @@ only trained by flow matching is blurred at 2 steps, and so is what it teaches.
 
     at states z_k of the student's own 2-step rollout, from times t_k to t_{k+1}:
     wanted_k = (integral of the fine model from z_k to t_{k+1} - z_k) / (t_{k+1} - t_k)
-    loss = |student(z_k, t_k) - wanted_k|^2 + edges of the decoded end states
+    loss = sum over k of |student(z_k, t_k) - wanted_k|^2 + edges of the decoded end states
 
-The fine model is the many-step model with guidance for captions, and the teacher for contexts with
-an image, each in 8 steps an interval.
+The fine model is the 4-step model for captions, in its own steps, and the teacher for contexts with
+an image, in 8 steps. Chords of the many-step model, finer and with guidance, were a worse target
+(docs/experiments.md).
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,25 +29,12 @@ from dopsd.pocket.build.stages import Stage, optimise, process_rank
 from dopsd.pocket.build.teacher import seeing_network
 from dopsd.pocket.build.train import euler, sampler_times, without_prefix
 
-SUBSTEPS = 8  # of the fine model in each of the student's steps
-UPDATES_PER_ROUND = 8  # updates between two collections of chords
-ROUNDS_REMEMBERED = 24
-COLLECTED = {"captions": 32, "images": 16}  # rollouts of a round, for each process
-BATCH = {"captions": 24, "images": 16}  # rows of an update at each step of the rollout
-DECODED = 8  # of these, whose edges are compared
+CAPTIONS, WITH_IMAGE = 32, 16  # rows of a batch, for each process
+FINE_STEPS = {"captions": parts.DISTILLED_NFE, "images": 8}  # of the fine model's whole rollout
+DECODED = 8  # rows of each kind whose edges are compared
 EDGES = 1.0  # weight of the edges' absolute difference, pixels in [-1, 1]
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Chords:
-    """Rollouts of one kind of context: z and slope [steps, N, 8, 16, 16], context, mask."""
-
-    z: Tensor
-    slope: Tensor
-    context: Tensor
-    mask: Tensor
 
 
 def trained_teacher(folder: Path, start_from: Path | None, compiled: bool) -> Network:
@@ -74,32 +60,34 @@ def train_student(
 ) -> None:
     """Distill; writes the transformer as `<folder>/student.safetensors`."""
     rank, corpus = process_rank(), Corpus.read(folder)
+    four_step = seeing_network(folder, start_from, compiled).requires_grad_(False)
     teacher = trained_teacher(folder, start_from, compiled).requires_grad_(False)
-    many_step = fresh_network(compiled).requires_grad_(False)
-    many_step.transformer.load_state_dict(many_step_transformer(folder, start_from))
     student = fresh_network(compiled)
     student.transformer.load_state_dict(teacher.transformer.state_dict())
     vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
     vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    times = sampler_times(parts.NFE)
-    memory: deque[dict[str, Chords]] = deque(maxlen=ROUNDS_REMEMBERED)
+    latent_shape = corpus.latents.shape[1:]
 
     def loss_at(step: int) -> Tensor:
-        if step % UPDATES_PER_ROUND == 0 or not memory:
-            memory.append(_collect(corpus, teacher, many_step, student, step, rank))
         rng = rng_at("student", step, rank)
+        _, tokens = corpus.captions(rng, CAPTIONS)
+        captions = teacher.plain(tokens)
+        _, tokens, seen = corpus.with_images(rng, WITH_IMAGE)
+        images = teacher.privileged(tokens, seen)
         loss = torch.zeros(())
-        for kind, size in BATCH.items():
-            chords = memory[rng.integers(len(memory))][kind]
-            drawn = torch.from_numpy(rng.permutation(len(chords.mask))[:size])
-            context, mask = chords.context[drawn], chords.mask[drawn]
-            for k in range(parts.NFE):
-                z, slope = chords.z[k, drawn], chords.slope[k, drawn]
-                velocity = student(z, times[k].expand(len(z)), context, mask)
-                loss = loss + F.mse_loss(velocity, slope)
-            few = slice(DECODED)
-            end, wanted = (z[few] - times[-2] * each[few] for each in (velocity, slope))
-            loss = loss + EDGES * _edge_distance(vae, end, wanted)
+        for kind, fine, (context, mask) in (
+            ("captions", four_step, captions),
+            ("images", teacher, images),
+        ):
+            noise = noise_of(rng, (len(context), *latent_shape))
+            chord_loss, end, wanted = distillation(
+                lambda z, t, c=context, m=mask: student(z, t, c, m),
+                lambda z, t, c=context, m=mask, fine=fine: fine(z, t, c, m),
+                noise,
+                FINE_STEPS[kind],
+            )
+            edges = edge_distance(vae, end[:DECODED], wanted[:DECODED])
+            loss = loss + chord_loss + EDGES * edges
         return loss
 
     stage = Stage(
@@ -108,50 +96,31 @@ def train_student(
     optimise(stage, folder, {"transformer": student.transformer}, loss_at)
 
 
-@torch.no_grad()
-def _collect(
-    corpus: Corpus, teacher: Network, many_step: Network, student: Network, step: int, rank: int
-) -> dict[str, Chords]:
-    """Chords of both kinds of contexts at states of the student's own rollouts."""
-    rng = rng_at("chords", step, rank)
-    _, tokens = corpus.captions(rng, COLLECTED["captions"])
-    captions = teacher.plain(tokens)
-    empty = corpus.unconditional_ids.expand(len(tokens), -1)
-    unconditional = teacher.plain(empty)
+def distillation(
+    student: Velocity, fine_model: Velocity, noise: Tensor, fine_steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Roll the student out from noise [B, 8, 16, 16], each state detached from the one before.
 
-    def guided(z: Tensor, t: Tensor) -> Tensor:
-        without = many_step(z, t, *unconditional)
-        return torch.lerp(without, many_step(z, t, *captions), parts.GUIDANCE)
-
-    _, tokens, seen = corpus.with_images(rng, COLLECTED["images"])
-    images = teacher.privileged(tokens, seen)
-    shape = corpus.latents.shape[1:]
-    return {
-        "captions": _chords(student, guided, *captions, noise_of(rng, (len(captions[0]), *shape))),
-        "images": _chords(
-            student,
-            lambda z, t: teacher(z, t, *images),
-            *images,
-            noise_of(rng, (len(images[0]), *shape)),
-        ),
-    }
-
-
-def _chords(
-    student: Network, fine_model: Velocity, context: Tensor, mask: Tensor, noise: Tensor
-) -> Chords:
-    times, fine_times = sampler_times(parts.NFE), sampler_times(parts.NFE * SUBSTEPS)
-    z, states, slopes = noise, [], []
+    Returns the sum over its steps of the mean squared distance to the fine model's chords (0-d),
+    and the clean latents at the end of the student's last step and of the last chord.
+    """
+    times, fine_times = sampler_times(parts.NFE), sampler_times(fine_steps)
+    substeps = fine_steps // parts.NFE
+    z, loss = noise, torch.zeros(())
+    end = wanted = noise
     for k, (now, after) in enumerate(pairwise(times)):
-        fine = fine_times[k * SUBSTEPS : (k + 1) * SUBSTEPS + 1]
-        states.append(z)
-        slopes.append((euler(fine_model, z, fine) - z) / (after - now))
-        z = z + (after - now) * student(z, now.expand(len(z)), context, mask)
-    return Chords(torch.stack(states), torch.stack(slopes), context, mask)
+        fine = fine_times[k * substeps : (k + 1) * substeps + 1]
+        with torch.no_grad():
+            wanted = euler(fine_model, z, fine)
+        velocity = student(z, now.expand(len(z)))
+        loss = loss + F.mse_loss(velocity, (wanted - z) / (after - now))
+        end = z + (after - now) * velocity
+        z = end.detach()
+    return loss, end, wanted
 
 
-def _edge_distance(vae: AutoencoderKL, latents: Tensor, wanted: Tensor) -> Tensor:
-    """Mean absolute difference of the decoded images' horizontal and vertical differences."""
+def edge_distance(vae: AutoencoderKL, latents: Tensor, wanted: Tensor) -> Tensor:
+    """Mean absolute difference of the decoded images' horizontal and vertical differences, 0-d."""
     decoded = _decode(vae, latents)
     with torch.no_grad():
         target = _decode(vae, wanted)
