@@ -25,6 +25,7 @@ def assemble(folder: Path, target: Path, start_from: Path | None = None) -> None
     network.transformer.load_state_dict(student)
     network.to(torch.bfloat16)
     vae = AutoencoderKL.from_pretrained(start_from / "vae" if start_from else folder / "vae-sharp")
+    vae.register_to_config(_name_or_path="vae")  # not a path of this machine
     parts.save_pipeline(
         target, network.transformer, vae.to(torch.bfloat16), network.vlm, parts.make_tokenizer()
     )

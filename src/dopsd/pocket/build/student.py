@@ -64,7 +64,8 @@ def train_student(
     teacher = trained_teacher(folder, start_from, compiled).requires_grad_(False)
     student = fresh_network(compiled)
     student.transformer.load_state_dict(teacher.transformer.state_dict())
-    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
+    vae_folder = start_from / "vae" if start_from else folder / "vae-sharp"
+    vae = AutoencoderKL.from_pretrained(vae_folder).requires_grad_(False)
     vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latent_shape = corpus.latents.shape[1:]
 

@@ -119,10 +119,12 @@ def sharpen_decoder(folder: Path, steps: int = 1000) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_data(folder: Path) -> None:
+def encode_data(folder: Path, vae_folder: Path | None = None) -> None:
     """All training images as scaled latents, `latents.safetensors` (float16 [N, 8, 16, 16]); about
-    3 minutes."""
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
+    3 minutes. vae_folder: default: that of `train_vae`."""
+    vae = AutoencoderKL.from_pretrained(vae_folder or folder / "vae").to(
+        memory_format=torch.channels_last
+    )
     images = read_tensors(folder / "data.safetensors")["images"]
     latents = []
     for start in range(0, len(images), 100):
