@@ -226,7 +226,8 @@ def distill(
     student = fresh_network(compiled, parts.FIRST_TOWER)
     student.load_state_dict(many_step.state_dict())
     student.vlm.requires_grad_(False)
-    corpus, times = Corpus.read(folder), sampler_times(parts.DISTILLED_NFE)
+    corpus, nfe = Corpus.read(folder), parts.DISTILLED_NFE
+    times = sampler_times(nfe)
     fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in pairwise(times)]
     memory: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
@@ -259,7 +260,7 @@ def distill(
                 unguided = partial(many_step, context=context, mask=mask)
                 velocity = guided if images is None else unguided
                 z = noise_of(rng, (len(rows), *corpus.latents.shape[1:]))
-                for k in range(parts.DISTILLED_NFE):
+                for k in range(nfe):
                     slope = (euler(velocity, z, fine[k]) - z) / (times[k + 1] - times[k])
                     batches.append((z, times[k], slope, context, mask))
                     z = euler(partial(student, context=context, mask=mask), z, times[k : k + 2])
@@ -272,11 +273,8 @@ def distill(
         losses = []
         for kind in range(2):  # text contexts and contexts with images have different lengths
             batch = memory[rng.integers(len(memory))]
-            place = (
-                rng.integers(len(batch) // (2 * parts.DISTILLED_NFE)) * 2 * parts.DISTILLED_NFE
-                + kind * parts.DISTILLED_NFE
-            )
-            z, t, slope, context, mask = batch[place + rng.integers(parts.DISTILLED_NFE)]
+            place = rng.integers(len(batch) // (2 * nfe)) * 2 * nfe + kind * nfe
+            z, t, slope, context, mask = batch[place + rng.integers(nfe)]
             losses.append(F.mse_loss(student(z, t.expand(len(z)), context, mask), slope))
         return sum(losses[1:], losses[0]) / len(losses)
 
