@@ -15,7 +15,7 @@ from tiny_klein import write_klein
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd.diffusion.batch import Batch, Replay
-from dopsd.methods import METHODS, missing
+from dopsd.methods import METHODS, SFT, Retention, WithRetention, missing
 from dopsd.models import FAMILIES, family_class, load_family
 from dopsd.models.base import Family, network_on_meta
 from dopsd.pocket import CHECKPOINT as POCKET
@@ -129,6 +129,35 @@ def test_two_steps_are_finite_and_only_the_student_moves(name, method, opened, b
     assert {name for name in moved if ".lora_B." in name} == {
         f"network.{name}" for name in student if ".lora_B." in name
     }
+
+
+@pytest.mark.parametrize("states", ["samples", "walk", "step"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_retention_is_0_at_the_base_and_has_a_gradient_away_from_it(name, states, opened, batch_of):
+    family = opened(name)
+    denoiser = family.load_denoiser(CPU, torch.float32)
+    student = add_lora(denoiser.network, family.lora_targets, RANK, RANK, seed=0)
+    roles = make_roles(
+        denoiser,
+        student,
+        Teacher(student, 1.0),
+        lambda nfe, h, w: family.schedule(nfe or family.default_nfe, h, w),
+    )
+    objective = WithRetention(SFT(nfe=2), Retention(weight=1.0, states=states))
+
+    def error() -> float:
+        total = 0.0
+        for piece in objective.losses(roles, batch_of(name, False), torch.Generator()):
+            if piece.over == "replay":
+                piece.surrogate.backward()
+                total += piece.surrogate.item()
+        return total
+
+    assert error() == 0
+    for weight in student.values():
+        weight.data += 0.01
+        weight.grad = None
+    assert error() > 0 and all(weight.grad.any() for weight in student.values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

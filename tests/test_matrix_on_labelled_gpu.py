@@ -20,7 +20,7 @@ from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.batch import Batch, Replay
 from dopsd.diffusion.components import Denoiser
 from dopsd.diffusion.sampling import generate, noise_for
-from dopsd.methods import METHODS, missing
+from dopsd.methods import METHODS, Retention, WithRetention, missing
 from dopsd.models import load_family
 from dopsd.models.base import Family
 from dopsd.pocket.benchmark import ManyStepModel
@@ -124,10 +124,11 @@ def trained_weights(
     roles = make_roles(denoiser, student.weights, teacher, schedule, score, student.base)
     # Two algorithms of the optimizer would round differently, and torch's choice is the device's
     optimizer = torch.optim.AdamW(student.weights.values(), weight_decay=0.0, foreach=False)
+    objective = WithRetention(settings, Retention(weight=1.0))
     plan = Plan(max_steps=1, learning_rate=1e-3)
     batches = SameBatch(batch)
     for report in train_steps(
-        roles, settings, batches, student.weights, optimizer, teacher, device, plan
+        roles, objective, batches, student.weights, optimizer, teacher, device, plan
     ):
         assert not report.skipped
     assert all(_is_at_home(p, device) for p in student.weights.values())

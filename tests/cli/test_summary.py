@@ -9,6 +9,7 @@ from dopsd.cli import summary
 from dopsd.config.recipe import load_recipe
 from dopsd.models import load_family
 from dopsd.runs import memory
+from dopsd.runs.check import check
 from dopsd.runs.memory import Forecast
 from dopsd.runs.resolve import resolve
 from dopsd.training.quantize import saved_bytes
@@ -112,3 +113,20 @@ def test_the_result_is_where_the_file_is_and_how_it_is_loaded(adapter, lines, ru
     summary.print_result(recipe)
     printed = capsys.readouterr().out
     assert all(line in printed for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ((), "of the empty prompt, on 64 images that the base model generates first"),
+        (("retention.prompts=[a cat, a dog]", "data.resolution=[64, 32]"), "2 prompts, on 128"),
+        (("retention.states=walk", "retention.per_step=2"), "2 a step of the empty prompt, on the"),
+    ],
+)
+def test_check_says_what_retention_replays(changes, line, run, capsys):
+    resolved = run("retention.weight=1", *changes)
+    summary.print_summary(resolved, check(resolved))
+    assert line in capsys.readouterr().out
+    plain = run()
+    summary.print_summary(plain, check(plain))
+    assert "retention" not in capsys.readouterr().out

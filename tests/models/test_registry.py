@@ -24,6 +24,8 @@ def test_every_built_in_model_opens_by_its_name(name):
 def test_recommended_settings_follow_from_a_methods_traits(pocket, sdxl):
     assert load_family(str(sdxl("turbo"))).starting_points(DPO())["method.space"] == "noise"
     assert "method.space" not in load_family(str(sdxl("turbo"))).starting_points(DOPSD())
+    for method in (DPO(), DOPSD()):
+        assert load_family(str(sdxl("turbo"))).starting_points(method)["retention.space"] == "noise"
     klein = family_class("flux2_klein")
     rates = [
         klein.starting_points(pocket, each)["train.learning_rate"] for each in (DOPSD(), SFT())

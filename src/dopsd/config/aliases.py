@@ -138,7 +138,7 @@ def hint(place: str, keys: Sequence[str], owners: Sequence[str]) -> str:
     methods that have the key, where it is one of another method than the recipe's."""
     last = place.rpartition(".")[2]
     if place in MOVED:
-        return f"; it is now {MOVED[place].key}, of every method"
+        return f"; it is {MOVED[place].key} now"
     if last in UNSUPPORTED:
         return f"; {UNSUPPORTED[last]}"
     if last in ALIASES:

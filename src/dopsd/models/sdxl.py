@@ -199,7 +199,7 @@ class SDXL:
             write_json(file, index | {"scheduler": ["diffusers", scheduler]})
 
     def starting_points(self, method: MethodTraits) -> dict[str, Any]:
-        settings = STARTING_POINTS.copy()
+        settings = STARTING_POINTS | {"retention.space": self.native_space}
         if self.native_space in method.loss_spaces:
             settings["method.space"] = self.native_space
         if self.distilled_by:
