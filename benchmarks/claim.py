@@ -1,185 +1,265 @@
-"""The claim, measured: what D-OPSD and SFT learn of a thing, and what the few-step model keeps.
+"""The claim, measured: what each way to train has learned and kept at looks along its training.
 
-    python benchmarks/claim.py sweep      # learning rate of each method on other things, 3 values
-    python benchmarks/claim.py run        # 10 things x 1 seed, 2 things x 3 seeds, at these rates
-    python benchmarks/write_pages.py      # docs/results.md
+    python benchmarks/claim.py estimate               # minutes that are left to measure
+    python benchmarks/claim.py sweep --minutes 20     # learning rates, on things of their own
+    python benchmarks/claim.py run --minutes 90       # arms x things x seeds, most telling first
+    python benchmarks/claim.py write                  # claim.json and docs/results.md
 
-Numbers go to benchmarks/results/claim.json as they come; what is there is not measured
-again. D-OPSD trains STEPS steps of BATCH images. SFT is evaluated after equally many images, after
-equal wall time, and at its first evaluation whose thing_error is D-OPSD's or less (cap: 4 times
-D-OPSD's wall time, else "never").
+Looks are rows of benchmarks/results/claim.jsonl, one training (a cell) at a time; a cell that is
+there is not measured again, and rows of other weights than the packaged ones are dropped. So both
+can be stopped at any time, and `write` says what is missing. Order of `run`: the main arms on the
+first thing, the second, and so on (seed 0); styles; the variants on three things; the best variant
+on the others; then the next seed.
 """
 
-import json
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import functools
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import typer
-from bench import CPU, Bench
+from claim_arms import (
+    ARMS,
+    IN_STYLES,
+    MAIN,
+    RATES,
+    REGIMES,
+    SWEEP_FORWARDS,
+    SWEEP_THINGS,
+    UNRELATED,
+    VARIANTS,
+)
+from claim_rows import Row, Rows, goal_of
+from claim_verdict import best_variant, chosen_rate, numbers
 
-from dopsd.files import write_json
-from dopsd.methods import DOPSD, SFT, Method
-from dopsd.pocket.world.datasets import HELD_OUT
+from dopsd.evaluation.curves import Look
+from dopsd.files import read_jsonl, sha256_of, write_json, write_jsonl
+from dopsd.pocket import CHECKPOINT
+from dopsd.pocket.curves import Bench, concept_recipe
+from dopsd.pocket.world.datasets import HELD_OUT, write_concept, write_style_concept
+from dopsd.runs.comparison.budget import forwards_a_step
 
-STEPS = 120
-RATES = (3e-4, 1e-3, 3e-3)
-SWEEP_THINGS = tuple(range(HELD_OUT + 500, HELD_OUT + 503))
-THINGS = tuple(range(HELD_OUT + 200, HELD_OUT + 210))
-REPEATED, SEEDS = THINGS[:2], (0, 1, 2)
-EVALUATE_EVERY = 40  # SFT steps between two evaluations of thing_error
-CAP = 4  # times D-OPSD's wall time
-RESULTS = Path(__file__).parent / "results" / "claim.json"
+RESULTS = Path(__file__).parent / "results"
+ROWS, CLAIM = RESULTS / "claim.jsonl", RESULTS / "claim.json"
+WORK = Path("runs/claim")
+SECONDS = {"forward": 0.0065, "look": 6.0}  # where nothing is measured yet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+Minutes = Annotated[float, typer.Option(help="No training begins that would end later.")]
+Workers = Annotated[int, typer.Option(help="Trainings at once, a thread each.")]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One training: a method at a rate on a thing with a seed."""
+class Cell(NamedTuple):
+    """One training: an arm on a concept. arm "references": the models that need no training. goal:
+    thing_error at which a sweep ends; None: no end before the last look."""
 
-    method: str
-    thing: int
-    seed: int
-    rate: float
+    stage: str
+    regime: str
+    arm: str
+    concept: int
+    seed: int = 0
+    rate: float | None = None
+    goal: float | None = None
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its rows are found by; another definition of the arm is another cell."""
+        settings = ARMS[self.arm].mark if self.arm in ARMS else ""
+        return (*self[:6], settings)
 
-def measure_pair(thing: int, seed: int, rates: dict[str, float]) -> dict[str, Any]:
-    """D-OPSD on a thing, then SFT looked at where it can be compared."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(thing, Path(folder))
-        base = bench.family.load_denoiser(CPU, torch.float32)
-        found: dict[str, Any] = {
-            "thing": thing,
-            "seed": seed,
-            "base": bench.evaluate(base),
-            "base_other_noise": bench.evaluate(base, noise_seed=HELD_OUT),
-            "teacher": bench.evaluate(base, "another"),
-        }
-        *_, (_, wall, velocity) = bench.train(DOPSD(), rates["dopsd"], seed, STEPS)
-        found["dopsd"] = bench.evaluate(velocity) | {"seconds": wall}
-        target = found["dopsd"]["thing_error"]
-        assert target is not None, "a student answers every question"
-        found |= _sft_beside(bench, rates["sft"], seed, wall, target)
-    return found
+    @property
+    def is_ready(self) -> bool:
+        """Whether what it depends on is measured."""
+        return self.stage == "run" or self.arm == "references" or self.goal is not None
 
 
-def _sft_beside(bench: Bench, rate: float, seed: int, wall: float, target: float) -> dict[str, Any]:
-    evaluations: dict[str, Any] = {
-        "sft_equal_images": None,
-        "sft_equal_wall": None,
-        "sft_first_match": None,
-    }
-    best = float("inf")
-    for step, seconds, velocity in bench.train(SFT(), rate, seed, max_steps=100_000):
-        at = {"seconds": seconds, "steps": step}
-        if step == STEPS:
-            evaluations["sft_equal_images"] = bench.evaluate(velocity) | at
-        if seconds >= wall and not evaluations["sft_equal_wall"]:
-            evaluations["sft_equal_wall"] = bench.evaluate(velocity) | at
-        if step % EVALUATE_EVERY == 0:
-            error = bench.error(velocity)
-            best = min(best, error)
-            if error <= target and not evaluations["sft_first_match"]:
-                evaluations["sft_first_match"] = bench.evaluate(velocity) | at
-        done = all(evaluations.values())
-        if done or seconds >= CAP * wall:
-            break
-    return evaluations | {"sft_best_thing_error": best}
+@functools.cache
+def weights_mark() -> str:
+    """Stands for the packaged checkpoint in the rows."""
+    files = sorted(CHECKPOINT.rglob("*.safetensors"))
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:12]
 
 
-def sweep_unit(replicate: Unit) -> dict[str, Any]:
-    """thing_error at the end of a training of D-OPSD's length, or of SFT's equal forward units."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(replicate.thing, Path(folder))
-        method: Method = DOPSD() if replicate.method == "dopsd" else SFT()
-        cost_ratio = DOPSD().forwards(bench.family.default_nfe) / method.forwards(
-            bench.family.default_nfe
-        )
-        *_, (_, seconds, velocity) = bench.train(
-            method, replicate.rate, replicate.seed, round(STEPS * cost_ratio)
-        )
-        return bench.evaluate(velocity) | {
-            "method": replicate.method,
-            "thing": replicate.thing,
-            "rate": replicate.rate,
-            "seconds": seconds,
-        }
+def plan_sweep(rows: Rows) -> Iterator[Cell]:
+    """The sweep's cells in order: references, then every rate of each arm that is swept."""
+    for thing in SWEEP_THINGS:
+        yield Cell("sweep", "identity", "references", thing)
+    for thing in SWEEP_THINGS:
+        goal = goal_of(rows, "sweep", "identity", thing)
+        for rate in RATES:
+            for arm in MAIN:
+                yield Cell("sweep", "identity", arm, thing, 0, rate, goal)
+
+
+def plan_run(rows: Rows) -> Iterator[Cell]:
+    """The cells of `run` in order (see the top of the file)."""
+
+    def cells(regime: str, arms: Sequence[str], concepts: Sequence[int], seed: int):
+        for concept in concepts:
+            if seed == 0:
+                yield Cell("run", regime, "references", concept)
+            for arm in arms:
+                yield Cell("run", regime, arm, concept, seed, chosen_rate(rows, arm))
+
+    identity, style = REGIMES["identity"], REGIMES["style"]
+    yield from cells("identity", list(MAIN), identity.concepts, 0)
+    yield from cells("style", IN_STYLES, style.concepts, 0)
+    yield from cells("identity", list(VARIANTS), identity.concepts[:3], 0)
+    best = best_variant(rows)
+    arms = [*MAIN, best] if best else list(MAIN)
+    for seed in identity.seeds:
+        yield from cells("identity", arms, identity.concepts, seed)
+
+
+def measure_cell(cell: Cell, folder: Path) -> list[Row]:
+    """The rows of a cell, in a process of its own. Images and cached tensors go below `folder`."""
+    torch.set_num_threads(1)
+    regime = REGIMES[cell.regime]
+    data = folder / f"{regime.kind}-{cell.concept}"
+    if not data.is_dir():
+        write = write_concept if regime.kind == "thing" else write_style_concept
+        write(data, cell.concept, regime.images)
+    started = time.perf_counter()
+    bench = Bench(data, UNRELATED, stream=cell.concept)
+    about = {"weights": weights_mark(), "nfe": bench.family.default_nfe, "key": list(cell.key)}
+    if cell.arm == "references":
+        return [about | row for row in _references(bench)]
+
+    # The steps of the looks, from the forwards before them
+    arm = ARMS[cell.arm]
+    forwards = SWEEP_FORWARDS if cell.stage == "sweep" else regime.forwards
+    train = {"learning_rate": cell.rate, "seed": cell.seed}
+    recipe = concept_recipe(arm.sections | {"train": train}, data, folder / "runs", "claim")
+    cost = forwards_a_step(recipe, bench.family.default_nfe)
+    steps = sorted({max(arm.first_step, round(each / cost)) for each in forwards})
+    train |= {"max_steps": steps[-1]}
+    recipe = concept_recipe(arm.sections | {"train": train}, data, folder / "runs", "claim")
+
+    rows: list[Row] = []
+    try:
+        for look in bench.curve(recipe, steps):
+            wall = time.perf_counter() - started
+            spent = {"forwards": look.forwards, "seconds": look.seconds, "wall": wall}
+            rows.append(about | {"step": look.step} | _means(look) | spent)
+            if cell.goal is not None and look.mean("thing_error") <= cell.goal:
+                break
+    except ValueError as error:  # steps that are not finite: the rate is too high
+        rows.append(about | {"step": 0, "failed": str(error)})
+    return rows
+
+
+def _references(bench: Bench) -> Iterator[Row]:
+    """The base model, on the usual noise and on other noise, and both teachers."""
+    yield {"of": "base", "step": 0, **_means(bench.look(bench.base))}
+    other = bench.evaluate(bench.base, noise_seed=HELD_OUT).means()
+    yield {"of": "floor", "step": 0, **other}
+    for sees in ("target", "another"):
+        means = bench.evaluate(bench.base, teacher_sees=sees).means()
+        yield {"of": f"teacher, {sees}", "step": 0, **means}
+
+
+def _means(look: Look) -> dict[str, float]:
+    return {metric: look.mean(metric) for metric in look.values}
+
+
+def read_rows() -> Rows:
+    """The rows that were measured on the packaged weights."""
+    if not ROWS.exists():
+        return Rows([])
+    rows = [row for _, row in read_jsonl(ROWS)]
+    return Rows([row for row in rows if row["weights"] == weights_mark()])
+
+
+def next_cell(plan: Any, rows: Rows, busy: Sequence[Cell]) -> Cell | None:
+    """The first cell of the plan that is neither measured nor being measured."""
+    taken = rows.keys | {cell.key for cell in busy}
+    return next((each for each in plan(rows) if each.is_ready and each.key not in taken), None)
+
+
+def seconds_of(cell: Cell, rows: Rows) -> float:
+    """About how long a cell takes, from those that are measured."""
+    looks = SWEEP_FORWARDS if cell.stage == "sweep" else REGIMES[cell.regime].forwards
+    per_forward, per_look = rows.seconds_per_forward, rows.seconds_per_look
+    look = SECONDS["look"] if per_look is None else per_look
+    if cell.arm == "references":
+        return 3 * look
+    return looks[-1] * (per_forward or SECONDS["forward"]) + len(looks) * look
+
+
+def measure(plan: Any, minutes: float, workers: int) -> None:
+    """Measure the cells of a plan in its order as long as there is time; save after each."""
+    deadline, rows = time.monotonic() + 60 * minutes, read_rows()
+    running: dict[Future[list[Row]], Cell] = {}
+    with ProcessPoolExecutor(workers) as pool:
+        while True:
+            while len(running) < workers:
+                cell = next_cell(plan, rows, list(running.values()))
+                if cell is None or time.monotonic() + seconds_of(cell, rows) > deadline:
+                    break
+                running[pool.submit(measure_cell, cell, WORK)] = cell
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for job in done:
+                cell = running.pop(job)
+                rows = Rows([*rows.all, *job.result()])
+                write_jsonl(ROWS, rows.all)
+                _say(cell, rows.all[-1], deadline)
+    left = minutes_left(plan, rows, workers)
+    print(f"{left:.0f} minutes left to measure" if left else "everything is measured")
+
+
+def _say(cell: Cell, row: Row, deadline: float) -> None:
+    scores = ("thing_error", "thing_hit", "thing_sharp", "sharpness", "attributes", "drift")
+    shown = " ".join(f"{name}={row[name]:.3f}" for name in scores if row.get(name) is not None)
+    left = (deadline - time.monotonic()) / 60
+    rate = f" rate={cell.rate:g}" if cell.rate else ""
+    print(
+        f"[{left:.0f} min left] {cell.stage} {cell.regime} {cell.concept} seed={cell.seed} "
+        f"{cell.arm}{rate} step={row['step']} {row.get('failed', shown)}",
+        flush=True,
+    )
+
+
+def minutes_left(plan: Any, rows: Rows, workers: int) -> float:
+    """About how long what is not measured yet takes."""
+    left = {cell.key: cell for cell in plan(rows) if cell.key not in rows.keys}
+    return sum(seconds_of(cell, rows) for cell in left.values()) / workers / 60
 
 
 @app.command()
-def sweep(workers: int = 2) -> None:
-    """Try the three rates of each method on three other things; the rate with the lowest mean
-    thing_error is kept."""
-    results = read_results()
-    have = {(row["method"], row["thing"], row["rate"]) for row in results["sweep"]}
-    replicates = [
-        Unit(method, thing, 0, rate)
-        for thing in SWEEP_THINGS
-        for method in ("dopsd", "sft")
-        for rate in RATES
-        if (method, thing, rate) not in have
-    ]
-    with ProcessPoolExecutor(workers) as pool:
-        for row in pool.map(sweep_unit, replicates):
-            results["sweep"].append(row)
-            write_json(RESULTS, results)
-            print(
-                f"{row['method']} rate={row['rate']:g} thing={row['thing']} "
-                f"thing_error={row['thing_error']:.4f} sharpness={row['sharpness']:.3f} "
-                f"attributes={row['attributes']:.3f}",
-                flush=True,
-            )
-    print("chosen:", chosen_rates(results))
-
-
-def chosen_rates(results: dict[str, Any]) -> dict[str, float]:
-    """The rate of each method with the lowest mean thing_error over the sweep's things."""
-
-    def mean(method: str, rate: float) -> float:
-        rows = [
-            r["thing_error"] for r in results["sweep"] if (r["method"], r["rate"]) == (method, rate)
-        ]
-        return float(np.mean(rows)) if rows else float("inf")
-
-    return {method: min(RATES, key=lambda rate: mean(method, rate)) for method in ("dopsd", "sft")}
+def estimate(workers: Workers = 2) -> None:
+    """Print about how many minutes are left."""
+    rows = read_rows()
+    for name, plan in (("sweep", plan_sweep), ("run", plan_run)):
+        print(f"{name}: about {minutes_left(plan, rows, workers):.0f} minutes")
 
 
 @app.command()
-def run(workers: int = 2, most: int = 100) -> None:
-    """Measure the claim's units that are not there yet, `most` of them."""
-    results = read_results()
-    rates = chosen_rates(results)
-    have = {(row["thing"], row["seed"]) for row in results["claim"]}
-    wanted = [(thing, 0) for thing in THINGS] + [
-        (thing, seed) for thing in REPEATED for seed in SEEDS[1:]
-    ]
-    replicates = [replicate for replicate in wanted if replicate not in have][:most]
-    with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(measure_pair, thing, seed, rates) for thing, seed in replicates]
-        for job in jobs:
-            row = job.result()
-            results["claim"].append(row)
-            write_json(RESULTS, results)
-            match = row["sft_first_match"]
-            share = round(match["seconds"] / row["dopsd"]["seconds"], 2) if match else "never"
-            print(
-                f"thing={row['thing']} seed={row['seed']} base={row['base']['thing_error']:.4f} "
-                f"teacher={row['teacher']['thing_error']:.4f} "
-                f"dopsd={row['dopsd']['thing_error']:.4f} sft_match={share}",
-                flush=True,
-            )
+def sweep(minutes: Minutes = 30, workers: Workers = 2) -> None:
+    """Try three learning rates of each main arm on two things of their own."""
+    measure(plan_sweep, minutes, workers)
 
 
-def read_results() -> dict[str, Any]:
-    """The rows that were measured: learning rates under `sweep`, trainings under `claim`."""
-    if RESULTS.exists():
-        return json.loads(RESULTS.read_text(encoding="utf-8"))
-    return {"sweep": [], "claim": []}
+@app.command()
+def run(minutes: Minutes = 90, workers: Workers = 2) -> None:
+    """Measure arms x things x seeds at the chosen rates."""
+    measure(plan_run, minutes, workers)
+
+
+@app.command()
+def write() -> None:
+    """Write claim.json from the rows, and the pages from it."""
+    import write_pages
+
+    rows = read_rows()
+    missing = {cell.key: cell for cell in plan_run(rows) if cell.key not in rows.keys}
+    write_json(CLAIM, numbers(rows, [list(cell[:5]) for cell in missing.values()]))
+    write_pages.main()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from claim_page import read_claim
 from results_page import interval
 
 from dopsd.evaluation.statistics import spearman
@@ -70,9 +71,11 @@ def page() -> str:
 
 
 def _dependence() -> list[str]:
-    rows = [row for row in _read("claim.json")["claim"] if row["seed"] == 0]
-    by_teacher = np.array([r["base"]["thing_error"] - r["teacher"]["thing_error"] for r in rows])
-    by_dopsd = np.array([r["base"]["thing_error"] - r["dopsd"]["thing_error"] for r in rows])
+    rows = read_claim()["dependence"]
+    if not rows:
+        return [DEPENDENCE, "Not measured on the packaged checkpoint yet.", ""]
+    by_teacher = np.array([row["base"] - row["teacher"] for row in rows])
+    by_dopsd = np.array([row["base"] - row["dopsd"] for row in rows])
     rank = spearman(by_teacher, by_dopsd)
     return [
         DEPENDENCE,

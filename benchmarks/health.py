@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from bench import CPU, RANK, Bench
 
 from dopsd.diffusion.batch import Batch
 from dopsd.evaluation.health import FIRST_SEED, Health, HealthCheck
 from dopsd.files import write_json
-from dopsd.methods import DOPSD, SFT, Method
-from dopsd.pocket.world.datasets import HELD_OUT
+from dopsd.methods import DOPSD
+from dopsd.pocket.curves import CPU, RANK, Bench, concept_recipe
+from dopsd.pocket.world.datasets import HELD_OUT, write_concept
+from dopsd.runs.train import train_in_memory
 from dopsd.training.adapters import add_lora
 from dopsd.training.loop import generator_at
 from dopsd.training.roles import Teacher, make_roles
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "health.json"
 RERUNS, PULLS, PUSH = 20, 20, 0.02
 THINGS = tuple(range(HELD_OUT + 600, HELD_OUT + 603))
 LOOKS = {"sft": (25, 100, 400), "dopsd": (40, 120)}
-METHODS: dict[str, tuple[Method, float]] = {"sft": (SFT(), 1e-3), "dopsd": (DOPSD(), 1e-3)}
+RATE = 1e-3
 BLURRED = 0.9  # of the base model's sharpness in the benchmark: what the check should notice
 IMAGES = 4  # a pull
 
@@ -97,19 +98,22 @@ def _size(tensors: Sequence[torch.Tensor]) -> float:
 
 def tuned(bench: Bench, name: str, thing: int, rerun: int) -> list[dict[str, Any]]:
     """A row for each check of a training: the benchmark's sharpness over the base's, and health."""
-    method, rate = METHODS[name]
+    train = {"learning_rate": RATE, "max_steps": max(LOOKS[name])}
+    sections = {"method": {"name": name}, "train": train}
+    recipe = concept_recipe(sections, bench.data, bench.data.parent / "runs", name)
     check = health_check(bench, rerun)
-    base = bench.evaluate(bench.family.load_denoiser(CPU, torch.float32))["sharpness"]
+    base = bench.evaluate(bench.base).sharpness.mean()
     rows = []
-    for step, _, velocity in bench.train(method, rate, seed=0, max_steps=max(LOOKS[name])):
-        if step in LOOKS[name]:
-            sharpness = bench.evaluate(velocity)["sharpness"] / base  # type: ignore[operator]
+    for report, session in train_in_memory(recipe):
+        if report.step in LOOKS[name]:
+            velocity = session.deployed_roles.student
+            sharpness = float(bench.evaluate(velocity).sharpness.mean() / base)
             health = check.examine(velocity, bench.vae)
             rows.append(
                 {
                     "method": name,
                     "thing": thing,
-                    "step": step,
+                    "step": report.step,
                     "sharpness": sharpness,
                     "health_sharpness": health.metrics["sharpness"].value,
                     "healthy": health.healthy,
@@ -131,8 +135,10 @@ def run() -> None:
     healths, sizes, rows = [], [], []
     with TemporaryDirectory() as folder:
         for index, thing in enumerate(THINGS):
-            bench = Bench(thing, Path(folder) / str(thing))
-            for name in METHODS:
+            data = Path(folder) / f"thing-{thing}"
+            write_concept(data, thing)
+            bench = Bench(data)
+            for name in LOOKS:
                 rows += tuned(bench, name, thing, rerun=100 + index)
         for seed in range(RERUNS):
             health, size = harmless(bench, seed)

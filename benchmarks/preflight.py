@@ -20,20 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from bench import BATCH, CPU, RANK, Bench
 
-from dopsd.config.recipe import load_recipe
 from dopsd.evaluation.statistics import spearman
 from dopsd.files import write_json
-from dopsd.methods import DOPSD
-from dopsd.pocket.world.datasets import HELD_OUT
+from dopsd.pocket.curves import BATCH, RANK, Bench, concept_recipe
+from dopsd.pocket.world.datasets import HELD_OUT, write_concept
 from dopsd.pocket.world.out_of_domain import OUT_OF_WORLD, kind_of
 from dopsd.runs.preflight import ENOUGH, preflight
 
 THINGS = (*range(HELD_OUT + 910, HELD_OUT + 920), *range(OUT_OF_WORLD + 10, OUT_OF_WORLD + 20))
 STEPS, RATE, SEEDS = 80, 1e-3, 8
 RESULTS = Path(__file__).parent / "results" / "preflight.json"
-RECIPE = Path(__file__).parents[1] / "recipes" / "pocket-identity-dopsd.yaml"
 ABOUT = """## Does preflight predict what D-OPSD learns?
 
 `python benchmarks/preflight.py run`; numbers in `benchmarks/results/preflight.json`. {count}
@@ -72,21 +69,24 @@ def run(workers: int = 2) -> None:
 def measure_thing(thing: int) -> dict[str, Any]:
     """Preflight's conclusion on a thing, and its thing_error before and after D-OPSD."""
     with tempfile.TemporaryDirectory() as name:
+        torch.set_num_threads(1)
         folder = Path(name)
-        bench = Bench(thing, folder)
-        recipe = load_recipe(RECIPE, (f"data.folder={bench.data}", f"output_dir={folder}"))
+        write_concept(folder / "images", thing)
+        bench = Bench(folder / "images", unrelated=1)
+        train = {"learning_rate": RATE, "max_steps": STEPS}
+        sections = {"method": {"name": "dopsd"}, "train": train}
+        recipe = concept_recipe(sections, bench.data, folder, "dopsd")
         answer = preflight(recipe, folder / "page.html", lambda what, done, total: None, SEEDS)
-        base = bench.family.load_denoiser(CPU, torch.float32)
-        *_, (_, seconds, velocity) = bench.train(DOPSD(), RATE, 0, STEPS)
+        (tuned,) = bench.curve(recipe, [STEPS])
         return {
             "thing": thing,
             "kind": kind_of(thing),
             "nearer": answer.nearer._asdict(),
             "images": [each.nearer.value for each in answer.comparisons],
             "verdict": answer.verdict,
-            "base": bench.error(base),
-            "dopsd": bench.error(velocity),
-            "seconds": seconds,
+            "base": bench.look(bench.base).mean("thing_error"),
+            "dopsd": tuned.mean("thing_error"),
+            "seconds": tuned.seconds,
         }
 
 

@@ -23,7 +23,12 @@ def pages() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write every page."""
     for name, text in pages().items():
         write_text(DOCS / name, text)
         print(DOCS / name)
+
+
+if __name__ == "__main__":
+    main()
