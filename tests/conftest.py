@@ -64,7 +64,7 @@ def concept(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny SDXL of a kind: base, turbo or dmd2."""
+    """The folder of a tiny SDXL of a kind: base, turbo, lightning or dmd2."""
     return cache(lambda kind: write_sdxl(tmp_path_factory.mktemp("sdxl") / kind, kind))
 
 

@@ -30,7 +30,7 @@ ARCHITECTURE = SOURCE.parents[1] / "docs" / "architecture.md"
 MODELS = ("models/*", "evaluation/metrics/*", "pocket/*")
 HOMES = {
     "diffusers": MODELS,
-    "transformers": MODELS,
+    "transformers": (*MODELS, "training/optimizers.py"),
     "tokenizers": MODELS,
     "peft": ("training/adapters.py",),
     "bitsandbytes": ("training/quantize.py",),

@@ -30,6 +30,12 @@ SDXL_SCHEDULERS = {
         "interpolation_type": "linear",
         "use_karras_sigmas": False,
     },
+    "lightning": {
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "trailing",
+        "interpolation_type": "linear",
+        "use_karras_sigmas": False,
+    },
     "turbo": {
         "_class_name": "EulerAncestralDiscreteScheduler",
         "timestep_spacing": "trailing",
@@ -81,7 +87,7 @@ REAL_UNET = {
 
 
 def write_sdxl(folder: Path, kind: str) -> Path:
-    """An SDXL whose scheduler is that of `kind`: base, turbo or dmd2. The three have the same
+    """An SDXL whose scheduler is that of `kind`: base, turbo, lightning or dmd2. They have the same
     weights."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)

@@ -243,9 +243,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+GROUP = "group"  # before the names of what an optimizer keeps for a group of parameters
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as named tensors: `<parameter index>.<name>`, with more dots where it
-    is nested. Numbers become 0-d float64 tensors."""
+    is nested, and `group.<index>.<name>` for numbers of a group that have changed since it was
+    made, except the learning rate. Numbers become 0-d float64 tensors."""
     named: dict[str, Tensor] = {}
 
     def put(name: str, value: Any) -> None:
@@ -259,6 +263,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
     for index, state in optimizer.state_dict()["state"].items():
         put(str(index), state)
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            is_state = key != "lr" and isinstance(value, bool | int | float)
+            if is_state and value != optimizer.defaults.get(key):
+                put(f"{GROUP}.{index}.{key}", value)
     return named
 
 
@@ -268,6 +277,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, *path, name = key.split(".")
+        if index == GROUP:
+            group = optimizer.param_groups[int(path[0])]
+            group[name] = type(group[name])(value.item())
+            continue
         if not index.isdigit():
             raise ValueError(f"{shorten(key)} is no name of an optimizer's state.")
         inner = state.setdefault(int(index), {})

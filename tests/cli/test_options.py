@@ -112,3 +112,21 @@ def test_seeds_begin_at_zero():
     assert seeds_of("0,2,1") == (0, 1, 2) and seeds_of(None) == ()
     with pytest.raises(ValueError, match="--seeds -1: give numbers from 0"):
         seeds_of("-1")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("check", b"\xff.yaml"),
+        ("check", "recipe.yaml", "--set", b"run_name=caf\xe9"),
+        ("sample", b"a caf\xe9", "--model", "pocket"),
+        ("inspect", b"\xff.safetensors"),
+        ("import", b"\xff", "--out", "out"),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_a_sentence(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dopsd", *command], capture_output=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and b"is not UTF-8" in done.stderr
+    assert b"Traceback" not in done.stderr and not any(tmp_path.iterdir())

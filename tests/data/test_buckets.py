@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd.data.buckets import bucket_sizes, enlarged_images, nearest_bucket
+from dopsd.data.buckets import bucket_sizes, cropped_images, enlarged_images, nearest_bucket
 from dopsd.images import cover_crop, crop_box, to_pixels
 
 
@@ -106,3 +106,12 @@ def test_images_smaller_than_their_bucket_are_listed_with_their_factor(tmp_path)
     ]
     twice = enlarged_images([paths[0], paths[2], paths[0]], [(64, 64), (64, 64), (128, 96)])
     assert [(e.path.stem, e.bucket, e.factor) for e in twice] == [("small", (128, 96), 4.0)]
+
+
+def test_images_of_which_the_crop_keeps_little_are_listed(tmp_path):
+    sizes = {"strip": (660, 20), "tall": (20, 100), "wide": (120, 60), "square": (64, 64)}
+    paths = [tmp_path / f"{name}.png" for name in sizes]
+    for path, size in zip(paths, sizes.values(), strict=True):
+        Image.new("RGB", size).save(path)
+    cropped = cropped_images(paths * 2, [(80, 40), (40, 80), (80, 40), (64, 64)] * 2)
+    assert [(c.path.stem, round(c.kept, 3)) for c in cropped] == [("strip", 0.061), ("tall", 0.4)]

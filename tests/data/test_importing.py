@@ -178,3 +178,40 @@ def test_a_phones_jpeg_with_a_second_image_inside_is_imported_as_jpeg(tmp_path):
     (example,) = read_folder(tmp_path / "out").examples
     assert example.path.name == "000000.jpg"
     assert example.path.read_bytes() == (tmp_path / "a.jpg").read_bytes()
+
+
+def test_captions_may_be_lists(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [image("red")], "text": [["a red one", "", "a star"]]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Sequence(datasets.Value("string"))}
+    )
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table/train.parquet")
+    import_data(str(tmp_path / "table"), tmp_path / "out")
+    (example,) = read_folder(tmp_path / "out").examples
+    assert (example.caption, example.also) == ("a red one", ("a star",))
+
+
+def test_rows_that_cannot_be_used_are_left_out_on_request(tmp_path, caplog):
+    (tmp_path / "good.png").write_bytes(image("red"))
+    (tmp_path / "bad.gif").write_bytes(image("red", "GIF"))
+    rows = [
+        '{"image_path": "bad.gif", "short_en": "a gif"}',
+        '{"image_path": "good.png", "short_en": ["first", "second"]}',
+        '{"image_path": "good.png", "short_en": " "}',
+        '{"image_path": ',
+        '{"image_path": ["good.png", "gone.png"], "short_en": "an edit"}',
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="row 1 of"):
+        import_data(str(tmp_path / "d.jsonl"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert import_data(str(tmp_path / "d.jsonl"), tmp_path / "out", skip_bad=True) == 1
+    names = ["000000.png", "metadata.jsonl", "origin.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert "4 of 5 rows were left out" in caplog.text
+    assert "line 4 is not JSON" in caplog.text and "gone.png" in caplog.text
+    (tmp_path / "d.jsonl").write_text("\n".join(rows[:1]))
+    with pytest.raises(ValueError, match=r"has no rows that can be used \(first: row 1 of"):
+        import_data(str(tmp_path / "d.jsonl"), tmp_path / "none", skip_bad=True)

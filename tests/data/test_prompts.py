@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dopsd.data.prompts import read_prompts
+from dopsd.data.prompts import prompts_of, read_prompts
 
 
 def rows(path: Path, *values: object) -> Path:
@@ -89,3 +89,17 @@ def test_prompts_that_are_not_there_are_refused(tmp_path):
         read_prompts(tmp_path / "gone.txt")
     with pytest.raises(ValueError, match="holds no prompts"):
         read_prompts(tmp_path)
+
+
+def test_a_list_of_one_file_is_the_prompts_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a star\na toy\n")
+    Path("my prompts.txt").write_text("a cat\n")
+    assert [each.prompt for each in prompts_of(["p.txt"], "here")] == ["a star", "a toy"]
+    assert [each.prompt for each in prompts_of(["my prompts.txt"], "here")] == ["a cat"]
+    texts = ["a photo of readme.txt", "a star"]
+    assert [each.prompt for each in prompts_of(texts, "here")] == texts
+    with pytest.raises(ValueError, match=r"here names the file p\.txt among 2 entries"):
+        prompts_of(["a star", "p.txt"], "here")
+    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist"):
+        prompts_of(["gone.jsonl"], "here")

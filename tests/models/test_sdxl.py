@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from latents import sample_latents
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -62,7 +67,7 @@ def generated(
     )[0]
 
 
-@pytest.fixture(scope="module", params=["turbo", "dmd2"])
+@pytest.fixture(scope="module", params=["turbo", "dmd2", "lightning"])
 def kind(request) -> str:
     return request.param
 
@@ -218,6 +223,60 @@ def test_a_base_distilled_by_a_lora_or_a_unet_equals_the_pipeline_with_it(
         assert (ours - base_tensors).abs().max() > 0.01, (
             "the file did nothing, so the comparison would prove nothing"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("sdxl_lightning_4step_lora", 4), ("sdxl_lightning_8step_lora", 8), ("my-Lightning", 4)],
+)
+def test_a_base_distilled_by_lightning_equals_the_pipeline_with_its_sampler(
+    name, steps, sdxl, dmd2_lora, tmp_path
+):
+    """ByteDance's usage: EulerDiscreteScheduler with trailing spacing and no guidance."""
+    file = Path(shutil.copy(dmd2_lora, tmp_path / f"{name}.safetensors"))
+    pipeline = pipeline_of(sdxl("base"))
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing"
+    )
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    family = load_family(str(sdxl("base")), distilled_by=str(file))
+    assert family.distilled and family.default_nfe == steps and family.licence == "openrail++"
+    ours = sample_latents(family, PROMPTS, noise_for(range(3), 4, 8, 8))
+    assert (ours - generated(pipeline, steps, 64, 64)).abs().max() <= 1e-4
+    usage = family.usage(steps)
+    assert any('timestep_spacing="trailing"' in line for line in usage.setup)
+    fuse(str(sdxl("base")), file, tmp_path / "fused", distilled_by=str(file))
+    assert load_family(str(tmp_path / "fused")).distilled
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Hyper-SDXL-8steps-lora", "lcm-lora-sdxl", "pcm_sdxl", "sdxl-turbo-lora", "sdxl_tcd_lora"],
+)
+def test_files_distilled_in_other_ways_are_refused_by_name(name, sdxl, dmd2_lora, tmp_path):
+    file = shutil.copy(dmd2_lora, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="whose sampler is not here"):
+        load_family(str(sdxl("base")), distilled_by=str(file))
+    one = shutil.copy(dmd2_lora, tmp_path / "sdxl_lightning_1step.safetensors")
+    with pytest.raises(ValueError, match="in one step"):
+        load_family(str(sdxl("base")), distilled_by=str(one))
+
+
+def test_a_file_whose_name_does_not_say_how_it_was_distilled_is_warned_about(
+    sdxl, dmd2_lora, tmp_path, caplog
+):
+    file = shutil.copy(dmd2_lora, tmp_path / "few_steps.safetensors")
+    load_family(str(sdxl("base")), distilled_by=str(file))
+    assert "its name does not say how it was distilled" in caplog.text
+
+
+def test_a_unet_that_reads_the_guidance_scale_is_refused(sdxl, tmp_path):
+    """As SDXL-LCM's: without that condition its answers are off by percents."""
+    folder = copied(sdxl, "dmd2", tmp_path)
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"time_cond_proj_dim": 256}))
+    with pytest.raises(ValueError, match="reads the guidance scale as a condition, as SDXL-LCM"):
+        load_family(str(folder))
 
 
 def test_lora_targets_match_every_linear_layer_of_the_transformers_and_kohyas_names_keep_them(

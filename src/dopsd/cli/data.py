@@ -13,14 +13,16 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="A data set (hub id or folder), the D-OPSD reference code's .jsonl, or a pickled "
-            "weights file (.bin)."
+            help="A data set (hub id or folder), the D-OPSD reference code's .jsonl, a pickled "
+            "weights file (.bin), or a model in one file (.safetensors)."
         ),
     ],
     target: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder to write; default: data. For a .bin: the .safetensors file."
+            "--out",
+            help="Folder to write; default: data, for a .safetensors its name. For a .bin: the "
+            ".safetensors file.",
         ),
     ] = None,
     image_column: Annotated[str, typer.Option(help="Of a data set.")] = "image",
@@ -31,19 +33,34 @@ def import_(
     rejected_column: Annotated[
         str | None, typer.Option(help="Of a data set of pairs: the worse image.")
     ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="For a .safetensors: diffusers folder or hub id of the same model."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used, and list some.")
+    ] = False,
 ) -> None:
-    """Write a data set as a folder of images with metadata.jsonl, or a pickled weights file as
-    safetensors."""
+    """Write a data set as a folder of images with metadata.jsonl, a pickled weights file as
+    safetensors, or a model in one file as a diffusers folder."""
     from dopsd.data.importing import import_data
     from dopsd.models.pickle_import import convert_pickle
+    from dopsd.models.single_file import import_model
 
     if source.endswith(".bin"):
         file = target or Path(source).with_suffix(".safetensors")
         count = convert_pickle(Path(source), file)
         say(f"{count} tensors in {file}")
         return
+    if source.endswith(".safetensors"):
+        folder = target or Path(source).with_suffix("")
+        import_model(Path(source), config, folder)
+        say(f"{folder}; use it as model.name_or_path or with --model")
+        return
     folder = target or Path("data")
-    count = import_data(source, folder, image_column, caption_column or (), split, rejected_column)
+    count = import_data(
+        source, folder, image_column, caption_column or (), split, rejected_column, skip_bad
+    )
     say(f"{count} images in {folder}; next: dopsd init dopsd --data {folder}")
 
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(help="Prompts, or a .txt or .jsonl file of them.", show_default=False),
+    ],
     model: TakenModel = None,
     lora: Lora = None,
     strength: Strength = 1.0,
@@ -36,6 +39,7 @@ def sample(
     ] = Path("samples"),
 ) -> None:
     """Generate an image for each prompt, as the deployed pipeline would."""
+    from dopsd.data.prompts import prompts_of
     from dopsd.files import atomic_path
     from dopsd.models.pipeline import sample as sample_prompts
 
@@ -45,7 +49,7 @@ def sample(
     with progress_bar() as advance:
         images = sample_prompts(
             taken.name_or_path,
-            prompts,
+            [each.prompt for each in prompts_of(prompts, "PROMPTS")],
             lora,
             strength,
             nfe,

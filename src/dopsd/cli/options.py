@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,6 +102,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         show_logs(verbose)
         try:
             refuse_many_processes()
+            refuse_undecodable(kwargs)
             return command(*args, **kwargs)
         except KeyboardInterrupt as error:
             refuse("interrupted.")
@@ -131,6 +132,17 @@ def unwrapped(docstring: str) -> str:
     """A docstring with one line for each paragraph, to be wrapped at the terminal's width."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def refuse_undecodable(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for an argument whose bytes are not UTF-8: Python holds them as half
+    surrogate pairs, which can be neither printed nor written."""
+    for value in arguments.values():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            text = str(each) if isinstance(each, str | Path) else ""
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                shown = text.encode("utf-8", "backslashreplace").decode()
+                raise ValueError(f"the argument {shown} is not UTF-8: write it, or rename it, so.")
 
 
 def refuse_many_processes() -> None:

@@ -81,6 +81,12 @@ def print_data(run: "ResolvedRun", checked: "Checked") -> None:
         field("warning", f"{len(enlarged)} images are smaller than they are trained at and are")
         field("", f"enlarged, most of all {worst.path.name}, {width} x {height}, to")
         field("", f"{bucket[0]} x {bucket[1]}: use larger images or a smaller data.resolution")
+    if cropped := checked.cropped:
+        worst = cropped[0]
+        (width, height), bucket = worst.size, worst.bucket
+        field("warning", f"{len(cropped)} images are so long that little of them is trained on,")
+        field("", f"least of {worst.path.name}, {width} x {height}: {worst.kept:.0%} of it, at")
+        field("", f"{bucket[0]} x {bucket[1]}: cut such images into pieces")
     if seconds := seconds_per_step(run.recipe):
         hours = run.recipe.train.max_steps * seconds / 3600
         field(

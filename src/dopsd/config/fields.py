@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 SEED_LIMIT = 2**63  # of torch's generators
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two characters or more: C:/ is a drive
 
 
@@ -39,9 +40,20 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | dict) else value
 
 
+def _refuse_control_characters(path: str) -> None:
+    """In double quotes YAML reads \\n and \\t of C:\\new\\train as line break and tab."""
+    if CONTROL.search(path):
+        raise ValueError(
+            "it holds a control character, such as a tab or a line break. YAML reads \\n, \\t and "
+            "other letters after a backslash so in double quotes: write the path in single quotes, "
+            "or with forward slashes"
+        )
+
+
 def _as_local_path(value: Any) -> Any:
     if not isinstance(value, str | Path):
         return value
+    _refuse_control_characters(str(value))
     if URL.match(str(value)):
         raise ValueError(
             "it is a URL, and only local files and folders are read and written: give a local "
@@ -53,6 +65,7 @@ def _as_local_path(value: Any) -> Any:
 def _as_name_or_path(value: Any) -> Any:
     if not isinstance(value, str):
         return value
+    _refuse_control_characters(value)
     if URL.match(value):
         raise ValueError("it is a URL: give a name on the hub (owner/name) or a local path")
     return _expand_home(value)

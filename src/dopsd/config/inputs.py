@@ -12,7 +12,15 @@ Sides = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_li
 class ModelSection(Section):
     """The checkpoint that is tuned, which is the one that is deployed."""
 
-    name_or_path: NameOrPath = Field(description="Local diffusers folder, hub id, or `pocket`.")
+    name_or_path: NameOrPath = Field(
+        description="Local diffusers folder, hub id, `pocket`, or a single .safetensors file with "
+        "`config`."
+    )
+    config: NameOrPath | None = Field(
+        None,
+        description="Beside a single file: diffusers folder or hub id of the same model, for "
+        "configs, scheduler and what the file lacks.",
+    )
     teacher_context: str | None = Field(
         None,
         min_length=1,
@@ -28,8 +36,8 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     distilled_by: NameOrPath | None = Field(
         None,
-        description="What makes an SDXL base a few-step model: DMD2's LoRA or UNet "
-        "(.safetensors), a file or owner/name/file on the hub.",
+        description="What makes an SDXL base a few-step model: the LoRA or UNet of DMD2 or "
+        "SDXL-Lightning (.safetensors), a file or owner/name/file on the hub.",
     )
     allow_base: bool = Field(False, description="Tune a many-step base model on purpose.")
     train_on: NameOrPath | None = Field(
@@ -132,5 +140,7 @@ class DataSection(SourceSection):
         description="Sides of the square buckets in pixels, one or several; default: the model's.",
     )
     skip_bad: bool = Field(
-        False, description="Leave out images that cannot be used (they are listed)."
+        False,
+        description="Leave out images and captions that cannot be used, and rows of `dataset` "
+        "(they are listed).",
     )

@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from dopsd.config.fields import LocalPath, NameOrPath, Section, Seed, as_list
+from dopsd.config.fields import LocalPath, NameOrPath, PromptOrFile, Section, Seed, as_list
 
 
 class PromptSection(Section):
     """A prompt whose preview has a seed or a size of its own."""
 
-    prompt: str
+    prompt: PromptOrFile
     seed: Seed | None = Field(
         None, description="Default: sample.seed plus its position in the list."
     )
@@ -34,7 +34,9 @@ class SampleSection(Section):
     """Previews while training: student, teacher and base on the same noise."""
 
     prompts: Annotated[tuple[Prompt, ...], BeforeValidator(as_list)] = Field(
-        (), description="Texts, or {prompt, seed, width, height}; default: 4 captions."
+        (),
+        description="Texts, or {prompt, seed, width, height}, or one .txt or .jsonl file of them; "
+        "default: 4 captions.",
     )
     unrelated: int = Field(
         2, ge=0, le=8, description="How many of the health prompts are shown as well."
@@ -49,7 +51,7 @@ class SampleSection(Section):
 
 
 def _refuse_single_prompt(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    if len(prompts) == 1:
+    if len(prompts) == 1 and not prompts[0].endswith((".txt", ".jsonl")):
         raise ValueError("the spread over prompts needs two or more")
     return prompts
 
@@ -60,9 +62,9 @@ class HealthSection(Section):
     every: int | None = Field(
         None, ge=0, description="Steps between health checks; default: sample.every; 0: none."
     )
-    prompts: Annotated[tuple[str, ...], AfterValidator(_refuse_single_prompt)] = Field(
-        (), description="Default: 8 built in."
-    )
+    prompts: Annotated[
+        tuple[PromptOrFile, ...], BeforeValidator(as_list), AfterValidator(_refuse_single_prompt)
+    ] = Field((), description="Texts, or one .txt or .jsonl file of them; default: 8 built in.")
     text_model: NameOrPath | None = Field(
         None, description="A CLIP, hub id or folder: measures `text` as well."
     )

@@ -90,7 +90,9 @@ def read_recipe(
     try:
         tree = yaml.load(text, _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
+        reason = " ".join(str(error).split())
+        hint = " Write a path with backslashes in single quotes." if "escape" in reason else ""
+        raise ValueError(f"{source} is not valid YAML: {reason}.{hint}") from error
     if not isinstance(tree, dict):
         raise ValueError(
             f"{source} must hold sections (model, data, method, ...), not {type(tree).__name__}."

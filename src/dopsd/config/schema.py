@@ -54,6 +54,11 @@ class Recipe(Section):
             raise ValueError(
                 "adapter: full trains every weight, and model.quantize freezes them: leave one out"
             )
+        if self.adapter == "full" and self.train.optimizer == "schedule_free_adamw":
+            raise ValueError(
+                "train.optimizer: schedule_free_adamw keeps two sets of weights, which adapter: "
+                "full does not write back to the network: choose another optimizer"
+            )
         if self.adapter == "full" and (self.model.train_on or self.model.training_adapter):
             raise ValueError(
                 "adapter: full trains the deployed weights themselves: leave out model.train_on "

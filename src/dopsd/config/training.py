@@ -43,8 +43,12 @@ class TrainSection(Section):
     learning_rate: float = Field(1e-4, gt=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit: its moments in 8 bits (extra `quantize`)."
+    optimizer: Literal[
+        "adamw", "adamw_8bit", "adafactor", "lion", "prodigy", "schedule_free_adamw"
+    ] = Field(
+        "adamw",
+        description="adamw_8bit: its moments in 8 bits (extra `quantize`); lion, prodigy (with "
+        "learning_rate: 1) and schedule_free_adamw: extra `optimizers`.",
     )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dopsd.images import Size, image_size
+from dopsd.images import Size, crop_box, image_size
 
 MAX_ASPECT = 2.0  # of the widest bucket; wider images lose their ends
 # Neighbouring buckets differ by about resolution / STEPS pixels, so a crop loses a few percent.
 STEPS = 16
+LITTLE = 0.6  # share of an image's area; images of up to 3:1 keep more
 
 
 def bucket_sizes(resolution: int, multiple: int) -> tuple[Size, ...]:
@@ -52,6 +53,32 @@ class EnlargedImage:
     size: Size
     bucket: Size
     factor: float
+
+
+@dataclass(frozen=True)
+class CroppedImage:
+    """An image of which the crop to its bucket leaves little. size, bucket: in pixels; kept: share
+    of its area."""
+
+    path: Path
+    size: Size
+    bucket: Size
+    kept: float
+
+
+def cropped_images(paths: Sequence[Path], buckets: Sequence[Size]) -> list[CroppedImage]:
+    """The images of which less than LITTLE of the area is trained on, the most cropped first, each
+    once. buckets: of each path. Reads the files' headers."""
+    cropped: dict[Path, CroppedImage] = {}
+    for path, bucket in zip(paths, buckets, strict=True):
+        if path in cropped:
+            continue
+        width, height = image_size(path)
+        left, upper, right, lower = crop_box(width, height, bucket)
+        kept = (right - left) * (lower - upper) / (width * height)
+        if kept < LITTLE:
+            cropped[path] = CroppedImage(path, (width, height), bucket, kept)
+    return sorted(cropped.values(), key=lambda image: image.kept)
 
 
 def enlarged_images(paths: Sequence[Path], buckets: Sequence[Size]) -> list[EnlargedImage]:

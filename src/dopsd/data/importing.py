@@ -6,16 +6,27 @@ Parquet, folders).
 
 import io
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from dopsd.data.captions import as_caption
-from dopsd.files import atomic_path, read_jsonl, shorten, write_json, write_jsonl
+from dopsd.files import (
+    atomic_path,
+    parse_json_row,
+    read_lines,
+    shorten,
+    write_json,
+    write_jsonl,
+)
 from dopsd.images import FORMAT_NAMES
+
+log = logging.getLogger(__name__)
 
 PATH_KEYS = (
     "local_path_list",
@@ -41,6 +52,8 @@ ORIGIN = "origin.json"  # says where an imported folder came from
 # An image's bytes, its captions, and further images by column: `rejected` of a pair, `references`
 # of an editing row.
 Item = tuple[bytes, list[str], dict[str, list[bytes]]]
+ReadItem = Callable[[], Item]  # raises ValueError for a row that cannot be used
+MAX_LISTED = 5  # rows that were left out, in a warning
 
 
 def import_data(
@@ -50,12 +63,15 @@ def import_data(
     caption_columns: Sequence[str] = (),
     split: str = "train",
     rejected_column: str | None = None,
+    skip_bad: bool = False,
 ) -> int:
     """Write the folder `target` from a .jsonl file of the reference code, or from a data set that
     `datasets` opens. All captions of an image are kept, and the worse image where `rejected_column`
-    holds it. Returns the number of images.
+    holds it. skip_bad: leave out rows that cannot be used, with a warning. Returns the number of
+    images.
 
-    Raises ValueError, with nothing left behind, when `target` exists or any row cannot be used.
+    Raises ValueError, with nothing left behind, when `target` exists, no row can be used, or
+    without `skip_bad` any row cannot.
     """
     if target.exists():
         raise ValueError(
@@ -72,30 +88,53 @@ def import_data(
         caption_columns = caption_columns or ("text",)
         items = _dataset_rows(source, image_column, caption_columns, split, rejected_column)
     rows: list[dict[str, Any]] = []
+    refused: list[str] = []
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        for index, (content, captions, further) in enumerate(items):
-            where = f"row {index + 1} of {source}"
-            row: dict[str, Any] = {"file_name": f"{index:06d}{_extension(content, where)}"}
-            (temporary / row["file_name"]).write_bytes(content)
-            row["text"] = captions[0] if len(captions) == 1 else captions
-            for column, images in further.items():
-                names = [
-                    f"{index:06d}-{column}{i or ''}{_extension(each, where)}"
-                    for i, each in enumerate(images)
-                ]
-                for name, each in zip(names, images, strict=True):
-                    (temporary / name).write_bytes(each)
-                row[column] = names[0] if len(names) == 1 else names
+        for number, read_item in enumerate(items, start=1):
+            try:
+                row, files = _row_and_files(read_item(), len(rows), f"row {number} of {source}")
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                refused.append(str(error))
+                continue
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
             rows.append(row)
         if not rows:
-            raise ValueError(f"{source} has no rows.")
+            reason = f" that can be used (first: {refused[0]})" if refused else "."
+            raise ValueError(f"{source} has no rows{reason}")
         write_jsonl(temporary / "metadata.jsonl", rows)
         write_json(
             temporary / ORIGIN,
             _origin(source, image_column, caption_columns, split, rejected_column),
         )
+    if refused:
+        listed = "\n  ".join(refused[:MAX_LISTED])
+        total = len(refused) + len(rows)
+        log.warning("%d of %d rows were left out:\n  %s", len(refused), total, listed)
     return len(rows)
+
+
+def _row_and_files(item: Item, index: int, where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The row of metadata, and the files that it names. Raises ValueError for an image of another
+    format."""
+    content, captions, further = item
+    name = f"{index:06d}{_extension(content, where)}"
+    row: dict[str, Any] = {
+        "file_name": name,
+        "text": captions[0] if len(captions) == 1 else captions,
+    }
+    files = {name: content}
+    for column, images in further.items():
+        names = [
+            f"{index:06d}-{column}{i or ''}{_extension(each, where)}"
+            for i, each in enumerate(images)
+        ]
+        files |= zip(names, images, strict=True)
+        row[column] = names[0] if len(names) == 1 else names
+    return row, files
 
 
 def fill_folder(
@@ -105,12 +144,13 @@ def fill_folder(
     caption_columns: Sequence[str] = ("text",),
     split: str = "train",
     rejected_column: str | None = None,
+    skip_bad: bool = False,
 ) -> None:
     """Import a data set into `folder` unless that was done before. Raises ValueError when the
-    folder holds something else."""
+    folder holds something else, and as `import_data` does."""
     origin = _origin(source, image_column, caption_columns, split, rejected_column)
     if not folder.exists():
-        import_data(source, folder, image_column, caption_columns, split, rejected_column)
+        import_data(source, folder, image_column, caption_columns, split, rejected_column, skip_bad)
     file = folder / ORIGIN
     if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != origin:
         raise ValueError(
@@ -145,17 +185,17 @@ def _extension(content: bytes, where: str) -> str:
         raise ValueError(f"{where} holds an image that is too large ({error}).") from error
 
 
-def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[Item]:
-    for number, row in read_jsonl(file):
-        where = f"{file.name} line {number}"
-        *references, target = [
-            _bytes_of(path, where) for path in _images_of(row, file.parent, where)
-        ]
-        yield (
-            target,
-            _captions_of(row, columns, where),
-            {"references": references} if references else {},
-        )
+def _reference_rows(file: Path, columns: Sequence[str]) -> Iterator[ReadItem]:
+    for number, line in read_lines(file):
+        yield partial(_reference_item, line, file, columns, number)
+
+
+def _reference_item(line: bytes, file: Path, columns: Sequence[str], number: int) -> Item:
+    row = parse_json_row(line, f"{file} line {number}")
+    where = f"{file.name} line {number}"
+    *references, target = [_bytes_of(path, where) for path in _images_of(row, file.parent, where)]
+    captions = _captions_of(row, columns, where)
+    return target, captions, {"references": references} if references else {}
 
 
 def _images_of(row: dict[str, Any], folder: Path, where: str) -> list[Path]:
@@ -186,7 +226,9 @@ def _bytes_of(image: Path, where: str) -> bytes:
 
 
 def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
-    texts = [row[c] for c in columns if isinstance(row.get(c), str) and row[c].strip()]
+    values = [row.get(column) for column in columns]
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    texts = [text for each in lists for text in each if isinstance(text, str) and text.strip()]
     if not texts:
         raise ValueError(
             f"{where} has no caption in {', '.join(columns)} (it has {', '.join(map(str, row))})."
@@ -196,7 +238,7 @@ def _captions_of(row: dict[str, Any], columns: Sequence[str], where: str) -> lis
 
 def _dataset_rows(
     source: str, image_column: str, columns: Sequence[str], split: str, rejected_column: str | None
-) -> Iterator[Item]:
+) -> Iterator[ReadItem]:
     try:
         import datasets
     except ImportError as error:
@@ -207,8 +249,10 @@ def _dataset_rows(
         table: Any = datasets.load_dataset(source, split=split)
     except Exception as error:  # the library's own, the hub's, Arrow's and the system's errors
         reason = (str(error).splitlines() or [""])[0]
+        pattern = " The library reads [ ] in a path as a pattern: rename the folder."
         raise ValueError(
             f"{source} cannot be opened as a data set ({type(error).__name__}: {reason})."
+            f"{pattern if '[' in source else ''}"
         ) from error
     images = [image_column, rejected_column] if rejected_column else [image_column]
     for column in (*images, *columns):
@@ -219,9 +263,15 @@ def _dataset_rows(
     for column in images:
         table = table.cast_column(column, datasets.Image(decode=False))
     for number, row in enumerate(table, start=1):
-        where = f"row {number} of {source}"
-        content, *rejected = (_content_of(row[column] or {}, column, where) for column in images)
-        yield content, _captions_of(row, columns, where), {"rejected": rejected} if rejected else {}
+        yield partial(_dataset_item, row, images, columns, f"row {number} of {source}")
+
+
+def _dataset_item(
+    row: dict[str, Any], images: Sequence[str], columns: Sequence[str], where: str
+) -> Item:
+    content, *rejected = (_content_of(row[column] or {}, column, where) for column in images)
+    captions = _captions_of(row, columns, where)
+    return content, captions, {"rejected": rejected} if rejected else {}
 
 
 def _content_of(image: dict[str, Any], column: str, where: str) -> bytes:

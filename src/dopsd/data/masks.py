@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -106,7 +107,7 @@ def mask_weights(example: Example, size: Size, vae_scale_factor: int) -> Tensor:
     return weights
 
 
-def _grey(example: Example):
+def _grey(example: Example) -> Image.Image:
     """The mask in 8-bit grey."""
     assert example.mask is not None
     if example.mask != example.path:

@@ -1,6 +1,6 @@
 """Test prompts from a file: what to generate, and what each image is compared with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,26 @@ def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
     return tuple(prompts)
+
+
+def is_prompt_file(text: str) -> bool:
+    """Whether a text in a list of prompts is meant as a file of prompts: it ends like one and is
+    there, or holds no space as a prompt would."""
+    return text.endswith((".txt", ".jsonl")) and (" " not in text or Path(text).is_file())
+
+
+def prompts_of(texts: Sequence[str], called: str) -> tuple[EvaluationPrompt, ...]:
+    """A list of prompts, or those of the one file that it names. called: the list, for messages.
+    Raises ValueError for a file among prompts, and one that cannot be read."""
+    files = [text for text in texts if is_prompt_file(text)]
+    if files and len(texts) > 1:
+        raise ValueError(
+            f"{called} names the file {files[0]} among {len(texts)} entries: give one file alone, "
+            "or prompts."
+        )
+    if files:
+        return read_prompts(Path(files[0]).expanduser())
+    return tuple(EvaluationPrompt(text, name=str(index)) for index, text in enumerate(texts))
 
 
 def _prompt_of(row: dict[str, Any], path: Path, number: int) -> EvaluationPrompt:

@@ -5,7 +5,9 @@ only when a checkpoint of it is opened.
 """
 
 import json
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopsd.models.hub import Checkpoint, quiet_libraries
@@ -46,6 +48,8 @@ def load_family(
     when the family has no such teacher context, or when it takes no `distilled_by`.
     """
     folder_or_id = str(_load(BUILT_IN[name_or_path])) if name_or_path in BUILT_IN else name_or_path
+    if os.path.isfile(folder_or_id):
+        import_module("dopsd.models.single_file").refuse_file(Path(folder_or_id))
     checkpoint = Checkpoint(folder_or_id, revision)
     index = _model_index(checkpoint)
     pipeline = str(index.get("_class_name"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, Denoiser, TextEncoder
 from dopsd.diffusion.flow import Schedule, Space
+from dopsd.files import shorten
 from dopsd.models.hub import Checkpoint
 from dopsd.models.lora_forms import Loaders
 
@@ -31,6 +32,19 @@ class TeacherVision:
     context: str | None = None
     vlm: str | None = None
     suffix: str | None = None
+
+
+class UnfitPrompts(ValueError):
+    """Prompts that a text encoder does not take: too long, or with its own marks in them.
+
+    reasons: what is wrong with each, by its position.
+    """
+
+    def __init__(self, prompts: Sequence[str], reasons: Mapping[int, str]):
+        self.reasons = dict(reasons)
+        index, reason = next(iter(reasons.items()))
+        more = f" {len(reasons) - 1} more prompts do not fit either." if len(reasons) > 1 else ""
+        super().__init__(f'the caption "{shorten(prompts[index], 60)}" {reason}.{more}')
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,8 @@ class Family(Protocol):
         self, prompts: Sequence[str], sizes: Sequence[Size] | None = None
     ) -> list[int]:
         """Tokens of each prompt in the student's context, or with image sizes in the teacher's.
-        Raises ValueError for a prompt over the limit. Reads the tokenizer and configs, no weights.
+        Raises UnfitPrompts for prompts over the limit or with marks of the text encoder in them.
+        Reads the tokenizer and configs, no weights.
         """
         ...
 

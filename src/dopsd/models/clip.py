@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from dopsd.diffusion.batch import Context
-from dopsd.files import shorten
 from dopsd.models.base import fingerprint_of
 from dopsd.models.hub import Checkpoint, variant_of
+from dopsd.models.prompt_limits import refuse_unfit
 
 
 class ClipTextEncoders:
@@ -58,13 +58,9 @@ class ClipTextEncoders:
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt. Raises ValueError for one that the pipeline would truncate."""
+    """Tokens of each prompt. Raises UnfitPrompts for those that the pipeline would truncate, and
+    for marks of the tokenizer in them."""
     # verbose=False: a prompt that is too long is refused below, not warned about.
     lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
-    for prompt, length in zip(prompts, lengths, strict=True):
-        if length > tokenizer.model_max_length:
-            raise ValueError(
-                f'the caption "{shorten(prompt, 60)}" makes {length} tokens; the limit is '
-                f"{tokenizer.model_max_length}. Shorten it."
-            )
+    refuse_unfit(tokenizer, prompts, lengths, [tokenizer.model_max_length] * len(lengths))
     return lengths

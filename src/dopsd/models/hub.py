@@ -16,6 +16,7 @@ CONFIGS = ("*.json", "*.txt", "*.jinja", "*.model")
 # Not the weights of all parts in one file, nor those of other libraries.
 WHOLE = (*CONFIGS, "*.md", "*/*.safetensors")
 HALF_PRECISION = ("*.fp16.safetensors",)  # a second copy of the weights
+WEIGHT_ENDINGS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 NOISY = ("bitsandbytes", "diffusers", "transformers")
 
 
@@ -29,6 +30,8 @@ class Checkpoint:
         self.name, self._repo = called or name, None if os.path.isdir(name) else name
         if self._repo is None:
             self.folder = Path(name)
+        elif os.path.isfile(name):
+            raise ValueError(f"{self.name} is a file: give a folder, or a hub id like owner/name.")
         elif not is_hub_id(name):
             raise ValueError(
                 f"{self.name} does not exist: give a folder, or a hub id like owner/name."
@@ -103,8 +106,9 @@ class Checkpoint:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form owner/name."""
-    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+    """Whether a name has the form owner/name; a file of weights has not."""
+    is_file = name.endswith(WEIGHT_ENDINGS)
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1 and not is_file
 
 
 def is_hub_file(name: str) -> bool:

@@ -15,9 +15,9 @@ from transformers.utils import ModelOutput
 from dopsd.diffusion.batch import Context
 from dopsd.models.base import fingerprint_of
 from dopsd.models.hub import Checkpoint
+from dopsd.models.prompt_limits import refuse_unfit
 from dopsd.models.qwen3_prompts import (
     Reading,
-    refuse_long,
     templated,
     token_limit,
     with_image,
@@ -124,7 +124,9 @@ class QwenTextEncoder:
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             part = slice(start, start + TEXTS_AT_ONCE)
             tokens = self._tokens(texts[part], self.reading.length)
-            refuse_long(prompts[part], tokens.attention_mask.sum(1).tolist(), self.reading.length)
+            lengths = tokens.attention_mask.sum(1).tolist()
+            limits = [self.reading.length] * len(lengths)
+            refuse_unfit(self.tokenizer, prompts[part], lengths, limits)
             tokens = tokens.to(self.encoder.device)
             mask = tokens.attention_mask.bool()
             output = self.encoder(
@@ -158,7 +160,8 @@ class QwenTextEncoder:
         )
         limit = token_limit(self.reading, count)
         tokens = self._tokens([text], limit).to(self.vlm.device)
-        refuse_long([prompt], [int(tokens.attention_mask.sum())], limit, count)
+        length = int(tokens.attention_mask.sum())
+        refuse_unfit(self.tokenizer, [prompt], [length], [limit], [count])
         # Padding keeps its positions after the prompt, as in the text encoder; by default the VLM
         # would put all of it at position 0.
         token_types = (tokens.input_ids == self.vlm.config.image_token_id).int()

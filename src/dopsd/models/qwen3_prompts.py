@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from dopsd.files import shorten
 from dopsd.models.base import Size
 from dopsd.models.hub import Checkpoint
+from dopsd.models.prompt_limits import refuse_unfit
 from dopsd.models.qwen3_vl import image_tokens, load_processor, refuse_other_size, teacher_vlm
 
 # Of prompt and image together, as D-OPSD's reference code.
@@ -67,8 +67,8 @@ def count_tokens(
     sizes: Sequence[Size] | None = None,
 ) -> list[int]:
     """Tokens that QwenTextEncoder returns for each prompt; with sizes, for each prompt with suffix
-    and an image of that size. Raises ValueError over the limit. Reads the tokenizer and configs, no
-    weights."""
+    and an image of that size. Raises UnfitPrompts over the limit and for marks in a prompt. Reads
+    the tokenizer and configs, no weights."""
     with checkpoint.reading("tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
     if sizes is None:
@@ -86,8 +86,7 @@ def count_tokens(
         limits = [token_limit(reading, count) for count in counts]
     # verbose=False: a prompt that is too long is refused below, not warned about.
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-    for prompt, length, limit in zip(prompts, lengths, limits, strict=True):
-        refuse_long([prompt], [length], limit)
+    refuse_unfit(tokenizer, prompts, lengths, limits)
     return limits if reading.padded else lengths
 
 
@@ -101,16 +100,3 @@ def token_limit(reading: Reading, image_count: int) -> int:
     """Limit of prompt and image together. A padded prompt keeps the pipeline's length beside the
     image."""
     return reading.length + image_count if reading.padded else PRIVILEGED_TOKENS
-
-
-def refuse_long(
-    prompts: Sequence[str], lengths: Sequence[int], limit: int, image_count: int = 0
-) -> None:
-    """Raise ValueError for a prompt whose tokens, those of its image included, exceed the limit."""
-    of_the_image = f", {image_count} of them the image's" if image_count else ""
-    for prompt, length in zip(prompts, lengths, strict=True):
-        if length > limit:
-            raise ValueError(
-                f'the caption "{shorten(prompt, 60)}" makes {length} tokens{of_the_image}; '
-                f"the limit is {limit}. Shorten it."
-            )

@@ -29,7 +29,12 @@ from dopsd.models.sdxl_sampler import Sampler
 from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-LCM_LINE = "pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)"
+LCM, EULER = "LCMScheduler", "EulerDiscreteScheduler"
+LCM_LINE = f"pipeline.scheduler = {LCM}.from_config(pipeline.scheduler.config)"
+TRAILING_LINE = (
+    f"pipeline.scheduler = {EULER}.from_config(pipeline.scheduler.config, "
+    'timestep_spacing="trailing")'
+)
 FUSE_LINES = ("pipeline.fuse_lora()", "pipeline.unload_lora_weights()")
 # Of PSO's released customization script for SDXL-Turbo: rank 16, 600 steps of 4 images.
 STARTING_POINTS = {
@@ -70,8 +75,8 @@ class SDXL:
         teacher_vision: TeacherVision | None = None,
         distilled_by: str | None = None,
     ):
-        """distilled_by: a safetensors file that makes a base checkpoint a few-step one in DMD2's
-        way, a LoRA or a whole UNet: a path, or owner/name/file on the hub."""
+        """distilled_by: a safetensors file that makes a base checkpoint a few-step one, DMD2's or
+        SDXL-Lightning's, a LoRA or a whole UNet: a path, or owner/name/file on the hub."""
         self.checkpoint, self.distilled_by = checkpoint, distilled_by
         checkpoint.refuse_missing(PARTS, index, "SDXL")
         with checkpoint.reading("unet"):
@@ -79,6 +84,11 @@ class SDXL:
                 checkpoint.folder / "unet"
             )
             self.channels: int = self._unet["in_channels"]
+            if self._unet.get("time_cond_proj_dim"):
+                raise ValueError(
+                    "its UNet reads the guidance scale as a condition, as SDXL-LCM does, which is "
+                    "not supported"
+                )
             halvings = len(self._unet["block_out_channels"]) - 1
         with checkpoint.reading("vae"):
             vae = AutoencoderKL.load_config(checkpoint.folder / "vae")
@@ -88,8 +98,9 @@ class SDXL:
         self._sampler = Sampler(checkpoint, distilled_by)
         kind = self._sampler.kind
         self.default_nfe, self.distilled = kind.default_nfe, kind.distilled
-        # The licence of weights from another file than DMD2's is not known.
-        known = not distilled_by or "dmd2" in distilled_by.lower()
+        # The licence of weights from other files is not known.
+        names = ("dmd2", "lightning")
+        known = not distilled_by or any(name in distilled_by.lower() for name in names)
         self.licence = kind.licence if known else "other"
         self.hub_licence = kind.hub_licence if known else "other"
 
@@ -177,12 +188,13 @@ class SDXL:
         return in_public_form(pairs)
 
     def usage(self, nfe: int) -> Usage:
-        if self._sampler.kind.steps != "renoise":
-            return plain_usage(nfe)
-        arguments = f"timesteps={self._sampler.renoise_timesteps(nfe).tolist()}, guidance_scale=0.0"
+        arguments, scheduler, line = plain_usage(nfe).arguments, EULER, TRAILING_LINE
+        if self._sampler.kind.steps == "renoise":
+            timesteps = self._sampler.renoise_timesteps(nfe).tolist()
+            arguments, scheduler, line = f"{timesteps=}, guidance_scale=0.0", LCM, LCM_LINE
         if not self.distilled_by:
             return Usage(arguments)
-        imports, setup = ["from diffusers import LCMScheduler"], [LCM_LINE]
+        imports, setup = [f"from diffusers import {scheduler}"], [line]
         where, file = address_of(self.distilled_by)
         if kind_of(weights_file(self.distilled_by, KEY)) == "unet":
             imports.append("from safetensors.torch import load_file")

@@ -5,7 +5,7 @@ The scheduler's class in the checkpoint says which sampler it is for.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, L
 from torch import Tensor
 
 from dopsd.diffusion.flow import Schedule
-from dopsd.models.distilled_weights import refuse_no_distiller
+from dopsd.models.distilled_weights import lightning_steps, refuse_no_distiller
 from dopsd.models.hub import Checkpoint
 
 Steps = Literal["euler", "ancestral", "renoise"]
@@ -28,38 +28,44 @@ class Kind:
     default_nfe: int
     licence: str
     hub_licence: str
-
-    @property
-    def distilled(self) -> bool:
-        return self.steps != "euler"
+    distilled: bool = True
 
 
-BASE = Kind("euler", 50, "openrail++", "openrail++")  # 50: the pipeline's own default
+# 50: the pipeline's own default
+BASE = Kind("euler", 50, "openrail++", "openrail++", distilled=False)
 TURBO = Kind("ancestral", 4, "Stability AI Community License", "other")
 DMD2 = Kind("renoise", 4, "cc-by-nc-4.0", "cc-by-nc-4.0")
+LIGHTNING = Kind("euler", 4, "openrail++", "openrail++")  # arXiv:2402.13929
 
 
 class Sampler:
     """A checkpoint's scheduler, and its times as this package counts them."""
 
     def __init__(self, checkpoint: Checkpoint, distilled_by: str | None):
-        """distilled_by: a file that makes a base checkpoint a few-step one in DMD2's way. Raises
-        ValueError for a scheduler that is not supported, and for a file that is of no use here."""
+        """distilled_by: a file that makes a base checkpoint a few-step one, as DMD2 or Lightning.
+        Raises ValueError for a scheduler that is not supported, and for a file that is of no use
+        here."""
         with checkpoint.reading("scheduler"):
             config = EulerDiscreteScheduler.load_config(checkpoint.folder / "scheduler")
             scheduler, spacing = config["_class_name"], config.get("timestep_spacing")
+        steps = None
         if distilled_by:
             if scheduler == "LCMScheduler" or spacing == "trailing":
                 raise ValueError(
                     f"{checkpoint.name} is a few-step model already: leave model.distilled_by out."
                 )
             refuse_no_distiller(distilled_by)
-            scheduler = "LCMScheduler"  # DMD2's sampler takes the place of the base's
+            # Its own sampler takes the place of the base's.
+            scheduler = "LCMScheduler"
+            if steps := lightning_steps(distilled_by):
+                scheduler, spacing = "EulerDiscreteScheduler", "trailing"
         if (prediction := config.get("prediction_type", "epsilon")) != "epsilon":
             raise ValueError(
                 f"{checkpoint.name} predicts {prediction}; only SDXL's epsilon is supported."
             )
         self.kind, self.scheduler = _scheduler_of(checkpoint, scheduler, spacing, config)
+        if steps:
+            self.kind = replace(self.kind, default_nfe=steps)
         sigmas = ((1 - self.scheduler.alphas_cumprod) / self.scheduler.alphas_cumprod) ** 0.5
         self.times = _time_of(sigmas)  # float32 [T], rising: t of the timesteps 0, 1, ...
 
@@ -102,12 +108,14 @@ def _scheduler_of(
         return DMD2, LCMScheduler.from_config(config)
     if scheduler == "EulerAncestralDiscreteScheduler" and spacing == "trailing":
         return TURBO, EulerAncestralDiscreteScheduler.from_config(config)
-    if scheduler == "EulerDiscreteScheduler" and spacing != "trailing":
-        return BASE, EulerDiscreteScheduler.from_config(config)
+    if scheduler == "EulerDiscreteScheduler":
+        given = {"timestep_spacing": spacing} if spacing else {}
+        kind = LIGHTNING if spacing == "trailing" else BASE
+        return kind, EulerDiscreteScheduler.from_config(config, **given)
     raise ValueError(
         f"{checkpoint.name} is an SDXL for the {scheduler} with {spacing} spacing; dopsd knows "
-        "EulerAncestralDiscreteScheduler with trailing spacing (SDXL-Turbo), LCMScheduler (DMD2) "
-        "and EulerDiscreteScheduler (the base)."
+        "EulerAncestralDiscreteScheduler with trailing spacing (SDXL-Turbo), LCMScheduler (DMD2), "
+        "EulerDiscreteScheduler with trailing spacing (SDXL-Lightning) and without (the base)."
     )
 
 

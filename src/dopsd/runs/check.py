@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from dopsd.data.buckets import EnlargedImage, enlarged_images
+from dopsd.data.buckets import (
+    CroppedImage,
+    EnlargedImage,
+    cropped_images,
+    enlarged_images,
+)
 from dopsd.data.cache import CacheForecast, forecast_cache
 from dopsd.data.loader import BucketVisits, count_visits
 from dopsd.images import Size, image_size, open_image
@@ -28,13 +34,15 @@ class Checked:
     coverage: which weights train. forwards_per_image: network forwards that one image costs, a
     backward counted as two, its share of a step's retention included. visits: by size, how many
     images the run trains on. enlarged: images that are smaller than the size they are trained at.
-    cache: what encoding writes to disk, without images that are still to be generated.
+    cropped: images of which little is trained on. cache: what encoding writes to disk, without
+    images that are still to be generated.
     """
 
     coverage: Coverage | AllWeights
     forwards_per_image: float
     visits: dict[Size, BucketVisits]
     enlarged: tuple[EnlargedImage, ...]
+    cropped: tuple[CroppedImage, ...]
     cache: CacheForecast
 
     @property
@@ -70,7 +78,8 @@ def check(run: ResolvedRun) -> Checked:
         coverage=trained,
         forwards_per_image=forwards / recipe.images_per_step,
         visits=_count_visits(run),
-        enlarged=_enlarged(run),
+        enlarged=tuple(enlarged_images(*_paths_and_buckets(run))),
+        cropped=tuple(cropped_images(*_paths_and_buckets(run))),
         cache=_forecast_cache(run, tokens),
     )
 
@@ -170,9 +179,10 @@ def _count_visits(run: ResolvedRun) -> dict[Size, BucketVisits]:
     return count_visits(kinds, settings.batch_size, settings.seed, batches)
 
 
-def _enlarged(run: ResolvedRun) -> tuple[EnlargedImage, ...]:
+def _paths_and_buckets(run: ResolvedRun) -> tuple[list[Path], list[Size]]:
+    """The image of each row that is trained on, and its size there."""
     paths = [example.path for example in run.listing.examples] * len(run.sizes)
-    return tuple(enlarged_images(paths, [size for sizes in run.sizes for size in sizes]))
+    return paths, [size for sizes in run.sizes for size in sizes]
 
 
 def _forecast_cache(run: ResolvedRun, tokens: _TokenCounts) -> CacheForecast:

@@ -12,7 +12,8 @@ from dopsd.diffusion.components import TextEncoder
 from dopsd.runs.base_samples import BaseSamples, base_samples
 from dopsd.runs.class_images import with_generated
 from dopsd.runs.outputs.previews import Preview, read_previews
-from dopsd.runs.resolve import PREVIEWED_CAPTIONS, ResolvedRun
+from dopsd.runs.prompts import PREVIEWED_CAPTIONS
+from dopsd.runs.resolve import ResolvedRun
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dopsd.config.recipe import PromptSection, Recipe
+from dopsd.config.recipe import Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
-from dopsd.data.examples import Example, Listing
+from dopsd.data.examples import Listing
 from dopsd.data.importing import fill_folder
-from dopsd.data.prompts import read_prompts
 from dopsd.data.sources import Source, read_sources, show_next_image
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import PROMPTS
@@ -30,9 +28,11 @@ from dopsd.models.base import Family, TeacherVision, latent_size
 from dopsd.models.hub import Checkpoint
 from dopsd.models.pipeline import ImageRequest, device_and_dtype
 from dopsd.models.prompt_teacher import PROMPT
+from dopsd.models.single_file import folder_of
+from dopsd.runs.captions import with_fitting_captions
 from dopsd.runs.outputs.trackers import refuse_unready
-
-PREVIEWED_CAPTIONS = 4  # captions that are previewed when the recipe names no prompts
+from dopsd.runs.prompts import named_health_prompts, named_replay_prompts, preview_requests
+from dopsd.training.optimizers import refuse_unready as refuse_unready_optimizer
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,19 @@ def resolve(recipe: Recipe) -> ResolvedRun:
     # The data, and the size at which each example is trained.
     listing = read_data(recipe)
     resolutions = recipe.data.resolution or (family.resolution,)
-    shapes = [image_size(example.path) for example in listing.examples]
-    buckets_by_resolution = [bucket_sizes(side, family.multiple) for side in resolutions]
-    sizes = tuple(
-        tuple(nearest_bucket(*shape, buckets) for shape in shapes)
-        for buckets in buckets_by_resolution
+    _refuse_off_grid(recipe, family)
+    listing = with_fitting_captions(
+        listing,
+        family,
+        _sizes(listing, resolutions, family),
+        "privileged" in recipe.method.needs,
+        recipe.data.skip_bad,
     )
+    sizes = _sizes(listing, resolutions, family)
 
     # Prompts that are generated while training.
-    health_prompts = recipe.health.prompts or family.unrelated_prompts or PROMPTS
-    previews = _previews(recipe, family, listing, max(resolutions), health_prompts)
+    health_prompts = named_health_prompts(recipe) or family.unrelated_prompts or PROMPTS
+    previews = preview_requests(recipe, family, listing, max(resolutions), health_prompts)
 
     device = device_and_dtype()[0]
     return ResolvedRun(
@@ -147,11 +150,22 @@ def resolve(recipe: Recipe) -> ResolvedRun:
         sizes=sizes,
         previews=previews,
         health_prompts=health_prompts,
-        replay_prompts=_replay_prompts(recipe),
+        replay_prompts=named_replay_prompts(recipe),
         nfe=recipe.method.nfe or family.default_nfe,
         deployed_nfe=recipe.sample.nfe or family.default_nfe,
         device=device,
         dtype=frozen_dtype(recipe, device),
+    )
+
+
+def _sizes(
+    listing: Listing, resolutions: Sequence[int], family: Family
+) -> tuple[tuple[Size, ...], ...]:
+    """By resolution, the size at which each example is trained."""
+    shapes = [image_size(example.path) for example in listing.examples]
+    return tuple(
+        tuple(nearest_bucket(*shape, buckets) for shape in shapes)
+        for buckets in (bucket_sizes(side, family.multiple) for side in resolutions)
     )
 
 
@@ -160,7 +174,11 @@ def open_family(recipe: Recipe) -> Family:
     many-step model without `model.allow_base`."""
     model, method = recipe.model, recipe.method
     vision = TeacherVision(model.teacher_context, model.vlm, model.teacher_suffix)
-    family = load_family(model.name_or_path, model.revision, vision, model.distilled_by)
+    name = model.name_or_path
+    if model.config:
+        converted = recipe.output_dir / "cache" / "models"
+        name = str(folder_of(Path(name), model.config, converted))
+    family = load_family(name, model.revision, vision, model.distilled_by)
     if reason := missing(method, family.teacher_contexts):
         as_set = "" if missing(type(method), family.teacher_contexts) else " as it is set"
         raise ValueError(
@@ -189,6 +207,7 @@ def read_data(recipe: Recipe) -> Listing:
                 section.caption_column,
                 section.split,
                 section.rejected_column,
+                recipe.data.skip_bad,
             )
     sources = [
         Source(
@@ -222,16 +241,35 @@ def frozen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 def _refuse_missing_requirements(recipe: Recipe) -> None:
     """Trackers, bitsandbytes, the reward and the health model that the recipe names must exist."""
     refuse_unready(recipe)
-    in_few_bits = recipe.model.quantize or recipe.train.optimizer == "adamw_8bit"
-    if in_few_bits and find_spec("bitsandbytes") is None:
-        key = "model.quantize" if recipe.model.quantize else "train.optimizer: adamw_8bit"
+    if recipe.model.quantize and find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"{key} needs bitsandbytes, which is not installed: pip install 'dopsd[quantize]'."
+            "model.quantize needs bitsandbytes, which is not installed: pip install "
+            "'dopsd[quantize]'."
         )
+    train = recipe.train
+    refuse_unready_optimizer(train.optimizer, train.learning_rate, train.lr_schedule)
     if model := recipe.health.text_model:
         Checkpoint(model, called=f"health.text_model {model}")
     if recipe.method.reward_name:
         find_reward(recipe.method.reward_name)
+
+
+def _refuse_off_grid(recipe: Recipe, family: Family) -> None:
+    """Sides that the recipe names must be ones that the model can generate."""
+    sample, multiple = recipe.sample, family.multiple
+    named = [("data.resolution", side) for side in recipe.data.resolution]
+    named += [("sample.width", sample.width), ("sample.height", sample.height)]
+    for each in sample.prompts:
+        named += [("the width of a prompt", each.width), ("the height of a prompt", each.height)]
+    for key, side in named:
+        if side is None or side % multiple == 0:
+            continue
+        below = side // multiple * multiple
+        nearest = f"{below} or {below + multiple}" if below else str(multiple)
+        raise ValueError(
+            f"{key} is {side}; sides of this model's images are multiples of {multiple} pixels: "
+            f"set {nearest}."
+        )
 
 
 def _refuse_unused_masks(recipe: Recipe, listing: Listing) -> None:
@@ -255,52 +293,3 @@ def _refuse_incomplete_pairs(recipe: Recipe, listing: Listing) -> None:
             f"{len(listing.examples)} images (first: {alone[0].path.name}) have no rejected one: "
             "name it in a metadata.jsonl, as `chosen`, `rejected`, `text`."
         )
-
-
-def _replay_prompts(recipe: Recipe) -> tuple[str, ...]:
-    """`retention.prompts`, or the prompts of the one file that it names; none without retention.
-    Raises ValueError for a file without any."""
-    prompts = recipe.retention.prompts if recipe.retention.weight else ()
-    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        return tuple(row.prompt for row in read_prompts(Path(prompts[0])))
-    return prompts
-
-
-def _previews(
-    recipe: Recipe, family: Family, listing: Listing, side: int, health_prompts: Sequence[str]
-) -> tuple[ImageRequest, ...]:
-    """The recipe's prompts, or the first captions, and some of the health prompts. Raises
-    ValueError for a size that the model cannot generate."""
-    sample = recipe.sample
-    unrelated = [_prompt(text) for text in health_prompts[: sample.unrelated]]
-    shown = sample.prompts or _first_captions(listing, bucket_sizes(side, family.multiple))
-    previews = []
-    for index, each in enumerate((*shown, *unrelated)):
-        height = each.height or sample.height or side
-        width = each.width or sample.width or side
-        seed = sample.seed + index if each.seed is None else each.seed
-        latent_shape = (family.channels, *latent_size(family, height, width))
-        previews.append(ImageRequest(each.prompt, seed, latent_shape, each.references))
-    return tuple(previews)
-
-
-def _first_captions(listing: Listing, sizes: Sequence[Size]) -> tuple[PromptSection, ...]:
-    """A prompt for each of the first different captions."""
-    by_caption: dict[Any, Example] = {}
-    for example in listing.examples:
-        by_caption.setdefault((example.caption, example.references), example)
-    return tuple(
-        _prompt_of(example, sizes) for example in list(by_caption.values())[:PREVIEWED_CAPTIONS]
-    )
-
-
-def _prompt_of(example: Example, sizes: Sequence[Size]) -> PromptSection:
-    """An example's caption as a prompt; an edited image keeps the shape that it is trained in."""
-    if not example.references:
-        return _prompt(example.caption)
-    width, height = nearest_bucket(*image_size(example.path), sizes)
-    return _prompt(example.caption, references=example.references, width=width, height=height)
-
-
-def _prompt(text: str, **keys: Any) -> PromptSection:
-    return PromptSection.model_validate({"prompt": text, **keys})

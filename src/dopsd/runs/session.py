@@ -19,7 +19,8 @@ from dopsd.runs.resolve import ResolvedRun
 from dopsd.runs.reward import LatentReward
 from dopsd.training.deployed_weights import as_deployed, copy_in_main_memory
 from dopsd.training.offload import offload_blocks
-from dopsd.training.quantize import adamw_8bit, quantize
+from dopsd.training.optimizers import make_optimizer
+from dopsd.training.quantize import quantize
 from dopsd.training.roles import Teacher, make_roles
 from dopsd.training.trainable import Student, full_student, lora_student
 
@@ -154,11 +155,12 @@ def make_student(run: ResolvedRun, network: nn.Module) -> tuple[Student, Teacher
 
 
 def _make_optimizer(run: ResolvedRun, student: Student) -> torch.optim.Optimizer:
-    settings, weights = run.recipe.train, student.weights.values()
-    if settings.optimizer == "adamw_8bit":
-        return adamw_8bit(weights, settings.learning_rate, settings.weight_decay)
-    # The fused-by-list form takes a further copy of all weights: too much for a whole model.
-    foreach = None if run.recipe.adapter == "lora" else False
-    return torch.optim.AdamW(
-        weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=foreach
+    settings = run.recipe.train
+    return make_optimizer(
+        settings.optimizer,
+        student.weights.values(),
+        settings.learning_rate,
+        settings.weight_decay,
+        # The fused-by-list form takes a further copy of all weights: too much for a whole model.
+        foreach=None if run.recipe.adapter == "lora" else False,
     )

@@ -15,7 +15,14 @@ from dopsd.runs.environment import environment
 from dopsd.runs.fit import choose_low_memory
 from dopsd.runs.health_monitor import HealthMonitor
 from dopsd.runs.interrupts import Stopped, Unhealthy, noticing_signals
-from dopsd.runs.outputs.folder import ON_SCREEN, Metrics, claimed, read_rows, write_header
+from dopsd.runs.outputs.folder import (
+    ON_SCREEN,
+    Metrics,
+    claimed,
+    read_rows,
+    refuse_other_data,
+    write_header,
+)
 from dopsd.runs.outputs.metadata import weights_metadata
 from dopsd.runs.outputs.model_card import write_card
 from dopsd.runs.outputs.previews import generate_previews, preview_folder, write_data_images
@@ -55,6 +62,9 @@ def train(
         # Started first: a missing login or network is found before anything is encoded.
         tracking(recipe, is_new=not states) as trackers,
     ):
+        if states:
+            refuse_other_data(recipe, run.data_sha256)
+
         # Encode, let the encoders leave memory, then load the network.
         encoded = encode_run(run, progress)
         low_memory = choose_low_memory(run, progress)
@@ -63,12 +73,19 @@ def train(
 
         # Go on from a checkpoint, or begin.
         start = _restore(session, states)
+        _refuse_too_late(recipe, start)
         write_header(recipe, environment(session), fresh=not states)
         write_data_images(recipe.run_folder, encoded.rows, encoded.previews)
 
         with noticing_signals() as received_signal:
             if start:
                 trackers.continue_after(start)
+                if start == recipe.train.max_steps:
+                    # The run was finished; its result may have been removed since.
+                    if not preview_folder(recipe.run_folder, start).is_dir():
+                        _preview(session, encoded, start, trackers)
+                    _export_result(session, start)
+                    write_report(recipe.run_folder, "finished")
             else:
                 _preview(session, encoded, 0, trackers)
                 write_report(recipe.run_folder, "running")
@@ -250,6 +267,14 @@ def _restore(session: Session, states: Sequence[Path]) -> int:
             session.student.publish()
             return done
     return 0
+
+
+def _refuse_too_late(recipe: Recipe, start: int) -> None:
+    if start > (steps := recipe.train.max_steps):
+        raise ValueError(
+            f"{recipe.run_folder} is at step {start}, and train.max_steps is {steps}: set it to "
+            f"{start} or more, or name an earlier checkpoint with --resume."
+        )
 
 
 def _plan(settings: TrainSection) -> Plan:

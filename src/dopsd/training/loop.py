@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dopsd.diffusion.batch import Batch, Part
 from dopsd.methods.base import Objective, Roles
 from dopsd.training.adapters import unmoved_modules
+from dopsd.training.optimizers import stepping
 from dopsd.training.roles import Teacher
 from dopsd.training.seeds import noise_seed
 
@@ -112,22 +113,24 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
-        # Gradient
-        loss = accumulate_gradient(roles, objective, batches, device, plan, step)
-        log = {name: value.item() for name, value in {**loss.log, **loss.counts}.items()}
-        grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.max_grad_norm).item()
+        with stepping(optimizer):
+            # Gradient
+            loss = accumulate_gradient(roles, objective, batches, device, plan, step)
+            log = {name: value.item() for name, value in {**loss.log, **loss.counts}.items()}
+            grad_norm = nn.utils.clip_grad_norm_(trainable.values(), plan.max_grad_norm).item()
 
-        # Update, unless something is not finite
-        skipped = not (math.isfinite(grad_norm) and math.isfinite(log["loss"]))
-        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-        if skipped_in_a_row == plan.max_skipped_steps:
-            raise ValueError(
-                f"step {step + 1}: loss {log['loss']:.3g}, gradient norm {grad_norm:.3g}, and "
-                f"{skipped_in_a_row} steps in a row were not finite. None of them was applied. "
-                "Lower train.learning_rate."
-            )
+            # Update, unless something is not finite
+            skipped = not (math.isfinite(grad_norm) and math.isfinite(log["loss"]))
+            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            if skipped_in_a_row == plan.max_skipped_steps:
+                raise ValueError(
+                    f"step {step + 1}: loss {log['loss']:.3g}, gradient norm {grad_norm:.3g}, and "
+                    f"{skipped_in_a_row} steps in a row were not finite. None of them was applied. "
+                    "Lower train.learning_rate."
+                )
+            if not skipped:
+                optimizer.step()
         if not skipped:
-            optimizer.step()
             teacher.follow()
         optimizer.zero_grad(set_to_none=True)
 

@@ -5,6 +5,7 @@ run.log, checkpoints/, samples/, the exported weights, README.md and report.html
 process writes it.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -119,7 +120,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
     if before.adapter != recipe.adapter:
         changed = ("adapter", before.adapter, recipe.adapter)
     for section in NUMERIC_SECTIONS:
-        old, new = getattr(before, section).model_dump(), getattr(recipe, section).model_dump()
+        old, new = _numeric_keys(before, section), _numeric_keys(recipe, section)
         for key in old.keys() | new.keys():
             if old.get(key) != new.get(key) and (section, key) not in CHANGEABLE:
                 changed = changed or (f"{section}.{key}", old.get(key), new.get(key))
@@ -129,6 +130,46 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
             f"{folder} was begun with {name} = {old}, now it is {new}: a resumed run must be the "
             "same run. Put it back, or choose another run_name."
         )
+    steps = before.train.max_steps, recipe.train.max_steps
+    if recipe.train.lr_schedule == "cosine" and steps[0] != steps[1]:
+        raise ValueError(
+            f"{folder} was begun with train.max_steps = {steps[0]}, now it is {steps[1]}: "
+            "train.lr_schedule: cosine falls to 0 at that step, so the learning rate would jump. "
+            "Put it back, or start a new run from the result: lora.init_from."
+        )
+
+
+def _numeric_keys(recipe: Recipe, section: str) -> dict[str, Any]:
+    """A section's keys; of `data`, folders without where they lie, which the data's hash is for."""
+    keys = getattr(recipe, section).model_dump()
+    if section == "data":
+        keys["more"] = tuple({**source, "folder": None} for source in keys["more"])
+        del keys["folder"]
+    return keys
+
+
+def refuse_other_data(recipe: Recipe, data_sha256: str) -> None:
+    """A resumed run must train on the same images and captions, wherever they lie. Raises
+    ValueError where their hash is not the one in env.json; a run folder without one is warned
+    about."""
+    file = recipe.run_folder / "env.json"
+    before = _hash_in(file) if file.is_file() else None
+    if before is None:
+        log.warning("%s holds no hash of the data: it may have changed since the run began.", file)
+    elif before != data_sha256:
+        raise ValueError(
+            f"the images or captions of {recipe.run_folder} have changed since it was begun (hash "
+            f"{before[:12]}, now {data_sha256[:12]}): a resumed run must be the same run. Put them "
+            "back, or choose another run_name."
+        )
+
+
+def _hash_in(file: Path) -> str | None:
+    try:
+        environment = json.loads(file.read_text(encoding="utf-8"))
+        return environment["data"].get("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}).") from error
 
 
 def write_header(recipe: Recipe, environment: Mapping[str, Any], fresh: bool) -> None:

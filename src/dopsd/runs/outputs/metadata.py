@@ -8,6 +8,16 @@ from pathlib import Path
 from dopsd.files import sha256_of
 from dopsd.runs.resolve import ResolvedRun
 
+# As other trainers write them.
+OPTIMIZER_NAMES = {
+    "adamw": "AdamW",
+    "adamw_8bit": "AdamW8bit",
+    "adafactor": "Adafactor",
+    "lion": "Lion",
+    "prodigy": "Prodigy",
+    "schedule_free_adamw": "AdamWScheduleFree",
+}
+
 
 def weights_metadata(run: ResolvedRun, step: int) -> dict[str, str]:
     """Metadata after `step` optimizer steps.
@@ -27,7 +37,7 @@ def weights_metadata(run: ResolvedRun, step: int) -> dict[str, str]:
         "modelspec.usage_hint": f"{nfe} steps, no guidance",
         "ss_base_model_version": family.base_version,
         "ss_learning_rate": str(recipe.train.learning_rate),
-        "ss_optimizer": "AdamW8bit" if recipe.train.optimizer == "adamw_8bit" else "AdamW",
+        "ss_optimizer": OPTIMIZER_NAMES[recipe.train.optimizer],
         "ss_steps": str(step),
         "ss_seed": str(recipe.train.seed),
         "ss_output_name": recipe.run_name,
