@@ -103,3 +103,6 @@ def test_a_list_of_one_file_is_the_prompts_in_it(tmp_path, monkeypatch):
         prompts_of(["a star", "p.txt"], "here")
     with pytest.raises(ValueError, match=r"gone\.jsonl does not exist"):
         prompts_of(["gone.jsonl"], "here")
+    for name in ("prompts.csv", "prompts.yaml", "p.json"):
+        with pytest.raises(ValueError, match=r"prompts are read from \.txt and \.jsonl"):
+            prompts_of([name], "here")

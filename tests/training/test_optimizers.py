@@ -44,7 +44,8 @@ def test_resuming_from_named_tensors_repeats_every_bit(name):
     optimizer = made(name, straight)
     for index in range(7):
         step(optimizer, straight, index)
-    saved = optimizer_tensors(optimizer), straight.detach().clone()
+    named = {key: tensor.clone() for key, tensor in optimizer_tensors(optimizer).items()}
+    saved = named, straight.detach().clone()
     for index in range(7, 12):
         step(optimizer, straight, index)
 

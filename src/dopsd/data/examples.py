@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dopsd.files import sha256_of
@@ -49,10 +50,15 @@ class Listing:
     source: str
     notes: tuple[str, ...] = ()
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the images' bytes, those of their masks, and their captions and
-        teacher's texts, in any order and wherever they lie."""
-        contents = sorted(
+    def fingerprint(self, in_order: bool = False) -> str:
+        """SHA-256 of the images' bytes, those of their masks, and their captions and teacher's
+        texts, wherever they lie. in_order: whether their order counts."""
+        contents = self._contents if in_order else sorted(self._contents)
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    @cached_property
+    def _contents(self) -> list[list[str]]:
+        return [
             [
                 *map(sha256_of, (e.path, *e.references, *e.rejected)),
                 *([f"mask {sha256_of(e.mask)}"] if e.mask else []),
@@ -61,5 +67,4 @@ class Listing:
                 *([f"teacher {e.teacher_text}"] if e.teacher_text else []),
             ]
             for e in self.examples
-        )
-        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        ]

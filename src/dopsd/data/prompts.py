@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.data.captions import as_caption
+from dopsd.data.folder_files import file_in
 from dopsd.data.metadata import CAPTION_COLUMNS
 from dopsd.files import decode_line, read_jsonl, read_lines
 
@@ -59,21 +60,39 @@ def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
     return tuple(prompts)
 
 
-def is_prompt_file(text: str) -> bool:
-    """Whether a text in a list of prompts is meant as a file of prompts: it ends like one and is
-    there, or holds no space as a prompt would."""
-    return text.endswith((".txt", ".jsonl")) and (" " not in text or Path(text).is_file())
+READ = (".txt", ".jsonl")
+NOT_READ = (
+    ".json",
+    ".csv",
+    ".tsv",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".md",
+    ".parquet",
+    ".text",
+    ".prompt",
+)
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text where a prompt stands is meant as a file: it ends like one and is there, or
+    holds no space as a prompt would."""
+    ends_like_one = text.lower().endswith((*READ, *NOT_READ))
+    return ends_like_one and (" " not in text or Path(text).expanduser().is_file())
 
 
 def prompts_of(texts: Sequence[str], called: str) -> tuple[EvaluationPrompt, ...]:
     """A list of prompts, or those of the one file that it names. called: the list, for messages.
     Raises ValueError for a file among prompts, and one that cannot be read."""
-    files = [text for text in texts if is_prompt_file(text)]
+    files = [text for text in texts if is_file_name(text)]
     if files and len(texts) > 1:
         raise ValueError(
             f"{called} names the file {files[0]} among {len(texts)} entries: give one file alone, "
             "or prompts."
         )
+    if files and not files[0].lower().endswith(READ):
+        raise ValueError(f"{called} names {files[0]}: prompts are read from .txt and .jsonl files.")
     if files:
         return read_prompts(Path(files[0]).expanduser())
     return tuple(EvaluationPrompt(text, name=str(index)) for index, text in enumerate(texts))
@@ -90,7 +109,8 @@ def _prompt_of(row: dict[str, Any], path: Path, number: int) -> EvaluationPrompt
         raise ValueError(f"the kind of {where} is {kind!r}: rewrite, scene, or none.")
     target = None
     if row.get("target") is not None:
-        target = path.parent / as_caption(row["target"], f"the target of {where}")
+        name = as_caption(row["target"], f"the target of {where}")
+        target = file_in(path.parent, name) or path.parent / name
         if not target.is_file():
             raise ValueError(
                 f"{where} names the target {row['target']}, and there is no such file in "

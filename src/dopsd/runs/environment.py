@@ -33,6 +33,7 @@ def environment(session: Session) -> dict[str, Any]:
                 for (width, height), count in sorted(run.buckets.items())
             },
             "sha256": run.data_sha256,
+            "rows_sha256": run.rows_sha256,
             "examples": [example.caption for example in listing.examples[:EXAMPLES]],
         },
         "refused": [[path.name, reason] for path, reason in listing.refused],

@@ -17,6 +17,7 @@ from dopsd.config.recipe import Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.examples import Listing
 from dopsd.data.importing import fill_folder
+from dopsd.data.prompts import is_file_name
 from dopsd.data.sources import Source, read_sources, show_next_image
 from dopsd.diffusion.flow import Schedule
 from dopsd.evaluation.health import PROMPTS
@@ -101,8 +102,13 @@ class ResolvedRun:
 
     @cached_property
     def data_sha256(self) -> str:
-        """Hash of all images and captions."""
+        """Hash of all images and captions, in any order."""
         return self.listing.fingerprint()
+
+    @cached_property
+    def rows_sha256(self) -> str:
+        """Hash of all images and captions in their order, on which batches depend."""
+        return self.listing.fingerprint(in_order=True)
 
     def schedule(self, nfe: int | None, height: int, width: int) -> Schedule:
         """The sampler's times for latents of height x width; nfe None: the model's own."""
@@ -241,6 +247,7 @@ def frozen_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 def _refuse_missing_requirements(recipe: Recipe) -> None:
     """Trackers, bitsandbytes, the reward and the health model that the recipe names must exist."""
     refuse_unready(recipe)
+    _refuse_file_as_caption(recipe)
     if recipe.model.quantize and find_spec("bitsandbytes") is None:
         raise ValueError(
             "model.quantize needs bitsandbytes, which is not installed: pip install "
@@ -252,6 +259,18 @@ def _refuse_missing_requirements(recipe: Recipe) -> None:
         Checkpoint(model, called=f"health.text_model {model}")
     if recipe.method.reward_name:
         find_reward(recipe.method.reward_name)
+
+
+def _refuse_file_as_caption(recipe: Recipe) -> None:
+    """Keys that hold one caption read no file."""
+    generated = recipe.method.to_generate
+    captions = [source.instance_prompt for source in (recipe.data, *recipe.data.more)]
+    for caption in (*captions, generated.prompt if generated else None):
+        if caption and is_file_name(caption):
+            raise ValueError(
+                f"{caption} stands where a caption is expected, and no file is read there: write "
+                "the caption itself, or captions beside the images."
+            )
 
 
 def _refuse_off_grid(recipe: Recipe, family: Family) -> None:

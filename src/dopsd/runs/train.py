@@ -63,7 +63,7 @@ def train(
         tracking(recipe, is_new=not states) as trackers,
     ):
         if states:
-            refuse_other_data(recipe, run.data_sha256)
+            refuse_other_data(recipe, run.rows_sha256)
 
         # Encode, let the encoders leave memory, then load the network.
         encoded = encode_run(run, progress)

@@ -148,26 +148,26 @@ def _numeric_keys(recipe: Recipe, section: str) -> dict[str, Any]:
     return keys
 
 
-def refuse_other_data(recipe: Recipe, data_sha256: str) -> None:
-    """A resumed run must train on the same images and captions, wherever they lie. Raises
-    ValueError where their hash is not the one in env.json; a run folder without one is warned
-    about."""
+def refuse_other_data(recipe: Recipe, rows_sha256: str) -> None:
+    """A resumed run must train on the same images and captions in the same order, wherever they
+    lie. Raises ValueError where their hash is not the one in env.json; a run folder without one is
+    warned about."""
     file = recipe.run_folder / "env.json"
     before = _hash_in(file) if file.is_file() else None
     if before is None:
         log.warning("%s holds no hash of the data: it may have changed since the run began.", file)
-    elif before != data_sha256:
+    elif before != rows_sha256:
         raise ValueError(
-            f"the images or captions of {recipe.run_folder} have changed since it was begun (hash "
-            f"{before[:12]}, now {data_sha256[:12]}): a resumed run must be the same run. Put them "
-            "back, or choose another run_name."
+            f"the images or captions of {recipe.run_folder}, or their order, have changed since it "
+            f"was begun (hash {before[:12]}, now {rows_sha256[:12]}): a resumed run must be the "
+            "same run. Put them back, or choose another run_name."
         )
 
 
 def _hash_in(file: Path) -> str | None:
     try:
         environment = json.loads(file.read_text(encoding="utf-8"))
-        return environment["data"].get("sha256")
+        return environment["data"].get("rows_sha256")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}).") from error
 
