@@ -278,8 +278,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     for key, value in tensors.items():
         index, *path, name = key.split(".")
         if index == GROUP:
-            group = optimizer.param_groups[int(path[0])]
-            group[name] = type(group[name])(value.item())
+            group, number = optimizer.param_groups[int(path[0])], value.item()
+            group[name] = type(group.get(name, number))(number)
             continue
         if not index.isdigit():
             raise ValueError(f"{shorten(key)} is no name of an optimizer's state.")

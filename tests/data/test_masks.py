@@ -151,3 +151,17 @@ def test_masks_are_part_of_the_datas_fingerprint(tmp_path):
         write_mask(tmp_path / "a_mask.png", (0, 0, width, 64))
         prints.append(read_folder(tmp_path, "a cat").fingerprint())
     assert len(set(prints)) == 3
+
+
+def test_rows_decide_what_a_file_is_whatever_its_name(tmp_path):
+    """An image to edit may be called a mask, and a mask may lie elsewhere than its image."""
+    for name in ("a.png", "a_mask.png", "img/b.png", "b-masklabel.png"):
+        write_image(tmp_path / name, (200, 200, 200), (64, 64))
+    write_metadata(
+        tmp_path,
+        {"target": "a.png", "references": ["a_mask.png"], "text": "fill it"},
+        {"file_name": "img/b.png", "mask": "b-masklabel.png", "text": "b"},
+    )
+    edited, masked = read_folder(tmp_path).examples
+    assert edited.mask is None and [path.name for path in edited.references] == ["a_mask.png"]
+    assert masked.mask == tmp_path / "b-masklabel.png"

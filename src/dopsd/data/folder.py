@@ -63,8 +63,8 @@ def read_folder(
         )
     images, mask_of, refused_masks = pair_masks(images_in(folder))
     if present:
-        findings, source = _from_metadata(present[0], images, mask_of), present[0].name
-        notes: list[str] = []
+        findings, mask_of = _from_metadata(present[0], images, mask_of, refused_masks)
+        source, notes = present[0].name, []
     else:
         prompt = None
         if instance_prompt is not None:
@@ -74,7 +74,7 @@ def read_folder(
         notes = notes_on_texts(texts, images, mask_of, caption_lines)
         if caption_lines == "each":
             findings = [_with_a_caption_each_line(finding) for finding in findings]
-    findings += refused_masks
+        findings += refused_masks
     if masks == "files":
         findings = [_with_mask(finding, mask_of) for finding in findings]
     if decode:
@@ -95,11 +95,17 @@ def read_folder(
 
 
 def _from_metadata(
-    metadata: Path, images: Sequence[Path], mask_of: Mapping[Path, Path]
-) -> list[Finding]:
-    """One finding per row of a metadata file, and one per image beside it that no row names."""
+    metadata: Path,
+    images: Sequence[Path],
+    mask_of: Mapping[Path, Path],
+    refused_masks: Sequence[Finding],
+) -> tuple[list[Finding], dict[Path, Path]]:
+    """One finding per row of a metadata file, and one per file beside it that no row names; and the
+    masks that are left by name, without images that rows name as references or rejected ones."""
     findings, named = read_metadata_file(metadata)
-    unnamed = f"has no caption: no row of {metadata.name} names it."
+    examples = [result for _, result in findings if isinstance(result, Example)]
+    other = {path for e in examples for path in (*e.references, *e.rejected)}
+    mask_of = {image: mask for image, mask in mask_of.items() if mask not in other}
     owner_of = {mask: image for image, mask in mask_of.items()}
     findings = [
         (path, f"{path.name} is the mask of {owner_of[path].name}: it is no image to train on.")
@@ -107,7 +113,10 @@ def _from_metadata(
         else (path, result)
         for path, result in findings
     ]
-    return findings + [(path, f"{path.name} {unnamed}") for path in images if path not in named]
+    unnamed = f"has no caption: no row of {metadata.name} names it."
+    findings += [(path, f"{path.name} {unnamed}") for path in images if path not in named]
+    findings += [(path, reason) for path, reason in refused_masks if path not in named]
+    return findings, mask_of
 
 
 def _extensions(given: str | None) -> tuple[str, ...]:

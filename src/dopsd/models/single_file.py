@@ -37,12 +37,14 @@ OTHER_FORMATS = {
 class Layout:
     """The names of a model's tensors in files of its authors or of ComfyUI.
 
-    family, pipeline: as in the registry of families. marks: parts of names, all of which such files
-    have. parts: folders of a diffusers checkpoint that the file holds.
+    family, pipeline: as in the registry of families. reader: the class of diffusers that reads such
+    files. marks: parts of names, all of which they have. parts: folders of a diffusers checkpoint
+    that the file holds.
     """
 
     family: str
     pipeline: str
+    reader: str
     marks: tuple[str, ...]
     parts: tuple[str, ...]
 
@@ -51,24 +53,32 @@ LAYOUTS = (
     Layout(
         "sdxl",
         "StableDiffusionXLPipeline",
+        "StableDiffusionXLPipeline",
         ("model.diffusion_model.label_emb.", "conditioner.embedders.1.", "first_stage_model."),
         ("unet", "vae", "text_encoder", "text_encoder_2"),
     ),
-    Layout("zimage", "ZImagePipeline", ("cap_embedder.", "noise_refiner."), ("transformer",)),
+    Layout(
+        "zimage",
+        "ZImagePipeline",
+        "ZImageTransformer2DModel",
+        ("cap_embedder.", "noise_refiner."),
+        ("transformer",),
+    ),
     Layout(
         "flux2_klein",
         "Flux2KleinPipeline",
+        "Flux2Transformer2DModel",
         ("double_blocks.0.", "single_stream_modulation."),
         ("transformer",),
     ),
 )
-# Other files by parts of their tensors' names, in the order in which they are tried.
+ADAPTER_MARKS = ("lora_", ".lokr_", ".hada_")
+# Other files by a part of their tensors' names, in the order in which they are tried.
 OTHERS = (
-    (("lora_", ".lokr_", ".hada_"), "a LoRA: give it with --lora, or as lora.init_from"),
-    (("model.diffusion_model.label_emb.",), "an SDXL without its text encoders or VAE"),
-    (("double_blocks.0.",), "a FLUX.1 or another relative of FLUX.2-klein"),
-    (("cond_stage_model.",), "a Stable Diffusion 1 or 2"),
-    (("joint_blocks.0.",), "a Stable Diffusion 3"),
+    ("model.diffusion_model.label_emb.", "an SDXL without its text encoders or VAE"),
+    ("double_blocks.0.", "a FLUX.1 or another relative of FLUX.2-klein"),
+    ("cond_stage_model.", "a Stable Diffusion 1 or 2"),
+    ("joint_blocks.0.", "a Stable Diffusion 3"),
 )
 
 
@@ -93,12 +103,14 @@ def layout_of(file: Path) -> Layout:
     """Which model a single file holds. Raises ValueError, naming what else it is, for one that is
     not read."""
     names = tensor_names(file)
+    if any(mark in name for mark in ADAPTER_MARKS for name in names):
+        raise ValueError(f"{file} is a LoRA: give it with --lora, or as lora.init_from.")
     for layout in LAYOUTS:
         if all(any(mark in name for name in names) for mark in layout.marks):
             return layout
     known = ", ".join(layout.family for layout in LAYOUTS)
-    for marks, what in OTHERS:
-        if any(mark in name for mark in marks for name in names):
+    for mark, what in OTHERS:
+        if any(mark in name for name in names):
             raise ValueError(f"{file} is {what}; single files are read of {known}.")
     first = ", ".join(sorted(names)[:3]) or "no tensors"
     raise ValueError(f"{file} holds no model that is known ({first}); they are {known}.")
@@ -171,20 +183,17 @@ def _modules(
     """The parts that the file holds, by their folder, as diffusers reads them."""
     import diffusers
 
+    kind = getattr(diffusers, layout.reader)
     with _reading(file, base):
-        if layout.family == "sdxl":
-            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(
+        if layout.reader == layout.pipeline:
+            pipeline = kind.from_single_file(
                 str(file), config=str(base.folder), torch_dtype=dtype, local_files_only=True
             )
             return {part: getattr(pipeline, part) for part in layout.parts}
-        kinds = {
-            "zimage": diffusers.ZImageTransformer2DModel,
-            "flux2_klein": diffusers.Flux2Transformer2DModel,
-        }
         (part,) = layout.parts
         # diffusers strips ComfyUI's prefix of some networks only.
         tensors = {_bare(name): tensor for name, tensor in read_tensors(file).items()}
-        module = kinds[layout.family].from_single_file(
+        module = kind.from_single_file(
             tensors, config=str(base.folder / part), torch_dtype=dtype, local_files_only=True
         )
         return {part: module}
