@@ -32,8 +32,9 @@ def with_fitting_captions(
     ]
     texts = [caption for _, caption in captions]
     reasons = _unfit(family, texts, None)
+    of_teacher = [listing.examples[index].read_by_teacher(caption) for index, caption in captions]
     for of_resolution in sizes if seen_by_teacher else ():
-        with_image = _unfit(family, texts, [of_resolution[index] for index, _ in captions])
+        with_image = _unfit(family, of_teacher, [of_resolution[index] for index, _ in captions])
         reasons = {**with_image, **reasons}
     if not reasons:
         return listing
