@@ -141,7 +141,8 @@ def _kept_sentence(who: str, arm: dict[str, Any]) -> str:
 
 def _bound(interval: Sequence[float | None], least: float) -> str:
     value, low, high = interval
-    if low is None:
+    assert value is not None, "a mean is a number"
+    if low is None or high is None:
         return f"{'met' if value >= least else 'missed'} on one thing"
     if low >= least:
         return "met"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dopsd.pocket import CHECKPOINT as POCKET
 from dopsd.pocket.benchmark import METRICS
 
 RESULTS = Path(__file__).parent / "results"
@@ -152,6 +153,12 @@ def _section(
         cells = [_cell(row["nfe"][nfe][metric]) for metric in metrics]
         cells.append(str(round(row["images"])) if row["images"] else "-")
         lines.append(f"| {model} | {' | '.join(cells)} |")
+    packaged = json.loads((POCKET / "dopsd.json").read_text(encoding="utf-8"))["nfe"]
+    if int(nfe) != packaged:
+        lines += [
+            "",
+            f"Of earlier weights; the packaged ones (NFE {packaged}) are not measured here.",
+        ]
     recipes = sorted(file.stem for file in (RECIPES / name).glob("*.yaml"))
     if later := [recipe for recipe in recipes if recipe not in models]:
         lines += ["", f"Not run yet: {', '.join(later)}."]

@@ -14,6 +14,7 @@ from preflight import section
 
 from dopsd.evaluation.statistics import bootstrap
 from dopsd.pocket import CHECKPOINT as POCKET
+from dopsd.pocket.benchmark import OF_THE_THING
 
 INTRODUCTION = """# Results on pocket
 
@@ -57,13 +58,16 @@ def _gate_lines() -> list[str]:
         verdict = "passed" if gate["passed"] else "**missed**"
         measured = f"{gate['value']:.3f} [{gate['low']:.3f}, {gate['high']:.3f}]"
         lines.append(f"| {gate['name']} | {measured} | {gate['wanted']} | {verdict} |")
-    sides = ", ".join(
-        f"{side} thing_error {gates[side]['thing_error']:.3f} "
-        f"and thing_hit {gates[side]['thing_hit']:.3f}"
-        for side in ("student", "teacher")
-    )
-    floor = f"Noise floor of thing_error: {gates['noise_floor_thing_error']:.4f}."
-    return [*lines, "", f"In numbers: {sides}. {floor}", ""]
+    sides = {
+        "student": "pocket",
+        "teacher": "teacher that sees the target",
+        "teacher_sees_another": "teacher that sees another image",
+    }
+    lines += ["", f"| model | {' | '.join(OF_THE_THING)} |", "|---|" + "---|" * len(OF_THE_THING)]
+    for side, name in sides.items():
+        cells = " | ".join(f"{gates[side][metric]:.3f}" for metric in OF_THE_THING)
+        lines.append(f"| {name} | {cells} |")
+    return [*lines, ""]
 
 
 def interval(values: Sequence[float] | np.ndarray, digits: int = 3) -> str:
