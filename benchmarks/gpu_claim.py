@@ -20,6 +20,7 @@ from dopsd.evaluation.scores import read_image, score
 from dopsd.methods import METHODS
 from dopsd.models import load_family
 from dopsd.models.base import latent_size
+from dopsd.models.lora_source import as_loras
 from dopsd.models.pipeline import ImagePipeline, ImageRequest, device_and_dtype
 from dopsd.pocket.demo import ARMS
 from dopsd.runs.outputs.folder import read_rows
@@ -113,7 +114,7 @@ class Claim:
             pipeline = ImagePipeline(family := load_family(self.model))
             shape = (family.channels, *latent_size(family, self.size, self.size))
             encoded = pipeline.encode([ImageRequest(each.prompt, 0, shape) for each in questions])
-            fill([image_set], pipeline, pipeline.load_denoiser(lora), encoded, progress)
+            fill([image_set], pipeline, pipeline.load_denoiser(as_loras(lora)), encoded, progress)
         values, notes = {"sharpness": _sharpness(image_set)}, {}
         for metric in self.metrics:
             short = metric.partition("=")[0]

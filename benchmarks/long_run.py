@@ -15,8 +15,10 @@ import torch
 import typer
 
 from dopsd.config.recipe import load_recipe
+from dopsd.config.schema import INTERMEDIATE
 from dopsd.evaluation.early_stopping import advise
 from dopsd.files import write_json
+from dopsd.models.lora_source import LoraFile
 from dopsd.pocket.benchmark import METRICS
 from dopsd.pocket.world.datasets import write_concept
 from dopsd.runs.comparison.evaluate import Candidate, Evaluator
@@ -63,7 +65,7 @@ def main(
         evaluator = Evaluator(recipe, folder / "answers")
         nfe = evaluator.family.default_nfe
         steps = sorted({usual, last, advice.step or last})
-        tuned = [Candidate(str(step), lora=_lora(run, step)) for step in steps]
+        tuned = [Candidate(str(step), loras=(LoraFile(_lora(run, step)),)) for step in steps]
         entries = []
         for candidate in (
             Candidate("base", "base"),
@@ -87,7 +89,7 @@ def main(
 
 def _lora(run: Path, step: int) -> Path:
     """What the run left after a step; the end has a name of its own."""
-    left = run / f"{run.name}-step{step:06d}.safetensors"
+    left = run / INTERMEDIATE / f"{run.name}-step{step:06d}.safetensors"
     return left if left.exists() else run / f"{run.name}.safetensors"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.sampling import Noise, sample_in_chunks
 from dopsd.models.base import Family
+from dopsd.models.lora_source import Loras, as_loras
 from dopsd.models.pipeline import ImagePipeline, ImageRequest
 
 
@@ -16,7 +17,7 @@ def sample_latents(
     family: Family,
     prompts: Sequence[str],
     noise: Noise,
-    lora: Path | None = None,
+    lora: Loras = None,
     strength: float = 1.0,
     nfe: int | None = None,
     references: Sequence[Path] = (),
@@ -28,7 +29,7 @@ def sample_latents(
         for prompt, seed in zip(prompts, noise.seeds, strict=True)
     ]
     context = Context.stack([each.context for each in pipeline.encode(requests)])
-    denoiser = pipeline.load_denoiser(lora, strength)
+    denoiser = pipeline.load_denoiser(as_loras(lora, strength))
     schedule = family.schedule(nfe or family.default_nfe, *noise.latent_shape[1:])
     scale = family.vae_scale_factor
     with torch.no_grad():

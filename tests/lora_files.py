@@ -54,7 +54,13 @@ def kohya_names():
 
 SCALE = ALPHA / RANK
 IN_METADATA = {
-    "lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})
+    "lora_adapter_metadata": json.dumps(
+        {
+            "transformer.r": RANK,
+            "transformer.lora_alpha": ALPHA,
+            "transformer.target_modules": list(MODULES),
+        }
+    )
 }
 FORMS = {
     "ours": (lambda: peft_names("transformer.", SCALE), None),

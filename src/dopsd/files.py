@@ -11,6 +11,7 @@ import os
 import reprlib
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 
@@ -219,6 +220,39 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
+def refuse_other_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a safetensors file does not hold exactly these tensors. Reads one
+    tensor at a time."""
+    with safe_open(path, framework="pt") as file:
+        if missing := tensors.keys() ^ set(file.keys()):
+            raise ValueError(
+                f"{path} was written with other names ({min(missing)}): do not use it."
+            )
+        for name, tensor in tensors.items():
+            saved = file.get_tensor(name)
+            if saved.dtype != tensor.dtype or not torch.equal(
+                saved.view(torch.uint8), tensor.detach().cpu().contiguous().view(torch.uint8)
+            ):
+                raise ValueError(f"{path}: {name} reads back changed: do not use this file.")
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The dtype of most tensors of a safetensors file, by its header. Raises ValueError for a file
+    that is not readable, or of another kind of number."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    kinds["BF16"] = torch.bfloat16
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            counts = Counter(file.get_slice(name).get_dtype() for name in names)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+    kind = counts.most_common(1)[0][0] if counts else "none"
+    if kind not in kinds:
+        raise ValueError(f"{path} holds {kind}: weights are expected in floating point.")
+    return kinds[kind]
+
+
 def tensor_names(path: Path) -> list[str]:
     """What a safetensors file holds, by its header."""
     try:
@@ -235,6 +269,14 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The hash, in hex, of what a safetensors file of these tensors holds after its header, as
+    ModelSpec and kohya's tools define a model's hash."""
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    header = 8 + int.from_bytes(content[:8], "little")
+    return hashlib.sha256(memoryview(content)[header:]).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -41,6 +41,34 @@ def test_the_model_is_the_one_that_the_lora_file_names_and_is_printed():
     assert Path("fused/model_index.json").is_file()
 
 
+def test_several_loras_are_added_with_a_strength_each():
+    write_lora("a.safetensors", {"base_model": "pocket"})
+    write_lora("b.safetensors", {})
+    loras = ("--lora", "a.safetensors@0.5", "--lora", "b.safetensors@0.25")
+    for words in (("sample", "a star", *loras, "--nfe", "1", "--out", "both"),):
+        assert run(*words)[0].exit_code == 0
+    one = ("--lora", "a.safetensors", "--strength", "0.75", "--nfe", "1", "--out", "one")
+    assert run("sample", "a star", *one)[0].exit_code == 0
+    both, alone = (Path(folder, "0_0.png").read_bytes() for folder in ("both", "one"))
+    assert both == alone, "the two files hold the same LoRA"
+    assert run("fuse", "a.safetensors@0.5", "b.safetensors@0.25")[0].exit_code == 0
+    result, printed = run("sample", "a star", "--lora", "a.safetensors", "--lora", "a.safetensors")
+    assert result.exit_code == 2 and "a.safetensors is given twice" in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "a", "--nfe", "1", "--nfe", "2"),
+        ("compare", "a.yaml", "--report", "a.html", "--report", "b.html"),
+        ("adapter", "train", "a.txt", "--model", "pocket", "--model", "other"),
+    ],
+)
+def test_an_option_of_one_value_is_not_taken_twice(words):
+    result, printed = run(*words)
+    assert result.exit_code == 2 and "is given twice, and takes one value" in printed
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -76,15 +104,15 @@ def test_a_free_name_is_the_next_number():
 @pytest.mark.parametrize(
     "words", [["sample", "a", "--lora", "run"], ["fuse", "run"], ["inspect", "run"]]
 )
-def test_a_folder_instead_of_a_lora_file_is_answered_with_the_file_in_it(words):
+def test_a_folder_of_several_lora_files_is_answered_with_their_names(words):
     write_lora("run/run.safetensors", {"base_model": "pocket"})
     write_lora("run/run-step000001.safetensors", {"base_model": "pocket"})
     result, printed = run(*words)
     assert result.exit_code == 2
-    assert "run is a folder: give the LoRA file in it, such as run/run.safetensors." in printed
+    assert "run holds 2 .safetensors files" in printed
     Path("empty").mkdir()
     printed = run("inspect", "empty")[1]
-    assert "empty is a folder: give a LoRA file (.safetensors)." in printed
+    assert "empty is a folder without a LoRA file (.safetensors)." in printed
 
 
 def test_inspect_shows_the_result_in_a_run_folder():

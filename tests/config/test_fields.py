@@ -10,7 +10,6 @@ PATHS = (
     "output_dir",
     "data.folder",
     "data.more",
-    "lora.init_from",
     "model.training_adapter",
     "sample.prompts",
 )
@@ -21,6 +20,7 @@ NAMES = (
     "model.distilled_by",
     "data.dataset",
     "health.text_model",
+    "lora.init_from",
 )
 
 
@@ -48,6 +48,8 @@ def value_of(recipe: Recipe, key: str) -> object:
     value = getattr(getattr(recipe, section), name) if name else getattr(recipe, section)
     if key == "data.more":
         return value[0].folder
+    if key == "lora.init_from":
+        return value[0]
     return value[0].references[0] if key == "sample.prompts" else value
 
 

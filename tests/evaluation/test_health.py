@@ -206,7 +206,7 @@ def test_a_run_is_examined_and_its_last_healthy_lora_is_kept(concept, tmp_path):
         json.loads(line) for line in (recipe.run_folder / "health.jsonl").read_text().splitlines()
     ]
     assert [(row["step"], row["healthy"]) for row in rows] == [(2, True), (4, True)]
-    assert (recipe.run_folder / "watched-healthy.safetensors").exists()
+    assert recipe.result("-healthy").exists()
     assert "Few-step health" in (recipe.run_folder / "report.html").read_text()
 
 

@@ -192,8 +192,9 @@ def test_a_run_keeps_its_last_checkpoints_and_every_lora_file(concept, tmp_path)
         "step-000005",
     ]
     loras = {path.name for path in recipe.run_folder.glob("*.safetensors")}
-    steps = {f"rotated-step00000{n}.safetensors" for n in (1, 2, 3, 4)}
-    assert loras == {"rotated.safetensors"} | steps
+    steps = {path.name for path in (recipe.run_folder / "intermediate").iterdir()}
+    assert loras == {"rotated.safetensors"}
+    assert steps == {f"rotated-step00000{n}.safetensors" for n in (1, 2, 3, 4)}
 
 
 def test_a_run_folder_that_another_process_writes_is_refused(concept, tmp_path):
@@ -255,8 +256,6 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_logged(concept, tmp_path
     lines = (recipe.run_folder / "metrics.jsonl").read_text().splitlines()
     row = json.loads(lines[1])
     assert row["skipped"] is True and row["loss"] is None
-    before, after = (
-        load_file(recipe.run_folder / f"skipping-step00000{n}.safetensors") for n in (1, 2)
-    )
+    before, after = (load_file(recipe.result(f"-step00000{n}")) for n in (1, 2))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (recipe.run_folder / "report.html").exists()

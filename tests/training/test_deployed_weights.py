@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from dopsd.config.recipe import parse_recipe
 from dopsd.diffusion.sampling import noise_for
 from dopsd.models import load_family
-from dopsd.models.lora import merge_lora
+from dopsd.models.lora import merge_loras
+from dopsd.models.lora_source import LoraFile
 from dopsd.pocket.__main__ import app
 from dopsd.runs.check import check
 from dopsd.runs.outputs.metadata import weights_metadata
@@ -63,7 +64,7 @@ def answer(velocity, pocket, text_encoder):
 
 def with_lora(family, file):
     denoiser = family.load_denoiser(CPU, torch.float32)
-    merge_lora(denoiser.network, file, family)
+    merge_loras(denoiser.network, [LoraFile(file)], family)
     return denoiser
 
 

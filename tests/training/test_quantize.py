@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from dopsd.config.recipe import Recipe, parse_recipe
 from dopsd.models import load_family
 from dopsd.models.inspection import inspect_lora
-from dopsd.models.lora import merge_lora
+from dopsd.models.lora import merge_loras
+from dopsd.models.lora_source import LoraFile
 from dopsd.runs.memory import forecast
 from dopsd.runs.train import train
 from dopsd.training.quantize import quantize, saved_bytes
@@ -81,9 +82,8 @@ def test_a_resumed_run_over_a_quantized_base_is_bitwise_the_straight_one(kind, c
     assert description.startswith(f"{kind}; the base's first velocity moved by ")
     file = straight.run_folder / "straight.safetensors"
     assert dict(inspect_lora(file).lines)["base_while_training"] == kind
-    merge_lora(
-        load_family("pocket").load_denoiser(CPU, torch.float32).network, file, load_family("pocket")
-    )
+    network = load_family("pocket").load_denoiser(CPU, torch.float32).network
+    merge_loras(network, [LoraFile(file)], load_family("pocket"))
 
 
 def test_a_resumed_run_with_moments_in_8_bits_is_bitwise_the_straight_one(concept, tmp_path):

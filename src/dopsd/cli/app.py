@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dopsd.cli import adapter, compare, data, evaluate, generate, tools, train
+from dopsd.cli import adapter, compare, data, evaluate, generate, share, tools, train
 from dopsd.cli.console import say
-from dopsd.cli.options import guarded, unwrapped
+from dopsd.cli.options import OnceCommand, guarded, unwrapped
 
 HELP = """Tune few-step text-to-image models without losing the few steps.
 
@@ -48,6 +48,8 @@ for name, command in {
     "train": train.train,
     "sample": generate.sample,
     "fuse": generate.fuse,
+    "export": share.export,
+    "upload": share.upload,
     "compare": compare.compare,
     "evaluate": evaluate.evaluate,
     "prompts": evaluate.prompts,
@@ -59,9 +61,9 @@ for name, command in {
     "doctor": tools.doctor,
     "demo": compare.demo,
 }.items():
-    app.command(name)(guarded(command))
+    app.command(name, cls=OnceCommand)(guarded(command))
 
 group = typer.Typer(no_args_is_help=True, help=adapter.HELP)
 group.callback()(adapter.group)
-group.command("train")(guarded(adapter.train_adapter))
+group.command("train", cls=OnceCommand)(guarded(adapter.train_adapter))
 app.add_typer(group, name="adapter")

@@ -14,7 +14,8 @@ def compare(
     recipes: Annotated[
         list[Path],
         typer.Argument(
-            help="Recipes, the first of which names model and data; LoRA files; model folders.",
+            help="Recipes, the first of which names model and data; LoRAs, as FILE or "
+            "FILE@STRENGTH, with + between those used together; model folders.",
             show_default=False,
         ),
     ],
@@ -43,11 +44,12 @@ def compare(
     is not done again."""
     from dopsd.config.recipe import load_recipe
     from dopsd.models.folder import is_model
+    from dopsd.models.lora_source import is_lora
     from dopsd.runs.comparison.budget import rule_of
     from dopsd.runs.comparison.compare import compare as compare_recipes
 
     nfes, rule, train_seeds = forwards_of(nfe), rule_of(equal), seeds_of(seeds)
-    tuned = [path for path in recipes if path.suffix == ".safetensors" or is_model(path)]
+    tuned = [path for path in recipes if is_model(path) or is_lora(path)]
     loaded = [load_recipe(path, change or ()) for path in recipes if path not in tuned]
     with progress_bar() as advance:
         outcome = compare_recipes(

@@ -104,7 +104,7 @@ def evaluate(
     real_images = _real_images(targets, questions)
     with progress_bar() as advance:
         if prompts:
-            taken = taken_model(model, lora)
+            taken = taken_model(model, [str(lora)] if lora else None)
             if taken.distilled_by:
                 raise ValueError(
                     f"{lora} belongs to a model that another file distils, and evaluate takes a "

@@ -1,5 +1,6 @@
 """`dopsd sample`, `fuse`: images from a model with a LoRA, and a model with the LoRA added."""
 
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dopsd.cli.console import note, say
-from dopsd.cli.options import DistilledBy, Lora, Side, Strength, TakenModel, lora_file
+from dopsd.cli.options import (
+    LORA_HELP,
+    DistilledBy,
+    Loras,
+    Side,
+    Strength,
+    TakenModel,
+)
 from dopsd.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -20,7 +28,7 @@ def sample(
         typer.Argument(help="Prompts, or a .txt or .jsonl file of them.", show_default=False),
     ],
     model: TakenModel = None,
-    lora: Lora = None,
+    lora: Loras = None,
     strength: Strength = 1.0,
     nfe: Annotated[
         int | None, typer.Option(help="Network forwards; default: the model's own.", min=1)
@@ -68,7 +76,9 @@ def sample(
 
 
 def fuse(
-    lora: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).", show_default=False)],
+    lora: Annotated[
+        list[str], typer.Argument(help=f"{LORA_HELP}. Several are added up.", show_default=False)
+    ],
     model: TakenModel = None,
     strength: Strength = 1.0,
     distilled_by: DistilledBy = None,
@@ -76,27 +86,28 @@ def fuse(
         Path, typer.Option("--out", help="Folder to write, which must not exist.")
     ] = Path("fused"),
 ) -> None:
-    """Write the model with a LoRA added to its weights, as a diffusers folder."""
-    from dopsd.models.folder import fuse as fuse_lora
+    """Write the model with LoRAs added to its weights, as a diffusers folder."""
+    from dopsd.models.folder import fuse as fuse_loras
 
     taken = taken_model(model, lora, distilled_by)
-    fuse_lora(taken.name_or_path, lora, folder, strength, taken.distilled_by)
+    fuse_loras(taken.name_or_path, lora, folder, strength, taken.distilled_by)
     say(f"{folder}; open it with diffusers, or: dopsd sample PROMPT --model {folder}")
 
 
 def taken_model(
-    model: str | None, lora: Path | None, distilled_by: str | None = None
+    model: str | None, lora: Sequence[str] | None, distilled_by: str | None = None
 ) -> "ModelReference":
-    """The model that was given, or the one that the LoRA file names, which is then printed. Raises
+    """The model that was given, or the one that a LoRA file names, which is then printed. Raises
     ValueError where there is neither."""
     from dopsd.models.lora import model_for
+    from dopsd.models.lora_source import as_loras
 
-    if lora is not None:
-        lora_file(lora)
-    reference = model_for(lora, model, distilled_by)
+    loras = as_loras(lora)
+    reference = model_for(loras, model, distilled_by)
     if model is None:
         by = f", distilled by {reference.distilled_by}" if reference.distilled_by else ""
-        note(f"model: {reference.name_or_path}{by}, as {lora} says")
+        source = str(loras[0].path) if len(loras) == 1 else "one of the LoRA files"
+        note(f"model: {reference.name_or_path}{by}, as {source} says")
     return reference
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from dopsd.cli.console import refuse, replace_unencodable
 from dopsd.cli.logs import show_logs
@@ -31,8 +32,17 @@ TakenModel = Annotated[
         "that the LoRA file names."
     ),
 ]
-Lora = Annotated[Path | None, typer.Option(help="LoRA file (.safetensors).")]
-Strength = Annotated[float, typer.Option(help="Strength of the LoRA; 1 is as trained.")]
+LORA_HELP = (
+    "LoRA: a file (.safetensors), a PEFT folder or owner/name on the hub, or one of those with "
+    "@STRENGTH"
+)
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help=f"{LORA_HELP}. Repeatable: the LoRAs are added up."),
+]
+Strength = Annotated[
+    float, typer.Option(help="Strength of the LoRA, 1 is as trained; multiplies that of each.")
+]
 Side = Annotated[int | None, typer.Option(help="Pixels; default: the model's own.", min=1)]
 DistilledBy = Annotated[
     str | None,
@@ -76,16 +86,6 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
     return numbers_of("--seeds", text, 0, MOST_SEED)
 
 
-def lora_file(path: Path) -> Path:
-    """The path, unless it is a folder that holds no adapter. Raises ValueError then, with the LoRA
-    files in it."""
-    if not path.is_dir() or (path / "adapter_config.json").is_file():
-        return path
-    files = sorted(path.glob("*.safetensors"), key=lambda file: len(file.name))
-    example = f"the LoRA file in it, such as {files[0]}" if files else "a LoRA file (.safetensors)"
-    raise ValueError(f"{path} is a folder: give {example}.")
-
-
 def forwards_of(text: str | None) -> tuple[int, ...]:
     """The numbers of `--nfe`."""
     return numbers_of("--nfe", text, 1, MOST_FORWARDS)
@@ -126,6 +126,20 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__doc__ = unwrapped(command.__doc__ or "")
     run.__annotations__ = command.__annotations__ | {"verbose": Verbose}
     return run
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses an option which is given twice and takes one value; the parser would
+    use the last one and say nothing."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for param in order:
+            takes_one = isinstance(param, TyperOption) and not (param.multiple or param.is_flag)
+            if takes_one and order.count(param) > 1:
+                refuse(f"{param.opts[0]} is given twice, and takes one value.")
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
 
 
 def unwrapped(docstring: str) -> str:

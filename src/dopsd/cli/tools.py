@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dopsd.cli.console import field, say, show_table, write_numbers
-from dopsd.cli.options import AsJson, DistilledBy, Model, lora_file
+from dopsd.cli.options import AsJson, DistilledBy, Model
 
 LABEL = 26  # columns
 
@@ -62,26 +62,13 @@ def inspect(
     take it and how."""
     from dopsd.models.folder import is_model
     from dopsd.models.inspection import inspect_lora, inspect_model
+    from dopsd.runs.outputs.upload import result_of
 
     if (file / "config.yaml").is_file():
-        file = _result_of(file)
+        file = result_of(file)
         field("result", file, LABEL)
-    if not is_model(file):
-        lora_file(file)
     for label, value in (inspect_model if is_model(file) else inspect_lora)(file).lines:
         field(label, value, LABEL)
-
-
-def _result_of(run_folder: Path) -> Path:
-    """What a run has made: its LoRA file, or its model folder."""
-    from dopsd.config.recipe import load_recipe
-
-    result = run_folder / load_recipe(run_folder / "config.yaml").result().name
-    if not result.exists():
-        raise ValueError(
-            f"{run_folder} is the folder of a run that has not finished: it holds no {result.name}."
-        )
-    return result
 
 
 def list_methods(json_file: AsJson = None) -> None:

@@ -81,6 +81,13 @@ def _expand_home(path: str) -> str:
         raise ValueError(f"{path.split('/')[0]} has no home folder on this machine") from error
 
 
+def _as_names(value: Any) -> Any:
+    """None (as in run folders of older versions) as no name, one name as a list of it."""
+    if isinstance(value, Path):
+        return (str(value),)
+    return () if value is None else as_list(value)
+
+
 def _as_prompt_or_file(text: str) -> str:
     return _expand_home(text) if text.endswith((".txt", ".jsonl")) else text
 
@@ -96,6 +103,7 @@ def _check_regular_expression(text: str) -> str:
 LocalPath = Annotated[Path, BeforeValidator(_as_local_path)]
 NameOrPath = Annotated[str, Field(min_length=1), BeforeValidator(_as_name_or_path)]
 PromptOrFile = Annotated[str, AfterValidator(_as_prompt_or_file)]
+LoraNames = Annotated[tuple[NameOrPath, ...], BeforeValidator(_as_names)]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_regular_expression)]
 Word = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]

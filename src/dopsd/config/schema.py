@@ -23,6 +23,8 @@ from dopsd.config.training import (
 from dopsd.files import write_text
 from dopsd.methods import AnyMethod, WithRetention
 
+INTERMEDIATE = "intermediate"  # folder of the results on the way, in the run folder
+
 
 class Recipe(Section):
     """Everything a run is made from."""
@@ -97,9 +99,11 @@ class Recipe(Section):
 
     def result(self, mark: str = "") -> Path:
         """Path of the run's result: a LoRA file, or the folder of a whole model. mark: added to the
-        name of an intermediate one, such as `-step000250`."""
+        name of an intermediate one, such as `-step000250`, which lies in a folder of its own:
+        loaders that are given the run folder take the first file in it."""
         extension = ".safetensors" if self.adapter == "lora" else ""
-        return self.run_folder / f"{self.run_name}{mark}{extension}"
+        folder = self.run_folder / INTERMEDIATE if mark else self.run_folder
+        return folder / f"{self.run_name}{mark}{extension}"
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from dopsd.config.fields import LocalPath, Pattern, PromptOrFile, Section, Seed, as_list
+from dopsd.config.fields import LoraNames, Pattern, PromptOrFile, Section, Seed, as_list
 from dopsd.methods import Retention
 
 
@@ -26,8 +26,10 @@ class LoraSection(Section):
         description="Start of A (B is 0): normal with deviation 1 / rank, as in the reference "
         "code, or peft's default, uniform within 1 / sqrt(inputs).",
     )
-    init_from: LocalPath | None = Field(
-        None, description="LoRA file to continue from, of the same rank and targets."
+    init_from: LoraNames = Field(
+        (),
+        description="LoRAs to continue from, FILE or FILE@STRENGTH each; their ranks add up to at "
+        "most lora.rank.",
     )
 
 

@@ -14,7 +14,8 @@ from dopsd.files import atomic_path, sha256_of, write_json, write_jsonl
 from dopsd.images import to_pil
 from dopsd.models import load_family
 from dopsd.models.base import Family, latent_size
-from dopsd.models.lora import merge_lora, read_lora, refuse_strength
+from dopsd.models.lora import merge_loras, read_lora
+from dopsd.models.lora_source import LoraFile, find_lora, refuse_strength
 from dopsd.models.pipeline import EncodedRequest, ImagePipeline, ImageRequest
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -81,7 +82,7 @@ class Plan:
         return {
             "model": self.model,
             "weights": sha256(json.dumps(weights).encode()).hexdigest(),
-            "lora": sha256_of(self.lora) if self.lora else None,
+            "lora": sha256_of(find_lora(self.lora)) if self.lora else None,
             "strength": self.strength,
             "prompts": sha256(prompts.encode()).hexdigest(),
             "width": self.width,
@@ -229,7 +230,7 @@ def _generate(
     fill([g for g in missing if g.name != TUNED], pipeline, denoiser, encoded, progress)
     if tuned := [g for g in missing if g.name == TUNED]:
         assert plan.lora is not None
-        merge_lora(denoiser.network, plan.lora, family, plan.strength)
+        merge_loras(denoiser.network, [LoraFile(plan.lora, plan.strength)], family)
         fill(tuned, pipeline, denoiser, encoded, progress)
 
 

@@ -51,7 +51,7 @@ def load_family(
     if os.path.isfile(folder_or_id):
         import_module("dopsd.models.single_file").refuse_file(Path(folder_or_id))
     checkpoint = Checkpoint(folder_or_id, revision)
-    index = _model_index(checkpoint)
+    index = model_index(checkpoint)
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         known = ", ".join(f"{family} ({cls})" for cls, family in PIPELINES.items())
@@ -77,7 +77,8 @@ def _load(entry: str) -> Any:
         return getattr(import_module(module), attribute)
 
 
-def _model_index(checkpoint: Checkpoint) -> dict:
+def model_index(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's model_index.json. Raises ValueError where it is missing or damaged."""
     file = checkpoint.folder / "model_index.json"
     if not file.is_file():
         raise ValueError(

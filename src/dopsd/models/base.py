@@ -2,20 +2,20 @@
 code branches on these traits, never on a family's name."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dopsd.diffusion.batch import Context
 from dopsd.diffusion.components import VAE, Denoiser, TextEncoder
 from dopsd.diffusion.flow import Schedule, Space
 from dopsd.files import shorten
 from dopsd.models.hub import Checkpoint
-from dopsd.models.lora_forms import Loaders
+from dopsd.models.lora_names import ModuleNames
 
 Size = tuple[int, int]  # (width, height) in pixels, as in Pillow
 
@@ -77,6 +77,22 @@ class MethodTraits(Protocol):
         ...
 
 
+class LoraNaming(Protocol):
+    """What reading and writing LoRA files needs of a family, as a class or a checkpoint of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def export_prefix(self) -> str: ...
+
+    @property
+    def module_names(self) -> ModuleNames: ...
+
+    @property
+    def comfyui_names(self) -> Literal["diffusers", "native", "kohya"]: ...
+
+
 class Family(Protocol):
     """A checkpoint of one family: its traits, known from configs, and its components, loaded on
     demand."""
@@ -90,11 +106,12 @@ class Family(Protocol):
     lora_targets: ClassVar[str]  # regular expression over the network's module names
     quantizable: ClassVar[str]  # likewise: the linear layers that may be quantized
     export_prefix: ClassVar[str]  # the network's folder, and diffusers' prefix of its LoRA keys
-    lora_key_pattern: ClassVar[str]  # regular expression that only this family's LoRA keys match
-    lora_loaders: ClassVar[Loaders]  # what other software makes of the public forms of a LoRA file
+    module_names: ClassVar[ModuleNames]  # its modules' names in diffusers and the original model
+    # The names behind `diffusion_model.` (or kohya's) that most software reads in a LoRA file.
+    comfyui_names: ClassVar[Literal["diffusers", "native", "kohya"]]
     distillable: ClassVar[bool]  # whether model.distilled_by can make a base checkpoint few-step
-    base_version: ClassVar[str]  # as ss_base_model_version, by which interfaces sort LoRA files
 
+    base_version: str  # as ss_base_model_version, by which interfaces sort LoRA files
     architecture: str  # as modelspec.architecture
     licence: str
     hub_licence: str  # its identifier in the hub's list; "other" where it has none there
@@ -165,16 +182,6 @@ class Family(Protocol):
     def settle(self, folder: Path) -> None:
         """Complete a copy of the checkpoint's folder that holds this family's network as loaded:
         write its scheduler where it is not the checkpoint's own."""
-        ...
-
-    def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A LoRA's tensors in any public form as `<export_prefix>.<module>.lora_A.weight` and
-        `.lora_B.weight`, alpha multiplied in. Raises ValueError or KeyError for an unknown form."""
-        ...
-
-    def lora_in_public_form(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """A [r, in] and B [out, r] by module path, scale in B, as the tensors of a file that the
-        family's usual loaders read at strength 1."""
         ...
 
     def starting_points(self, method: MethodTraits) -> dict[str, Any]:

@@ -33,9 +33,8 @@ from dopsd.diffusion.components import TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.models.base import MethodTraits, Size, TeacherVision, Usage, plain_usage
 from dopsd.models.flux2_klein_components import KleinDenoiser, KleinVAE, reference_key
-from dopsd.models.flux2_klein_lora import KEY_PATTERN, LOADERS, in_own_form
+from dopsd.models.flux2_klein_lora import NAMES
 from dopsd.models.hub import Checkpoint
-from dopsd.models.lora import Pairs, diffusers_form
 from dopsd.models.prompt_teacher import PROMPT, PromptTeacher
 from dopsd.models.qwen3 import QwenTextEncoder
 from dopsd.models.qwen3_prompts import Reading, count_tokens, with_suffix
@@ -66,6 +65,7 @@ class Variant:
     """Facts about one size of klein that are not in its configs."""
 
     architecture: str
+    base_version: str
     licence: str
     hub_licence: str
     vlm: str
@@ -73,12 +73,22 @@ class Variant:
 
 # By the width of the text encoder's hidden states.
 VARIANTS = {
-    2560: Variant("Flux.2-klein-4b", "Apache-2.0", "apache-2.0", "Qwen/Qwen3-VL-4B-Instruct"),
+    2560: Variant(
+        "Flux.2-klein-4b",
+        "flux2_klein_4b",
+        "Apache-2.0",
+        "apache-2.0",
+        "Qwen/Qwen3-VL-4B-Instruct",
+    ),
     4096: Variant(
-        "Flux.2-klein-9b", "FLUX-Non-Commercial-License", "other", "Qwen/Qwen3-VL-8B-Instruct"
+        "Flux.2-klein-9b",
+        "flux2_klein_9b",
+        "FLUX-Non-Commercial-License",
+        "other",
+        "Qwen/Qwen3-VL-8B-Instruct",
     ),
 }
-UNKNOWN = Variant("Flux.2-klein", "other", "other", "Qwen/Qwen3-VL-4B-Instruct")
+UNKNOWN = Variant("Flux.2-klein", "flux2_klein", "other", "other", "Qwen/Qwen3-VL-4B-Instruct")
 
 
 class Flux2Klein:
@@ -94,10 +104,9 @@ class Flux2Klein:
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
     quantizable = lora_targets
-    lora_key_pattern, lora_loaders = KEY_PATTERN, LOADERS
+    module_names, comfyui_names = NAMES, "native"
     export_prefix = "transformer"
     distillable = False
-    base_version = "flux2_klein"
     unrelated_prompts: tuple[str, ...] = ()
     default_nfe = NFE
 
@@ -138,7 +147,7 @@ class Flux2Klein:
                 f"encoder makes {self._text_width}: the parts belong to different models."
             )
         variant = VARIANTS.get(text.hidden_size, UNKNOWN)
-        self.architecture = variant.architecture
+        self.architecture, self.base_version = variant.architecture, variant.base_version
         self.licence, self.hub_licence = variant.licence, variant.hub_licence
         teacher_vision, own = teacher_vision or TeacherVision(), folder / "vlm"
         self.teacher_context = teacher_vision.context or self.teacher_contexts[0]
@@ -243,12 +252,6 @@ class Flux2Klein:
 
     def settle(self, folder: Path) -> None:
         pass  # the scheduler is the checkpoint's own
-
-    def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return in_own_form(tensors)
-
-    def lora_in_public_form(self, pairs: Pairs) -> dict[str, Tensor]:
-        return diffusers_form(self.export_prefix, pairs)
 
 
 class KleinTextEncoder:

@@ -39,7 +39,8 @@ class KleinDenoiser(Denoiser):
         prediction = self.network(
             hidden_states=image_tokens.to(dtype),
             encoder_hidden_states=context.tokens.to(dtype),
-            timestep=t.to(z),
+            # Rounded as the pipeline rounds it: 0 ... 1000 in the network's dtype, then divided.
+            timestep=(t.to(z) * 1000).to(dtype) / 1000,
             img_ids=torch.cat(image_ids, dim=1).to(device),
             txt_ids=Flux2KleinPipeline._prepare_text_ids(context.tokens[:1]).to(device),
             return_dict=False,

@@ -1,68 +1,62 @@
-"""LoRA files of FLUX.2: keys that only they have, what loaders make of them, how to read them."""
+"""FLUX.2-klein's modules in LoRA files and single-file checkpoints."""
 
-from collections.abc import Mapping
+from dopsd.models.lora_names import ModuleNames, Row
 
-from diffusers import Flux2KleinPipeline
-from torch import Tensor
-
-from dopsd.models.lora_forms import (
-    ALPHA,
-    AT_STRENGTH_1,
-    BAKED,
-    BARE,
-    IGNORED,
-    IN_METADATA,
-    KOHYA,
-    Loaders,
-)
-
-KEY_PATTERN = r"single_transformer_blocks[._]\d|(double|single)_blocks[._]\d"
-LOADERS: Loaders = {
-    ("transformer.", BAKED): (AT_STRENGTH_1, AT_STRENGTH_1),
-    ("transformer.", IN_METADATA): (
-        AT_STRENGTH_1,
-        "off by alpha / rank: it does not read the metadata",
-    ),
-    ("transformer.", ALPHA): (
-        "off by alpha / rank: it ignores alpha, without a message",
-        AT_STRENGTH_1,
-    ),
-    (BARE, BAKED): (IGNORED, AT_STRENGTH_1),
-    ("base_model.model.", BAKED): (AT_STRENGTH_1, "no"),
-    (KOHYA, ALPHA): (
-        f"{AT_STRENGTH_1}, with the original model's names",
-        "only with the original model's names",
-    ),
+DOUBLE, DOUBLE_DIFFUSERS = "double_blocks.{}", "transformer_blocks.{}"
+SINGLE, SINGLE_DIFFUSERS = "single_blocks.{}", "single_transformer_blocks.{}.attn"
+_FUSED = {
+    "img_attn": ("to_q", "to_k", "to_v"),
+    "txt_attn": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+_DOUBLE_MODULES = {
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "img_attn.proj": "attn.to_out.0",
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "txt_attn.proj": "attn.to_add_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_SINGLE_MODULES = {
+    "linear1": "to_qkv_mlp_proj",
+    "linear2": "to_out",
+    "norm.query_norm": "norm_q",
+    "norm.key_norm": "norm_k",
+}
+_EMBEDDING = "time_guidance_embed"
+_OTHERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": f"{_EMBEDDING}.timestep_embedder.linear_1",
+    "time_in.out_layer": f"{_EMBEDDING}.timestep_embedder.linear_2",
+    "guidance_in.in_layer": f"{_EMBEDDING}.guidance_embedder.linear_1",
+    "guidance_in.out_layer": f"{_EMBEDDING}.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.linear": "proj_out",
 }
 
-
-def in_own_form(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As `Family.lora_in_own_form`, by diffusers' conversion. That multiplies alpha in for kohya's
-    names only, and knows no prefix but its own and `diffusion_model.`."""
-    if not any(name.startswith("lora_unet_") for name in tensors):
-        tensors = _with_alpha_multiplied_in(tensors)
-    converted: Mapping[str, Tensor] = Flux2KleinPipeline.lora_state_dict(dict(tensors))  # type: ignore[assignment]
-    return {
-        f"transformer.{name.removeprefix('transformer.')}": tensor
-        for name, tensor in converted.items()
-    }
-
-
-def _with_alpha_multiplied_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dotted LoRA names as peft writes them, every alpha multiplied into its B."""
-    peft_words = {
-        ".lora_down.": ".lora_A.",
-        ".lora_up.": ".lora_B.",
-        "lora.down.": "lora_A.",
-        "lora.up.": "lora_B.",
-    }
-    renamed = {}
-    for name, tensor in tensors.items():
-        for other, ours in peft_words.items():
-            name = name.replace(other, ours)
-        renamed[name] = tensor
-    for name in [name for name in renamed if name.endswith(".alpha")]:
-        module, alpha = name.removesuffix(".alpha"), renamed.pop(name).item()
-        rank = len(renamed[f"{module}.lora_A.weight"])
-        renamed[f"{module}.lora_B.weight"] = renamed[f"{module}.lora_B.weight"] * (alpha / rank)
-    return renamed
+NAMES = ModuleNames(
+    rows=(
+        *(
+            Row(f"{DOUBLE}.{part}.qkv", tuple(f"{DOUBLE_DIFFUSERS}.attn.{each}" for each in fused))
+            for part, fused in _FUSED.items()
+        ),
+        *(
+            Row(f"{DOUBLE}.{native}", (f"{DOUBLE_DIFFUSERS}.{module}",))
+            for native, module in _DOUBLE_MODULES.items()
+        ),
+        *(
+            Row(f"{SINGLE}.{native}", (f"{SINGLE_DIFFUSERS}.{module}",))
+            for native, module in _SINGLE_MODULES.items()
+        ),
+        *(Row(native, (module,)) for native, module in _OTHERS.items()),
+        # shift before scale there, scale before shift in diffusers
+        Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
+    ),
+    weights={"query_norm": "scale", "key_norm": "scale"},
+)

@@ -6,20 +6,24 @@ folder needs no dopsd.
 
 import json
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dopsd.files import atomic_path, read_tensors, write_json
-from dopsd.models import load_family
+from dopsd.files import atomic_path, read_tensors, stored_dtype, write_json
+from dopsd.models import load_family, model_index
 from dopsd.models.base import Family
 from dopsd.models.lora import model_for, read_lora
+from dopsd.models.lora_source import Loras, as_loras
 from dopsd.models.pipeline import ImagePipeline
 
 ABOUT, TUNED = "dopsd.json", "tuned"
+# What is copied of a checkpoint's folder: at its root, and of its parts.
+ROOT_FILES = ("model_index.json", ABOUT, "LICENSE*")
+PART_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors")
 
 
 def write_model(
@@ -33,9 +37,7 @@ def write_model(
     """
     with atomic_path(folder) as temporary:
         source = family.checkpoint.whole()
-        shutil.copytree(
-            source, temporary, ignore=shutil.ignore_patterns(family.export_prefix, ".*")
-        )
+        shutil.copytree(source, temporary, ignore=_left_out(source, family))
         part = temporary / family.export_prefix
         try:
             network.save_pretrained(part)  # type: ignore[operator] - every diffusers model
@@ -48,11 +50,30 @@ def write_model(
                 file.rename(plain)
         family.settle(temporary)
         if tuned is not None:
-            # The original checkpoint's model card does not describe the tuned model.
-            (temporary / "README.md").unlink(missing_ok=True)
             write_json(temporary / ABOUT, _about(temporary) | {TUNED: dict(tuned)})
         load_family(str(temporary))
         _refuse_other_tensors(part, network)
+
+
+def _left_out(source: Path, family: Family) -> Callable[[str, list[str]], list[str]]:
+    """What of a checkpoint's folder a pipeline does not read, for `copytree`: the network, which is
+    replaced; single-file checkpoints and the model card at its root, which are of the untuned
+    model; files of other kinds than configs and weights."""
+    parts = (model_index(family.checkpoint).keys() | {"vlm"}) - {family.export_prefix}
+
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        if Path(folder) != source:
+            return [name for name in names if not any(map(PurePath(name).match, PART_FILES))]
+        kept = {name for name in names if any(map(PurePath(name).match, ROOT_FILES))}
+        return [name for name in names if name not in kept | parts]
+
+    return ignored
+
+
+def network_dtype(family: Family) -> torch.dtype:
+    """The dtype in which a checkpoint's network is stored."""
+    part = family.checkpoint.part(family.export_prefix)
+    return stored_dtype(next(iter(sorted(part.glob("*.safetensors")))))
 
 
 def is_model(path: Path) -> bool:
@@ -91,23 +112,27 @@ def _refuse_other_tensors(part: Path, network: nn.Module) -> None:
 
 def fuse(
     name_or_path: str | None,
-    lora: Path,
+    lora: Loras,
     folder: Path,
     strength: float = 1.0,
     distilled_by: str | None = None,
 ) -> None:
-    """Write the model as a diffusers folder with the LoRA added to its weights; opening it needs no
+    """Write the model as a diffusers folder with LoRAs added to its weights; opening it needs no
     LoRA file.
 
-    name_or_path: None: the model in the LoRA file's metadata (`model_for`). Raises ValueError
+    name_or_path: None: the model in the LoRA file's metadata (`model_for`). lora: one or several,
+    as `sample` takes them. Raises ValueError
     where the folder exists, or for a LoRA that does not fit.
     """
     if folder.exists():
         raise ValueError(
             f"{folder} exists and is not overwritten: choose another folder with --out."
         )
-    model = model_for(lora, name_or_path, distilled_by)
+    loras = as_loras(lora, strength)
+    model = model_for(loras, name_or_path, distilled_by)
     family = load_family(model.name_or_path, distilled_by=model.distilled_by)
-    read_lora(lora, family)  # refused before gigabytes are loaded
-    network = ImagePipeline(family).load_denoiser(lora, strength).network
+    for each in loras:
+        read_lora(each.path, family)  # refused before gigabytes are loaded
+    # In the checkpoint's own dtype: the sum is rounded to it once, on any device.
+    network = ImagePipeline(family, network_dtype(family)).load_denoiser(loras).network
     write_model(folder, network, family)

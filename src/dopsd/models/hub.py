@@ -163,6 +163,28 @@ def weights_file(name: str, called: str) -> Path:
     return path
 
 
+def adapter_on_hub(repo: str, usual_names: Sequence[str]) -> Path:
+    """The folder of a LoRA's repository on the hub, with its adapter_config.json and the file of a
+    usual name, or else the .safetensors files at its root. Raises ValueError where it cannot be
+    fetched."""
+    folder = _fetch(repo, None, ["adapter_config.json", *usual_names])
+    if any((folder / name).is_file() for name in usual_names):
+        return folder
+    return _fetch(repo, None, ["*.safetensors"], ["*/*"])
+
+
+def upload(folder: Path, repo: str, private: bool) -> str:
+    """Upload a folder to a repository on the hub, which is made where it does not exist; its
+    address. Raises ValueError where nobody is logged in, or the hub refuses."""
+    from huggingface_hub import HfApi
+
+    with _refusals(repo, None):
+        api = HfApi()
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by dopsd")
+    return str(address)
+
+
 def weights_here(name: str, called: str) -> Path | None:
     """Such a file where it is on this machine; None where it is only on the hub. Raises ValueError
     where it does not exist, without fetching it."""

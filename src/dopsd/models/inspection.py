@@ -1,22 +1,24 @@
 """What a LoRA file or a model's folder is: family, form, rank, metadata, and which loaders read it
 and how (docs/lora_files.md)."""
 
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from dopsd.files import read_metadata, read_tensors
-from dopsd.models import FAMILIES, family_class, load_family
+from dopsd.files import read_metadata, read_tensors, shorten
+from dopsd.models import load_family
 from dopsd.models.folder import tuning_metadata
-from dopsd.models.lora import refuse_other_kinds
-from dopsd.models.lora_forms import UNKNOWN, form_of, scale_of
+from dopsd.models.lora import family_of, read_lora, reads_without_scale
+from dopsd.models.lora_deltas import Delta, LowRank
+from dopsd.models.lora_in_diffusers import loaded_by_diffusers
+from dopsd.models.lora_keys import SortedKeys, sort_keys
+from dopsd.models.lora_loaders import PROGRAMS, loaded_by
+from dopsd.models.lora_scale import config_beside
+from dopsd.models.lora_source import find_lora
 
-DOWN_KEY = r"(lora_A|lora_down|lora\.down)(\.default)?\.weight$"
-PARTNERS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
 # Metadata that is shown, in this order.
 SHOWN_METADATA = (
     "base_model",
@@ -47,30 +49,33 @@ class Inspected:
 
 def inspect_lora(path: Path) -> Inspected:
     """Describe a file by its keys and metadata. Raises ValueError for a file that is not readable
-    as safetensors or holds no LoRA."""
+    as safetensors or holds no adapter of a known family."""
+    path = find_lora(path)
     tensors, metadata = read_tensors(path), read_metadata(path)
-    downs = {name: tensor for name, tensor in tensors.items() if re.search(DOWN_KEY, name)}
-    _refuse_no_lora(path, tensors, downs)
-    form, scale = form_of(tensors), scale_of(tensors, metadata)
-    families = [
-        family
-        for family in map(family_class, FAMILIES)
-        if any(re.search(family.lora_key_pattern, name) for name in downs)
-    ]
-    names = " or ".join(family.name for family in families)
-    loaders = families[0].lora_loaders if len(families) == 1 else {}
-    diffusers, comfy = loaders.get((form, scale), (UNKNOWN, UNKNOWN))
-    ranks = Counter(str(min(tensor.shape[:2])) for tensor in downs.values())
+    family = family_of(path)
+    keys = sort_keys(tensors, family.module_names)
+    try:
+        deltas, fault = read_lora(path, family), None
+    except ValueError as error:
+        deltas, fault = {}, str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")
+    first = next(iter(keys.modules))
+    config = metadata.get("ss_base_model_version")
     return Inspected(
         (
-            ("family", metadata.get("ss_base_model_version") or names or UNKNOWN),
-            ("keys", f"{form}, e.g. {next(iter(downs))}"),
-            ("modules", str(len(downs))),
-            ("rank", ", ".join(ranks)),
+            ("family", config or family.name),
+            ("keys", f"{keys.places[first].prefix or 'no prefix'}, e.g. {_example(keys, first)}"),
+            ("modules", _modules(keys)),
+            ("kind", _kinds(keys)),
+            ("rank", _ranks(deltas)),
             ("dtype", _dtypes(tensors.values())),
-            ("scale", scale),
-            ("diffusers", diffusers),
-            ("ComfyUI", comfy),
+            ("scale", _scale(path, tensors, metadata)),
+            ("dopsd", f"refuses it: {fault}" if fault else "strength 1"),
+            ("diffusers", loaded_by_diffusers(path, family, deltas) if deltas else "not tried"),
+            *(
+                (name, loaded_by(program, family.name, family.module_names, keys))
+                for name, program in PROGRAMS.items()
+            ),
+            *_unused(keys),
             *_shown(metadata),
         )
     )
@@ -100,18 +105,61 @@ def inspect_model(folder: Path) -> Inspected:
     )
 
 
-def _refuse_no_lora(path: Path, names: Collection[str], downs: Mapping[str, Tensor]) -> None:
-    if not downs:
-        raise ValueError(
-            f"{path} holds no LoRA: of its {len(names)} tensors none is a lora_A or lora_down "
-            "weight."
-        )
-    refuse_other_kinds(path, names)
-    for name, tensor in downs.items():
-        if not any(down in name and name.replace(down, up) in names for down, up in PARTNERS):
-            raise ValueError(f"{path} holds half a LoRA: {name} has no partner.")
-        if tensor.ndim < 2:
-            raise ValueError(f"{path} is not a LoRA: {name} has {tensor.ndim} dimensions.")
+def _example(keys: SortedKeys, module: str) -> str:
+    return shorten(next(iter(keys.modules[module].values())))
+
+
+def _modules(keys: SortedKeys) -> str:
+    parts = sum(len(place.parts) for place in keys.places.values())
+    fused = f", which are {parts} in diffusers" if parts != len(keys.places) else ""
+    return f"{len(keys.modules)}{fused}"
+
+
+def _kinds(keys: SortedKeys) -> str:
+    words = {"a": "LoRA", "lokr": "LoKr", "hada": "LoHa", "diff": "whole differences"}
+    kinds = Counter(
+        word
+        for slots in keys.modules.values()
+        for start, word in words.items()
+        if any(slot == start or slot.startswith(f"{start}_") for slot in slots)
+    )
+    return ", ".join(kinds) or "incomplete"
+
+
+def _ranks(deltas: Mapping[str, Delta]) -> str:
+    ranks = Counter(
+        len(delta.a) if isinstance(delta, LowRank) else delta.kind for delta in deltas.values()
+    )
+    return ", ".join(str(rank) for rank, _ in ranks.most_common(8)) or "not known"
+
+
+def _scale(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Where a file states its scale."""
+    if any(name.endswith(".alpha") for name in tensors):
+        return "alpha tensors"
+    if config := config_beside(path):
+        return f"{config.name} beside it"
+    if "lora_adapter_metadata" in metadata:
+        return "lora_adapter_metadata"
+    if reads_without_scale(path, list(tensors)):
+        return "not stated: PEFT's adapter_config.json is missing; taken as alpha = rank"
+    return "multiplied in, or alpha = rank"
+
+
+def _unused(keys: SortedKeys) -> list[tuple[str, str]]:
+    """Every kind of key that does not take part, for the reader here and what it means."""
+    groups = [
+        *((f"not read: {kind}", names) for kind, names in keys.not_read.items()),
+        *((f"left out: {part}", names) for part, names in keys.left_out.items()),
+        ("unknown module", keys.misplaced),
+        ("second adapter", keys.twice),
+        ("unknown key", keys.unknown),
+    ]
+    return [
+        (label, f"{len(names)} tensors, e.g. {shorten(names[0])}")
+        for label, names in groups
+        if names
+    ]
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:

@@ -1,67 +1,193 @@
 """LoRA files: reading every public form, and adding a LoRA to a network's weights.
 
-Inside the package a LoRA is (A [r, in], B [out, r]) by module path, with the scale in B. Each
-family maps its public forms to that (`Family.lora_in_own_form`). Runs write theirs in
+Inside the package a LoRA is a delta by diffusers module path (`lora_deltas`), with the scale in it.
+Names are the matter of `lora_names` and `lora_keys`, scales of `lora_scale`. Runs write theirs in
 `runs/outputs/lora_export.py`.
 """
 
-import json
-import math
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dopsd.files import read_metadata, read_tensors
-from dopsd.models import BUILT_IN
-from dopsd.models.base import Family
+from dopsd.files import read_metadata, read_tensors, shorten, tensor_names
+from dopsd.models import BUILT_IN, FAMILIES, family_class
+from dopsd.models.base import Family, LoraNaming
 from dopsd.models.hub import is_hub_file, is_hub_id
+from dopsd.models.lora_deltas import Delta, LowRank, delta_of, rows_of, swap_halves
+from dopsd.models.lora_keys import SortedKeys, sort_keys
+from dopsd.models.lora_scale import AdapterConfig, config_beside, read_config
+from dopsd.models.lora_source import LoraFile, find_lora
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-Pairs = Mapping[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by module path
+log = logging.getLogger(__name__)
+
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 
-def read_lora(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA file's A [r, in] and B [out, r], scale in B, by module path, whichever tool wrote it;
-    for a convolution, `in` is input channels times kernel size. Raises ValueError for a file that
-    is not a LoRA of this family, or of a kind whose deltas are not B @ A."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file; no other format is read.")
-    tensors, scale = read_tensors(path), _scale_in_metadata(path, family.export_prefix)
-    refuse_other_kinds(path, tensors)
-    try:
-        own = family.lora_in_own_form(tensors)
-    except (
-        ValueError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        IndexError,
-    ) as error:  # raised by diffusers, on any content
-        raise ValueError(f"{path} is not a LoRA that {family.name} can read ({error}).") from error
-    pairs = _pairs(path, own, family.export_prefix)
-    for module, (a, b) in pairs.items():
-        if a.dtype not in DTYPES or b.dtype not in DTYPES:
+def read_lora(path: Path, family: LoraNaming) -> dict[str, Delta]:
+    """A LoRA's deltas by module path, scale included, whichever tool wrote it.
+
+    path: a file, a folder or a name on the hub (`find_lora`). Keys of text encoders and other parts
+    are left out, with a warning. Raises ValueError for a file that is not a LoRA of this
+    family, or holds what is not read.
+    """
+    path = find_lora(path)
+    tensors = read_tensors(path)
+    keys = sort_keys(tensors, family.module_names)
+    _refuse(path, keys, family.name)
+    for part, names in keys.left_out.items():
+        _tell_left_out(path, part, len(names))
+    config = read_config(path, family.export_prefix)
+    deltas: dict[str, Delta] = {}
+    for module, slots in keys.modules.items():
+        place = keys.places[module]
+        try:
+            held = {slot: _readable(tensors[key]) for slot, key in slots.items()}
+            delta = delta_of(held, _scale(held.get("alpha"), config, (module, *place.parts)))
+            if place.swapped:
+                delta = swap_halves(delta)
+            if delta.size[0] % len(place.parts):
+                raise ValueError(f"has {delta.size[0]} rows for {len(place.parts)} modules")
+            for index, part in enumerate(place.parts):
+                _add(deltas, part, rows_of(delta, index, len(place.parts)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {shorten(module)} {error}.") from error
+    return deltas
+
+
+@cache  # a file is read more than once
+def _tell_left_out(path: Path, part: str, tensors: int) -> None:
+    log.warning("%s also adapts a %s (%d tensors), which is left out.", path, part, tensors)
+
+
+def low_rank(path: Path, family: LoraNaming) -> dict[str, LowRank]:
+    """Like `read_lora`, for what needs A and B. Raises ValueError for a module whose delta is not
+    their product."""
+    pairs = {}
+    for module, delta in read_lora(path, family).items():
+        if not isinstance(delta, LowRank):
             raise ValueError(
-                f"{path} holds {module} as {a.dtype}; dopsd reads float32, float16 and bfloat16."
+                f"{path} holds {module} as {delta.kind}, and plain LoRA is needed here."
             )
-        fits = (
-            a.ndim == b.ndim
-            and a.ndim in (2, 4)
-            and len(a) == b.shape[1]
-            and b.numel() == len(b) * len(a)
+        pairs[module] = delta
+    return pairs
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"is stored as {tensor.dtype}; float32, float16, bfloat16 and float8 are read"
         )
-        if not fits:
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError("holds NaN or infinite values: its training diverged")
+    return tensor
+
+
+def _scale(
+    alpha: Tensor | None, config: AdapterConfig | None, names: Sequence[str]
+) -> Callable[[int | None], float]:
+    """The scale from the rank. An alpha tensor and settings must agree; without either the scale is
+    1, as every loader takes it."""
+
+    def scale(rank: int | None) -> float:
+        stated = config.scale(names, rank) if config else None
+        if alpha is None:
+            return 1.0 if stated is None else stated
+        if alpha.numel() != 1:
+            raise ValueError(f"has an alpha of {alpha.numel()} numbers")
+        own = alpha.item() / rank if rank else 1.0
+        if config and stated is not None and abs(stated - own) > 1e-6 * abs(own):
             raise ValueError(
-                f"{path}: A {tuple(a.shape)} and B {tuple(b.shape)} of {module} do not make a LoRA."
+                f"has the scale {own:g} by its alpha and {stated:g} by {config.source}"
             )
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(
-                f"{path}: {module} holds NaN or infinite values: its training diverged."
+        return own
+
+    return scale
+
+
+def _add(deltas: dict[str, Delta], part: str, delta: Delta) -> None:
+    """Some files hold a fused module and its parts: the same delta twice."""
+    before = deltas.setdefault(part, delta)
+    if before is delta:
+        return
+    if before.size != delta.size or not torch.allclose(before.dense(), delta.dense(), atol=1e-6):
+        raise ValueError(f"adapts {part}, which another key adapts differently")
+
+
+def _refuse(path: Path, keys: SortedKeys, family: str) -> None:
+    """Raise ValueError where not every key of a file can be used, or has a reason to be left
+    out."""
+    if keys.not_read:
+        kind, names = next(iter(keys.not_read.items()))
+        raise ValueError(
+            f"{path} holds {kind} ({names[0]}), which is not read: LoRA, LoCon, LoKr and LoHa are."
+        )
+    if keys.misplaced:
+        raise ValueError(f"{path} {why_misplaced(keys.misplaced[0], family)}")
+    if keys.twice:
+        raise ValueError(f"{path} holds two adapters of one module (second: {keys.twice[0]}).")
+    if keys.unknown or not keys.modules:
+        others = [key for names in keys.left_out.values() for key in names]
+        example = next(iter(keys.unknown or others), "nothing")
+        raise ValueError(f"{path} is no LoRA of {family}: it holds {shorten(example)}.")
+
+
+def family_of(path: Path) -> type[Family]:
+    """The family whose modules a LoRA file names, most of them where there are several. Raises
+    ValueError for a file that holds no adapter of a known one."""
+    names = tensor_names(path)
+    by_family = {
+        family: sort_keys(names, family.module_names) for family in map(family_class, FAMILIES)
+    }
+    family = max(by_family, key=lambda each: len(by_family[each].places))
+    keys = by_family[family]
+    if keys.modules:
+        return family
+    if keys.not_read:
+        kind, examples = next(iter(keys.not_read.items()))
+        raise ValueError(f"{path} holds {kind} ({shorten(examples[0])}), which is not read.")
+    if keys.misplaced:
+        raise ValueError(f"{path} {why_misplaced(keys.misplaced[0], family.name)}")
+    raise ValueError(
+        f"{path} holds no LoRA: of its {len(names)} tensors none belongs to an adapter of a model "
+        "that is known here."
+    )
+
+
+def why_misplaced(key: str, family: str) -> str:
+    """Why the module of a key is not one of the family's, as the end of a sentence that begins with
+    the file's name."""
+    key = shorten(key)
+    for other in FAMILIES:
+        names = family_class(other).module_names
+        if other != family and not sort_keys([key], names).misplaced:
+            return f"adapts {key}, which {family} does not have: it is a LoRA of {other}."
+        if other == family and (prefix := names.unknown_prefix(key.rpartition(".lora")[0])):
+            return (
+                f"adapts {key}, whose module is known behind other prefixes than {prefix!r}: "
+                "rename its keys."
             )
-    return {module: (a.flatten(1), b.flatten(1) * scale) for module, (a, b) in pairs.items()}
+    return f"adapts {key}, which {family} does not have: another family?"
+
+
+def reads_without_scale(path: Path, names: Sequence[str]) -> bool:
+    """Whether a file has PEFT's own key names and nothing that states its alpha: PEFT keeps it in
+    an adapter_config.json, which is not there."""
+    is_peft = all(name.startswith("base_model.model.") for name in names)
+    stated = "lora_adapter_metadata" in read_metadata(path) or config_beside(path)
+    return is_peft and not stated and not any(name.endswith(".alpha") for name in names)
 
 
 @dataclass(frozen=True)
@@ -73,20 +199,24 @@ class ModelReference:
 
 
 def model_for(
-    lora: Path | None, name_or_path: str | None = None, distilled_by: str | None = None
+    loras: Sequence[LoraFile],
+    name_or_path: str | None = None,
+    distilled_by: str | None = None,
 ) -> ModelReference:
-    """The model to use with a LoRA file: the given one, else the one in the file's metadata
-    (`base_model`, `distilled_by`).
+    """The model to use with LoRA files: the given one, else the one in the metadata of the first
+    that names one (`base_model`, `distilled_by`).
 
-    Raises ValueError where no model is given and the file names none, or only the name of a local
+    Raises ValueError where no model is given and the files name none, or only the name of a local
     folder or file, whose path is not recorded.
     """
     if name_or_path is not None:
         return ModelReference(name_or_path, distilled_by)
     how = "give it with --model (name_or_path in Python): a diffusers folder or a hub id"
-    if lora is None:
+    if not loras:
         raise ValueError(f"no model and no LoRA file that could name one: {how}.")
-    metadata = read_metadata(lora)
+    files = [find_lora(lora.path) for lora in loras]
+    naming = [(file, read_metadata(file)) for file in files]
+    lora, metadata = next((each for each in naming if each[1].get("base_model")), naming[0])
     base = metadata.get("base_model")
     if not base:
         raise ValueError(f"{lora} does not record which model it was tuned on: {how}.")
@@ -104,78 +234,41 @@ def model_for(
     return ModelReference(base, distilled_by or recorded)
 
 
-def diffusers_form(prefix: str, pairs: Pairs) -> dict[str, Tensor]:
-    """`<prefix>.<diffusers module path>.lora_A.weight` and `.lora_B.weight`, no alpha: for
-    transformers the one form that both diffusers and ComfyUI read at strength 1."""
-    a = {f"{prefix}.{module}.lora_A.weight": pair[0] for module, pair in pairs.items()}
-    return a | {f"{prefix}.{module}.lora_B.weight": pair[1] for module, pair in pairs.items()}
-
-
-def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
-    """Raise ValueError for adapters whose deltas are not B @ A."""
-    names = list(names)
-    for mark, kind in (("dora_scale", "DoRA"), (".lokr_", "LoKr"), (".hada_", "LoHa")):
-        if any(mark in name for name in names):
-            raise ValueError(f"{path} is a {kind} file; dopsd reads plain LoRA only.")
-
-
-def _scale_in_metadata(path: Path, prefix: str) -> float:
-    """alpha / rank where the metadata give them as diffusers writes peft's config; else 1."""
-    try:
-        config = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-        rank, alpha = config.get(f"{prefix}.r"), config.get(f"{prefix}.lora_alpha")
-        return alpha / rank if rank and alpha else 1.0
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: its lora_adapter_metadata cannot be read ({error}).") from error
-
-
-def _pairs(
-    path: Path, tensors: Mapping[str, Tensor], prefix: str
-) -> dict[str, tuple[Tensor, Tensor]]:
-    unpaired, pairs = dict(tensors), {}
-    for name in tensors:
-        partner = name.replace(".lora_A.weight", ".lora_B.weight")
-        if name.startswith(f"{prefix}.") and name != partner and partner in unpaired:
-            module = name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight")
-            pairs[module] = (unpaired.pop(name), unpaired.pop(partner))
-    if unpaired or not pairs:
-        example = next(iter(unpaired), "nothing")
-        raise ValueError(
-            f"{path} is no LoRA of the form {prefix}.<module>.lora_A/B.weight: it holds {example}."
-        )
-    return pairs
-
-
-def refuse_strength(strength: float) -> None:
-    """Raise ValueError for a strength that is not finite."""
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength is {strength}; it must be a finite number (1: as trained).")
-
-
 @torch.no_grad()
-def merge_lora(network: nn.Module, path: Path, family: Family, strength: float = 1.0) -> None:
-    """Add a LoRA file's deltas to the network's weights. Raises ValueError when a module or shape
-    does not fit."""
-    refuse_strength(strength)
-    for module, (a, b) in read_lora(path, family).items():
-        weight = refuse_misfit(path, module, network, (len(b), a.shape[1]))
-        delta = (b.double() @ a.double() * strength).reshape(weight.shape)
-        weight.copy_((weight.double().cpu() + delta).to(weight))
+def merge_loras(network: nn.Module, loras: Sequence[LoraFile], family: LoraNaming) -> None:
+    """Add LoRA files' deltas, each times its strength, to the network's weights.
+
+    The sum is computed in float64 and rounded once, to the weight's dtype. Raises ValueError where
+    a module or shape does not fit, or the sum is not finite there."""
+    # All are read before the first weight is changed.
+    read = [(lora, read_lora(lora.path, family)) for lora in loras]
+    for lora, deltas in read:
+        for module, delta in deltas.items():
+            refuse_misfit(lora.path, module, network, delta)
+    for module in dict.fromkeys(module for _, deltas in read for module in deltas):
+        weight = network.get_parameter(f"{module}.weight")
+        total = weight.double().cpu()
+        for lora, deltas in read:
+            if module in deltas:
+                total += (deltas[module].dense() * lora.strength).reshape(weight.shape)
+        weight.copy_(total.to(weight))
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{', '.join(str(lora) for lora in loras)}: the weight {module} is no longer "
+                f"finite in {weight.dtype}: the LoRA diverged, or its strength is too large."
+            )
 
 
-def refuse_misfit(
-    path: Path, module: str, network: nn.Module, size: tuple[int, int]
-) -> nn.Parameter:
-    """The weight that a delta of this size (out, in) belongs to. Raises ValueError where the
-    network has no such weight."""
+def refuse_misfit(path: Path, module: str, network: nn.Module, delta: Delta) -> None:
+    """Raise ValueError where the network has no weight that a delta belongs to."""
     try:
         weight = network.get_parameter(f"{module}.weight")
     except AttributeError as error:
         raise ValueError(
             f"{path} adapts {module}, which this model does not have: another family?"
         ) from error
-    if weight.flatten(1).shape != size:
+    if weight.flatten(1).shape != delta.size:
         raise ValueError(
-            f"{path} adapts {module} as {size[0]} x {size[1]}; here it is {tuple(weight.shape)}."
+            f"{path} adapts {module} as {delta.size[0]} x {delta.size[1]}; here it is "
+            f"{tuple(weight.shape)}."
         )
-    return weight

@@ -23,7 +23,8 @@ from dopsd.diffusion.sampling import Noise, decode_images, sample_in_chunks
 from dopsd.images import open_image, to_pil
 from dopsd.models import load_family
 from dopsd.models.base import Family, fitted_size, latent_size
-from dopsd.models.lora import merge_lora, model_for, read_lora, refuse_strength
+from dopsd.models.lora import merge_loras, model_for, read_lora
+from dopsd.models.lora_source import LoraFile, Loras, as_loras
 
 Progress = Callable[[int, int], None]  # images done, of how many
 
@@ -86,11 +87,11 @@ class ImagePipeline:
                     contexts[key] = request.encode(text_encoder).to("cpu")
         return [EncodedRequest(each, contexts[each.prompt, each.references]) for each in requests]
 
-    def load_denoiser(self, lora: Path | None = None, strength: float = 1.0) -> Denoiser:
-        """The denoiser, a LoRA file's deltas added to its weights where one is given."""
+    def load_denoiser(self, loras: Sequence[LoraFile] = ()) -> Denoiser:
+        """The denoiser, the LoRAs' deltas added to its weights."""
         denoiser = self.family.load_denoiser(self.device, self.dtype)
-        if lora:
-            merge_lora(denoiser.network, lora, self.family, strength)
+        if loras:
+            merge_loras(denoiser.network, loras, self.family)
         return denoiser
 
     @cached_property
@@ -145,7 +146,7 @@ def generate_images(
 def sample(
     name_or_path: str | None,
     prompts: Sequence[str],
-    lora: Path | None = None,
+    lora: Loras = None,
     strength: float = 1.0,
     nfe: int | None = None,
     seed: int = 0,
@@ -158,20 +159,22 @@ def sample(
     """Generate one image for each prompt as the model is deployed, image i from seed + i.
 
     name_or_path: a diffusers folder, a hub id, or the name of a built-in model; None: the model in
-    the LoRA file's metadata (`model_for`). nfe: forwards of the sampler; None: the model's
-    own number. width, height: in pixels; None: of the first reference, else the model's own.
-    references: images that every prompt edits. distilled_by: a file that makes a base checkpoint a
-    few-step model. Raises ValueError for what the model cannot generate or load.
+    the LoRA file's metadata (`model_for`). lora: one or several, each a file, a folder, owner/name
+    on the hub, or any of those with @STRENGTH. strength: multiplies that of all. nfe: forwards of
+    the sampler; None: the model's own number. width, height: in pixels; None: of the first
+    reference, else the model's own. references: images that every prompt edits. distilled_by: a
+    file that makes a base checkpoint a few-step model. Raises ValueError for what the model cannot
+    generate or load.
     """
     # Refuse before gigabytes are loaded.
-    refuse_strength(strength)
-    model = model_for(lora, name_or_path, distilled_by)
+    loras = as_loras(lora, strength)
+    model = model_for(loras, name_or_path, distilled_by)
     family = load_family(model.name_or_path, distilled_by=model.distilled_by)
     sizes = [fitted_size(family, path, open_image(path).size) for path in references]
     default_width, default_height = sizes[0] if sizes else (family.resolution, family.resolution)
     size = latent_size(family, height or default_height, width or default_width)
-    if lora:
-        read_lora(lora, family)
+    for each in loras:
+        read_lora(each.path, family)
 
     requests = [
         ImageRequest(prompt, seed + index, (family.channels, *size), tuple(references))
@@ -179,5 +182,5 @@ def sample(
     ]
     pipeline = ImagePipeline(family)
     encoded = pipeline.encode(requests)
-    images = pipeline.generate(pipeline.load_denoiser(lora, strength), encoded, nfe, progress)
+    images = pipeline.generate(pipeline.load_denoiser(loras), encoded, nfe, progress)
     return [to_pil(image[None])[0] for image in images]

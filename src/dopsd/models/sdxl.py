@@ -23,8 +23,9 @@ from dopsd.models.base import MethodTraits, Size, TeacherVision, Usage, plain_us
 from dopsd.models.clip import ClipTextEncoders, count_tokens
 from dopsd.models.distilled_weights import KEY, address_of, kind_of
 from dopsd.models.hub import Checkpoint, variant_of, weights_file
-from dopsd.models.lora import Pairs, merge_lora
-from dopsd.models.sdxl_lora import KEY_PATTERN, LOADERS, in_own_form, in_public_form
+from dopsd.models.lora import merge_loras
+from dopsd.models.lora_source import LoraFile
+from dopsd.models.sdxl_lora import NAMES
 from dopsd.models.sdxl_sampler import Sampler
 from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
 
@@ -62,7 +63,7 @@ class SDXL:
         r".*\.transformer_blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
     )
     export_prefix = "unet"
-    lora_key_pattern, lora_loaders = KEY_PATTERN, LOADERS
+    module_names, comfyui_names = NAMES, "kohya"
     distillable = True
     base_version = "sdxl_base_v1-0"
     architecture = "stable-diffusion-xl-v1-base"
@@ -137,7 +138,7 @@ class SDXL:
                     part, torch_dtype=dtype, variant=variant_of(part)
                 )
             if file:
-                merge_lora(network, file, self)
+                merge_loras(network, [LoraFile(file)], self)
         return SDXLDenoiser(network.to(device), self._sampler.times, self.vae_scale_factor)
 
     def _unet_of(self, file: Path, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -180,12 +181,6 @@ class SDXL:
         return Context(
             tokens, (length,) * len(prompts), {"pooled": torch.zeros(len(prompts), pooled)}
         )
-
-    def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return in_own_form(tensors, self._unet["layers_per_block"])
-
-    def lora_in_public_form(self, pairs: Pairs) -> dict[str, Tensor]:
-        return in_public_form(pairs)
 
     def usage(self, nfe: int) -> Usage:
         arguments, scheduler, line = plain_usage(nfe).arguments, EULER, TRAILING_LINE

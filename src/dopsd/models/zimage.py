@@ -26,21 +26,11 @@ from dopsd.diffusion.components import Denoiser, TextEncoder
 from dopsd.diffusion.flow import Schedule
 from dopsd.models.base import MethodTraits, Size, TeacherVision, Usage, plain_usage
 from dopsd.models.hub import Checkpoint
-from dopsd.models.lora import Pairs, diffusers_form
-from dopsd.models.lora_forms import (
-    ALPHA,
-    AT_STRENGTH_1,
-    BAKED,
-    BARE,
-    IGNORED,
-    IN_METADATA,
-    KOHYA,
-    Loaders,
-)
 from dopsd.models.prompt_teacher import PROMPT, PromptTeacher
 from dopsd.models.qwen3 import QwenTextEncoder
 from dopsd.models.qwen3_prompts import Reading, count_tokens, text_width, with_suffix
 from dopsd.models.vae import KLVAE, empty_autoencoder, load_autoencoder
+from dopsd.models.zimage_lora import NAMES
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 LENGTH: int = inspect.signature(ZImagePipeline.__call__).parameters["max_sequence_length"].default
@@ -56,20 +46,6 @@ TURBO_STARTING_POINTS = {
 }
 DISTILLED_SHIFT = 3.0  # of Turbo's scheduler; the many-step base model ships 6.0
 TURBO_NFE = 8
-DOPSD_JSON_VERSION = 3  # where dopsd.json describes a model of dopsd's own
-LOADERS: Loaders = {
-    ("transformer.", BAKED): (AT_STRENGTH_1, AT_STRENGTH_1),
-    ("transformer.", IN_METADATA): (
-        AT_STRENGTH_1,
-        "off by alpha / rank: it does not read the metadata",
-    ),
-    ("transformer.", ALPHA): ("error", AT_STRENGTH_1),
-    ("diffusion_model.", BAKED): (AT_STRENGTH_1, AT_STRENGTH_1),
-    ("diffusion_model.", ALPHA): (AT_STRENGTH_1, AT_STRENGTH_1),
-    (BARE, BAKED): (IGNORED, AT_STRENGTH_1),
-    ("base_model.model.", BAKED): (IGNORED, "no"),
-    (KOHYA, ALPHA): (AT_STRENGTH_1, "only with the original model's names"),
-}
 
 
 class ZImage:
@@ -90,10 +66,7 @@ class ZImage:
     # every token passes them first.
     quantizable = r"layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(w1|w2|w3))"
     export_prefix = "transformer"
-    lora_key_pattern = (
-        r"(noise_refiner|context_refiner)[._]\d|layers[._]\d+[._](attention|feed_forward)"
-    )
-    lora_loaders = LOADERS
+    module_names, comfyui_names = NAMES, "diffusers"
     distillable = False
     base_version = "zimage"
     architecture = "Z-Image"
@@ -128,13 +101,6 @@ class ZImage:
             self.unrelated_prompts: tuple[str, ...] = tuple(about.get("unrelated_prompts", ()))
             self._starting_points: dict[str, Any] = about.get(
                 "starting_points", TURBO_STARTING_POINTS
-            )
-            version = about.get("version", DOPSD_JSON_VERSION if "nfe" not in about else None)
-        if version != DOPSD_JSON_VERSION:
-            raise ValueError(
-                f"{checkpoint.name} was made by another release of dopsd: its dopsd.json has "
-                f"version {version or 'none'}, and this release reads {DOPSD_JSON_VERSION}. Use "
-                "the packaged model `pocket`, or that release."
             )
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:
@@ -206,21 +172,6 @@ class ZImage:
 
     def settle(self, folder: Path) -> None:
         pass  # the scheduler is the checkpoint's own
-
-    def lora_in_own_form(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By diffusers' conversion, which expects names without a prefix."""
-        bare = {
-            name.removeprefix("base_model.model.").removeprefix("transformer."): t
-            for name, t in tensors.items()
-        }
-        converted: Mapping[str, Tensor] = ZImagePipeline.lora_state_dict(bare)  # type: ignore[assignment]
-        return {
-            f"transformer.{name.removeprefix('transformer.')}": tensor
-            for name, tensor in converted.items()
-        }
-
-    def lora_in_public_form(self, pairs: Pairs) -> dict[str, Tensor]:
-        return diffusers_form(self.export_prefix, pairs)
 
 
 class ZImageDenoiser(Denoiser):

@@ -15,6 +15,7 @@ from dopsd.evaluation.curves import Look, difference_at_equal_learning, sentence
 from dopsd.evaluation.pages import SAME_NOISE, Panel, Section, write_page
 from dopsd.evaluation.plots import Curve, plot_against
 from dopsd.images import open_image, to_pil
+from dopsd.models.lora_source import LoraFile
 from dopsd.models.pipeline import ImagePipeline
 from dopsd.pocket.benchmark import DEFINITIONS, render_scenes
 from dopsd.pocket.curves import Bench, ConceptLook, concept_recipe
@@ -124,7 +125,7 @@ def _looks(recipe: Recipe, bench: Bench, progress: Progress) -> Iterator[Concept
     pipeline, steps = ImagePipeline(bench.family), look_steps(recipe)
     for done, step in enumerate(steps, start=1):
         lora = recipe.result("" if step == steps[-1] else f"-step{step:06d}")
-        yield bench.look(pipeline.load_denoiser(lora), step)
+        yield bench.look(pipeline.load_denoiser([LoraFile(lora)]), step)
         progress(f"measuring {recipe.run_name}", done, len(steps))
 
 

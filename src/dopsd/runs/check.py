@@ -20,8 +20,9 @@ from dopsd.images import Size, image_size, open_image
 from dopsd.models import load_family
 from dopsd.models.base import fitted_size, latent_size, network_on_meta
 from dopsd.models.lora import read_lora, refuse_misfit
+from dopsd.models.lora_source import as_loras
 from dopsd.models.prompt_teacher import PROMPT
-from dopsd.runs.outputs.lora_export import refuse_unfit
+from dopsd.runs.outputs.lora_export import refuse_unfit, summed
 from dopsd.runs.resolve import ResolvedRun
 from dopsd.training.adapters import Coverage, coverage, lora_sizes
 from dopsd.training.trainable import AllWeights
@@ -67,9 +68,9 @@ def check(run: ResolvedRun) -> Checked:
     else:
         trained = coverage(network, run.lora_targets, recipe.lora.rank)
     _refuse_other_architectures(run, network)
-    if path := recipe.lora.init_from:
+    if loras := as_loras(recipe.lora.init_from):
         own_sizes = lora_sizes(network, run.lora_targets, recipe.lora.rank)
-        refuse_unfit(path, read_lora(path, family), own_sizes)
+        refuse_unfit(summed(loras, family), own_sizes)
     tokens = _count_tokens(run)
     recipe.method.refuse_schedule(run.schedule(run.nfe, *run.latent_size))
     forwards = recipe.objective.forwards_per_step(run.nfe, recipe.images_per_step)
@@ -103,8 +104,8 @@ def _refuse_other_architectures(run: ResolvedRun, network: nn.Module) -> None:
     architecture."""
     model = run.recipe.model
     if path := model.training_adapter:
-        for module, (a, b) in read_lora(path, run.family).items():
-            refuse_misfit(path, module, network, (len(b), a.shape[1]))
+        for module, delta in read_lora(path, run.family).items():
+            refuse_misfit(path, module, network, delta)
     if model.train_on:
         other = load_family(model.train_on)
         if other.name != run.family.name or _shapes(network_on_meta(other)) != _shapes(network):

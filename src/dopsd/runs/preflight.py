@@ -24,6 +24,7 @@ from dopsd.evaluation.pages import Panel, write_comparison
 from dopsd.evaluation.statistics import Interval
 from dopsd.images import cover_crop, open_image, to_pil
 from dopsd.models.base import latent_size
+from dopsd.models.lora_source import as_loras
 from dopsd.models.pipeline import EncodedRequest, ImagePipeline, ImageRequest
 from dopsd.models.prompt_teacher import PROMPT
 from dopsd.runs.check import check
@@ -204,7 +205,7 @@ def _compare(
     recipe, family = run.recipe, run.family
     pipeline = ImagePipeline(family, run.dtype)
     rows = _encode(run, max_images, pipeline, progress)
-    denoiser = pipeline.load_denoiser(recipe.lora.init_from)
+    denoiser = pipeline.load_denoiser(as_loras(recipe.lora.init_from))
     distance = metric.load(run.device) if metric else None
     comparisons = []
     for done, row in enumerate(rows):

@@ -144,7 +144,7 @@ def resolve(recipe: Recipe) -> ResolvedRun:
     sizes = _sizes(listing, resolutions, family)
 
     # Prompts that are generated while training.
-    health_prompts = named_health_prompts(recipe) or family.unrelated_prompts or PROMPTS
+    health_prompts = unrelated_prompts(recipe, family)
     previews = preview_requests(recipe, family, listing, max(resolutions), health_prompts)
 
     device = device_and_dtype()[0]
@@ -164,15 +164,8 @@ def resolve(recipe: Recipe) -> ResolvedRun:
     )
 
 
-def _sizes(
-    listing: Listing, resolutions: Sequence[int], family: Family
-) -> tuple[tuple[Size, ...], ...]:
-    """By resolution, the size at which each example is trained."""
-    shapes = [image_size(example.path) for example in listing.examples]
-    return tuple(
-        tuple(nearest_bucket(*shape, buckets) for shape in shapes)
-        for buckets in (bucket_sizes(side, family.multiple) for side in resolutions)
-    )
+    health_prompts = unrelated_prompts(recipe, family)
+    previews = preview_requests(recipe, family, listing, max(resolutions), health_prompts)
 
 
 def open_family(recipe: Recipe) -> Family:

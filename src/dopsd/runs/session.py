@@ -13,8 +13,9 @@ from dopsd.diffusion.components import VAE, Denoiser
 from dopsd.methods.base import Roles
 from dopsd.models import load_family
 from dopsd.models.folder import write_model
-from dopsd.models.lora import merge_lora, read_lora
-from dopsd.runs.outputs.lora_export import export_lora, start_from_lora
+from dopsd.models.lora import merge_loras, read_lora
+from dopsd.models.lora_source import LoraFile, as_loras
+from dopsd.runs.outputs.lora_export import export_lora, start_from_loras
 from dopsd.runs.resolve import ResolvedRun
 from dopsd.runs.reward import LatentReward
 from dopsd.training.deployed_weights import as_deployed, copy_in_main_memory
@@ -130,7 +131,7 @@ def _load_denoiser(run: ResolvedRun, device: torch.device) -> tuple[Denoiser, di
         for name, tensor in copy_in_main_memory(denoiser.network).items()
         if name in adapted
     }
-    merge_lora(denoiser.network, model.training_adapter, family)
+    merge_loras(denoiser.network, [LoraFile(model.training_adapter)], family)
     return denoiser, deployed
 
 
@@ -150,7 +151,8 @@ def make_student(run: ResolvedRun, network: nn.Module) -> tuple[Student, Teacher
         offloaded = offload_blocks(network, run.device)
         log.info("Offloaded: %.2f GiB of frozen weights stay in main memory.", offloaded / 2**30)
     if lora.init_from:
-        start_from_lora(student.weights, lora.init_from, run.family, run.lora_scale)
+        loras = as_loras(lora.init_from)
+        start_from_loras(student.weights, loras, run.family, run.lora_scale)
     return student, Teacher(student.weights, decay)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dopsd.config.recipe import Recipe
-from dopsd.config.schema import TrainSection
+from dopsd.config.schema import INTERMEDIATE, TrainSection
 from dopsd.data.loader import Loader
 from dopsd.data.replay import Replays
 from dopsd.runs.check import check
@@ -227,7 +227,7 @@ def _state(done: bool, interrupted: bool) -> State:
 def _remove_old_models(recipe: Recipe) -> None:
     """LoRA files are small and all kept; of whole models as many as of checkpoints."""
     if recipe.adapter == "full" and recipe.save.keep_last:
-        models = sorted(recipe.run_folder.glob(f"{recipe.run_name}-step*"))
+        models = sorted((recipe.run_folder / INTERMEDIATE).glob(f"{recipe.run_name}-step*"))
         for old in models[: -recipe.save.keep_last]:
             shutil.rmtree(old)
 

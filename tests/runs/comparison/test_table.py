@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dopsd.evaluation.benchmarks import BenchmarkResult
+from dopsd.models.lora_source import LoraFile
 from dopsd.pocket.benchmark import METRICS, ConceptBenchmark
 from dopsd.runs.comparison.evaluate import Candidate
 from dopsd.runs.comparison.table import Entry, definitions, notes, tabulate, verdict
@@ -85,7 +86,7 @@ def test_repeats_are_averaged_and_each_is_listed(entries):
 def test_the_spread_over_trainings_is_told(entries):
     base = entries[0]
     shifts = (0.08, 0.04, 0.06)
-    loras = [Candidate("tuned", lora=Path(f"{k}.safetensors")) for k in range(3)]
+    loras = [Candidate("tuned", loras=(LoraFile(Path(f"{k}.safetensors")),)) for k in range(3)]
     many = [
         Entry(base.candidates * 3, results={4: base.results[4] * 3}),
         Entry(loras, results={4: [result(shift, 0.02) for shift in shifts]}),

@@ -220,22 +220,26 @@ def test_without_a_teacher_the_verdict_says_how_far_the_student_is_from_the_base
 
 
 def test_a_finished_run_names_its_lora_and_how_to_load_it(run):
-    for name in ("zib.safetensors", "zib-healthy.safetensors", "zib-step000015.safetensors"):
+    (run / "intermediate").mkdir()
+    on_the_way = ("zib-healthy.safetensors", "zib-step000015.safetensors")
+    for name in ("zib.safetensors", *(f"intermediate/{name}" for name in on_the_way)):
         (run / name).touch()
     write_health(run, (15, 0.95), (30, 0.8))
     assert files_in(page_of(run)) == {
         "LoRA": "zib.safetensors",
-        "last healthy LoRA": "zib-healthy.safetensors",
+        "last healthy LoRA": "intermediate/zib-healthy.safetensors",
         "diffusers": 'pipeline.load_lora_weights(".", weight_name="zib.safetensors")',
         "ComfyUI": "copy zib.safetensors into models/loras and load it with strength 1",
     }
 
 
 def test_a_stopped_run_names_its_newest_lora_and_how_to_go_on(run):
-    for name in ("zib-step000015.safetensors", "zib-step000005.safetensors", "zib.safetensors"):
+    (run / "intermediate").mkdir()
+    on_the_way = ("zib-step000015.safetensors", "zib-step000005.safetensors")
+    for name in ("zib.safetensors", *(f"intermediate/{name}" for name in on_the_way)):
         (run / name).touch()
     files = files_in(page_of(run, "stopped"))
-    assert files["LoRA"] == "zib-step000015.safetensors"
+    assert files["LoRA"] == "intermediate/zib-step000015.safetensors"
     assert files["to go on"] == "dopsd train RECIPE --resume latest"
 
 

@@ -15,6 +15,7 @@ from dopsd.models import load_family
 from dopsd.models.base import Family
 from dopsd.models.folder import is_model
 from dopsd.models.lora import read_lora
+from dopsd.models.lora_source import LoraFile, parse_sum
 from dopsd.runs.comparison.budget import Rule, forwards_a_step, on_budget_of
 from dopsd.runs.comparison.evaluate import Candidate, Evaluator
 from dopsd.runs.comparison.table import (
@@ -47,17 +48,18 @@ def compare(
     recipes: Sequence[Recipe],
     report: Path,
     progress: Progress,
-    loras: Sequence[Path] = (),
+    tuned: Sequence[Path] = (),
     nfes: Sequence[int] = (),
     equal: Rule | None = None,
     replicates: int = 1,
     seeds: Sequence[int] = (),
 ) -> Comparison:
-    """Train the recipes that are not finished, then measure them, further LoRA files (of any tool)
-    or diffusers folders, and the base model on the data of the first recipe.
+    """Train the recipes that are not finished, then measure them, further LoRAs (of any tool) or
+    diffusers folders, and the base model on the data of the first recipe.
 
     Every model gets the same prompts and noise, at each of `nfes` forwards (default: the first
-    recipe's). equal: train the others on the budget of the first recipe. replicates: repeat it on
+    recipe's). tuned: folders, and LoRAs as FILE@STRENGTH, several used together with + between
+    them. equal: train the others on the budget of the first recipe. replicates: repeat it on
     so many data sets of the benchmark that the data belongs to. seeds: train each recipe once for
     each; a seed that is not the recipe's own has a run folder of its own, `<run_name>-seed<n>`.
     Raises ValueError, before anything is trained, without a recipe, for recipes of different data
@@ -70,20 +72,20 @@ def compare(
             "compared on."
         )
     repeats = [Repeat(k, seed) for k in range(replicates) for seed in seeds or (None,)]
-    _refuse_unlike(recipes, loras, replicates, seeds)
+    _refuse_unlike(recipes, tuned, replicates, seeds)
     evaluators = [
         Evaluator(repeat_of(recipes[0], Repeat(k)), recipes[0].output_dir / "answers")
         for k in range(replicates)
     ]
     family = evaluators[0].family
-    _refuse_unfit(loras, family)
+    given = [_candidate(each, family) for each in tuned]
 
     # Train.
     nfes = tuple(nfes) or (recipes[0].sample.nfe or family.default_nfe,)
     references = reference_candidates(evaluators[0], many_step=len(nfes) > 1)
     entries = [Entry([candidate] * len(repeats)) for candidate in references]
     entries += train_recipes(recipes, equal, repeats, family.default_nfe, progress)
-    entries += [Entry([Candidate(lora.stem, lora=lora)] * len(repeats)) for lora in loras]
+    entries += [Entry([candidate] * len(repeats)) for candidate in given]
 
     # Measure.
     intro = _intro(recipes[0], equal, replicates, seeds)
@@ -169,7 +171,7 @@ def train_recipes(
             if equal and named is not recipes[0]:
                 recipe = on_budget_of(first, recipe, equal, nfe, _cost(first, nfe)["seconds"])
             train_once(recipe, progress)
-            entry.candidates.append(Candidate(named.run_name, lora=recipe.result()))
+            entry.candidates.append(_result_of(recipe, named.run_name))
             for name, cost in _cost(recipe, nfe).items():
                 entry.cost[name] = entry.cost.get(name, 0) + cost / len(repeats)
             advice = advise(read_rows(recipe.run_folder / "health.jsonl"))
@@ -179,7 +181,7 @@ def train_recipes(
 
 
 def _refuse_unlike(
-    recipes: Sequence[Recipe], loras: Sequence[Path], replicates: int, seeds: Sequence[int]
+    recipes: Sequence[Recipe], tuned: Sequence[Path], replicates: int, seeds: Sequence[int]
 ) -> None:
     first = recipes[0]
     for other in recipes[1:]:
@@ -208,21 +210,32 @@ def _refuse_unlike(
             f"{first.data.folder} belongs to no benchmark, and only those have replicates: leave "
             "out --replicates, or use --seeds."
         )
-    if replicates > 1 and loras:
+    if replicates > 1 and tuned:
         raise ValueError(
             "a LoRA file was tuned on one set of images: compare it without --replicates."
         )
 
 
-def _refuse_unfit(loras: Sequence[Path], family: Family) -> None:
-    for path in loras:
-        if not is_model(path):
-            read_lora(path, family)
-        elif (its := load_family(str(path)).name) != family.name:
+def _candidate(path: Path, family: Family) -> Candidate:
+    """A model folder or LoRAs that were given. Raises ValueError where they do not fit."""
+    if is_model(path):
+        if (its := load_family(str(path)).name) != family.name:
             raise ValueError(
                 f"{path} is a {its} model, and {family.checkpoint.name} is a {family.name} model: "
                 "a comparison needs models of one family."
             )
+        return Candidate(path.name, model=path)
+    loras = parse_sum(path)
+    for lora in loras:
+        read_lora(lora.path, family)
+    names = [str(LoraFile(Path(lora.path.stem), lora.strength)) for lora in loras]
+    return Candidate(" + ".join(names), loras=loras)
+
+
+def _result_of(recipe: Recipe, name: str) -> Candidate:
+    if recipe.adapter == "full":
+        return Candidate(name, model=recipe.result())
+    return Candidate(name, loras=(LoraFile(recipe.result()),))
 
 
 def train_once(recipe: Recipe, progress: Progress) -> None:

@@ -25,8 +25,8 @@ from dopsd.evaluation.benchmarks import (
 from dopsd.files import read_tensors, sha256_of, write_tensors
 from dopsd.models import load_family
 from dopsd.models.base import Family
-from dopsd.models.folder import is_model
 from dopsd.models.hub import Checkpoint
+from dopsd.models.lora_source import LoraFile, find_lora
 from dopsd.models.pipeline import ImagePipeline
 from dopsd.runs.comparison.plain_images import PlainImages
 from dopsd.runs.resolve import resolve
@@ -36,12 +36,13 @@ LAYOUT = 3  # part of every cache key: raise it when the same question gives ano
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model of the comparison. kind: see `evaluation.benchmarks.Kind`. lora: LoRA file or
-    diffusers folder of a tuned model."""
+    """A model of the comparison. kind: see `evaluation.benchmarks.Kind`. loras: of a tuned model.
+    model: its diffusers folder, where every weight was tuned."""
 
     name: str
     kind: Kind = "tuned"
-    lora: Path | None = None
+    loras: tuple[LoraFile, ...] = ()
+    model: Path | None = None
 
 
 class Evaluator:
@@ -75,17 +76,16 @@ class Evaluator:
         if candidate.kind == "many_step":
             assert self.benchmark.many_step is not None
             return self.benchmark.many_step()
-        if candidate.lora and is_model(candidate.lora):
-            return ImagePipeline(load_family(str(candidate.lora))).load_denoiser()
-        return self._pipeline.load_denoiser(candidate.lora)
+        if candidate.model:
+            return ImagePipeline(load_family(str(candidate.model))).load_denoiser()
+        return self._pipeline.load_denoiser(candidate.loras)
 
     def _key(self, candidate: Candidate, nfe: int) -> str:
-        lora = candidate.lora
-        if lora and is_model(lora):
-            network = sorted((lora / self.family.export_prefix).glob("*.safetensors"))
-            tuned: Any = [sha256_of(file) for file in network]
-        else:
-            tuned = sha256_of(lora) if lora else None
+        loras = [(sha256_of(find_lora(lora.path)), lora.strength) for lora in candidate.loras]
+        tuned: Any = loras or None
+        if candidate.model:
+            network = sorted((candidate.model / self.family.export_prefix).glob("*.safetensors"))
+            tuned = [sha256_of(file) for file in network]
         teacher = self._teacher if candidate.kind in TEACHERS else None
         about = self.benchmark.about
         parts = [LAYOUT, self._weights, candidate.kind, teacher, tuned, nfe, about]

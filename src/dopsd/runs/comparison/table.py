@@ -193,7 +193,7 @@ def _spread(tuned: Sequence[Entry], base: Entry, nfe: int, metrics: Sequence[str
     """The standard deviation over trainings, which the intervals over prompts do not hold."""
     rows = []
     for entry in tuned:
-        if len({candidate.lora for candidate in entry.candidates}) > 1:
+        if len(set(entry.candidates)) > 1:
             scores = {metric: _score(entry, base, nfe, metric) for metric in metrics}
             spreads = [
                 f"{metric} {np.std(score.replicates, ddof=1):.3f}"

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dopsd.files import sha256_of
+from dopsd.models.lora_source import as_loras, find_lora
 from dopsd.runs.resolve import ResolvedRun
 
 # As other trainers write them.
@@ -26,6 +27,7 @@ def weights_metadata(run: ResolvedRun, step: int) -> dict[str, str]:
     the project's own. No path of a machine and no caption is in it.
     """
     recipe, family, nfe = run.recipe, run.family, run.deployed_nfe
+    base = _public_name(recipe.model.name_or_path)
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": family.architecture,
@@ -33,6 +35,8 @@ def weights_metadata(run: ResolvedRun, step: int) -> dict[str, str]:
         "modelspec.title": recipe.run_name,
         "modelspec.date": time.strftime("%Y-%m-%d"),
         "modelspec.license": family.licence,
+        "modelspec.description": f"{recipe.run_name}, tuned on {base} with dopsd "
+        f"({recipe.method.name}) for {nfe} steps",
         "modelspec.resolution": f"{run.side}x{run.side}",
         "modelspec.usage_hint": f"{nfe} steps, no guidance",
         "ss_base_model_version": family.base_version,
@@ -42,7 +46,7 @@ def weights_metadata(run: ResolvedRun, step: int) -> dict[str, str]:
         "ss_seed": str(recipe.train.seed),
         "ss_output_name": recipe.run_name,
         "dopsd_version": version("dopsd"),
-        "base_model": _public_name(recipe.model.name_or_path),
+        "base_model": base,
         "method": recipe.method.name,
         "method_settings": recipe.method.model_dump_json(),
         "teacher_context": str(family.teacher_context) if run.learns_from_teacher else "none",
@@ -77,7 +81,8 @@ def _optional_metadata(run: ResolvedRun) -> dict[str, str]:
     if recipe.data.trigger:
         metadata["modelspec.trigger_phrase"] = recipe.data.trigger
     if recipe.lora.init_from:
-        metadata["parent_adapter_sha256"] = sha256_of(recipe.lora.init_from)
+        parents = [sha256_of(find_lora(each.path)) for each in as_loras(recipe.lora.init_from)]
+        metadata["parent_adapter_sha256"] = ", ".join(parents)
     return metadata
 
 

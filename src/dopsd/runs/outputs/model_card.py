@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dopsd.config.recipe import Recipe
 from dopsd.files import write_text
 from dopsd.models.base import Family
+from dopsd.models.hub import is_hub_id
 from dopsd.runs.outputs.previews import preview_folder, read_preview
 
 FACTS = {  # metadata key -> row of the table "Training"
@@ -33,16 +35,45 @@ FACTS = {  # metadata key -> row of the table "Training"
 
 def write_card(recipe: Recipe, family: Family, metadata: Mapping[str, str], step: int) -> None:
     """Write README.md from the metadata of the exported weights and the previews at `step`."""
-    preview = read_preview(preview_folder(recipe.run_folder, step))
-    references = preview["images"][0].get("references", [])
-    files = [f"{index}_{image['seed']}.png" for index, image in enumerate(preview["images"])]
-    prompts = [image["prompt"] for image in preview["images"]]
-    samples = preview_folder(recipe.run_folder, step).relative_to(recipe.run_folder).as_posix()
-    widget = [
-        {"text": prompt, "output": {"url": f"{samples}/student_{file}"}}
-        for prompt, file in zip(prompts, files, strict=True)
+    text = model_card(recipe, family, metadata, shown_previews(recipe, step))
+    write_text(recipe.run_folder / "README.md", text)
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """A row of the card: a prompt, and its images in the run folder by the base model and by the
+    tuned one."""
+
+    prompt: str
+    base: str
+    tuned: str
+    references: tuple[str, ...] = ()
+
+
+def shown_previews(recipe: Recipe, step: int) -> list[ShownImage]:
+    """The previews at a step."""
+    folder = preview_folder(recipe.run_folder, step)
+    samples = folder.relative_to(recipe.run_folder).as_posix()
+    return [
+        ShownImage(
+            image["prompt"],
+            f"{samples}/base_{index}_{image['seed']}.png",
+            f"{samples}/student_{index}_{image['seed']}.png",
+            tuple(image.get("references", ())),
+        )
+        for index, image in enumerate(read_preview(folder)["images"])
     ]
-    front = _front_matter(recipe, family, metadata, bool(references)) | {"widget": widget}
+
+
+def model_card(
+    recipe: Recipe, family: Family, metadata: Mapping[str, str], images: Sequence[ShownImage]
+) -> str:
+    """The card. images: its rows; none: the card shows no images."""
+    references = list(images[0].references) if images else []
+    widget = [{"text": image.prompt, "output": {"url": image.tuned}} for image in images]
+    prompt = images[0].prompt if images else recipe.data.trigger or "PROMPT"
+    front = _front_matter(recipe, family, metadata, bool(references))
+    front |= {"widget": widget} if widget else {}
     environment = Environment(
         loader=PackageLoader("dopsd.runs.outputs", ""),
         autoescape=False,  # Markdown, not HTML: the filter `markdown` escapes for both
@@ -51,7 +82,7 @@ def write_card(recipe: Recipe, family: Family, metadata: Mapping[str, str], step
         keep_trailing_newline=True,
     )
     environment.filters["markdown"] = escape_markdown
-    text = environment.get_template("card.md.jinja").render(
+    return environment.get_template("card.md.jinja").render(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=recipe.run_name,
         kind="LoRA (strength 1)" if recipe.adapter == "lora" else "All weights of the network",
@@ -59,12 +90,10 @@ def write_card(recipe: Recipe, family: Family, metadata: Mapping[str, str], step
         version=metadata["dopsd_version"],
         nfe=metadata["nfe"],
         trigger=recipe.data.trigger,
-        images=list(zip(prompts, files, strict=True)),
-        samples=samples,
-        code=_code(recipe, family, metadata, prompts[0], references),
+        images=images,
+        code=_code(recipe, family, metadata, prompt, references),
         facts=[(label, metadata[key]) for key, label in FACTS.items() if key in metadata],
     )
-    write_text(recipe.run_folder / "README.md", text)
 
 
 def escape_markdown(text: str) -> str:
@@ -88,8 +117,11 @@ def _front_matter(
     licence = {"license": family.hub_licence}
     if family.hub_licence == "other":
         licence["license_name"] = re.sub(r"[^a-z0-9.]+", "-", family.licence.lower()).strip("-")
+        licence["license_link"] = f"https://huggingface.co/{family.repo}/blob/main/LICENSE.md"
+    # A name that is not of the hub is no base model there.
+    base = {"base_model": metadata["base_model"]} if is_hub_id(metadata["base_model"]) else {}
     header: dict[str, Any] = {
-        "base_model": metadata["base_model"],
+        **base,
         "library_name": "diffusers",
         "pipeline_tag": task,
         **licence,

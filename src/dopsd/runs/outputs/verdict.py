@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dopsd.config.schema import INTERMEDIATE
 from dopsd.evaluation.early_stopping import advise
 from dopsd.runs.outputs.record import RunRecord, ShownPreview
 
@@ -98,8 +99,8 @@ def files_of(record: RunRecord, state: State) -> list[tuple[str, str]]:
     is_lora = record.settings.get("adapter", "lora") == "lora"
     ending = ".safetensors" if is_lora else ""
     final = record.folder / f"{record.name}{ending}"
-    healthy = record.folder / f"{record.name}-healthy{ending}"
-    saved = sorted(record.folder.glob(f"{record.name}-step*{ending}"))[-1:]
+    healthy = record.folder / INTERMEDIATE / f"{record.name}-healthy{ending}"
+    saved = sorted((record.folder / INTERMEDIATE).glob(f"{record.name}-step*{ending}"))[-1:]
     usable = [final] if state == "finished" and final.exists() else saved
     spare = (
         [healthy]
@@ -107,9 +108,9 @@ def files_of(record: RunRecord, state: State) -> list[tuple[str, str]]:
         else []
     )
     kind = "LoRA" if is_lora else "model"
-    rows = [(kind, path.name) for path in usable] + [
-        (f"last healthy {kind}", path.name) for path in spare
-    ]
+    labelled = [(kind, path) for path in usable]
+    labelled += [(f"last healthy {kind}", path) for path in spare]
+    rows = [(label, path.relative_to(record.folder).as_posix()) for label, path in labelled]
     if rows and is_lora:
         name = rows[0][1]
         rows += [
