@@ -38,8 +38,6 @@ def test_diffusers_generates_with_a_fused_folder_what_dopsd_generates_with_the_l
     ).images
     assert (expected - base).abs().max() > 0.01
     torch.testing.assert_close(latents.float(), expected, atol=1e-4, rtol=0)
-    unrounded = sample_latents(pocket, PROMPTS, noise, lora, strength=0.5)
-    assert (expected - unrounded).abs().mean() < 0.1 * (expected - base).abs().mean()
     with pytest.raises(ValueError, match="exists and is not overwritten"):
         fuse("pocket", lora, tmp_path / "fused")
 
