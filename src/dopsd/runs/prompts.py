@@ -7,6 +7,7 @@ from dopsd.config.recipe import PromptSection, Recipe
 from dopsd.data.buckets import bucket_sizes, nearest_bucket
 from dopsd.data.examples import Example, Listing
 from dopsd.data.prompts import prompts_of
+from dopsd.evaluation.health import PROMPTS
 from dopsd.images import Size, image_size
 from dopsd.models.base import Family, latent_size
 from dopsd.models.pipeline import ImageRequest
@@ -32,7 +33,12 @@ def named_health_prompts(recipe: Recipe) -> tuple[str, ...]:
     return prompts
 
 
-def _preview_prompts(recipe: Recipe) -> tuple[PromptSection, ...]:
+def unrelated_prompts(recipe: Recipe, family: Family) -> tuple[str, ...]:
+    """Prompts that have nothing to do with the data, for health checks and previews."""
+    return named_health_prompts(recipe) or family.unrelated_prompts or PROMPTS
+
+
+def preview_prompts(recipe: Recipe) -> tuple[PromptSection, ...]:
     """`sample.prompts`, or the prompts of the one file that it names; a row of a .jsonl may have a
     seed, width and height of its own."""
     prompts = recipe.sample.prompts
@@ -53,9 +59,7 @@ def preview_requests(
     ValueError for a size that the model cannot generate."""
     sample = recipe.sample
     unrelated = [_prompt(text) for text in health_prompts[: sample.unrelated]]
-    shown = _preview_prompts(recipe) or _first_captions(
-        listing, bucket_sizes(side, family.multiple)
-    )
+    shown = preview_prompts(recipe) or _first_captions(listing, bucket_sizes(side, family.multiple))
     previews = []
     for index, each in enumerate((*shown, *unrelated)):
         height = each.height or sample.height or side

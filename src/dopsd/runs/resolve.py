@@ -20,7 +20,6 @@ from dopsd.data.importing import fill_folder
 from dopsd.data.prompts import is_file_name
 from dopsd.data.sources import Source, read_sources, show_next_image
 from dopsd.diffusion.flow import Schedule
-from dopsd.evaluation.health import PROMPTS
 from dopsd.evaluation.rewards import find_reward
 from dopsd.images import Size, image_size
 from dopsd.methods import missing
@@ -32,7 +31,7 @@ from dopsd.models.prompt_teacher import PROMPT
 from dopsd.models.single_file import folder_of
 from dopsd.runs.captions import with_fitting_captions
 from dopsd.runs.outputs.trackers import refuse_unready
-from dopsd.runs.prompts import named_health_prompts, named_replay_prompts, preview_requests
+from dopsd.runs.prompts import named_replay_prompts, preview_requests, unrelated_prompts
 from dopsd.training.optimizers import refuse_unready as refuse_unready_optimizer
 
 
@@ -164,8 +163,15 @@ def resolve(recipe: Recipe) -> ResolvedRun:
     )
 
 
-    health_prompts = unrelated_prompts(recipe, family)
-    previews = preview_requests(recipe, family, listing, max(resolutions), health_prompts)
+def _sizes(
+    listing: Listing, resolutions: Sequence[int], family: Family
+) -> tuple[tuple[Size, ...], ...]:
+    """By resolution, the size at which each example is trained."""
+    shapes = [image_size(example.path) for example in listing.examples]
+    return tuple(
+        tuple(nearest_bucket(*shape, buckets) for shape in shapes)
+        for buckets in (bucket_sizes(side, family.multiple) for side in resolutions)
+    )
 
 
 def open_family(recipe: Recipe) -> Family:

@@ -11,7 +11,8 @@ from dopsd.files import atomic_path, read_metadata, read_tensors, write_tensors,
 from dopsd.models.base import Family
 from dopsd.models.folder import tuning_metadata
 from dopsd.runs.outputs.model_card import ShownImage, model_card, shown_previews
-from dopsd.runs.resolve import open_family, unrelated_prompts
+from dopsd.runs.prompts import preview_prompts, unrelated_prompts
+from dopsd.runs.resolve import open_family
 
 
 def gather_upload(
@@ -72,7 +73,7 @@ def _images(
     recipe: Recipe, family: Family, metadata: Mapping[str, str], captions: bool
 ) -> list[ShownImage]:
     """The previews after the last step, those of captions only on request."""
-    written = {section.prompt for section in recipe.sample.prompts}
+    written = {section.prompt for section in preview_prompts(recipe)}
     written |= set(unrelated_prompts(recipe, family))
     shown = shown_previews(recipe, int(metadata["ss_steps"]))
     return [image for image in shown if captions or image.prompt in written]
