@@ -11,7 +11,6 @@ import os
 import reprlib
 import shutil
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,39 +217,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
-
-
-def refuse_other_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a safetensors file does not hold exactly these tensors. Reads one
-    tensor at a time."""
-    with safe_open(path, framework="pt") as file:
-        if missing := tensors.keys() ^ set(file.keys()):
-            raise ValueError(
-                f"{path} was written with other names ({min(missing)}): do not use it."
-            )
-        for name, tensor in tensors.items():
-            saved = file.get_tensor(name)
-            if saved.dtype != tensor.dtype or not torch.equal(
-                saved.view(torch.uint8), tensor.detach().cpu().contiguous().view(torch.uint8)
-            ):
-                raise ValueError(f"{path}: {name} reads back changed: do not use this file.")
-
-
-def stored_dtype(path: Path) -> torch.dtype:
-    """The dtype of most tensors of a safetensors file, by its header. Raises ValueError for a file
-    that is not readable, or of another kind of number."""
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
-    kinds["BF16"] = torch.bfloat16
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            counts = Counter(file.get_slice(name).get_dtype() for name in names)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
-    kind = counts.most_common(1)[0][0] if counts else "none"
-    if kind not in kinds:
-        raise ValueError(f"{path} holds {kind}: weights are expected in floating point.")
-    return kinds[kind]
 
 
 def tensor_names(path: Path) -> list[str]:

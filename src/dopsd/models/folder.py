@@ -6,14 +6,15 @@ folder needs no dopsd.
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dopsd.files import atomic_path, read_tensors, stored_dtype, write_json
+from dopsd.files import atomic_path, read_tensors, write_json
 from dopsd.models import load_family, model_index
 from dopsd.models.base import Family
 from dopsd.models.lora import model_for, read_lora
@@ -73,7 +74,24 @@ def _left_out(source: Path, family: Family) -> Callable[[str, list[str]], list[s
 def network_dtype(family: Family) -> torch.dtype:
     """The dtype in which a checkpoint's network is stored."""
     part = family.checkpoint.part(family.export_prefix)
-    return stored_dtype(next(iter(sorted(part.glob("*.safetensors")))))
+    return _stored_dtype(next(iter(sorted(part.glob("*.safetensors")))))
+
+
+def _stored_dtype(path: Path) -> torch.dtype:
+    """The dtype of most tensors of a safetensors file, by its header. Raises ValueError for a file
+    that is not readable, or of another kind of number."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    kinds["BF16"] = torch.bfloat16
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            counts = Counter(file.get_slice(name).get_dtype() for name in names)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}).") from error
+    kind = counts.most_common(1)[0][0] if counts else "none"
+    if kind not in kinds:
+        raise ValueError(f"{path} holds {kind}: weights are expected in floating point.")
+    return kinds[kind]
 
 
 def is_model(path: Path) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from dopsd.files import read_tensors, refuse_other_tensors, shorten, write_tensors
+from dopsd.files import read_tensors, shorten, write_tensors
 from dopsd.models import load_family
 from dopsd.models.base import Family
 from dopsd.models.folder import is_model, network_dtype, tuning_metadata
@@ -108,4 +109,20 @@ def export_single_file(
         native = in_scaled_fp8(native, quantizable_modules(family, tensors))
     spec = {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": family.architecture}
     write_tensors(path, native, {"format": "pt", **spec, **about})
-    refuse_other_tensors(path, native)
+    _refuse_other_tensors(path, native)
+
+
+def _refuse_other_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a safetensors file does not hold exactly these tensors. Reads one
+    tensor at a time."""
+    with safe_open(path, framework="pt") as file:
+        if missing := tensors.keys() ^ set(file.keys()):
+            raise ValueError(
+                f"{path} was written with other names ({min(missing)}): do not use it."
+            )
+        for name, tensor in tensors.items():
+            saved = file.get_tensor(name)
+            if saved.dtype != tensor.dtype or not torch.equal(
+                saved.view(torch.uint8), tensor.detach().cpu().contiguous().view(torch.uint8)
+            ):
+                raise ValueError(f"{path}: {name} reads back changed: do not use this file.")
