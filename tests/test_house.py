@@ -251,8 +251,10 @@ def test_no_code_branches_on_the_name_of_a_method_or_a_family():
 
 
 def test_tests_mirror_the_source():
-    """tests/<package>/test_<topic>.py stands beside the package it tests."""
+    """tests/<package>/test_<topic>.py stands beside the package it tests, tests/benchmarks beside
+    the scripts."""
     folders = {path.relative_to(SOURCE).parent.as_posix() for path in SOURCE.rglob("*.py")}
+    folders.add("benchmarks")
     tests = Path(__file__).parent
     refuse(
         [

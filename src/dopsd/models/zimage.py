@@ -46,6 +46,7 @@ TURBO_STARTING_POINTS = {
 }
 DISTILLED_SHIFT = 3.0  # of Turbo's scheduler; the many-step base model ships 6.0
 TURBO_NFE = 8
+DOPSD_JSON_VERSION = 3  # where dopsd.json describes a model of dopsd's own
 
 
 class ZImage:
@@ -101,6 +102,13 @@ class ZImage:
             self.unrelated_prompts: tuple[str, ...] = tuple(about.get("unrelated_prompts", ()))
             self._starting_points: dict[str, Any] = about.get(
                 "starting_points", TURBO_STARTING_POINTS
+            )
+            version = about.get("version", DOPSD_JSON_VERSION if "nfe" not in about else None)
+        if version != DOPSD_JSON_VERSION:
+            raise ValueError(
+                f"{checkpoint.name} was made by another release of dopsd: its dopsd.json has "
+                f"version {version or 'none'}, and this release reads {DOPSD_JSON_VERSION}. Use "
+                "the packaged model `pocket`, or that release."
             )
 
     def schedule(self, nfe: int, height: int, width: int) -> Schedule:

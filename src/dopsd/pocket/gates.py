@@ -1,13 +1,15 @@
-"""Requirements on the pocket checkpoint, fixed before any method was tried on it.
+"""Requirements on the pocket checkpoint, fixed before it was trained and before any method was
+tried on it.
 
 many-step model, 32 steps: sharpness >= 0.95, attributes >= 0.90 (it knows the world)
-many-step model, 4 steps: sharpness <= 0.80 (there is a few-step ability to lose)
-pocket, 4 steps: both >= 0.95 of the many-step model's at 32 (distillation gave that ability)
-teacher (prompt and image) against student (prompt), on held-out things: thing_error lower by at
-    least 5 noise floors, thing_hit at least 3 times the student's
+pocket, 2 steps: sharpness and attributes within 0.03 of what the previous pocket had in 4 steps
+many-step model without guidance, 2 steps: at least 0.2 less sharp than pocket (SFT pulls toward its
+    flow, so this is the few-step ability that can be lost)
+teacher that sees the target, on held-out things: thing_hit >= 0.9, thing_sharp >= 0.75
 """
 
 import tempfile
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,9 +23,10 @@ from dopsd.files import write_json
 from dopsd.models import load_family
 from dopsd.pocket import CHECKPOINT
 from dopsd.pocket.benchmark import (
+    OF_THE_THING,
     ConceptQuestions,
-    ConceptResult,
     ManyStepModel,
+    TeacherSees,
     evaluate_concept,
     unrelated_statements,
 )
@@ -33,6 +36,9 @@ from dopsd.pocket.world.captions import caption_of
 from dopsd.pocket.world.datasets import HELD_OUT, write_concept
 
 CAPTIONS, THINGS = 256, 12
+# Of the previous packaged weights at 4 steps, by this code on the same captions and noise; they are
+# in the history at 2c10a23.
+PREVIOUS = {"sharpness": 0.833, "attributes": 0.787}
 CPU = torch.device("cpu")
 
 
@@ -70,50 +76,52 @@ def measure_gates(checkpoint: Path = CHECKPOINT, work: Path | None = None) -> li
         return measures.sharpness, measures.attributes.per_image
 
     sharp32, right32 = quality(many_step, 32)
-    sharp4, _ = quality(many_step, 4)
     sharp, right = quality(pocket, family.default_nfe)
+    plain_sharp, _ = quality(many_step.denoiser, family.default_nfe)
+    nfe = f"NFE {family.default_nfe}"
     gates = [
         _at_least("many-step model, NFE 32: sharpness", sharp32, 0.95),
         _at_least("many-step model, NFE 32: attributes", right32, 0.90),
-        _at_most("many-step model, NFE 4: sharpness", sharp4, 0.80),
-        _at_least("pocket, NFE 4: sharpness", sharp, 0.95 * float(np.nanmean(sharp32))),
-        _at_least("pocket, NFE 4: attributes", right, 0.95 * float(np.nanmean(right32))),
+        _at_least(f"pocket, {nfe}: sharpness", sharp, PREVIOUS["sharpness"] - 0.03),
+        _at_least(f"pocket, {nfe}: attributes", right, PREVIOUS["attributes"] - 0.03),
+        _at_least(
+            f"pocket sharper than the many-step model without guidance, {nfe}",
+            sharp - plain_sharp,
+            0.2,
+        ),
     ]
 
-    # The teacher's lead on held-out things.
-    student: list[ConceptResult] = []
-    other_noise: list[ConceptResult] = []
-    teacher: list[ConceptResult] = []
+    # The teacher on held-out things, beside the student and a teacher that sees another scene
     schedule = family.schedule(family.default_nfe, side, side)
+    things: dict[str, list[dict[str, float | None]]] = defaultdict(list)
+    kinds: dict[str, TeacherSees | None] = {
+        "student": None,
+        "teacher": "target",
+        "teacher_sees_another": "another",
+    }
     with tempfile.TemporaryDirectory(dir=work) as folder:
         for thing in range(HELD_OUT, HELD_OUT + THINGS):
             concept = Path(folder) / str(thing)
             write_concept(concept, thing)
             questions = ConceptQuestions.encode(thing, text_encoder, concept, unrelated_count=1)
-            asked = (questions, pocket, vae, schedule, latent_shape)
-            student.append(evaluate_concept(*asked))
-            other_noise.append(evaluate_concept(*asked, noise_seed=HELD_OUT))
-            teacher.append(evaluate_concept(*asked, teacher_sees="another"))
-    error, floor_error, teacher_error = (
-        np.array([result.thing_error.mean() for result in results])
-        for results in (student, other_noise, teacher)
-    )
-    student_hit, teacher_hit = (
-        np.array([result.thing_hit.mean() for result in results]) for results in (student, teacher)
-    )
-    floor = float(np.abs(error - floor_error).mean() / np.sqrt(THINGS))
-    lead = "teacher nearer to the thing than the student, in thing_error"
-    gates.append(_at_least(lead, error - teacher_error, 5 * floor))
-    gates.append(_at_least("teacher's thing_hit", teacher_hit, 3 * float(student_hit.mean())))
+            for name, sees in kinds.items():
+                result = evaluate_concept(
+                    questions, pocket, vae, schedule, latent_shape, teacher_sees=sees
+                )
+                things[name].append(result.means())
+    table = {
+        name: {metric: np.array([row[metric] for row in rows]) for metric in OF_THE_THING}
+        for name, rows in things.items()
+    }
+    gates.append(_at_least("teacher's thing_hit", table["teacher"]["thing_hit"], 0.9))
+    gates.append(_at_least("teacher's thing_sharp", table["teacher"]["thing_sharp"], 0.75))
 
     # Write them.
     numbers = {
         "many_step_guidance": GUIDANCE,
-        "noise_floor_thing_error": floor,
-        "student": {"thing_error": float(error.mean()), "thing_hit": float(student_hit.mean())},
-        "teacher": {
-            "thing_error": float(teacher_error.mean()),
-            "thing_hit": float(teacher_hit.mean()),
+        **{
+            name: {metric: float(values.mean()) for metric, values in row.items()}
+            for name, row in table.items()
         },
         "gates": [asdict(gate) for gate in gates],
     }
@@ -124,8 +132,3 @@ def measure_gates(checkpoint: Path = CHECKPOINT, work: Path | None = None) -> li
 def _at_least(name: str, values: np.ndarray, bound: float) -> Gate:
     mean, low, high = bootstrap(values)
     return Gate(name, mean, low, high, f">= {bound:.3f}", bool(mean >= bound))
-
-
-def _at_most(name: str, values: np.ndarray, bound: float) -> Gate:
-    mean, low, high = bootstrap(values)
-    return Gate(name, mean, low, high, f"<= {bound:.3f}", bool(mean <= bound))

@@ -5,6 +5,7 @@ The folder holds what `ZImagePipeline.from_pretrained` opens (`transformer`, `va
 `parent` the transformer before distillation (the many-step model).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
@@ -19,12 +20,14 @@ from transformers import (
 )
 
 from dopsd.files import write_json
+from dopsd.models.zimage import DOPSD_JSON_VERSION
 from dopsd.pocket.world.captions import vocabulary
 
 WIDTH = 128  # of the text encoder and of the transformer
 LATENT_CHANNELS = 8
 SHIFT = 3.0  # that of Z-Image-Turbo
-NFE = 4
+DISTILLED_NFE = 4  # of the first distillation, by chords of the many-step model
+NFE = 2  # of the packaged model
 STARTING_POINTS = {
     "model.memory": "high",
     "lora.rank": 16,
@@ -44,8 +47,8 @@ UNRELATED_PROMPTS = (
 )
 GUIDANCE = 3.0  # of the many-step model: empty caption + 3 x (caption - empty caption)
 IMAGE = 64  # pixels
-IMAGE_TOKENS = 16  # of one image in the VLM's context
-CAPTION_TOKENS, PRIVILEGED_TOKENS = 32, 64  # limits of the prompt, without and with an image
+PATCH = 8  # pixels a side of the vision tower's patches
+CAPTION_TOKENS = 32  # limit of the prompt without an image
 
 SPECIAL = (
     "<|endoftext|>",
@@ -76,6 +79,36 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {% endif %}{% endif %}"""
 
 
+@dataclass(frozen=True)
+class VisionTower:
+    """Size of the VLM's vision tower. merge: patches a side of one image token."""
+
+    merge: int
+    width: int
+    mlp_width: int
+
+    @property
+    def side(self) -> int:
+        """Image tokens a side."""
+        return IMAGE // PATCH // self.merge
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one image in the VLM's context."""
+        return self.side**2
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Limit of the prompt with an image, a multiple of the transformer's 32."""
+        return 96 if self.tokens > CAPTION_TOKENS else 64
+
+
+# The first tower was trained jointly with the language model; the second replaced it, with a token
+# for each of the transformer's image tokens (docs/experiments.md).
+FIRST_TOWER = VisionTower(merge=2, width=64, mlp_width=192)
+TOWER = VisionTower(merge=1, width=128, mlp_width=256)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in which every caption word is one token."""
     core = Tokenizer(models.BPE())
@@ -100,9 +133,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLModel:
-    """A Qwen3-VL with 0.8 M parameters. Prompts are encoded by the second to last hidden state, as
-    in Z-Image, so the third text layer is not used."""
+def make_vlm(tokenizer: PreTrainedTokenizerFast, tower: VisionTower = TOWER) -> Qwen3VLModel:
+    """A Qwen3-VL with about 1 M parameters. Prompts are encoded by the second to last hidden state,
+    as in Z-Image, so the third text layer is not used."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen3VLModel(
         Qwen3VLConfig(
@@ -117,14 +150,14 @@ def make_vlm(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLModel:
             },
             vision_config={
                 "depth": 2,
-                "hidden_size": 64,
-                "intermediate_size": 192,
+                "hidden_size": tower.width,
+                "intermediate_size": tower.mlp_width,
                 "num_heads": 4,
-                "patch_size": 8,
-                "spatial_merge_size": 2,
+                "patch_size": PATCH,
+                "spatial_merge_size": tower.merge,
                 "temporal_patch_size": 2,
                 "out_hidden_size": WIDTH,
-                "num_position_embeddings": 64,
+                "num_position_embeddings": (IMAGE // PATCH) ** 2,
                 "deepstack_visual_indexes": [0],
             },
             image_token_id=token("<|image_pad|>"),
@@ -198,11 +231,11 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """The VLM's image processor: every image becomes 64 x 64 pixels, 16 tokens."""
+def make_image_processor(tower: VisionTower = TOWER) -> Qwen2VLImageProcessorPil:
+    """The VLM's image processor: every image becomes 64 x 64 pixels, `tower.tokens` tokens."""
     return Qwen2VLImageProcessorPil(
-        patch_size=8,
-        merge_size=2,
+        patch_size=PATCH,
+        merge_size=tower.merge,
         temporal_patch_size=2,
         size={"shortest_edge": IMAGE * IMAGE, "longest_edge": IMAGE * IMAGE},
     )
@@ -224,7 +257,12 @@ def save_pipeline(
     vlm.save_pretrained(folder / "vlm")
     tokenizer.save_pretrained(folder / "vlm")
     make_image_processor().save_pretrained(folder / "vlm")
-    about = {"nfe": NFE, "starting_points": STARTING_POINTS, "unrelated_prompts": UNRELATED_PROMPTS}
+    about = {
+        "version": DOPSD_JSON_VERSION,
+        "nfe": NFE,
+        "starting_points": STARTING_POINTS,
+        "unrelated_prompts": UNRELATED_PROMPTS,
+    }
     write_json(folder / "dopsd.json", about)
     write_json(
         folder / "model_index.json",

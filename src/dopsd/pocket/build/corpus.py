@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dopsd.files import read_tensors, write_tensors
@@ -19,11 +20,12 @@ NAMED = 48_000  # scenes of named parts
 THINGS, STYLES = 12_000, 5_000  # with GROUP scenes each
 GROUP = 3
 CAPTIONS = 4  # for each scene, each leaving out other attributes
+BEFORE_IMAGE = 3  # tokens of the prompt before an image: <|im_start|>, user, newline
 
 
-def rng_at(stage: str, step: int) -> np.random.Generator:
-    """The random generator of one step, a function of (seed, stage, step)."""
-    return np.random.default_rng([SEED, *stage.encode(), step])
+def rng_at(stage: str, step: int, rank: int = 0) -> np.random.Generator:
+    """The random generator of one step, a function of (seed, stage, step, process)."""
+    return np.random.default_rng([SEED, *stage.encode(), step, *([rank] if rank else [])])
 
 
 def make_data(folder: Path) -> None:
@@ -35,7 +37,7 @@ def make_data(folder: Path) -> None:
     """
     tokenizer = parts.make_tokenizer()
     rng = np.random.default_rng([SEED, 1])
-    images, plain, privileged = [], [], []
+    images, prompts = [], []
     total = NAMED + GROUP * (THINGS + STYLES)
     for row in range(total):
         group = (row - NAMED) // GROUP
@@ -46,22 +48,19 @@ def make_data(folder: Path) -> None:
         for _ in range(CAPTIONS):
             name = str(rng.choice(NAMES)) if rng.random() < 0.5 else None
             caption = caption_of(stated_of(scene, rng), thing is not None, look is not None, name)
-            plain.append(plain_prompt(caption))
-            privileged.append(privileged_prompt(caption))
+            prompts.append(plain_prompt(caption))
         if (row + 1) % 10_000 == 0:
             print(f"stage=data images={row + 1}/{total}", flush=True)
 
-    def ids(prompts: list[str], length: int) -> Tensor:
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
-        assert tokens.input_ids.shape[1] == length, "a caption is longer than the pocket context"
-        return tokens.input_ids.to(torch.int16).view(total, CAPTIONS, length)
-
+    tokens = tokenizer(
+        prompts, padding="max_length", max_length=parts.CAPTION_TOKENS, return_tensors="pt"
+    ).input_ids
+    assert tokens.shape[1] == parts.CAPTION_TOKENS, "a caption is longer than the pocket context"
     write_tensors(
         folder / "data.safetensors",
         {
             "images": torch.from_numpy(np.stack(images)),
-            "plain": ids(plain, parts.CAPTION_TOKENS),
-            "privileged": ids(privileged, parts.PRIVILEGED_TOKENS),
+            "plain": tokens.to(torch.int16).view(total, CAPTIONS, parts.CAPTION_TOKENS),
         },
     )
 
@@ -71,10 +70,20 @@ def plain_prompt(caption: str) -> str:
     return f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def privileged_prompt(caption: str) -> str:
-    """The teacher's prompt: the image's tokens, then the caption."""
-    image = "<|vision_start|>" + "<|image_pad|>" * parts.IMAGE_TOKENS + "<|vision_end|>"
-    return plain_prompt(image + caption)
+def with_image_tokens(tokens: Tensor, tower: parts.VisionTower) -> Tensor:
+    """Tokens [B, 32] of plain prompts -> [B, tower.prompt_tokens], with an image in front of the
+    caption: the teacher's prompt."""
+    image = torch.tensor(_image_tokens(tower)).expand(len(tokens), -1)
+    joined = torch.cat([tokens[:, :BEFORE_IMAGE], image, tokens[:, BEFORE_IMAGE:]], dim=1)
+    missing = tower.prompt_tokens - joined.shape[1]
+    assert missing >= 0 or not joined[:, missing:].any(), "a prompt with an image is too long"
+    return F.pad(joined, (0, missing))
+
+
+@functools.cache
+def _image_tokens(tower: parts.VisionTower) -> list[int]:
+    image = "<|vision_start|>" + "<|image_pad|>" * tower.tokens + "<|vision_end|>"
+    return parts.make_tokenizer()(image).input_ids
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -92,7 +101,6 @@ class Corpus:
     latents: Tensor
     images: Tensor
     plain_ids: Tensor
-    privileged_ids: Tensor
     unconditional_ids: Tensor
 
     @staticmethod
@@ -106,7 +114,6 @@ class Corpus:
             latents,
             data["images"],
             data["plain"],
-            data["privileged"],
             torch.tensor(unconditional.input_ids),
         )
 
@@ -121,14 +128,11 @@ class Corpus:
         and another image of the same thing or style. `unconditional_share` of the first get the
         empty caption.
 
-        The transformer pads each context to a multiple of 32 tokens, so the second batch holds only
-        captions that need 32, or only those that need 64, in their true proportion over many draws.
+        The first vision tower's prompts are padded to 32 or to 64 tokens, as the transformer pads
+        them: a batch holds only captions that need 32, or only those that need 64, in their true
+        proportion over many draws.
         """
-        caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
-        named = rng.integers(0, NAMED, round(size * named_share))
-        other = rng.integers(NAMED, len(self.latents), size - len(named))
-        rows = np.concatenate([named, other])
-        tokens = self.plain_ids[rows, caption].long()
+        rows, tokens = self.captions(rng, size, named_share)
         tokens[torch.from_numpy(rng.random(size) < unconditional_share)] = self.unconditional_ids
         yield rows, tokens, None
         short, long = self._by_padding
@@ -136,15 +140,48 @@ class Corpus:
             (32, short) if rng.random() < len(short) / (len(short) + len(long)) else (64, long)
         )
         rows, captions = np.divmod(pairs[rng.integers(len(pairs), size=size)], CAPTIONS)
+        tokens = with_image_tokens(self.plain_ids[rows, captions].long(), parts.FIRST_TOWER)
+        yield rows, tokens[:, :length], self.images[self._other_scene(rng, rows)]
+
+    def captions(
+        self, rng: np.random.Generator, size: int, named_share: float = 0.9
+    ) -> tuple[np.ndarray, Tensor]:
+        """Rows of which `named_share` are named scenes, and the tokens [size, 32] of one of the
+        captions of each."""
+        caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
+        named = rng.integers(0, NAMED, round(size * named_share))
+        other = rng.integers(NAMED, len(self.latents), size - len(named))
+        rows = np.concatenate([named, other])
+        return rows, self.plain_ids[rows, caption].long()
+
+    def with_images(
+        self, rng: np.random.Generator, size: int, target_share: float = 1.0
+    ) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Rows, tokens [size, 96] of captions with an image, and the images uint8.
+
+        The first `target_share` of the images are the rows' own (the target), 30% of these named
+        scenes; the others show the same thing or style in another scene.
+        """
+        targets = round(size * target_share)
+        rows, _ = self.captions(rng, targets, named_share=0.3)
+        others = rng.integers(NAMED, len(self.latents), size - targets)
+        seen = np.concatenate([rows, self._other_scene(rng, others)])
+        rows = np.concatenate([rows, others])
+        caption = torch.from_numpy(rng.integers(0, CAPTIONS, size))
+        tokens = with_image_tokens(self.plain_ids[rows, caption].long(), parts.TOWER)
+        return rows, tokens, self.images[seen]
+
+    def _other_scene(self, rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
+        """For each row of a thing or style, another row of its group."""
         group = (rows - NAMED) // GROUP * GROUP + NAMED
-        partner = group + (rows - group + rng.integers(1, GROUP, size)) % GROUP
-        yield rows, self.privileged_ids[rows, captions, :length].long(), self.images[partner]
+        return group + (rows - group + rng.integers(1, GROUP, len(rows))) % GROUP
 
     @functools.cached_property
     def _by_padding(self) -> tuple[np.ndarray, np.ndarray]:
-        """Captions of things and styles that fit 32 tokens with their image, and those that need
-        64, as row * CAPTIONS + caption."""
-        padding = self.privileged_ids[..., 32:] == 0  # <|endoftext|>
+        """Captions of things and styles that fit 32 tokens with an image of the first tower, and
+        those that need 64, as row * CAPTIONS + caption."""
+        image = parts.FIRST_TOWER.tokens + 2
+        padding = self.plain_ids[..., parts.CAPTION_TOKENS - image :] == 0  # <|endoftext|>
         fits = padding.all(-1).flatten().numpy()
         pairs = np.arange(NAMED * CAPTIONS, len(self.latents) * CAPTIONS)
         return pairs[fits[pairs]], pairs[~fits[pairs]]

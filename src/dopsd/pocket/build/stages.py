@@ -1,6 +1,11 @@
 """A resumable training loop for the stages of the pocket model, with AdamW or Muon and weight
-averaging."""
+averaging.
 
+Under `torchrun --nproc-per-node 2` each process draws its own batches and gradients are averaged:
+two processes of one thread are faster here than one of two.
+"""
+
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dopsd.files import load_optimizer_tensors, optimizer_tensors, read_tensors, write_tensors
@@ -27,6 +33,25 @@ class Stage:
     muon: bool = False  # Muon for the matrices inside blocks, AdamW for the rest
 
 
+def process_rank() -> int:
+    """Index of this process among those of torchrun, which it joins at the first call."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
+def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, averaged in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+
+
 def optimise(
     stage: Stage, folder: Path, modules: Mapping[str, nn.Module], loss_at: Callable[[int], Tensor]
 ) -> dict[str, Tensor]:
@@ -35,10 +60,15 @@ def optimise(
     Returns the averaged weights under `<module>.<parameter>` (without an average, the last ones).
     They are also written to `<folder>/<stage>.safetensors` and loaded into the modules.
     """
-    named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
+    named = {
+        f"{m}.{n}": p
+        for m, module in modules.items()
+        for n, p in module.named_parameters()
+        if p.requires_grad
+    }
     optimizers = _optimizers(stage, named)
     average = {n: p.detach().clone() for n, p in named.items()}
-    state_file = folder / f"{stage.name}.state.safetensors"
+    rank, state_file = process_rank(), folder / f"{stage.name}.state.safetensors"
     start = 0
     if state_file.exists():
         start = _load_state(state_file, named, average, optimizers)
@@ -51,6 +81,8 @@ def optimise(
             )
         loss = loss_at(step)
         loss.backward()
+        if dist.is_initialized():
+            _average_gradients(list(named.values()))
         nn.utils.clip_grad_norm_(named.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -60,7 +92,7 @@ def optimise(
             for name, parameter in named.items():
                 average[name].lerp_(parameter, 1 - decay)
         shown.append(loss.item())
-        if (step + 1) % 50 == 0:
+        if rank == 0 and (step + 1) % 50 == 0:
             rate = (step + 1 - start) / (time.perf_counter() - began)
             left = (stage.steps - step - 1) / rate / 60
             print(
@@ -68,9 +100,10 @@ def optimise(
                 f"steps_per_second={rate:.2f} minutes_left={left:.1f}",
                 flush=True,
             )
-        if (step + 1) % stage.save_every == 0 or step + 1 == stage.steps:
+        if rank == 0 and ((step + 1) % stage.save_every == 0 or step + 1 == stage.steps):
             _save_state(state_file, step + 1, named, average, optimizers)
-    write_tensors(folder / f"{stage.name}.safetensors", average)
+    if rank == 0:
+        write_tensors(folder / f"{stage.name}.safetensors", average)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(average[name])

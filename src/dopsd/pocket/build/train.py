@@ -18,7 +18,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from torch import Tensor
 from transformers import Qwen3VLModel
 
-from dopsd.files import read_tensors, write_tensors, write_text
+from dopsd.files import read_tensors, write_tensors
 from dopsd.pocket.build import architecture as parts
 from dopsd.pocket.build.corpus import SEED, Corpus, noise_of, rng_at, to_unit
 from dopsd.pocket.build.network import Network, fresh_network
@@ -119,10 +119,12 @@ def sharpen_decoder(folder: Path, steps: int = 1000) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_data(folder: Path) -> None:
+def encode_data(folder: Path, vae_folder: Path | None = None) -> None:
     """All training images as scaled latents, `latents.safetensors` (float16 [N, 8, 16, 16]); about
-    3 minutes."""
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(memory_format=torch.channels_last)
+    3 minutes. vae_folder: default: that of `train_vae`."""
+    vae = AutoencoderKL.from_pretrained(vae_folder or folder / "vae").to(
+        memory_format=torch.channels_last
+    )
     images = read_tensors(folder / "data.safetensors")["images"]
     latents = []
     for start in range(0, len(images), 100):
@@ -158,7 +160,7 @@ def train_flow(
     start_from: an earlier checkpoint whose many-step model and VLM are trained further, on this
     folder's latents.
     """
-    corpus, network = Corpus.read(folder), fresh_network(compiled)
+    corpus, network = Corpus.read(folder), fresh_network(compiled, parts.FIRST_TOWER)
     if start_from:
         transformer = ZImageTransformer2DModel.from_pretrained(
             start_from / "parent", subfolder="transformer"
@@ -218,13 +220,14 @@ def distill(
     use no guidance: it made things worse (docs/experiments.md). The VLM does not change. Chords of
     all rounds so far are trained on; a resumed stage collects them anew.
     """
-    many_step = fresh_network(compiled)
-    many_step.load_state_dict(_strip(read_tensors(folder / "flow.safetensors"), "network."))
+    many_step = fresh_network(compiled, parts.FIRST_TOWER)
+    many_step.load_state_dict(without_prefix(read_tensors(folder / "flow.safetensors"), "network."))
     many_step.requires_grad_(False)
-    student = fresh_network(compiled)
+    student = fresh_network(compiled, parts.FIRST_TOWER)
     student.load_state_dict(many_step.state_dict())
     student.vlm.requires_grad_(False)
-    corpus, times = Corpus.read(folder), sampler_times(parts.NFE)
+    corpus, nfe = Corpus.read(folder), parts.DISTILLED_NFE
+    times = sampler_times(nfe)
     fine = [torch.lerp(a, b, torch.linspace(0, 1, substeps + 1)) for a, b in pairwise(times)]
     memory: list[list[tuple[Tensor, ...]]] = []
     with torch.no_grad():
@@ -257,7 +260,7 @@ def distill(
                 unguided = partial(many_step, context=context, mask=mask)
                 velocity = guided if images is None else unguided
                 z = noise_of(rng, (len(rows), *corpus.latents.shape[1:]))
-                for k in range(parts.NFE):
+                for k in range(nfe):
                     slope = (euler(velocity, z, fine[k]) - z) / (times[k + 1] - times[k])
                     batches.append((z, times[k], slope, context, mask))
                     z = euler(partial(student, context=context, mask=mask), z, times[k : k + 2])
@@ -270,8 +273,8 @@ def distill(
         losses = []
         for kind in range(2):  # text contexts and contexts with images have different lengths
             batch = memory[rng.integers(len(memory))]
-            place = rng.integers(len(batch) // (2 * parts.NFE)) * 2 * parts.NFE + kind * parts.NFE
-            z, t, slope, context, mask = batch[place + rng.integers(parts.NFE)]
+            place = rng.integers(len(batch) // (2 * nfe)) * 2 * nfe + kind * nfe
+            z, t, slope, context, mask = batch[place + rng.integers(nfe)]
             losses.append(F.mse_loss(student(z, t.expand(len(z)), context, mask), slope))
         return sum(losses[1:], losses[0]) / len(losses)
 
@@ -282,28 +285,6 @@ def distill(
     return student
 
 
-def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-
-# --- the folder
-
-
-def assemble(folder: Path, target: Path) -> None:
-    """Write the trained parts as the pocket checkpoint in bfloat16, with the many-step transformer
-    in `parent`."""
-    trained = _strip(read_tensors(folder / "flow.safetensors"), "network.")
-    network = fresh_network(compiled=False)
-    network.load_state_dict(trained)
-    network.to(torch.bfloat16).transformer.save_pretrained(target / "parent" / "transformer")
-    transformer = parts.make_transformer()
-    transformer.load_state_dict(
-        _strip(read_tensors(folder / "distill.safetensors"), "transformer.")
-    )
-    vae = AutoencoderKL.from_pretrained(folder / "vae-sharp").to(torch.bfloat16)
-    parts.save_pipeline(
-        target, transformer.to(torch.bfloat16), vae, network.vlm, parts.make_tokenizer()
-    )
-    write_text(
-        target / "README.md", (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
-    )
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, without it."""
+    return {n.removeprefix(prefix): each for n, each in tensors.items() if n.startswith(prefix)}
