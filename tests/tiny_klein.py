@@ -48,6 +48,7 @@ VISION = {
     "intermediate_size": 32,
     "num_heads": 2,
     "patch_size": 8,
+    "spatial_merge_size": 2,
     "out_hidden_size": 16,
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0],
@@ -117,6 +118,9 @@ def write_vlm(folder: Path, text: dict[str, Any]) -> Path:
         "chat_template.jinja",
     ):
         shutil.copy(POCKET / "vlm" / name, folder / name)
+    processor = folder / "preprocessor_config.json"
+    merge = {"merge_size": VISION["spatial_merge_size"]}
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | merge))
     return folder
 
 

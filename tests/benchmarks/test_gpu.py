@@ -90,7 +90,7 @@ def test_the_flops_of_a_step_are_those_of_a_real_one(gpu, tmp_path):
     with FlopCounterMode(display=False) as counter:
         next(steps)
     steps.close()
-    assert row["flops"] == counter.get_total_flops() and row["nfe"] == 4
+    assert row["flops"] == counter.get_total_flops() and row["nfe"] == 2
 
 
 def test_without_weights_random_ones_of_the_same_shapes_are_measured(gpu, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def test_diffusers_generates_with_a_fused_folder_what_dopsd_generates_with_the_l
         PROMPTS,
         height=64,
         width=64,
-        num_inference_steps=4,
+        num_inference_steps=pocket.default_nfe,
         guidance_scale=0.0,
         latents=noise.start,
         output_type="latent",

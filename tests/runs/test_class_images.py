@@ -39,7 +39,8 @@ def test_class_images_equal_those_of_sample_and_are_generated_once(concept, tmp_
     assert {example.caption for example in class_images} == {"a red star"}
     expected = sample("pocket", ["a red star"] * 3, seed=FIRST_SEED)
     for example, image in zip(class_images, expected, strict=True):
-        assert np.array_equal(np.asarray(Image.open(example.path)), np.asarray(image))
+        levels = np.asarray(Image.open(example.path)).astype(int) - np.asarray(image)
+        assert np.abs(levels).max() <= 1  # batches of other sizes round differently
     folder = class_images[0].path.parent
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert with_generated(resolve(recipe))[1] == class_images
@@ -160,9 +161,9 @@ def test_losers_have_the_shape_that_their_winner_is_trained_at(tmp_path, pocket)
         ({"name": "pso_online", "reward": "read"}, "Did you mean red"),
         (
             {"name": "pso_online", "reward": "red", "stochastic_steps": [3]},
-            "names step 3, and a sampler of 4 steps",
+            "names step 3, and a sampler of 2 steps",
         ),
-        ({"name": "dopsd", "loss_steps": 5}, "asks for 5 of the 4 steps of the sampler"),
+        ({"name": "dopsd", "loss_steps": 5}, "asks for 5 of the 2 steps of the sampler"),
         ({"name": "dreambooth", "class_prompt": "a " * 600}, "tokens"),
     ],
 )

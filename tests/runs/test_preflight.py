@@ -2,18 +2,20 @@
 sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Qwen3VLModel
 from typer.testing import CliRunner
 
 from dopsd.cli.app import app
 from dopsd.config.recipe import Recipe, load_recipe, parse_recipe
 from dopsd.evaluation.metrics.dino import DinoDistance
 from dopsd.evaluation.statistics import Interval
+from dopsd.models import load_family
 from dopsd.models.pipeline import sample
 from dopsd.pocket.world.datasets import write_concept
 from dopsd.runs.preflight import Preflight, preflight, verdict_of
@@ -22,10 +24,10 @@ from dopsd.runs.train import train
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def recipe_of(method: str, data: Path, folder: Path) -> Recipe:
+def recipe_of(method: str, data: Path, folder: Path, *changes: str) -> Recipe:
     """recipes/pocket-identity-<method>.yaml on this data."""
     file = RECIPES / f"pocket-identity-{method}.yaml"
-    return load_recipe(file, (f"data.folder={data}", f"output_dir={folder}"))
+    return load_recipe(file, (f"data.folder={data}", f"output_dir={folder}", *changes))
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -34,7 +36,6 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @pytest.fixture()
 def concept(tmp_path: Path) -> Path:
-    """The concept that D-OPSD learned best in benchmarks/results/claim.json."""
     write_concept(tmp_path / "concept", 1_000_203)
     return tmp_path / "concept"
 
@@ -87,21 +88,16 @@ def test_the_verdict_follows_from_the_interval_and_the_threshold(interval, verdi
     assert verdict_of(interval) == verdict
 
 
-def test_preflight_advises_against_images_that_the_student_already_generates(concept, tmp_path):
-    """The data set is what the base model generates from its captions."""
-    captions = [
-        f"a big red {noun} in the middle on night in flat style" for noun in ("star", "heart")
-    ]
-    folder = tmp_path / "known"
-    folder.mkdir()
-    for index, (caption, image) in enumerate(
-        zip(captions, sample("pocket", captions, seed=50), strict=True)
-    ):
-        image.save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(caption)
-    result = preflight(
-        recipe_of("dopsd", folder, tmp_path / "runs"), tmp_path / "page.html", no_progress
-    )
+def test_preflight_advises_against_a_teacher_that_does_not_see(concept, tmp_path):
+    """The VLM's vision tower is untrained."""
+    folder = load_family("pocket").checkpoint.folder / "vlm"
+    shutil.copytree(folder, tmp_path / "vlm")
+    vlm = Qwen3VLModel.from_pretrained(folder)
+    untrained = Qwen3VLModel(vlm.config)
+    untrained.language_model.load_state_dict(vlm.language_model.state_dict())
+    untrained.save_pretrained(tmp_path / "vlm")
+    recipe = recipe_of("dopsd", concept, tmp_path / "runs", f"model.vlm={tmp_path / 'vlm'}")
+    result = preflight(recipe, tmp_path / "page.html", no_progress)
     assert result.verdict != "can" and "Try another model.vlm" in result.sentence
 
 

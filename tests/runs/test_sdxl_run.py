@@ -75,7 +75,10 @@ def test_offload_trains_the_same_lora_bitwise(sdxl, concept, tmp_path):
 
 def test_compare_evaluates_two_methods_on_sdxl_turbo(sdxl, concept, tmp_path, monkeypatch):
     monkeypatch.setattr("dopsd.pocket.benchmark.UNSEEN_SCENES", 4)
-    monkeypatch.setattr(ConceptQuestions.encode, "__defaults__", (None, 4))  # unrelated prompts
+    few_unrelated_prompts = (None, 4, "thing", None)
+    monkeypatch.setattr(
+        ConceptQuestions.encode, "__defaults__", few_unrelated_prompts
+    )  # unrelated prompts
     model = {"name_or_path": str(sdxl("turbo"))}
     recipes = [
         recipe_of(model, concept, tmp_path / "runs", "plain"),

@@ -76,7 +76,7 @@ def test_the_target_comes_first_in_the_question_and_the_answer_is_the_models_own
     tokenizer, processor = AutoTokenizer.from_pretrained(vlm), load_processor(Checkpoint(str(vlm)))
     images = to_pil(as_bytes(torch.stack([target, image])))
     patches = processor(images=images, return_tensors="pt")
-    marks = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
+    marks = "<|vision_start|>" + "<|image_pad|>" * 64 + "<|vision_end|>"
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": marks + marks + reward.question}],
         tokenize=False,

@@ -53,10 +53,10 @@ def test_a_concept_is_measured_and_the_teacher_only_on_the_thing(recipes, tmp_pa
         *("base", "base, other noise", "teacher", "teacher, another image"),
         *("dopsd", "sft"),
     ]
-    base = outcome.numbers["base"]["nfe"]["4"]
+    base = outcome.numbers["base"]["nfe"]["2"]
     for name, numbers in outcome.numbers.items():
         for metric in METRICS:
-            score = numbers["nfe"]["4"][metric]
+            score = numbers["nfe"]["2"][metric]
             assert (score is None) == (name.startswith("teacher") and metric in NOT_OF_THE_TEACHER)
             if score and metric != "bleed":
                 assert score["difference"]["value"] == pytest.approx(
@@ -89,9 +89,7 @@ def test_plain_images_are_shown_and_finished_runs_are_not_trained_again(plain, t
     assert [row[:2] for row in first.table[:2]] == [["base", "1"], ["base", "2"]]
     assert again.numbers == first.numbers
     assert stamps == [file.stat().st_mtime_ns for file in files]
-    assert (
-        first.numbers["dopsd"]["forwards"] == 4 * 16 and first.numbers["sft"]["forwards"] == 4 * 3
-    )
+    assert first.numbers["dopsd"]["forwards"] == 4 * 8 and first.numbers["sft"]["forwards"] == 4 * 3
 
 
 def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_images(plain, tmp_path, pocket):
@@ -114,7 +112,7 @@ def test_bleed_is_how_much_nearer_neutral_prompts_come_to_the_images(plain, tmp_
                 )
         return float(np.mean(errors))
 
-    bleed = outcome.numbers["dopsd"]["nfe"]["4"]["bleed"]
+    bleed = outcome.numbers["dopsd"]["nfe"]["2"]["bleed"]
     assert bleed["value"] == pytest.approx(nearest(None) - nearest(lora), abs=1e-5)
     assert bleed["low"] <= bleed["value"] <= bleed["high"]
 
