@@ -85,7 +85,7 @@ def lengthened(student: Tensor, teacher: Tensor, base: Tensor) -> Tensor:
     (|c| - |p|)^2 + 2 |c| |p| (1 - cos(c, p)) with the second |c| a constant, whose best length is
     |p|. Where c is 0, as at the start of a run, it is the teacher's velocity.
     """
-    correction, pull = (student - base).flatten(1), (teacher - base).flatten(1)
-    shortening = pull.norm(dim=1) * (1 - cosine_similarity(correction, pull))
+    correction, wanted = (student - base).flatten(1), (teacher - base).flatten(1)
+    shortening = wanted.norm(dim=1) * (1 - cosine_similarity(correction, wanted))
     extension = shortening[:, None] * normalize(correction, dim=1)
     return teacher + extension.view_as(teacher)
