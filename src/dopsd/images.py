@@ -153,7 +153,7 @@ def _in_srgb(image: Image.Image, path: Path) -> Image.Image:
         profile = ImageCms.getOpenProfile(io.BytesIO(content))
         if ImageCms.getProfileDescription(profile).startswith("sRGB"):
             return opaque.convert("RGB")
-        if profile.profile.xcolor_space.strip() == "RGB":
+        if profile.profile.xcolor_space.strip() == "RGB":  # type: ignore[attr-defined]
             opaque = opaque.convert("RGB")
         converted = ImageCms.profileToProfile(
             opaque, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"

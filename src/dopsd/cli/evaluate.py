@@ -126,7 +126,7 @@ def evaluate(
 
 def _real_images(targets: Path | None, questions: Sequence["EvaluationPrompt"]) -> list[Path]:
     """The images of --targets, or those that the prompts name, each once."""
-    from dopsd.data.folder import images_in
+    from dopsd.data.folder_files import images_in
 
     if not targets:
         return list(dict.fromkeys(each.target for each in questions if each.target))

@@ -74,8 +74,9 @@ def _finding_of(row: Row, metadata: Path, where: str) -> Finding:
 
 
 def _files_named(row: Row, folder: Path) -> set[Path]:
-    lists = (row.get(c) if isinstance(row.get(c), list) else [row.get(c)] for c in FILE_COLUMNS)
-    names = (name for names in lists for name in names or () if isinstance(name, str))
+    columns = [row.get(column) for column in FILE_COLUMNS]
+    lists = [value if isinstance(value, list) else [value] for value in columns]
+    names = [name for each in lists for name in each if isinstance(name, str)]
     return {path for name in names if (path := file_in(folder, name))}
 
 

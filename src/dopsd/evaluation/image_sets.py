@@ -7,7 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dopsd.data.folder import images_in, read_folder
+from dopsd.data.folder import read_folder
+from dopsd.data.folder_files import images_in
 from dopsd.data.prompts import EvaluationPrompt
 from dopsd.diffusion.components import Denoiser
 from dopsd.files import atomic_path, sha256_of, write_json, write_jsonl

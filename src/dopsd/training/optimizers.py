@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -102,8 +102,9 @@ def stepping(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if module is None or not isinstance(optimizer, module.AdamWScheduleFree):
         yield
         return
-    optimizer.train()
+    schedule_free: Any = optimizer
+    schedule_free.train()
     try:
         yield
     finally:
-        optimizer.eval()
+        schedule_free.eval()
