@@ -6,7 +6,6 @@ what was expected in claim_expected.py.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,7 @@ class Arm:
     first_step: no look is before (D-OPSD passes a trough of sharpness near step 15)."""
 
     title: str
-    sections: Mapping[str, Mapping[str, Any]]
+    sections: dict[str, dict[str, Any]]
     rate_of: str | None = None
     first_step: int = 1
 
@@ -87,15 +86,14 @@ def prompts_of(kind: str) -> list[str]:
 
 def sft(title: str, rate_of: str | None = None, **retention: Any) -> Arm:
     """SFT with these settings of retention."""
-    sections = {"method": {"name": "sft"}} | ({"retention": retention} if retention else {})
-    return Arm(title, sections, rate_of)
+    held = {"retention": retention} if retention else {}
+    return Arm(title, {"method": {"name": "sft"}} | held, rate_of)
 
 
 def dopsd(title: str, weight: float = 0.0, rate_of: str | None = None, **method: Any) -> Arm:
     """D-OPSD with these settings of its own and a weight of retention."""
-    retention = {"retention": {"weight": weight}} if weight else {}
-    sections = {"method": {"name": "dopsd"} | method} | retention
-    return Arm(title, sections, rate_of, first_step=80)
+    held = {"retention": {"weight": weight}} if weight else {}
+    return Arm(title, {"method": {"name": "dopsd"} | method} | held, rate_of, first_step=80)
 
 
 MAIN = {
