@@ -145,6 +145,7 @@ def test_at_samples_the_gradient_is_that_of_a_plain_script(form):
     (piece,) = form.losses(parts, replay, latents(1), None, torch.Generator().manual_seed(7))
     piece.surrogate.backward()
     assert piece.log["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert all(p.grad is None for p in BASE.parameters())
     assert same([p.grad for p in student.parameters()], list(gradients), tolerance=1e-8)
 
 

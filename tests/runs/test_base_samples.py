@@ -128,9 +128,9 @@ def test_a_run_is_not_resumed_with_another_retention(concept, tmp_path):
 
 def test_check_counts_a_replayed_prompt_once_a_step(concept, tmp_path):
     """SFT takes 3 an image; a step of two micro-batches of two images replays one prompt, for 4."""
-    train_keys = {"gradient_accumulation_steps": 2}
-    for retention, share in (({"weight": 0}, 0), ({}, 1), ({"states": "step"}, 4.5 / 4)):
-        recipe = recipe_of(concept, tmp_path, retention=retention, train=train_keys)
+    train_keys, method = {"gradient_accumulation_steps": 2}, {"nfe": 4}
+    for retention, share in (({"weight": 0}, 0), ({}, 1), ({"states": "step"}, 5.5 / 4)):
+        recipe = recipe_of(concept, tmp_path, retention=retention, train=train_keys, method=method)
         assert check(resolve(recipe)).forwards_per_image == 3 + share
 
 
