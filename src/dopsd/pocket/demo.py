@@ -35,7 +35,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours": {
         "method": {"name": "sft"},
         "retention": {"weight": 1},
-        "train": {"max_steps": 400, "learning_rate": 1e-3},
+        "train": {"max_steps": 100, "learning_rate": 1e-3},
     },
 }
 NAMES = {"base": "untouched", "sft": "SFT", "ours": "SFT + retention"}
