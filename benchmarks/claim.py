@@ -37,7 +37,7 @@ from claim_rows import Row, Rows, goal_of
 from claim_verdict import best_variant, chosen_rate, numbers
 
 from dopsd.evaluation.curves import Look
-from dopsd.files import read_jsonl, sha256_of, write_json, write_jsonl
+from dopsd.files import atomic_path, read_jsonl, sha256_of, write_json, write_jsonl
 from dopsd.pocket import CHECKPOINT
 from dopsd.pocket.curves import Bench, concept_recipe
 from dopsd.pocket.world.datasets import HELD_OUT, write_concept, write_style_concept
@@ -115,14 +115,22 @@ def plan_run(rows: Rows) -> Iterator[Cell]:
         yield from cells("identity", arms, identity.concepts, seed)
 
 
-def measure_cell(cell: Cell, folder: Path) -> list[Row]:
-    """The rows of a cell, in a process of its own. Images and cached tensors go below `folder`."""
-    torch.set_num_threads(1)
+def data_of(cell: Cell, folder: Path) -> Path:
+    """The images of a cell's concept, drawn where they are not there. Not for two processes at
+    once: `measure` calls it before it starts one."""
     regime = REGIMES[cell.regime]
     data = folder / f"{regime.kind}-{cell.concept}"
     if not data.is_dir():
         write = write_concept if regime.kind == "thing" else write_style_concept
-        write(data, cell.concept, regime.images)
+        with atomic_path(data) as temporary:
+            write(temporary, cell.concept, regime.images)
+    return data
+
+
+def measure_cell(cell: Cell, folder: Path) -> list[Row]:
+    """The rows of a cell, in a process of its own. Images and cached tensors go below `folder`."""
+    torch.set_num_threads(1)
+    regime, data = REGIMES[cell.regime], data_of(cell, folder)
     started = time.perf_counter()
     bench = Bench(data, UNRELATED, stream=cell.concept)
     about = {"weights": weights_mark(), "nfe": bench.family.default_nfe, "key": list(cell.key)}
@@ -200,6 +208,7 @@ def measure(plan: Any, minutes: float, workers: int) -> None:
                 cell = next_cell(plan, rows, list(running.values()))
                 if cell is None or time.monotonic() + seconds_of(cell, rows) > deadline:
                     break
+                data_of(cell, WORK)
                 running[pool.submit(measure_cell, cell, WORK)] = cell
             if not running:
                 break
