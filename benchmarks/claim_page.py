@@ -72,9 +72,9 @@ def sections() -> list[str]:
 def summary() -> list[str]:
     """What the numbers say, in sentences, for the top of the page."""
     claim = read_claim()
-    if not claim["weights"]:
-        return ["The claim is not measured on the packaged checkpoint yet."]
     arms = claim["regimes"]["identity"]["arms"]
+    if not arms:
+        return ["The claim is not measured on the packaged checkpoint yet."]
     lines = []
     if "sft" in arms:
         lines.append(_kept_sentence("SFT as usual", arms["sft"]))
