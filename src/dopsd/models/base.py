@@ -80,17 +80,10 @@ class MethodTraits(Protocol):
 class LoraNaming(Protocol):
     """What reading and writing LoRA files needs of a family, as a class or a checkpoint of it."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def export_prefix(self) -> str: ...
-
-    @property
-    def module_names(self) -> ModuleNames: ...
-
-    @property
-    def comfyui_names(self) -> Literal["diffusers", "native", "kohya"]: ...
+    name: ClassVar[str]
+    export_prefix: ClassVar[str]
+    module_names: ClassVar[ModuleNames]
+    comfyui_names: ClassVar[Literal["diffusers", "native", "kohya"]]
 
 
 class Family(Protocol):

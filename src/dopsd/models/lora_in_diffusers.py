@@ -73,9 +73,11 @@ def _ratio(got: Tensor, wanted: Tensor) -> float | None:
 
 def _output(layer: nn.Module, x: Tensor) -> Tensor:
     """What a layer makes of x [in], which for a convolution is one patch of its kernel's size."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
     with torch.no_grad():
-        if layer.weight.ndim == 4:
-            x = x.reshape(layer.weight.shape[1:])
+        if weight.ndim == 4:
+            x = x.reshape(weight.shape[1:])
         return layer(x[None]).flatten()
 
 
