@@ -77,15 +77,6 @@ class MethodTraits(Protocol):
         ...
 
 
-class LoraNaming(Protocol):
-    """What reading and writing LoRA files needs of a family, as a class or a checkpoint of it."""
-
-    name: ClassVar[str]
-    export_prefix: ClassVar[str]
-    module_names: ClassVar[ModuleNames]
-    comfyui_names: ClassVar[Literal["diffusers", "native", "kohya"]]
-
-
 class Family(Protocol):
     """A checkpoint of one family: its traits, known from configs, and its components, loaded on
     demand."""
@@ -181,6 +172,9 @@ class Family(Protocol):
         """Recommended settings, as `section.key` to value, where they differ from the general
         defaults for this checkpoint and method."""
         ...
+
+
+AnyFamily = Family | type[Family]  # for what needs only the traits of the class
 
 
 def network_on_meta(family: Family) -> nn.Module:

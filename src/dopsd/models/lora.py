@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dopsd.files import read_metadata, read_tensors, shorten, tensor_names
 from dopsd.models import BUILT_IN, FAMILIES, family_class
-from dopsd.models.base import Family, LoraNaming
+from dopsd.models.base import AnyFamily, Family
 from dopsd.models.hub import is_hub_file, is_hub_id
 from dopsd.models.lora_deltas import Delta, LowRank, delta_of, rows_of, swap_halves
 from dopsd.models.lora_keys import SortedKeys, sort_keys
@@ -35,7 +35,7 @@ DTYPES = (
 )
 
 
-def read_lora(path: Path, family: LoraNaming) -> dict[str, Delta]:
+def read_lora(path: Path, family: AnyFamily) -> dict[str, Delta]:
     """A LoRA's deltas by module path, scale included, whichever tool wrote it.
 
     path: a file, a folder or a name on the hub (`find_lora`). Keys of text encoders and other parts
@@ -71,7 +71,7 @@ def _tell_left_out(path: Path, part: str, tensors: int) -> None:
     log.warning("%s also adapts a %s (%d tensors), which is left out.", path, part, tensors)
 
 
-def low_rank(path: Path, family: LoraNaming) -> dict[str, LowRank]:
+def low_rank(path: Path, family: AnyFamily) -> dict[str, LowRank]:
     """Like `read_lora`, for what needs A and B. Raises ValueError for a module whose delta is not
     their product."""
     pairs = {}
@@ -235,7 +235,7 @@ def model_for(
 
 
 @torch.no_grad()
-def merge_loras(network: nn.Module, loras: Sequence[LoraFile], family: LoraNaming) -> None:
+def merge_loras(network: nn.Module, loras: Sequence[LoraFile], family: AnyFamily) -> None:
     """Add LoRA files' deltas, each times its strength, to the network's weights.
 
     The sum is computed in float64 and rounded once, to the weight's dtype. Raises ValueError where

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dopsd.models.base import LoraNaming
+from dopsd.models.base import AnyFamily
 from dopsd.models.lora_deltas import LowRank
 from dopsd.models.lora_names import ModuleNames
 
@@ -24,7 +24,7 @@ FORMS: dict[Form, str] = {
 PEFT_PREFIX = "base_model.model"
 
 
-def lora_tensors(pairs: Mapping[str, LowRank], family: LoraNaming, form: Form) -> dict[str, Tensor]:
+def lora_tensors(pairs: Mapping[str, LowRank], family: AnyFamily, form: Form) -> dict[str, Tensor]:
     """The tensors of a file in this form. pairs: by diffusers module path."""
     match form:
         case "diffusers":
@@ -91,7 +91,7 @@ def _dotted(prefix: str, pairs: Mapping[str, LowRank]) -> dict[str, Tensor]:
     return a | {f"{prefix}.{module}.lora_B.weight": pair.b for module, pair in pairs.items()}
 
 
-def _kohya(pairs: Mapping[str, LowRank], family: LoraNaming) -> dict[str, Tensor]:
+def _kohya(pairs: Mapping[str, LowRank], family: AnyFamily) -> dict[str, Tensor]:
     """Of the original model's modules, as kohya's scripts write them, with alpha = rank."""
     tensors = {}
     for module, (a, b) in native_pairs(pairs, family.module_names).items():

@@ -17,7 +17,7 @@ from dopsd.files import (
     write_json,
     write_tensors,
 )
-from dopsd.models.base import Family, LoraNaming
+from dopsd.models.base import AnyFamily, Family
 from dopsd.models.lora import family_of, low_rank, read_lora
 from dopsd.models.lora_deltas import LowRank
 from dopsd.models.lora_forms import Form, lora_tensors, peft_config
@@ -50,7 +50,7 @@ def export_lora(
 def write_lora(
     path: Path,
     pairs: Mapping[str, LowRank],
-    family: LoraNaming,
+    family: AnyFamily,
     form: Form,
     metadata: Mapping[str, str],
 ) -> None:
