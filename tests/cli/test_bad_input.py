@@ -397,7 +397,7 @@ TRAINED: dict[str, tuple[Build, Command, str]] = {
         "has rank 2 and lora.rank is 1: set lora.rank: 2",
     ),
     "init_from of other modules": (
-        lora(A[:2], B[:, :2]),
+        lora(A[:2], B[:, :2], "t_embedder.mlp.0"),
         FROM,
         "adapts other modules than lora.targets",
     ),
