@@ -306,7 +306,7 @@ def test_the_reference_names_every_recipe_key_and_no_other():
 def test_every_recipe_key_that_a_page_names_is_in_the_schema(path: Path):
     keys = schema_keys()
     sections = {key.partition(".")[0] for key in keys if "." in key}
-    pattern = rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+)(?![\w/(])"
+    pattern = rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+)(?![\w/(]|\.`)"
     files = re.compile(r"\.(?:py|yaml|json|jsonl|safetensors|txt|csv|md|html)$")
     named = {
         key

@@ -462,7 +462,7 @@ ARGUMENTS: dict[Command, str] = {
     ("train", "gone.yaml"): "gone.yaml does not exist: give a recipe file",
     ("sample", "a", "--nfe", "0"): "'--nfe'",
     ("sample", LONG_PROMPT, "--model", "pocket"): LIMIT,
-    (*GENERATE, "--model", "./gone"): "./gone does not exist",
+    ("sample", "a star", "--model", "./gone"): "./gone does not exist",
     (*GENERATE, "--width", "65"): "65 x 64 pixels: both sides must be multiples of 8",
     (*GENERATE, "--width", "-8"): "'--width'",
     (*GENERATE, "--width", "0"): "width",

@@ -30,7 +30,8 @@ RED = ["--metric", "red"]
 
 
 def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["evaluate", "--model", "pocket", *map(str, words)])
+    model = [] if "--model" in words else ["--model", "pocket"]
+    return CliRunner().invoke(app, ["evaluate", *model, *map(str, words)])
 
 
 def numbers_of(folder: Path, *words: object) -> list[dict]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dopsd.models.lora_source import LoraFile
 from dopsd.models.pipeline import ImagePipeline
 from dopsd.pocket.curves import BATCH, DRIFT, Bench, concept_recipe
 from dopsd.pocket.world.datasets import write_concept
@@ -37,7 +38,7 @@ def test_a_look_measures_what_the_finished_run_of_the_same_recipe_exports(bench,
     assert not recipe.run_folder.exists()
     for _ in train(recipe):
         pass
-    exported = ImagePipeline(bench.family).load_denoiser(recipe.result())
+    exported = ImagePipeline(bench.family).load_denoiser([LoraFile(recipe.result())])
     alone = bench.look(exported)
     np.testing.assert_allclose(alone.values["thing_error"], last.values["thing_error"], atol=2e-3)
     np.testing.assert_allclose(alone.values[DRIFT], last.values[DRIFT], rtol=1e-3)

@@ -81,7 +81,7 @@ class ZImage:
         self.checkpoint, folder = checkpoint, checkpoint.folder
         checkpoint.refuse_missing(PARTS, index, "Z-Image")
         teacher_vision, own_vlm = teacher_vision or TeacherVision(), folder / "vlm"
-        self.teacher_context = teacher_vision.context or self.teacher_contexts[0]
+        self.teacher_context = teacher_vision.context or next(iter(self.teacher_contexts), None)
         self.vlm = teacher_vision.vlm or (str(own_vlm) if own_vlm.is_dir() else self.default_vlm)
         self.suffix = teacher_vision.suffix or ""
         with checkpoint.reading("scheduler"):

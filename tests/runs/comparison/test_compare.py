@@ -158,7 +158,7 @@ def test_models_of_two_revisions_are_not_compared(plain, tmp_path):
 
 def test_replicates_are_further_things_each_with_trainings_of_its_own(recipes, tmp_path):
     (tuned,) = train_recipes(recipes[1:], None, [Repeat(0), Repeat(1)], 4, silent)
-    folders = [candidate.lora.parent.name for candidate in tuned.candidates if candidate.lora]
+    folders = [lora.path.parent.name for candidate in tuned.candidates for lora in candidate.loras]
     assert folders == ["sft", f"sft-{THING + 1}"]
     folder = tmp_path / "runs" / "replicates" / str(THING + 1)
     assert concept_of(folder) == ("thing", THING + 1) and len(list(folder.glob("*.png"))) == 4
