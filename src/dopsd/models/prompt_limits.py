@@ -20,7 +20,7 @@ def refuse_unfit(
     Marks of one character ("!", with which CLIP pads) are ordinary text. image_tokens: how many of
     the tokens are an image's.
     """
-    marks = [mark for mark in tokenizer.get_added_vocab() if len(mark) > 1]
+    marks = [mark for mark in tokenizer.get_added_vocab() if len(mark) > 1]  # pyright: ignore
     reasons = {}
     for index, (prompt, length, limit) in enumerate(zip(prompts, lengths, limits, strict=True)):
         if contained := [mark for mark in marks if mark in prompt]:

@@ -3,6 +3,7 @@ same place."""
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,8 +132,12 @@ def test_wandb_holds_the_losses_and_the_previews(concept, tmp_path):
     for _ in train(recipe):
         pass
     (file,) = tmp_path.rglob("*.wandb")
-    rows = list(wandb_history(file))
-    logged = {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    deadline, logged, rows = time.monotonic() + 30, {}, []
+    # The file is written by a process of wandb's own
+    while len(logged) < STEPS and time.monotonic() < deadline:
+        rows = list(wandb_history(file))
+        logged = {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+        time.sleep(0.2)
     assert logged == pytest.approx(losses(recipe.run_folder)) and len(logged) == STEPS
     assert [row["_step"] for row in rows if any("previews" in key for key in row)] == [0, 2, 4, 5]
 
