@@ -84,7 +84,7 @@ def make_optimizer(
         return Prodigy(
             weights,
             lr=learning_rate,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay,  # pyright: ignore[reportArgumentType] - its default is 0
             use_bias_correction=True,
             safeguard_warmup=True,
         )
