@@ -76,6 +76,10 @@ def summary() -> list[str]:
     if not arms:
         return ["The claim is not measured on the packaged checkpoint yet."]
     lines = []
+    if claim["missing"]:
+        lines.append(
+            f"Preliminary: {len(claim['missing'])} trainings of the plan are missing (listed below)."
+        )
     if "sft" in arms:
         lines.append(_kept_sentence("SFT as usual", arms["sft"]))
     if claim["default"]:
@@ -112,7 +116,8 @@ def _rule() -> str:
 
 
 def _verdict(claim: dict[str, Any]) -> list[str]:
-    lines = ["### Verdict", "", *summary()]
+    sentences = [fill(each, 100, break_on_hyphens=False) for each in summary()]
+    lines = ["### Verdict", "", *sentences]
     best = claim["best_variant"]
     arms = claim["regimes"]["identity"]["arms"]
     lines.append(

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 from claim_page import sections as claim_sections
@@ -23,7 +24,7 @@ seeds and run times are on the page [reproduce](reproduce.md). Everything here i
 *pocket*, a model of 2 M parameters whose images are drawn by this repository, so that scores are
 read from pixels. No model of full size and no GPU has been measured.
 
-**What the numbers say.** {summary}
+{summary}
 
 **Scores.** A *thing* is an object that no word describes; a model learns it from four images.
 thing_error (lower is better): RMSE in [0, 1] between the generated image and the true scene inside
@@ -37,7 +38,8 @@ prompt gives another name, or none. Definitions: [words](words.md).
 
 def page() -> str:
     """The whole page."""
-    introduction = INTRODUCTION.format(summary=" ".join(summary()))
+    said = " ".join(["**What the numbers say.**", *summary()])
+    introduction = INTRODUCTION.format(summary=fill(said, 100, break_on_hyphens=False))
     lines = [introduction, *claim_sections(), "", *sections(), *section()]
     return "\n".join([*lines, *_gate_lines()]).rstrip() + "\n"
 
