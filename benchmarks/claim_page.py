@@ -77,9 +77,8 @@ def summary() -> list[str]:
         return ["The claim is not measured on the packaged checkpoint yet."]
     lines = []
     if claim["missing"]:
-        lines.append(
-            f"Preliminary: {len(claim['missing'])} trainings of the plan are missing (listed below)."
-        )
+        missing = len(claim["missing"])
+        lines.append(f"Preliminary: {missing} trainings of the plan are missing (listed below).")
     if "sft" in arms:
         lines.append(_kept_sentence("SFT as usual", arms["sft"]))
     if claim["default"]:
