@@ -20,6 +20,12 @@ WEIGHT_ENDINGS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".onn
 NOISY = ("bitsandbytes", "diffusers", "transformers")
 
 
+def reason_of(error: Exception) -> str:
+    """A library's error as its kind and the start of its first line."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line[:200]}"
+
+
 class Checkpoint:
     """A checkpoint's local `folder` of configs and safetensors. Of a hub repository it holds only
     the configs at first."""
@@ -90,9 +96,8 @@ class Checkpoint:
                 yield
         # Configs and weights of any content: KeyError, TypeError, SafetensorError, ...
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"{self.name}: {part} cannot be read ({type(error).__name__}: {reason[:200]}); "
+                f"{self.name}: {part} cannot be read ({reason_of(error)}); "
                 "it is missing, damaged or in another format."
             ) from error
 

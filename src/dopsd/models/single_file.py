@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dopsd.files import atomic_path, read_tensors, tensor_names
-from dopsd.models.hub import Checkpoint, quiet_libraries
+from dopsd.models.hub import Checkpoint, quiet_libraries, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +207,9 @@ def _reading(file: Path, base: Checkpoint) -> Iterator[None]:
         with quiet_libraries():
             yield
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{file} does not fit the configs of {base.name}: it is incomplete, or of another size "
-            f"({type(error).__name__}: {reason[:200]})."
+            f"({reason_of(error)})."
         ) from error
 
 
